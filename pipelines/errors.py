@@ -1,0 +1,42 @@
+"""What a person can cause, said in one line: the thing, its value, the reason and the way out.
+
+Programs catch `UserError` at their outermost door, print it without a traceback and exit with 1;
+anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class UserError(Exception):
+    """An error whose message a user can act on; `str(error)` is one line."""
+
+
+class DataError(UserError):
+    """A file or folder of samples that cannot be used.
+
+    The line reads `<path>: <fault>; <remedy>`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fault: str, remedy: str) -> None:
+        self.path, self.fault, self.remedy = os.fspath(path), fault, remedy
+        super().__init__(f"{self.path}: {fault}; {remedy}")
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[str, str, str]]:
+        # Errors travel between ranks and worker processes, so they must survive pickling.
+        return type(self), (self.path, self.fault, self.remedy)
+
+
+class ConfigError(UserError):
+    """A setting that cannot be used.
+
+    The line reads `<key> = <value>: <fault and remedy>`.
+    """
+
+    def __init__(self, key: str, value: object, remedy: str) -> None:
+        self.key, self.value, self.remedy = key, value, remedy
+        super().__init__(f"{key} = {value!r}: {remedy}")
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str]]:
+        return type(self), (self.key, self.value, self.remedy)

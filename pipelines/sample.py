@@ -1,0 +1,128 @@
+"""What a sample is: particle counts at four redshifts, and the four parameters behind them.
+
+The definitions are those of the published set cosmoUniverse_2019_05_4parE_tf_v2
+(https://portal.nersc.gov/project/m3363/).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines.errors import DataError
+
+REDSHIFTS = (0.0, 0.5, 1.5, 3.0)
+"""Redshift of each channel of a sample, in the order of its last axis."""
+
+
+class Parameter(NamedTuple):
+    """A cosmological parameter: its name, the mean of the set, and its unit ("" for none)."""
+
+    name: str
+    mean: float
+    unit: str
+
+
+PARAMETERS = (
+    Parameter("Omega_m", 0.3, ""),
+    Parameter("sigma_8", 0.8, ""),
+    Parameter("n_s", 0.96, ""),
+    Parameter("H_0", 70.0, "km/s/Mpc"),
+)
+"""The target's components, in order."""
+
+HALF_RANGE = 0.1
+"""Parameters are drawn from mean * (1 - HALF_RANGE) to mean * (1 + HALF_RANGE)."""
+
+_MEANS = np.array([parameter.mean for parameter in PARAMETERS])
+
+
+def to_physical(target: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Physical parameters, (..., 4) in the units of `PARAMETERS`, of targets (..., 4)."""
+    return _MEANS * (1.0 + HALF_RANGE * np.asarray(target, dtype=np.float64))
+
+
+def to_target(physical: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Targets (..., 4), in [-1, 1] for the published ranges, of physical parameters (..., 4)."""
+    return (np.asarray(physical, dtype=np.float64) / _MEANS - 1.0) / HALF_RANGE
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """The shape that every sample of a data set shares: (size, size, size, channels)."""
+
+    size: int
+    channels: int = len(REDSHIFTS)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(D, H, W, C)."""
+        return (self.size, self.size, self.size, self.channels)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one sample's counts, as int16."""
+        return 2 * self.channels * self.size**3
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample on the host.
+
+    counts: (D, H, W, C) int16, particles in each voxel, at least 0.
+    target: (4,) float32, `PARAMETERS` scaled to [-1, 1].
+    """
+
+    counts: npt.NDArray[np.int16]
+    target: npt.NDArray[np.float32]
+
+    def checked(self, path: str, spec: SampleSpec | None = None) -> Sample:
+        """This sample, if it keeps the contract above (and `spec`); else a DataError naming `path`."""
+        shape, target = self.counts.shape, self.target
+        if len(shape) != 4 or len(set(shape[:3])) != 1 or 0 in shape:
+            raise DataError(path, f"counts have shape {shape}", "expected (size, size, size, redshifts)")
+        if spec is not None and shape != spec.shape:
+            raise DataError(
+                path, f"counts have shape {shape}", f"the other samples have {spec.shape}: remove it"
+            )
+        if self.counts.dtype != np.int16:
+            raise DataError(path, f"counts are {self.counts.dtype}", "expected little-endian int16")
+        if target.shape != (len(PARAMETERS),) or target.dtype != np.float32:
+            raise DataError(
+                path,
+                f"the target is {target.dtype} of shape {target.shape}",
+                f"expected float32 of shape ({len(PARAMETERS)},)",
+            )
+        if not np.isfinite(target).all():
+            raise DataError(path, f"the target is {target.tolist()}", "remove the sample or mend its target")
+        lowest = int(self.counts.min())
+        if lowest < 0:
+            raise DataError(path, f"a count is {lowest}", "counts start at 0: make the file anew")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's share of a step, on the device that trains.
+
+    volume: (B, C, D, H, W) float32 or float16, log(count + 1) or count / mean, in the
+        channels_last_3d memory format (a view of the pipeline's NDHWC output: no copy).
+    target: (B, 4) float32.
+    index: (B,) int64 on the host, each row's position in the split; -1 marks a row that only
+        fills the batch up, always behind the `real` ones.
+
+    The tensors belong to the loader: they hold until the next batch is asked for.
+    """
+
+    volume: torch.Tensor
+    target: torch.Tensor
+    index: npt.NDArray[np.int64]
+
+    @property
+    def real(self) -> int:
+        """How many rows, from the first, are samples and not filling."""
+        return int((self.index >= 0).sum())
