@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from pipelines.errors import DataError
+
 TEMPORARY = ".tmp"
 """The suffix of a file that is being written; one that is left over is safe to remove."""
 
@@ -33,3 +35,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of the file at `path`; DataError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(path, f"cannot be read ({error.strerror})", "check the path and its rights") from error

@@ -1,0 +1,1 @@
+"""Samples from storage to the device that trains: plan, formats, DALI graph, loader."""

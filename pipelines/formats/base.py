@@ -1,0 +1,45 @@
+"""What a format promises: both halves of it, writer and reader, behind one contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.sample import Sample, SampleSpec
+
+
+class Payload(NamedTuple):
+    """What a reader thread hands to DALI of one sample, and the target, which stays on the host.
+
+    counts: whatever the format's `counts_node` makes counts of.
+    target: (4,) float32.
+    """
+
+    counts: npt.NDArray[Any]
+    target: npt.NDArray[np.float32]
+
+
+class Format(Protocol):
+    """A way to keep one sample in files `<directory>/<stem><suffix>`.
+
+    name: as on the command line.
+    suffix: the end of the name of the file that holds the counts.
+    """
+
+    name: str
+    suffix: str
+
+    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Path, ...]:
+        """Write `sample`, whole or not at all; the files it is in."""
+
+    def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
+        """The sample whose counts are in `path`, checked in full; DataError names any fault."""
+
+    def payload(self, path: Path, spec: SampleSpec) -> Payload:
+        """The same for DALI, in a reader thread; DataError for what the graph would not notice."""
+
+    def counts_node(self, payload: Any) -> Any:
+        """The DALI node of int16 counts (D, H, W, C), on the CPU, made of the node `payload`."""

@@ -1,0 +1,105 @@
+"""One sample as two .npy files, `<stem>_data.npy` and `<stem>_label.npy`.
+
+The layout of NVIDIA's MLPerf HPC submissions: counts as C-order little-endian int16 (size, size,
+size, 4) and the target as float32 (4,), beside `files_data.lst` and `files_label.lst`, which list
+the names, one a line.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import DataError
+from pipelines.files import write_atomically
+from pipelines.formats.base import Payload
+from pipelines.sample import Sample, SampleSpec
+
+DATA, LABEL = "_data.npy", "_label.npy"
+_REMEDY = "convert the sample again"
+
+
+class Npy:
+    """The format; see the module."""
+
+    name = "npy"
+    suffix = DATA
+
+    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Path, ...]:
+        """Write the label, then the data, each whole or not at all."""
+        label, data = directory / f"{stem}{LABEL}", directory / f"{stem}{DATA}"
+        write_atomically(label, lambda file: np.save(file, sample.target, allow_pickle=False))
+        write_atomically(data, lambda file: np.save(file, sample.counts, allow_pickle=False))
+        return label, data
+
+    def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
+        """The sample whose counts are in `path`, and its target in the file beside it."""
+        return Sample(read_npy(path), read_npy(_label_path(path))).checked(str(path), spec)
+
+    def payload(self, path: Path, spec: SampleSpec) -> Payload:
+        """The path, for DALI to read from, once its header is seen to keep the contract."""
+        with _open(path) as file:
+            header = _read_header(path, file)
+        if header.shape != spec.shape or header.dtype != np.int16:
+            # Reading it whole says in full what is wrong.
+            self.read(path, spec)
+        target = read_npy(_label_path(path))
+        if not np.isfinite(target).all():
+            self.read(path, spec)
+        return Payload(np.frombuffer(os.fsencode(path), np.uint8), target)
+
+    def counts_node(self, payload: Any) -> Any:
+        """The file that each path names, mapped and decoded by DALI's own threads."""
+        from nvidia.dali import fn
+
+        return fn.decoders.numpy(fn.io.file.read(payload))
+
+
+def read_npy(path: Path) -> npt.NDArray[Any]:
+    """The array in the .npy file at `path`; DataError names any fault."""
+    with _open(path) as file:
+        header = _read_header(path, file)
+        return np.fromfile(file, header.dtype).reshape(header.shape)
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def _label_path(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(DATA) + LABEL)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(path, f"cannot be read ({error.strerror})", "check the path and its rights") from error
+
+
+def _read_header(path: Path, file: BinaryIO) -> _Header:
+    """The header of `file`, which is left behind it; the file is as long as the header says."""
+    try:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        elif version == (2, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        else:
+            raise ValueError(f"npy version {version}")
+    except ValueError as error:
+        raise DataError(path, f"is no .npy file ({str(error).splitlines()[0]})", _REMEDY) from error
+    if dtype.hasobject or dtype.byteorder == ">":
+        raise DataError(path, f"holds {dtype.str}", "expected little-endian int16 counts or a float32 target")
+    if fortran and len(shape) > 1:
+        raise DataError(path, "is in Fortran order", "save it in C order")
+    expected = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    length = os.fstat(file.fileno()).st_size - file.tell()
+    if length != expected:
+        raise DataError(path, f"holds {length} bytes where its header says {expected}", _REMEDY)
+    return _Header(shape, dtype)

@@ -1,0 +1,186 @@
+"""Batches in the planned order: reader threads feed DALI, DALI works ahead, torch takes its output.
+
+The stream of steps runs on across the ends of epochs, so that the first batch of an epoch is as
+ready as any other. A loader's whole position is (epoch, step): nothing in DALI need be saved.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines.dataset import Split
+from pipelines.errors import ConfigError
+from pipelines.formats import Payload
+from pipelines.graph import build_pipeline
+from pipelines.plan import Indices, Ragged, Shard, plan_epoch
+from pipelines.sample import Batch
+
+_READ_AHEAD = 2
+"""Batches whose files are being read before DALI asks for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderConfig:
+    """How samples are loaded.
+
+    batch_size: samples a step on each rank.
+    threads: that read files, and as many again inside DALI.
+    prefetch: batches that DALI prepares ahead of the one in use.
+    apply_log: give the network log(count + 1); without it, the counts divided by their mean.
+    """
+
+    batch_size: int = 1
+    threads: int = 2
+    prefetch: int = 2
+    apply_log: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loader.{name}", getattr(self, name), "must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A step on its way: whose samples, and what the reader threads make of them."""
+
+    epoch: int
+    step: int
+    index: Indices
+    payloads: list[Future[Payload]]
+
+
+class Loader:
+    """One rank's batches of `split`, on `device`.
+
+    split: what is read.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        config: LoaderConfig,
+        *,
+        shard: Shard,
+        seed: int,
+        shuffle: bool,
+        ragged: Ragged,
+        device: torch.device,
+    ) -> None:
+        """See `plan_epoch` for `seed`, `shuffle` and `ragged`; UserError where the plan is empty."""
+        self.split = split
+        self._shard, self._device = shard, device
+        self._plan = lambda epoch: plan_epoch(
+            len(split),
+            global_batch=config.batch_size * shard.count,
+            seed=seed,
+            epoch=epoch,
+            shuffle=shuffle,
+            ragged=ragged,
+        )
+        self._steps = len(self._plan(0))
+        self._stream = self._steps_from(0, 0)
+        self._next = (0, 0)
+        self._reading: deque[_Planned] = deque()
+        self._running: deque[_Planned] = deque()
+        self._copied: torch.cuda.Event | None = None
+        self._readers = ThreadPoolExecutor(config.threads, thread_name_prefix="reader")
+        self._pipeline = build_pipeline(
+            split.format,
+            self._feed,
+            batch_size=config.batch_size,
+            threads=config.threads,
+            prefetch=config.prefetch,
+            device_id=device.index if device.type == "cuda" else None,
+            apply_log=config.apply_log,
+        )
+
+    def __len__(self) -> int:
+        """Steps an epoch, the same on every rank."""
+        return self._steps
+
+    def batches(self, epoch: int, first_step: int = 0, into: Batch | None = None) -> Iterator[Batch]:
+        """The batches of `epoch` from `first_step` on; with `into`, each copied into its tensors.
+
+        A batch holds until the next one is asked for. DataError names a sample that cannot be read.
+        """
+        if (epoch, first_step) != self._next:
+            self._stream = self._steps_from(epoch, first_step)
+            self._reading.clear()
+        for step in range(first_step, self._steps):
+            self._next = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
+            yield self._batch(epoch, step, into)
+
+    def explain(self, index: npt.NDArray[np.int64]) -> None:
+        """Raise the DataError of the first sample among `index` that is not sound, if one is not."""
+        for sample in index[index >= 0].tolist():
+            self.split.read(sample)
+
+    def close(self) -> None:
+        """Stop the reader threads and free DALI's buffers."""
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._pipeline = None
+
+    def _steps_from(self, epoch: int, step: int) -> Iterator[tuple[int, int, Indices]]:
+        """(epoch, step, this shard's samples) from there on, without end."""
+        while True:
+            rows = self._shard.of(self._plan(epoch))
+            for at in range(step, self._steps):
+                yield epoch, at, rows[at]
+            epoch, step = epoch + 1, 0
+
+    def _feed(self) -> list[Any]:
+        """The next batch of payloads for DALI, which calls this whenever it has room."""
+        while len(self._reading) <= _READ_AHEAD:
+            epoch, step, index = next(self._stream)
+            # A row that only fills the batch up reads the first sample.
+            payloads = [self._readers.submit(self._read, max(sample, 0)) for sample in index.tolist()]
+            self._reading.append(_Planned(epoch, step, index, payloads))
+        planned = self._reading.popleft()
+        self._running.append(planned)
+        return [payload.result().counts for payload in planned.payloads]
+
+    def _read(self, sample: int) -> Payload:
+        return self.split.format.payload(self.split.path(sample), self.split.spec)
+
+    def _batch(self, epoch: int, step: int, into: Batch | None) -> Batch:
+        """The output for `step` of `epoch`; what was in flight for an earlier position is passed over."""
+        while True:
+            output = self._run()
+            planned = self._running.popleft()
+            if (planned.epoch, planned.step) == (epoch, step):
+                return self._take(output, planned, into)
+
+    def _run(self) -> Any:
+        if self._copied is not None:
+            # DALI is about to reuse the buffer that torch has copied from.
+            self._copied.synchronize()
+        try:
+            (output,) = self._pipeline.run()
+        except RuntimeError:
+            # DALI's errors name no file; reading the same samples on the host does.
+            for planned in self._running:
+                self.explain(planned.index)
+            raise
+        return output
+
+    def _take(self, output: Any, planned: _Planned, into: Batch | None) -> Batch:
+        volume = torch.from_dlpack(output.as_tensor()).permute(0, 4, 1, 2, 3)
+        target = torch.from_numpy(np.stack([payload.result().target for payload in planned.payloads]))
+        if into is not None:
+            volume, target = into.volume.copy_(volume), into.target.copy_(target)
+        elif self._device.type == "cuda":
+            volume, target = volume.clone(), target.to(self._device)
+        if self._device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return Batch(volume, target, planned.index)
+
