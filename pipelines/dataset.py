@@ -63,7 +63,9 @@ def open_split(root: Path, split: str) -> Split:
         names = sorted(entry.name for entry in os.scandir(folder))
     except OSError as error:
         raise DataError(
-            folder, f"cannot be listed ({error.strerror})", "give a folder that holds train and validation"
+            folder,
+            f"cannot be listed ({error.strerror})",
+            "give a folder that holds train and validation",
         ) from error
     records = tuple(name for name in names if name.endswith(".tfrecord"))
     data = tuple(name for name in names if name.endswith(DATA))
@@ -90,7 +92,9 @@ def _tfrecord_form(path: Path) -> str:
         with open(path, "rb") as file:
             magic = file.read(len(GZIP_MAGIC))
     except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror})", "check the path and its rights") from error
+        raise DataError(
+            path, f"cannot be read ({error.strerror})", "check the path and its rights"
+        ) from error
     return "tfrecord_gzip" if magic == GZIP_MAGIC else "tfrecord"
 
 
@@ -117,7 +121,9 @@ def _listed(folder: Path, data: tuple[str, ...], names: list[str]) -> tuple[str,
         expected = tuple(name.removesuffix(DATA) + LABEL for name in listed)
         if _list(folder / _LISTS[LABEL]) != expected:
             raise DataError(
-                folder / _LISTS[LABEL], f"does not list the labels of {_LISTS[DATA]} in its order", "write it anew"
+                folder / _LISTS[LABEL],
+                f"does not list the labels of {_LISTS[DATA]} in its order",
+                "write it anew",
             )
     return listed
 

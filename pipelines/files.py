@@ -42,4 +42,6 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror})", "check the path and its rights") from error
+        raise DataError(
+            path, f"cannot be read ({error.strerror})", "check the path and its rights"
+        ) from error

@@ -173,7 +173,7 @@ class Loader:
         return output
 
     def _take(self, output: Any, planned: _Planned, into: Batch | None) -> Batch:
-        volume = torch.from_dlpack(output.as_tensor()).permute(0, 4, 1, 2, 3)
+        volume = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 4, 1, 2, 3)
         target = torch.from_numpy(np.stack([payload.result().target for payload in planned.payloads]))
         if into is not None:
             volume, target = into.volume.copy_(volume), into.target.copy_(target)
@@ -183,4 +183,3 @@ class Loader:
             self._copied = torch.cuda.Event()
             self._copied.record()
         return Batch(volume, target, planned.index)
-

@@ -87,7 +87,9 @@ class Sample:
             raise DataError(path, f"counts have shape {shape}", "expected (size, size, size, redshifts)")
         if spec is not None and shape != spec.shape:
             raise DataError(
-                path, f"counts have shape {shape}", f"the other samples have {spec.shape}: remove it"
+                path,
+                f"counts have shape {shape}",
+                f"the other samples have {spec.shape}: remove it",
             )
         if self.counts.dtype != np.int16:
             raise DataError(path, f"counts are {self.counts.dtype}", "expected little-endian int16")

@@ -6,7 +6,11 @@ from pipelines.formats.tfrecord import TFRecord
 
 FORMATS: dict[str, Format] = {
     form.name: form
-    for form in (TFRecord("tfrecord_gzip", compressed=True), TFRecord("tfrecord", compressed=False), Npy())
+    for form in (
+        TFRecord("tfrecord_gzip", compressed=True),
+        TFRecord("tfrecord", compressed=False),
+        Npy(),
+    )
 }
 
 __all__ = ["FORMATS", "Format", "Payload"]

@@ -23,14 +23,15 @@ class Payload(NamedTuple):
 
 
 class Format(Protocol):
-    """A way to keep one sample in files `<directory>/<stem><suffix>`.
+    """A way to keep one sample in files `<directory>/<stem><suffix>`."""
 
-    name: as on the command line.
-    suffix: the end of the name of the file that holds the counts.
-    """
+    @property
+    def name(self) -> str:
+        """The name on the command line."""
 
-    name: str
-    suffix: str
+    @property
+    def suffix(self) -> str:
+        """The end of the name of the file that holds the counts."""
 
     def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Path, ...]:
         """Write `sample`, whole or not at all; the files it is in."""

@@ -79,7 +79,9 @@ def _open(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror})", "check the path and its rights") from error
+        raise DataError(
+            path, f"cannot be read ({error.strerror})", "check the path and its rights"
+        ) from error
 
 
 def _read_header(path: Path, file: BinaryIO) -> _Header:

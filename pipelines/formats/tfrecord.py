@@ -188,7 +188,11 @@ def _messages(message: memoryview, *numbers: int) -> Iterator[tuple[int, memoryv
 
 
 def _bytes_of(path: str, features: dict[bytes, memoryview]) -> memoryview:
-    values = [value for _, body in _messages(features.get(b"x", memoryview(b"")), 1) for _, value in _messages(body, 1)]
+    values = [
+        value
+        for _, body in _messages(features.get(b"x", memoryview(b"")), 1)
+        for _, value in _messages(body, 1)
+    ]
     if len(values) != 1:
         raise DataError(path, f"feature x is {len(values)} byte strings", "expected a BytesList of one")
     return values[0]
@@ -203,5 +207,9 @@ def _floats_of(path: str, features: dict[bytes, memoryview]) -> npt.NDArray[np.f
     ]
     raw = b"".join(fields)
     if len(raw) != 4 * len(PARAMETERS):
-        raise DataError(path, f"feature y has {len(raw) / 4:g} floats", f"expected a FloatList of {len(PARAMETERS)}")
+        raise DataError(
+            path,
+            f"feature y has {len(raw) / 4:g} floats",
+            f"expected a FloatList of {len(PARAMETERS)}",
+        )
     return np.frombuffer(raw, dtype="<f4")

@@ -1,0 +1,39 @@
+# The project's own commands; `make help` lists them.
+PYTHON ?= python3
+# DALI by CUDA version: cuda12 or cuda13.
+CUDA ?= cuda12
+ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help setup train test test-all lint clean
+
+help: ## List the commands.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(VENV)/.done ## Make the virtual environment in .venv with every pinned dependency.
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$(CUDA),mpi,dev]'
+	touch $@
+
+train: setup ## Train; ARGS="--config configs/NAME.yaml ..." changes what.
+	$(RUN) -m cosmoflow_dali.train $(ARGS)
+
+test: setup ## Run the tests that need no GPU, no SLURM and little time.
+	$(RUN) -m pytest -m "not gpu and not slurm and not slow" $(ARGS)
+
+test-all: setup ## Run all tests; those whose hardware is not there say that they are skipped.
+	$(RUN) -m pytest $(ARGS)
+
+lint: setup ## Run ruff and mypy.
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean: ## Remove what the tools made; data/ and runs/ stay.
+	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

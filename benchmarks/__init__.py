@@ -1,0 +1,1 @@
+"""Benchmarks: what each stage costs, measured side by side."""

@@ -1,0 +1,1 @@
+"""CosmoFlow: the network, its training step, and the programs that train, evaluate and predict."""

@@ -1,0 +1,268 @@
+"""The world of ranks: who we are, how we meet, and the few things we ever say to each other.
+
+A launcher (mpirun, torchrun, srun, or none) starts one process for each device and tells each one
+its place in environment variables; `World.detect` is the only reader of them. Everything
+that crosses ranks, but for the gradients, goes through a `World`; with one rank it is plain
+arithmetic and no process group exists.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipelines.errors import ConfigError, UserError
+
+T = TypeVar("T")
+
+_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others: long enough for rank 0 to simulate a data set."""
+
+
+class _Launcher(NamedTuple):
+    """The variables in which a launcher tells a process its place."""
+
+    name: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+
+
+# Innermost first: an mpirun or torchrun inside a SLURM step sees the step's variables too.
+_LAUNCHERS = (
+    _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    _Launcher(
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    _Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+)
+
+
+class RankError(UserError):
+    """A fault that only one rank has seen, so that this rank must be the one to tell of it."""
+
+    def __init__(self, world: World, error: UserError) -> None:
+        super().__init__(f"rank {world.rank} of {world.size}: {error}" if world.size > 1 else str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process's place among all of them.
+
+    rank, size: place and number of processes in the whole run.
+    local_rank, local_size: the same on this node; `local_rank` picks the GPU.
+    launcher: "torchrun", "mpirun", "srun" or "none".
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launcher: str = "none"
+
+    @staticmethod
+    def detect(environ: Mapping[str, str] = os.environ) -> World:
+        """The world that the launcher's variables in `environ` describe; alone without any."""
+        for launcher in _LAUNCHERS:
+            if launcher.rank in environ and launcher.size in environ:
+                rank, size = _integer(environ, launcher.rank), _integer(environ, launcher.size)
+                local_rank = _integer(environ, launcher.local_rank)
+                # SLURM writes "4(x2),3" for two nodes of four tasks and one of three.
+                text = environ.get(launcher.local_size, "1").split("(")[0].split(",")[0]
+                if not 0 <= rank < size:
+                    raise ConfigError(launcher.rank, rank, f"must be below {launcher.size} = {size}")
+                return World(rank, size, local_rank, int(text), launcher.name)
+        return World()
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is rank 0, which writes the logs."""
+        return self.rank == 0
+
+    def device(self, kind: str) -> torch.device:
+        """This rank's device of `kind` "auto", "cpu" or "cuda"; ConfigError where it is not there."""
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if kind == "cpu" or (kind == "auto" and gpus == 0):
+            return torch.device("cpu")
+        if gpus == 0:
+            raise ConfigError("device", kind, "no GPU is visible here; use device: cpu or auto")
+        if self.local_rank >= gpus:
+            raise ConfigError(
+                "device",
+                kind,
+                f"{self.local_size} ranks on this node but {gpus} GPUs; start one rank a GPU",
+            )
+        return torch.device("cuda", self.local_rank)
+
+    @contextmanager
+    def connected(self, device: torch.device) -> Iterator[None]:
+        """The process group of these ranks, NCCL for `device` cuda and gloo for cpu."""
+        if self.size == 1:
+            yield
+            return
+        address, port = _rendezvous(self, os.environ)
+        if self.local_size == self.size and "lo" in (name for _, name in socket.if_nameindex()):
+            # One node: gloo need not find out which of its interfaces others can reach.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{address}:{port}",
+            rank=self.rank,
+            world_size=self.size,
+            timeout=_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        yield
+        # Left out on an error on purpose: there the peers may be gone, and waiting for them hangs.
+        dist.destroy_process_group()
+
+    def on_root(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; a UserError there is raised on every rank."""
+        if self.size == 1:
+            return make()
+        outcome: list[T | UserError | None] = [None]
+        if self.is_root:
+            try:
+                outcome[0] = make()
+            except UserError as error:
+                outcome[0] = error
+        dist.broadcast_object_list(outcome, src=0)
+        result = outcome[0]
+        if isinstance(result, UserError):
+            raise result
+        return result  # type: ignore[return-value]
+
+    def everywhere(self, make: Callable[[], T]) -> T:
+        """`make()` on every rank; if it raises a UserError on any, every rank raises the first of them."""
+        if self.size == 1:
+            return make()
+        result: T | None = None
+        mine: UserError | None = None
+        try:
+            result = make()
+        except UserError as error:
+            mine = error
+        errors: list[UserError | None] = [None] * self.size
+        dist.all_gather_object(errors, mine)
+        for first in errors:
+            if first is not None:
+                raise first
+        return result  # type: ignore[return-value]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether `flag` is set on any rank; a collective, so every rank must ask."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor([float(flag)], device=device)).item())
+
+    def gather(self, value: float) -> list[float]:
+        """Every rank's `value`, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[float] = [0.0] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def report_errors(world: World) -> Iterator[None]:
+    """Leave the process with status 1 and one line where the body raises what a user can cause."""
+    try:
+        yield
+    except UserError as error:
+        # A fault that all ranks know of needs telling once.
+        if world.is_root or isinstance(error, RankError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except RuntimeError as error:
+        if world.size == 1 or not _lost_contact(error):
+            raise
+        print(f"rank {world.rank} of {world.size}: another rank has gone; leaving", file=sys.stderr)
+        sys.exit(1)
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """Whether `error` is what a collective raises when another rank has gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    )
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name, "0")
+    if not text.isdecimal():
+        raise ConfigError(name, text, "a launcher sets this to a whole number, at least 0")
+    return int(text)
+
+
+def _rendezvous(world: World, environ: Mapping[str, str]) -> tuple[str, int]:
+    """The address and port at which all ranks meet rank 0."""
+    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
+        return environ["MASTER_ADDR"], _integer(environ, "MASTER_PORT")
+    if world.launcher == "mpirun":
+        return _rendezvous_by_mpi(world)
+    if world.launcher == "srun":
+        nodes = environ["SLURM_STEP_NODELIST"]
+        first = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
+        ).stdout.split()[0]
+        # Steps of one job may share a node, so both numbers choose the port.
+        step = 1000 * _integer(environ, "SLURM_JOB_ID") + _integer(environ, "SLURM_STEP_ID")
+        return first, 20000 + step % 40000
+    raise ConfigError(
+        "MASTER_ADDR",
+        None,
+        f"{world.size} ranks by {world.launcher}: set MASTER_ADDR and MASTER_PORT",
+    )
+
+
+def _rendezvous_by_mpi(world: World) -> tuple[str, int]:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError(
+            "mpi4py",
+            None,
+            f"mpirun started {world.size} ranks, but mpi4py is missing: pip install mpi4py",
+        ) from error
+    if MPI.COMM_WORLD.size != world.size:
+        raise ConfigError(
+            "mpi4py",
+            MPI.COMM_WORLD.size,
+            f"mpirun started {world.size} ranks, so mpi4py was built for another MPI than this mpirun",
+        )
+    meeting = None
+    if world.is_root:
+        host = "127.0.0.1" if world.local_size == world.size else socket.getfqdn()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            meeting = host, probe.getsockname()[1]
+    meeting = MPI.COMM_WORLD.bcast(meeting)
+    # MPI has done its part. Finalising at exit would make a rank that fails wait for the others,
+    # who wait for it.
+    MPI.Finalize()
+    return meeting

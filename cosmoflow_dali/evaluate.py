@@ -1,0 +1,65 @@
+"""Score trained weights: `python -m cosmoflow_dali.evaluate --data-dir D --weights W`.
+
+Prints one JSON object with `mae`, `mse`, `mae_per_parameter` and `samples`. Runs alone or under a
+launcher, on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cosmoflow_dali.arguments import OneLineParser
+from cosmoflow_dali.dist import World, report_errors
+from cosmoflow_dali.evaluation import evaluate
+from cosmoflow_dali.weights import load_trained
+from pipelines.dataset import open_split
+from pipelines.errors import DataError
+from pipelines.loader import Loader, LoaderConfig
+from pipelines.plan import Shard
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    world = World.detect()
+    with report_errors(world):
+        parser = OneLineParser(prog="python -m cosmoflow_dali.evaluate", description=__doc__)
+        parser.add_argument("--data-dir", type=Path, required=True, help="holds train/ and validation/")
+        parser.add_argument("--weights", type=Path, required=True, help="a checkpoint or a reference .npz")
+        parser.add_argument("--split", choices=("train", "validation"), default="validation")
+        parser.add_argument("--batch-size", type=int, default=4, help="samples at a time on each rank")
+        parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        arguments = parser.parse_args(argv)
+        device = world.device(arguments.device)
+        with world.connected(device):
+            trained = world.everywhere(lambda: load_trained(arguments.weights))
+            split = world.on_root(lambda: open_split(arguments.data_dir, arguments.split))
+            if split.spec.size != trained.size:
+                raise DataError(
+                    split.root,
+                    f"samples are {split.spec.size} voxels wide",
+                    f"{arguments.weights} takes samples of {trained.size}",
+                )
+            loader = Loader(
+                split,
+                LoaderConfig(batch_size=arguments.batch_size, apply_log=trained.apply_log),
+                shard=Shard(world.rank, world.size),
+                seed=0,
+                shuffle=False,
+                ragged="pad",
+                device=device,
+            )
+            try:
+                model = trained.model.to(device)
+                result = evaluate(model, loader.batches(0), len(split), world)
+            finally:
+                loader.close()
+        if world.is_root:
+            print(json.dumps(result.scores()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""How well a network does on a whole split: exact scores, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from cosmoflow_dali.dist import World
+from pipelines.sample import PARAMETERS, Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The network's answers over a split, in its order, and what they should have been.
+
+    predictions, targets: (n, 4) float64, in units of the target.
+    """
+
+    predictions: npt.NDArray[np.float64]
+    targets: npt.NDArray[np.float64]
+
+    @property
+    def samples(self) -> int:
+        """How many samples were scored."""
+        return len(self.targets)
+
+    @property
+    def mae(self) -> float:
+        """Mean absolute error over samples and parameters: the benchmark's quality metric."""
+        return float(np.abs(self.predictions - self.targets).mean())
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error over samples and parameters."""
+        return float(np.square(self.predictions - self.targets).mean())
+
+    @property
+    def mae_per_parameter(self) -> dict[str, float]:
+        """Mean absolute error of each parameter."""
+        return _named(np.abs(self.predictions - self.targets).mean(axis=0))
+
+    @property
+    def trivial_mae_per_parameter(self) -> dict[str, float]:
+        """The same for a network that always answers 0, the mean of the parameters' ranges."""
+        return _named(np.abs(self.targets).mean(axis=0))
+
+    @property
+    def residual_rms(self) -> dict[str, float]:
+        """Root mean square of prediction - target for each parameter: its standard error."""
+        return _named(np.sqrt(np.square(self.predictions - self.targets).mean(axis=0)))
+
+    def scores(self) -> dict[str, Any]:
+        """The figures that logs and programs print."""
+        return {
+            "mae": self.mae,
+            "mse": self.mse,
+            "mae_per_parameter": self.mae_per_parameter,
+            "samples": self.samples,
+        }
+
+
+def evaluate(model: nn.Module, batches: Iterable[Batch], samples: int, world: World) -> Evaluation:
+    """Score `model` on the `samples` samples that the ranks' `batches` cover between them.
+
+    Each rank fills in the rows that it has seen and the sum over ranks completes the table, so a
+    sample that fills up a last batch cannot count twice.
+    """
+    was_training = model.training
+    model.eval()
+    table: torch.Tensor | None = None
+    with torch.no_grad():
+        for batch in batches:
+            if table is None:
+                table = torch.zeros(
+                    samples, 2, len(PARAMETERS), dtype=torch.float64, device=batch.target.device
+                )
+            rows, real = torch.from_numpy(batch.index[: batch.real]), batch.real
+            if real:
+                table[rows, 0] = model(batch.volume)[:real].double()
+                table[rows, 1] = batch.target[:real].double()
+    model.train(was_training)
+    assert table is not None, "every rank takes part in every evaluation step"
+    predictions, targets = world.sum(table).cpu().numpy().transpose(1, 0, 2)
+    return Evaluation(predictions, targets)
+
+
+def _named(values: npt.NDArray[np.float64]) -> dict[str, float]:
+    return {parameter.name: float(value) for parameter, value in zip(PARAMETERS, values, strict=True)}

@@ -1,0 +1,105 @@
+"""The end of a run, on rank 0: predictions, baseline, summary and report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cosmoflow_dali import baseline, machine, runs
+from cosmoflow_dali.config import TrainConfig
+from cosmoflow_dali.dist import World
+from cosmoflow_dali.evaluation import Evaluation
+from cosmoflow_dali.log import Console
+from cosmoflow_dali.report import write_report
+from cosmoflow_dali.trainer import Outcome
+from pipelines.dataset import Split
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How training ended.
+
+    evaluation: of the weights at the end.
+    steps: of the whole run, whatever process made them.
+    parameters: trainable weights of the network.
+    wait_fractions: for each rank, the share of its training time spent waiting for data.
+    seconds: by phase.
+    """
+
+    outcome: Outcome
+    evaluation: Evaluation
+    steps: int
+    parameters: int
+    wait_fractions: list[float]
+    seconds: dict[str, float]
+
+
+def finish(
+    folder: Path,
+    config: TrainConfig,
+    result: Result,
+    train: Split,
+    validation: Split,
+    world: World,
+    console: Console,
+) -> None:
+    """Leave in `folder` what a person wants to see of the run, and say the figures."""
+    evaluation, seconds = result.evaluation, dict(result.seconds)
+    runs.write_predictions(folder, evaluation)
+    compared: dict[str, Any] | None = None
+    if config.baseline:
+        start = time.perf_counter()
+        ridge = baseline.fit_ridge(train, validation)
+        seconds["baseline"] = time.perf_counter() - start
+        compared = {
+            "name": baseline.NAME,
+            "mae": ridge.mae,
+            "mae_per_parameter": ridge.mae_per_parameter,
+        }
+    global_batch = config.loader.batch_size * world.size
+    trivial = evaluation.trivial_mae_per_parameter
+    summary = {
+        **evaluation.scores(),
+        "trivial_mae": float(np.mean(list(trivial.values()))),
+        "trivial_mae_per_parameter": trivial,
+        "residual_rms": evaluation.residual_rms,
+        "baseline": compared,
+        "outcome": result.outcome.value,
+        "target_mae": config.target_mae,
+        "seed": config.seed,
+        "epochs": result.steps * global_batch // (len(train) // global_batch * global_batch),
+        "steps": result.steps,
+        "global_batch": global_batch,
+        "ranks": world.size,
+        "parameters": result.parameters,
+        "samples_per_s": result.steps * global_batch / seconds["train"] if seconds["train"] else None,
+        "data_wait_fraction": {
+            "mean": float(np.mean(result.wait_fractions)),
+            "worst_rank": max(result.wait_fractions),
+        },
+        "seconds": seconds,
+        "versions": machine.versions(),
+        "hardware": machine.hardware(),
+    }
+    runs.write_summary(folder, summary)
+    start = time.perf_counter()
+    report = write_report(folder)
+    console.say(f"report {report} ({time.perf_counter() - start:.0f} s)")
+    _say_scores(console, summary)
+
+
+def _say_scores(console: Console, summary: dict[str, Any]) -> None:
+    """A small table: each parameter's MAE beside the trivial predictor's and the baseline's."""
+    rows = [("network", summary), ("ridge", summary["baseline"])]
+    names = list(summary["mae_per_parameter"])
+    console.say(f"{'validation MAE':>16} {'all':>8} " + " ".join(f"{name:>8}" for name in names))
+    for title, scores in rows:
+        if scores is not None:
+            each = " ".join(f"{scores['mae_per_parameter'][name]:8.4f}" for name in names)
+            console.say(f"{title:>16} {scores['mae']:8.4f} {each}")
+    each = " ".join(f"{summary['trivial_mae_per_parameter'][name]:8.4f}" for name in names)
+    console.say(f"{'always the mean':>16} {summary['trivial_mae']:8.4f} {each}")

@@ -1,0 +1,180 @@
+"""Train CosmoFlow: `python -m cosmoflow_dali.train --config configs/NAME.yaml`.
+
+Without arguments it trains the embedded default: simulated universes, made if they are not there.
+The same command runs alone, under mpirun, torchrun and srun. It exits with 0 at the end of
+training, with 1 for a fault that it names in one line, and with 75 (EX_TEMPFAIL) when a SIGTERM has
+stopped it behind a checkpoint: run it again with --resume.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from mlperf_logging.mllog import constants
+
+from cosmoflow_dali import mlperf, runs
+from cosmoflow_dali.arguments import Arguments, parse
+from cosmoflow_dali.checkpoint import Checkpoint
+from cosmoflow_dali.config import TrainConfig
+from cosmoflow_dali.dist import World, report_errors
+from cosmoflow_dali.log import Console, RunLogs
+from cosmoflow_dali.machine import available_cores
+from cosmoflow_dali.networks import build_model
+from cosmoflow_dali.open_model import OpenCosmoFlow, input_statistics
+from cosmoflow_dali.summary import Result, finish
+from cosmoflow_dali.trainer import Outcome, Trainer
+from pipelines.dataset import Split, open_split
+from pipelines.loader import Loader
+from pipelines.plan import Shard
+from preprocess.simulate import make_dataset
+
+EX_TEMPFAIL = 75
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What rank 0 finds out before training, for all ranks: the same run of the same data."""
+
+    config: TrainConfig
+    seed: int
+    folder: Path
+    checkpoint: Checkpoint | None
+    train: Split
+    validation: Split
+    seconds: dict[str, float]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    world = World.detect()
+    with report_errors(world):
+        arguments = parse(argv)
+        device = world.device(arguments.config.device)
+        console = Console(speaks=world.is_root)
+        for note in arguments.notes:
+            console.say(note)
+        # Ranks that no launcher has bound to cores of their own share the node's.
+        cores = available_cores()
+        torch.set_num_threads(max(1, cores // world.local_size if cores >= world.local_size else 1))
+        began_ms = round(1e3 * time.time())
+        with world.connected(device):
+            setup = world.on_root(lambda: _set_up(arguments, world, console))
+            lengths = setup.checkpoint.logs if setup.checkpoint else None
+            with RunLogs(setup.folder if world.is_root else None, lengths) as logs:
+                result = _train(setup, world, device, logs, console, began_ms)
+        if result is None:
+            console.say(f"stopped by SIGTERM; go on with --run-dir {setup.folder} --resume")
+            return EX_TEMPFAIL
+        if world.is_root:
+            finish(setup.folder, setup.config, result, setup.train, setup.validation, world, console)
+    return 0
+
+
+def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
+    """Find or make the run's folder and its data, on rank 0."""
+    config, checkpoint = arguments.config, None
+    folder = arguments.run_dir or Path("runs") / f"{arguments.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    resumes = arguments.resume and (folder / runs.CONFIG).exists()
+    if resumes:
+        config, checkpoint = runs.go_on(folder, config, world.size)
+    if config.seed is None:
+        config = replace(config, seed=secrets.randbelow(2**31))
+    seed = config.seed
+    assert seed is not None
+    root, simulate, seconds = Path(config.data.dir), config.data.simulate, {}
+    if simulate is not None:
+        start = time.perf_counter()
+        make_dataset(simulate, root, workers=available_cores(), progress=True)
+        seconds["simulate"] = time.perf_counter() - start
+    train, validation = open_split(root, "train"), open_split(root, "validation")
+    runs.check_data(config, checkpoint, world.size, train, validation)
+    if resumes:
+        runs.save_config(folder, config)
+        at = checkpoint.position if checkpoint else "the beginning, for want of a checkpoint"
+        console.say(f"going on with {folder} from {at}")
+    else:
+        runs.begin(folder, config)
+        console.say(f"run folder {folder}, seed {seed}")
+    return Setup(config, seed, folder, checkpoint, train, validation, seconds)
+
+
+def _train(
+    setup: Setup, world: World, device: torch.device, logs: RunLogs, console: Console, began_ms: int
+) -> Result | None:
+    """Build everything and train, every rank taking part; None where a signal stopped it."""
+    config, seed, checkpoint = setup.config, setup.seed, setup.checkpoint
+    start = time.perf_counter()
+    if checkpoint is None:
+        mlperf.log_init_start(logs.mlperf, began_ms)
+    model = build_model(config.model, seed)
+    if isinstance(model, OpenCosmoFlow) and checkpoint is None:
+        apply_log = config.loader.apply_log
+        model.fit_input(*world.on_root(lambda: input_statistics(setup.train, apply_log=apply_log)))
+    shard = Shard(world.rank, world.size)
+    train = Loader(
+        setup.train,
+        config.loader,
+        shard=shard,
+        seed=seed,
+        shuffle=config.shuffle,
+        ragged="drop",
+        device=device,
+    )
+    validation = Loader(
+        setup.validation,
+        config.loader,
+        shard=shard,
+        seed=seed,
+        shuffle=False,
+        ragged="pad",
+        device=device,
+    )
+    trainer = Trainer(
+        config,
+        seed,
+        model,
+        world=world,
+        device=device,
+        train=train,
+        validation=validation,
+        folder=setup.folder,
+        logs=logs,
+        console=console,
+        checkpoint=checkpoint,
+    )
+    if checkpoint is None:
+        samples = len(setup.train), len(setup.validation)
+        mlperf.log_settings(logs.mlperf, config, world, seed=seed, samples=samples)
+        logs.mlperf.end(constants.INIT_STOP)
+        logs.mlperf.start(constants.RUN_START)
+    seconds = setup.seconds | {"setup": time.perf_counter() - start}
+    try:
+        outcome = trainer.run()
+        if outcome is Outcome.STOPPED:
+            return None
+        missed = outcome is Outcome.FINISHED and config.target_mae is not None
+        logs.mlperf.end(constants.RUN_STOP, metadata={"status": "aborted" if missed else "success"})
+        # A run that is resumed behind its last epoch has not been evaluated by this process.
+        evaluation = trainer.evaluation or trainer.validate()
+    finally:
+        train.close()
+        validation.close()
+    clock = trainer.clock
+    return Result(
+        outcome=outcome,
+        evaluation=evaluation,
+        steps=trainer.steps,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        wait_fractions=world.gather(clock.total_waited / clock.total if clock.total else 0.0),
+        seconds=seconds | trainer.seconds,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""The training loop: batches in, a trained network and its logs out.
+
+Everything the ranks must agree on is settled at one place, `_compare_notes`, every `log.every`
+steps: the mean loss, whether it is a number, and whether somebody asked to stop. Between these
+places a step never waits for the device or for another rank, but for the gradients.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from mlperf_logging.mllog import constants
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cosmoflow_dali import symmetry
+from cosmoflow_dali.checkpoint import Checkpoint, Position
+from cosmoflow_dali.config import TrainConfig, to_tree
+from cosmoflow_dali.dist import RankError, World
+from cosmoflow_dali.evaluation import Evaluation, evaluate
+from cosmoflow_dali.log import Console, RunLogs
+from cosmoflow_dali.optim import build_optimizer, set_lr
+from cosmoflow_dali.schedule import lr_at
+from cosmoflow_dali.step import forward_backward, seed_step
+from pipelines.errors import UserError
+from pipelines.loader import Loader
+from pipelines.sample import Batch
+
+
+class Outcome(Enum):
+    """How training ended."""
+
+    REACHED = "reached"
+    """The target quality was reached."""
+    FINISHED = "finished"
+    """All epochs are done."""
+    STOPPED = "stopped"
+    """A signal asked for it; a checkpoint holds the place."""
+
+
+class Clock:
+    """Seconds spent waiting for data and spent in all, since `reset` and since the beginning."""
+
+    def __init__(self) -> None:
+        self.total = self.total_waited = 0.0
+        self._waited = 0.0
+        self._start = time.perf_counter()
+
+    def reset(self) -> None:
+        """Begin a new interval now; what passed since the last one is not counted."""
+        self._waited, self._start = 0.0, time.perf_counter()
+
+    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """`batches`, with the time that each takes to come counted as waiting."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def read(self) -> tuple[float, float]:
+        """(seconds, seconds waited) of the interval that ends now; the next one begins."""
+        seconds, waited = time.perf_counter() - self._start, self._waited
+        self.total += seconds
+        self.total_waited += waited
+        self.reset()
+        return seconds, waited
+
+
+class Trainer:
+    """One rank's part in training `model`.
+
+    evaluation: the validation of the newest whole epoch of this process, or None.
+    position: of the next sample to train on.
+    seconds: spent in "train" and "evaluate", over all processes that worked on this run.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        seed: int,
+        model: nn.Module,
+        *,
+        world: World,
+        device: torch.device,
+        train: Loader,
+        validation: Loader,
+        folder: Path,
+        logs: RunLogs,
+        console: Console,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._config, self._seed, self._world, self._device = config, seed, world, device
+        self._train, self._validation = train, validation
+        self._folder, self._logs, self._console = folder, logs, console
+        self._global_batch = config.loader.batch_size * world.size
+        self._model = model.to(device)
+        self._optimizer = build_optimizer(config.optimizer, self._model)
+        self._parallel: nn.Module = self._model
+        self.position = Position()
+        self.seconds = {"train": 0.0, "evaluate": 0.0}
+        self.evaluation: Evaluation | None = None
+        self.clock = Clock()
+        self._scores: dict[str, Any] | None = None
+        self._window: list[tuple[torch.Tensor, npt.NDArray[np.int64]]] = []
+        self._stop_asked = False
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        if world.size > 1:
+            self._parallel = DistributedDataParallel(self._model, broadcast_buffers=False)
+
+    @property
+    def steps(self) -> int:
+        """Steps done since the beginning of the run."""
+        return self.position.epoch * len(self._train) + self.position.samples // self._global_batch
+
+    def run(self) -> Outcome:
+        """Train to the target, the last epoch, or a SIGTERM."""
+        earlier = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        try:
+            while not self._reached():
+                if self.position.epoch == self._config.epochs:
+                    return Outcome.FINISHED
+                if not self._train_epoch():
+                    return Outcome.STOPPED
+                self._end_epoch()
+            return Outcome.REACHED
+        finally:
+            signal.signal(signal.SIGTERM, earlier)
+
+    def validate(self) -> Evaluation:
+        """Score the model on the validation split; DataError where a sample makes it no number."""
+        samples = len(self._validation.split)
+        result = evaluate(self._model, self._validation.batches(self.position.epoch), samples, self._world)
+        bad = np.flatnonzero(~np.isfinite(result.predictions - result.targets).all(axis=1))
+        if bad.size:
+            self._world.on_root(lambda: self._validation.explain(bad))
+            raise UserError(
+                f"the network's answer for {bad.size} validation samples is not a number: training has "
+                f"diverged in epoch {self.position.epoch + 1}; lower the learning rate"
+            )
+        return result
+
+    def _train_epoch(self) -> bool:
+        """Train the rest of the current epoch; False if a signal cut it short."""
+        epoch, config = self.position.epoch, self._config
+        first, steps = self.position.samples // self._global_batch, len(self._train)
+        if first == 0:
+            self._logs.mlperf.start(constants.EPOCH_START, metadata={"epoch_num": epoch + 1})
+        self._console.start_epoch(epoch, config.epochs, first, steps)
+        self._parallel.train()
+        self.clock.reset()
+        try:
+            for step, batch in enumerate(self.clock.waiting(self._batches(epoch, first)), first):
+                self._step(epoch, step, batch)
+                self.position = Position(epoch, (step + 1) * self._global_batch)
+                done = step + 1
+                saves = self.steps % config.log.checkpoint_every == 0
+                if saves or self.steps % config.log.every == 0 or done == steps:
+                    stop = self._compare_notes()
+                    if stop or saves:
+                        self._save()
+                        self.clock.reset()
+                    if stop:
+                        return False
+        finally:
+            self._console.end_epoch()
+        return True
+
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """This rank's batches; what is wrong with one of them only this rank can tell."""
+        try:
+            yield from self._train.batches(epoch, first)
+        except UserError as error:
+            raise RankError(self._world, error) from error
+
+    def _step(self, epoch: int, step: int, batch: Batch) -> None:
+        """One update of the weights."""
+        config = self._config
+        lr = lr_at(
+            config.schedule,
+            step=epoch * len(self._train) + step,
+            steps_per_epoch=len(self._train),
+            epochs=config.epochs,
+        )
+        set_lr(self._optimizer, lr)
+        seed_step(self._seed, epoch, step, self._world.rank)
+        if config.symmetries:
+            turned = symmetry.apply(batch.volume, symmetry.draw(self._seed, epoch, step))
+            batch = replace(batch, volume=turned)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = forward_backward(self._parallel, batch, config.precision)
+        self._optimizer.step()
+        self._window.append((loss, batch.index))
+
+    def _compare_notes(self) -> bool:
+        """Log the steps since the last time; whether any rank was asked to stop."""
+        losses, stop = [loss for loss, _ in self._window], torch.tensor(float(self._stop_asked))
+        notes = torch.stack([*losses, stop.to(self._device)]).double()
+        *means, stops = (self._world.sum(notes) / self._world.size).tolist()
+        self._refuse_nan(means)
+        seconds, waited = self.clock.read()
+        self.seconds["train"] += seconds
+        self._window.clear()
+        rate = len(means) * self._global_batch / seconds
+        record = {
+            "kind": "step",
+            "step": self.steps,
+            "epoch": self.position.epoch,
+            "samples": self.steps * self._global_batch,
+            "loss": sum(means) / len(means),
+            "lr": self._optimizer.param_groups[0]["lr"],
+            "samples_per_s": rate,
+            "data_wait_ms": 1e3 * waited / len(means),
+            "step_ms": 1e3 * seconds / len(means),
+        }
+        self._logs.metric(record)
+        self._console.advance(
+            len(means),
+            time.monotonic(),
+            lambda: (
+                f"step {self.steps}: loss {record['loss']:.4f}, {rate:.1f} samples/s, "
+                f"data wait {waited / seconds:.0%}, {self._time_left(rate)} left"
+            ),
+        )
+        return stops > 0
+
+    def _time_left(self, rate: float) -> str:
+        steps = self._config.epochs * len(self._train) - self.steps
+        minutes, seconds = divmod(round(steps * self._global_batch / rate), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+    def _refuse_nan(self, means: list[float]) -> None:
+        """Raise, on every rank, what made the first loss among `means` that is not a number."""
+        bad = np.flatnonzero(~np.isfinite(means)).tolist()
+        if not bad:
+            return
+        index = self._window[bad[0]][1]
+        self._world.everywhere(lambda: self._train.explain(index))
+        step = self.steps - len(means) + bad[0] + 1
+        raise UserError(
+            f"the loss is {means[bad[0]]} at step {step} (epoch {self.position.epoch + 1}), and the samples "
+            "of that step are sound: training has diverged; lower the learning rate"
+        )
+
+    def _end_epoch(self) -> None:
+        """Evaluate, log and save the epoch that has just been trained."""
+        epoch, log = {"epoch_num": self.position.epoch + 1}, self._logs.mlperf
+        start = time.perf_counter()
+        log.start(constants.EVAL_START, metadata=epoch)
+        self.evaluation = self.validate()
+        log.end(constants.EVAL_STOP, metadata=epoch)
+        self.seconds["evaluate"] += time.perf_counter() - start
+        self._scores = self.evaluation.scores() | {"residual_rms": self.evaluation.residual_rms}
+        log.event("eval_error", value=self.evaluation.mae, metadata=epoch)
+        log.end(constants.EPOCH_STOP, metadata=epoch)
+        self._logs.metric(
+            {
+                "kind": "eval",
+                "step": self.steps,
+                "epoch": self.position.epoch,
+                "samples": self.steps * self._global_batch,
+                "mae": self.evaluation.mae,
+                "mse": self.evaluation.mse,
+                "mae_per_parameter": self.evaluation.mae_per_parameter,
+            }
+        )
+        each = ", ".join(f"{name} {mae:.3f}" for name, mae in self.evaluation.mae_per_parameter.items())
+        self._console.say(
+            f"epoch {self.position.epoch + 1}: validation MAE {self.evaluation.mae:.4f} ({each})"
+        )
+        self.position = Position(self.position.epoch + 1)
+        self._save()
+
+    def _reached(self) -> bool:
+        target = self._config.target_mae
+        return target is not None and self._scores is not None and self._scores["mae"] <= target
+
+    def _save(self) -> None:
+        if not self._world.is_root:
+            return
+        Checkpoint(
+            config=to_tree(self._config),
+            seed=self._seed,
+            global_batch=self._global_batch,
+            train_samples=len(self._train.split),
+            position=self.position,
+            model=self._model.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            scores=self._scores,
+            seconds=dict(self.seconds),
+            logs=self._logs.lengths(),
+        ).save(self._folder / "checkpoints")
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self._model.load_state_dict(checkpoint.model)
+        self._optimizer.load_state_dict(checkpoint.optimizer)
+        self.position, self.seconds = checkpoint.position, dict(checkpoint.seconds)
+        self._scores = checkpoint.scores
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop_asked = True

@@ -1,0 +1,1 @@
+"""Making data sets: simulated universes, and conversion between the formats."""

@@ -1,0 +1,229 @@
+"""Make a data set of simulated universes in the published format.
+
+    python -m preprocess.simulate -o data/embedded --train 4096 --validation 512
+
+A run makes what is missing: one that was stopped goes on where it was, a complete folder costs a
+look at its file names, and a folder can grow. `simulation.json` in the folder says what it was made
+with, and other settings are refused there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_args
+
+from tqdm import tqdm
+
+from pipelines.errors import ConfigError, DataError, UserError
+from pipelines.files import TEMPORARY, write_atomically
+from pipelines.formats import FORMATS
+from preprocess.universe import SimulateConfig, SplitName
+from preprocess.workforce import Job, make_universes
+
+__all__ = ["SimulateConfig", "make_dataset"]
+
+SETTINGS = "simulation.json"
+"""The file in a data set's folder that records what its universes were made with."""
+
+_VERSION = 1
+"""Of the simulation: to be raised by every change that makes other universes of the same settings."""
+
+_LINE_SECONDS = 15.0
+"""Between lines of progress where stderr is no terminal."""
+
+_SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+_COUNTS = ("train", "validation")
+
+
+def make_dataset(config: SimulateConfig, root: Path, *, workers: int, progress: bool) -> None:
+    """Make the samples of `config` that are missing in `root`/train and `root`/validation.
+
+    The files do not depend on `workers`, processes of one thread each. With `progress`, a bar on a
+    terminal's stderr (a line now and then where that is none) and what was made in the end.
+
+    Raises ConfigError for settings other than those that `root` was made with, DataError for a
+    `root` that holds something else, UserError for a worker that cannot go on.
+    """
+    root = Path(root).absolute()
+    _check_settings(config, root)
+    if not _missing(config, root):
+        if progress:
+            print(f"{root}: complete")
+        return
+    if workers < 1:
+        raise ConfigError("workers", workers, "expected at least one process")
+    start = time.perf_counter()
+    try:
+        for split in _SPLITS:
+            (root / split).mkdir(parents=True, exist_ok=True)
+        with _lock(root, progress) as lock:
+            _check_settings(config, root)
+            _remove_temporaries(root)
+            record = json.dumps({"version": _VERSION, **asdict(config)}, indent=2) + "\n"
+            write_atomically(root / SETTINGS, lambda file: file.write(record.encode()))
+            files = size = 0
+            jobs = _missing(config, root)
+            made = make_universes(config, root, jobs, workers, lock)
+            # The iterator's own clean-up ends the workers, also when Ctrl-C arrives right here.
+            with contextlib.closing(made), _report(len(jobs), progress) as advance:
+                for more_files, more_bytes in made:
+                    files, size = files + more_files, size + more_bytes
+                    advance()
+    except OSError as error:
+        raise DataError(root, f"cannot be written ({error})", "choose or mend the folder") from error
+    if progress:
+        seconds = time.perf_counter() - start
+        print(f"simulated {len(jobs)} universes: {files} files, {size / 1e6:.1f} MB, {seconds:.1f} s")
+
+
+def _missing(config: SimulateConfig, root: Path) -> list[Job]:
+    """The universes that lack a sample, in order."""
+    jobs: list[Job] = []
+    suffix = FORMATS[config.format].suffix
+    for split in _SPLITS:
+        try:
+            present = set(os.listdir(root / split))
+        except FileNotFoundError:
+            present = set()
+        jobs += [
+            (split, universe)
+            for universe in range(config.universes(split))
+            if any(stem + suffix not in present for stem in config.stems(split, universe))
+        ]
+    return jobs
+
+
+def _check_settings(config: SimulateConfig, root: Path) -> None:
+    """Refuse a root that was made with other settings, or by something else."""
+    path = root / SETTINGS
+    try:
+        recorded = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        for split in _SPLITS:
+            if (root / split).is_dir() and any(not _temporary(entry) for entry in (root / split).iterdir()):
+                raise DataError(
+                    root,
+                    f"holds {split}/ but no {SETTINGS}",
+                    "choose another folder to simulate into",
+                ) from None
+        return
+    except (OSError, ValueError) as error:
+        raise DataError(path, f"cannot be read ({error})", "remove the folder, or choose another") from error
+    ours = {"version": _VERSION, **asdict(config)}
+    for key, value in ours.items():
+        there = recorded.get(key) if isinstance(recorded, dict) else None
+        if key in _COUNTS and isinstance(there, int):
+            if value < there:
+                raise ConfigError(
+                    f"simulate.{key}",
+                    value,
+                    f"{root} has {there}: ask for as many or more, or for another folder",
+                )
+        elif value != there:
+            raise ConfigError(
+                f"simulate.{key}",
+                value,
+                f"{root} was made with {there!r}: ask for that, or for another folder",
+            )
+
+
+def _temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY)
+
+
+def _remove_temporaries(root: Path) -> None:
+    """Remove what writers that were killed left behind; the lock says that none is alive."""
+    for directory in (root, *(root / split for split in _SPLITS)):
+        for path in directory.iterdir():
+            if _temporary(path):
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _lock(root: Path, progress: bool) -> Iterator[int]:
+    """The right to write into `root`, as a file descriptor; waits while another process has it."""
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress:
+                print(
+                    f"{root}: another process is simulating into it; waiting for that",
+                    file=sys.stderr,
+                )
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _report(total: int, progress: bool) -> Iterator[Callable[[], object]]:
+    """A function to call after each of `total` universes: it moves a bar or, now and then, prints."""
+    if not progress:
+        yield lambda: None
+    elif sys.stderr.isatty():
+        with tqdm(total=total, desc="simulating", unit="universe", smoothing=0.1) as bar:
+            yield bar.update
+    else:
+        start = told = time.monotonic()
+        done = 0
+
+        def advance() -> None:
+            nonlocal done, told
+            done, now = done + 1, time.monotonic()
+            if now - told >= _LINE_SECONDS:
+                told, left = now, (now - start) / done * (total - done)
+                print(f"simulated {done} of {total} universes, {left:.0f} s left", file=sys.stderr)
+
+        yield advance
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0 if the data set is complete."""
+    defaults = SimulateConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m preprocess.simulate",
+        description="Simulate universes and write their samples in the published format.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    options = {
+        "train": (int, "universes to train on"),
+        "validation": (int, "universes to validate on"),
+        "size": (int, "voxels along each edge of a sample"),
+        "voxel": (float, "edge of a voxel in Mpc/h, where H_0 is 70"),
+        "steps": (int, "time steps in all"),
+        "crops": (int, "samples along each edge of a universe"),
+        "seed": (int, "seed of all universes"),
+        "format": (str, "of the files, one of " + ", ".join(sorted(FORMATS))),
+    }
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the data set")
+    for name, (kind, text) in options.items():
+        parser.add_argument(f"--{name}", type=kind, default=getattr(defaults, name), help=text)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    arguments = parser.parse_args(argv)
+    try:
+        config = SimulateConfig(**{name: getattr(arguments, name) for name in options})
+        make_dataset(config, arguments.output, workers=arguments.workers, progress=True)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Bad samples in the trainer: one line that names the file, on one rank and on two."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import Done, config_file, write_tiny
+
+Program = Callable[..., Done]
+CULPRIT = "universe_0003_000"
+
+
+def _set_count(path: Path) -> None:
+    counts = np.load(path)
+    counts[1, 2, 3, 0] = -5
+    np.save(path, counts)
+
+
+def _set_target(path: Path) -> None:
+    np.save(path, np.array([0.1, np.nan, 0.2, 0.3], np.float32))
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 0xFF
+    path.write_bytes(content)
+
+
+FAULTS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+    "counts below zero": ("npy", "_data.npy", _set_count),
+    "a NaN target": ("npy", "_label.npy", _set_target),
+    "a truncated npy": ("npy", "_data.npy", _truncate),
+    "a wrong shape": (
+        "npy",
+        "_data.npy",
+        lambda path: np.save(path, np.zeros((8, 8, 8, 4), np.int16)),
+    ),
+    "a wrong dtype": ("npy", "_data.npy", lambda path: np.save(path, np.zeros((16, 16, 16, 4)))),
+    "a pickle": ("npy", "_data.npy", lambda path: np.save(path, np.array([{}], object))),
+    "a truncated gzip": ("tfrecord_gzip", ".tfrecord", _truncate),
+    "a gzip that is not": (
+        "tfrecord_gzip",
+        ".tfrecord",
+        lambda path: path.write_bytes(b"x" * 1000),
+    ),
+    "an empty file": ("tfrecord_gzip", ".tfrecord", lambda path: path.write_bytes(b"")),
+    "a wrong CRC": ("tfrecord", ".tfrecord", _flip),
+    "a truncated record": ("tfrecord", ".tfrecord", _truncate),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_bad_training_sample_is_named(name: str, tmp_path: Path, program: Program) -> None:
+    form, suffix, spoil = FAULTS[name]
+    data = write_tiny(tmp_path / "data", train=12, validation=4, form=form)
+    spoil(data / "train" / f"{CULPRIT}{suffix}")
+    config = config_file(tmp_path / "c.yaml", data)
+    ranks = 2 if name in ("counts below zero", "a truncated gzip") else 1
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run", ranks=ranks)
+    assert done.code not in (0, 75)
+    assert CULPRIT in done.err, done.err
+    assert "Traceback" not in done.err
+    # Both ranks may come upon it, reading ahead into epochs in which it is theirs.
+    assert 1 <= len([line for line in done.err.splitlines() if CULPRIT in line]) <= ranks
+
+
+def test_a_bad_validation_sample_is_named(tmp_path: Path, program: Program) -> None:
+    data = write_tiny(tmp_path / "data", train=8, validation=8)
+    spoiled = sorted((data / "validation").glob("*_data.npy"))[3]
+    _set_count(spoiled)
+    config = config_file(tmp_path / "c.yaml", data)
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run")
+    assert done.code == 1
+    assert spoiled.name in done.err and "Traceback" not in done.err
+
+
+def test_folders_that_cannot_be_trained_on(tmp_path: Path, program: Program) -> None:
+    def refused(data: Path, *flags: object) -> str:
+        config = config_file(tmp_path / "c.yaml", data)
+        run = tmp_path / "run"
+        done = program("cosmoflow_dali.train", "--config", config, "--run-dir", run, *flags)
+        assert done.code == 1, done.err
+        assert "Traceback" not in done.err and len(done.err.splitlines()) == 1, done.err
+        assert not run.exists()
+        return done.err
+
+    assert "missing" in refused(tmp_path / "missing")
+    data = write_tiny(tmp_path / "data", train=3, validation=1)
+    line = refused(data)
+    assert "3" in line and "4" in line
+    shutil.rmtree(data / "validation")
+    (data / "validation").mkdir()
+    assert str(data / "validation") in refused(data)

@@ -1,0 +1,235 @@
+"""The trainer as a user starts it: what a run leaves behind, and that stopping changes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import OPEN, ROOT, Done, command, config_file, environment, write_tiny
+
+from cosmoflow_dali.checkpoint import Checkpoint
+
+Program = Callable[..., Done]
+TRAIN = "cosmoflow_dali.train"
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.newest(run / "checkpoints")
+    assert checkpoint is not None
+    return checkpoint.model
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what a clock decides."""
+    clocked = ("samples_per_s", "data_wait_ms", "step_ms")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in lines]
+
+
+def mlperf_keys(run: Path) -> list[str]:
+    lines = (run / "mlperf.log").read_text().splitlines()
+    return [json.loads(line.removeprefix(":::MLLOG "))["key"] for line in lines]
+
+
+def compliance(run: Path) -> Done:
+    checker = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "hpc"]
+    line = [*checker, "--ruleset", "3.0.0", str(run / "mlperf.log")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=run)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each network, and the configuration beside it."""
+    runs = {}
+    for name, changes in (("reference", {}), ("open", OPEN)):
+        folder = tmp_path_factory.mktemp(name)
+        config = config_file(folder / "config.yaml", tiny, **changes)
+        line = command(TRAIN, ["--config", config, "--run-dir", folder / "run"])
+        subprocess.run(line, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=240)
+        runs[name] = folder / "run"
+    return runs
+
+
+def test_a_run_leaves_what_it_should(undisturbed: dict[str, Path]) -> None:
+    for run in undisturbed.values():
+        names = {path.name for path in run.iterdir()}
+        assert names == {
+            "config.yaml", "metrics.jsonl", "mlperf.log", "checkpoints", "predictions.csv", "summary.json",
+            "report.html",
+        }  # fmt: skip
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["samples"] == 7
+        assert (summary["steps"], summary["epochs"], summary["global_batch"]) == (24, 4, 4)
+        evals = [line for line in metrics(run) if line["kind"] == "eval"]
+        assert [line["epoch"] for line in evals] == [0, 1, 2, 3]
+        assert evals[-1]["mae"] == summary["mae"]
+        assert set(summary["mae_per_parameter"]) == {"Omega_m", "sigma_8", "n_s", "H_0"}
+        assert 0 <= summary["data_wait_fraction"]["mean"] <= 1
+
+
+def test_the_mlperf_log_lacks_only_the_quality(undisturbed: dict[str, Path]) -> None:
+    done = compliance(undisturbed["reference"])
+    failures = [line for line in (done.out + done.err).splitlines() if "ailed" in line or "Required" in line]
+    assert failures and all("eval_error" in line for line in failures), done.err
+
+
+def test_a_run_that_reaches_its_target_ends_there_and_complies(tmp_path: Path, program: Program) -> None:
+    data = write_tiny(tmp_path / "data", train=8, validation=4)
+    # Targets so small that the untrained network's answer is within the benchmark's quality.
+    import numpy as np
+
+    for label in data.glob("*/*_label.npy"):
+        np.save(label, np.load(label) * np.float32(0.01))
+    config = config_file(tmp_path / "c.yaml", data, target_mae=0.124, epochs=9)
+    done = program(TRAIN, "--config", config, "--run-dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["outcome"] == "reached"
+    assert summary["mae"] <= 0.124
+    assert summary["epochs"] < 9
+    checked = compliance(tmp_path / "run")
+    assert checked.code == 0 and "SUCCESS" in checked.out + checked.err, checked.err
+
+
+def kill_and_resume(run: Path, config: Path, undisturbed: Path, moments: list[float]) -> None:
+    """Kill a run after each of `moments` seconds, resume it each time, and compare the end."""
+    line = command(TRAIN, ["--config", config, "--run-dir", run, "--resume"])
+    for moment in moments:
+        process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+    subprocess.run(line, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=240)
+    assert same_weights(run, undisturbed)
+    assert metrics(run) == metrics(undisturbed)
+    assert mlperf_keys(run) == mlperf_keys(undisturbed)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Return once a checkpoint of `run` has at least `step` samples or an epoch behind it."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any((run / "checkpoints").glob(f"*sample{step:09d}.pt")):
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"no checkpoint of sample {step} in {run}")
+
+
+@pytest.mark.parametrize("network", ["reference", "open"])
+def test_kill_9_mid_epoch_and_resume_change_nothing(
+    network: str, tiny: Path, tmp_path: Path, undisturbed: dict[str, Path]
+) -> None:
+    config = config_file(tmp_path / "config.yaml", tiny, **(OPEN if network == "open" else {}))
+    run = tmp_path / "run"
+    line = command(TRAIN, ["--config", config, "--run-dir", run])
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    wait_for_step(run, 8)
+    process.kill()
+    process.wait()
+    kill_and_resume(run, config, undisturbed[network], [])
+
+
+@pytest.mark.slow
+def test_kill_9_at_ten_random_moments_changes_nothing(
+    tiny: Path, tmp_path: Path, undisturbed: dict[str, Path]
+) -> None:
+    rng = random.Random(11)
+    config = config_file(tmp_path / "config.yaml", tiny)
+    kill_and_resume(
+        tmp_path / "run", config, undisturbed["reference"], [rng.uniform(0.5, 9) for _ in range(10)]
+    )
+
+
+def test_sigterm_saves_and_leaves_with_75(tiny: Path, tmp_path: Path, undisturbed: dict[str, Path]) -> None:
+    config = config_file(tmp_path / "config.yaml", tiny)
+    run = tmp_path / "run"
+    line = command(TRAIN, ["--config", config, "--run-dir", run])
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for_step(run, 8)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "--resume" in err
+    kill_and_resume(run, config, undisturbed["reference"], [])
+
+
+def test_a_damaged_newest_checkpoint_falls_back(
+    tiny: Path, tmp_path: Path, program: Program, undisturbed: dict[str, Path]
+) -> None:
+    config = config_file(tmp_path / "config.yaml", tiny)
+    run = tmp_path / "run"
+    assert program(TRAIN, "--config", config, "--run-dir", run).code == 0
+    newest = max((run / "checkpoints").iterdir())
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    done = program(TRAIN, "--run-dir", run, "--resume")
+    assert done.code == 0, done.err
+    assert newest.name in done.err and "falling back" in done.err
+    assert same_weights(run, undisturbed["reference"])
+
+
+@pytest.mark.parametrize("network", ["reference", "open"])
+def test_two_ranks_give_the_losses_of_one(network: str, tiny: Path, tmp_path: Path, program: Program) -> None:
+    changes = (OPEN if network == "open" else {}) | {"log": {"every": 1}, "epochs": 4}
+    losses = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        config = config_file(folder / "c.yaml", tiny, **changes | {"loader": {"batch_size": 4 // ranks}})
+        done = program(TRAIN, "--config", config, "--run-dir", folder / "run", ranks=ranks)
+        assert done.code == 0, done.err
+        lines = metrics(folder / "run")
+        losses.append([line["loss"] for line in lines if line["kind"] == "step"])
+        losses[-1] += [line["mae"] for line in lines if line["kind"] == "eval"]
+    assert len(losses[0]) == 24 + 4
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_resume_on_other_ranks_keeps_the_global_batch_or_is_refused(
+    tiny: Path, tmp_path: Path, program: Program
+) -> None:
+    config = config_file(tmp_path / "c.yaml", tiny, epochs=1)
+    run = tmp_path / "run"
+    assert program(TRAIN, "--config", config, "--run-dir", run).code == 0
+    again = ("--config", config, "--epochs", 2, "--run-dir", run, "--resume")
+    refused = program(TRAIN, *again, ranks=2)
+    assert refused.code != 0 and "global batch of 4" in refused.err
+    done = program(TRAIN, *again, "--batch-size", 2, ranks=2)
+    assert done.code == 0, done.err
+    assert [line["epoch"] for line in metrics(run) if line["kind"] == "eval"] == [0, 1]
+
+
+def test_what_would_change_the_weights_is_refused_on_resume(
+    tiny: Path, tmp_path: Path, program: Program
+) -> None:
+    config = config_file(tmp_path / "c.yaml", tiny, epochs=1)
+    run = tmp_path / "run"
+    assert program(TRAIN, "--config", config, "--run-dir", run).code == 0
+    for flags, key in (
+        (["--base-lr", 0.5], "base_lr"),
+        (["--seed", 6], "seed"),
+        (["--no-shuffle"], "shuffle"),
+    ):
+        done = program(TRAIN, "--config", config, "--run-dir", run, "--resume", *flags)
+        assert done.code == 1
+        assert key in done.err and "Traceback" not in done.err
+    done = program(TRAIN, "--config", config, "--run-dir", run)
+    assert done.code == 1 and "--resume" in done.err

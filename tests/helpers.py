@@ -1,0 +1,90 @@
+"""Small data sets, and the programs as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from pipelines.formats import FORMATS
+from pipelines.sample import Sample
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 16
+
+
+def tiny_sample(index: int, size: int = SIZE) -> Sample:
+    """Lognormal Poisson counts whose roughness follows the target's second component."""
+    rng = np.random.default_rng(index)
+    target = rng.uniform(-1, 1, 4).astype(np.float32)
+    field = np.exp((0.8 + 0.4 * target[1]) * rng.standard_normal((size, size, size, 4)))
+    return Sample(rng.poisson(field).astype(np.int16), target)
+
+
+def write_tiny(root: Path, *, train: int, validation: int, form: str = "npy", size: int = SIZE) -> Path:
+    """A data set of `train` and `validation` tiny samples in `form` at `root`."""
+    for split, first, count in (("train", 0, train), ("validation", 1000, validation)):
+        (root / split).mkdir(parents=True)
+        for index in range(first, first + count):
+            FORMATS[form].write(root / split, f"universe_{index:04d}_000", tiny_sample(index, size))
+    return root
+
+
+def config_file(path: Path, data: Path, **changes: object) -> Path:
+    """A YAML file at `path` for a quick closed-rules run on `data`, with `changes` on top."""
+    tree: dict[str, object] = {
+        "data": {"dir": str(data)},
+        "loader": {"batch_size": 4},
+        "model": {"size": SIZE, "blocks": 3, "filters": 2, "dense": [16, 8], "dropout": 0.0},
+        "schedule": {"initial_lr": 0.01, "base_lr": 0.02, "warmup_epochs": 1, "decay_epochs": [2],
+                     "decay_factors": [0.25]},
+        "log": {"every": 2, "checkpoint_every": 2},
+        "seed": 5,
+        "epochs": 4,
+        "shuffle": True,
+        "device": "cpu",
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(tree | changes))
+    return path
+
+
+OPEN = {
+    "model": {"kind": "open", "size": SIZE},
+    "optimizer": {"kind": "adam"},
+    "schedule": {"kind": "one_cycle", "peak_lr": 0.01},
+    "symmetries": True,
+    "submission": {"division": "open"},
+}
+"""The changes that make `config_file`'s run one of the open network."""
+
+
+def command(module: str, arguments: Sequence[object], ranks: int = 1) -> list[str]:
+    """The command line of `python -m module`, under mpirun for several ranks."""
+    line = [sys.executable, "-m", module, *map(str, arguments)]
+    if ranks == 1:
+        return line
+    mpirun = Path(sys.executable).with_name("mpirun")
+    return [str(mpirun), "-n", str(ranks), "--oversubscribe", "--bind-to", "none", *line]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a program under test: one thread, and mpirun allowed to root."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+
+
+@dataclass(frozen=True)
+class Done:
+    """A program that has ended."""
+
+    code: int
+    out: str
+    err: str
