@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cosmoflow_dali.arguments import OneLineParser
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--batch-size", type=int, default=4, help="samples at a time on each rank")
         parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         arguments = parser.parse_args(argv)
+        config = LoaderConfig(batch_size=arguments.batch_size)
         device = world.device(arguments.device)
         with world.connected(device):
             trained = world.everywhere(lambda: load_trained(arguments.weights))
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             loader = Loader(
                 split,
-                LoaderConfig(batch_size=arguments.batch_size, apply_log=trained.apply_log),
+                replace(config, apply_log=trained.apply_log),
                 shard=Shard(world.rank, world.size),
                 seed=0,
                 shuffle=False,

@@ -120,7 +120,7 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
         if world.size > 1:
-            self._parallel = DistributedDataParallel(self._model, broadcast_buffers=False)
+            self._parallel = DistributedDataParallel(self._model)
 
     @property
     def steps(self) -> int:
