@@ -48,7 +48,8 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #1f2430; }}
 body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
 h1 {{ font-size: 1.5rem; margin-bottom: 0; }} h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
 table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .9rem .2rem 0; text-align: right; }}
-td:first-child, th:first-child {{ text-align: left; }} tr + tr td {{ border-top: 1px solid #e3e5ea; }}
+td:first-child, th:first-child, .facts td {{ text-align: left; }} .facts td {{ vertical-align: top; }}
+.facts td:first-child {{ white-space: nowrap; color: #5b6170; }} tr + tr td {{ border-top: 1px solid #e3e5ea; }}
 thead th {{ border-bottom: 1px solid #8a8f9c; font-weight: 600; }}
 svg {{ width: 100%; height: auto; font-family: system-ui, sans-serif; }}
 pre {{ background: #f5f6f8; padding: 1rem; overflow-x: auto; }} p.note {{ color: #5b6170; }}
@@ -95,7 +96,7 @@ def _headline(summary: dict[str, Any]) -> str:
     rate = summary["samples_per_s"]
     return (
         f"{summary['epochs']} epochs, {summary['steps']} steps of {summary['global_batch']} samples on "
-        f"{summary['ranks']} ranks, seed {summary['seed']}"
+        f"{summary['ranks']} {'rank' if summary['ranks'] == 1 else 'ranks'}, seed {summary['seed']}"
         + (f"; {rate:.1f} samples/s" if rate else "")
         + f"; {summary['parameters']:,} parameters; outcome: {summary['outcome']}"
     )
@@ -131,7 +132,7 @@ def _facts(summary: dict[str, Any]) -> str:
             ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
         ],
     ]
-    return _table([], rows)
+    return f"<div class='facts'>{_table([], rows)}</div>"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -230,8 +231,8 @@ def _draw_time(axes: list[Axes], records: list[dict[str, Any]], summary: dict[st
     axes[0].stackplot(
         at, wait, whole - wait, labels=["data wait", "compute"], colors=[_TRIVIAL, "#a9c3e2"], lw=0
     )
-    axes[0].set(xlabel="epoch", ylabel="ms a step")
-    axes[0].legend(loc="lower right")
+    axes[0].set(xlabel="epoch", ylabel="ms a step", ylim=(0, 1.35 * whole.max()))
+    axes[0].legend(loc="upper right", ncols=2)
     phases = {name: seconds for name, seconds in summary["seconds"].items() if seconds}
     axes[1].barh(list(phases), list(phases.values()), color="#a9c3e2")
     for row, seconds in enumerate(phases.values()):

@@ -6,8 +6,9 @@ The definitions are those of the published set cosmoUniverse_2019_05_4parE_tf_v2
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -80,31 +81,35 @@ class Sample:
     counts: npt.NDArray[np.int16]
     target: npt.NDArray[np.float32]
 
-    def checked(self, path: str, spec: SampleSpec | None = None) -> Sample:
-        """This sample, if it keeps the contract above (and `spec`); else a DataError naming `path`."""
-        shape, target = self.counts.shape, self.target
-        if len(shape) != 4 or len(set(shape[:3])) != 1 or 0 in shape:
-            raise DataError(path, f"counts have shape {shape}", "expected (size, size, size, redshifts)")
-        if spec is not None and shape != spec.shape:
-            raise DataError(
-                path,
-                f"counts have shape {shape}",
-                f"the other samples have {spec.shape}: remove it",
-            )
-        if self.counts.dtype != np.int16:
-            raise DataError(path, f"counts are {self.counts.dtype}", "expected little-endian int16")
-        if target.shape != (len(PARAMETERS),) or target.dtype != np.float32:
-            raise DataError(
-                path,
-                f"the target is {target.dtype} of shape {target.shape}",
-                f"expected float32 of shape ({len(PARAMETERS)},)",
-            )
-        if not np.isfinite(target).all():
-            raise DataError(path, f"the target is {target.tolist()}", "remove the sample or mend its target")
-        lowest = int(self.counts.min())
-        if lowest < 0:
-            raise DataError(path, f"a count is {lowest}", "counts start at 0: make the file anew")
-        return self
+
+def check_counts(
+    path: str | os.PathLike[str], counts: npt.NDArray[Any], spec: SampleSpec | None = None
+) -> npt.NDArray[np.int16]:
+    """`counts`, if they keep `Sample`'s contract (and `spec`); else a DataError naming `path`."""
+    shape = counts.shape
+    if len(shape) != 4 or len(set(shape[:3])) != 1 or 0 in shape:
+        raise DataError(path, f"counts have shape {shape}", "expected (size, size, size, redshifts)")
+    if spec is not None and shape != spec.shape:
+        raise DataError(path, f"counts have shape {shape}", f"the other samples have {spec.shape}: remove it")
+    if counts.dtype != np.int16:
+        raise DataError(path, f"counts are {counts.dtype}", "expected little-endian int16")
+    lowest = int(counts.min())
+    if lowest < 0:
+        raise DataError(path, f"a count is {lowest}", "counts start at 0: make the file anew")
+    return counts
+
+
+def check_target(path: str | os.PathLike[str], target: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """`target`, if it keeps `Sample`'s contract; else a DataError naming `path`."""
+    if target.shape != (len(PARAMETERS),) or target.dtype != np.float32:
+        raise DataError(
+            path,
+            f"the target is {target.dtype} of shape {target.shape}",
+            f"expected float32 of shape ({len(PARAMETERS)},)",
+        )
+    if not np.isfinite(target).all():
+        raise DataError(path, f"the target is {target.tolist()}", "remove the sample or mend its target")
+    return target
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from pipelines.formats import FORMATS
 from pipelines.sample import Sample
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
 SIZE = 16
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pipelines.errors import DataError
 from pipelines.files import write_atomically
 from pipelines.formats.base import Payload
-from pipelines.sample import Sample, SampleSpec
+from pipelines.sample import Sample, SampleSpec, check_counts, check_target
 
 DATA, LABEL = "_data.npy", "_label.npy"
 _REMEDY = "convert the sample again"
@@ -38,7 +38,7 @@ class Npy:
 
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
         """The sample whose counts are in `path`, and its target in the file beside it."""
-        return Sample(read_npy(path), read_npy(_label_path(path))).checked(str(path), spec)
+        return Sample(check_counts(path, read_npy(path), spec), _read_target(path))
 
     def payload(self, path: Path, spec: SampleSpec) -> Payload:
         """The path, for DALI to read from, once its header is seen to keep the contract."""
@@ -47,10 +47,7 @@ class Npy:
         if header.shape != spec.shape or header.dtype != np.int16:
             # Reading it whole says in full what is wrong.
             self.read(path, spec)
-        target = read_npy(_label_path(path))
-        if not np.isfinite(target).all():
-            self.read(path, spec)
-        return Payload(np.frombuffer(os.fsencode(path), np.uint8), target)
+        return Payload(np.frombuffer(os.fsencode(path), np.uint8), _read_target(path))
 
     def counts_node(self, payload: Any) -> Any:
         """The file that each path names, mapped and decoded by DALI's own threads."""
@@ -71,8 +68,10 @@ class _Header(NamedTuple):
     dtype: np.dtype[Any]
 
 
-def _label_path(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(DATA) + LABEL)
+def _read_target(path: Path) -> npt.NDArray[np.float32]:
+    """The target beside the counts in `path`."""
+    label = path.with_name(path.name.removesuffix(DATA) + LABEL)
+    return check_target(label, read_npy(label))
 
 
 def _open(path: Path) -> BinaryIO:
@@ -94,8 +93,9 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
         else:
             raise ValueError(f"npy version {version}")
-    except ValueError as error:
-        raise DataError(path, f"is no .npy file ({str(error).splitlines()[0]})", _REMEDY) from error
+    except Exception as error:  # the header is a Python expression, and its parser has many errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(path, f"is no .npy file ({reason})", _REMEDY) from error
     if dtype.hasobject or dtype.byteorder == ">":
         raise DataError(path, f"holds {dtype.str}", "expected little-endian int16 counts or a float32 target")
     if fortran and len(shape) > 1:

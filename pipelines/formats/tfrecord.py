@@ -24,7 +24,7 @@ from isal import igzip, isal_zlib
 from pipelines.errors import DataError
 from pipelines.files import read_file, write_atomically
 from pipelines.formats.base import Payload
-from pipelines.sample import PARAMETERS, REDSHIFTS, Sample, SampleSpec
+from pipelines.sample import PARAMETERS, REDSHIFTS, Sample, SampleSpec, check_counts, check_target
 
 GZIP_MAGIC = b"\x1f\x8b"
 _HEADER, _FOOTER = 12, 4
@@ -56,7 +56,8 @@ class TFRecord(NamedTuple):
             content = _inflate(name, content)
         elif content[:2] == GZIP_MAGIC and len(content) > 2:
             raise DataError(name, "is gzip, and the other files here are not", "keep the two kinds apart")
-        return parse_example(name, unframe(name, content)).checked(name, spec)
+        sample = parse_example(name, unframe(name, content))
+        return Sample(check_counts(path, sample.counts, spec), check_target(path, sample.target))
 
     def payload(self, path: Path, spec: SampleSpec) -> Payload:
         """The sample, inflated and checked: no device does that for one long gzip stream."""
