@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,13 +65,17 @@ OPEN = {
 """The changes that make `config_file`'s run one of the open network."""
 
 
-def command(module: str, arguments: Sequence[object], ranks: int = 1) -> list[str]:
-    """The command line of `python -m module`, under mpirun for several ranks."""
-    line = [sys.executable, "-m", module, *map(str, arguments)]
+def mpirun(ranks: int) -> list[str]:
+    """What to put before a command line to run it on `ranks` ranks; nothing for one."""
     if ranks == 1:
-        return line
-    mpirun = Path(sys.executable).with_name("mpirun")
-    return [str(mpirun), "-n", str(ranks), "--oversubscribe", "--bind-to", "none", *line]
+        return []
+    mpirun = str(Path(sys.executable).with_name("mpirun"))
+    return [mpirun, "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
+
+
+def command(module: str, arguments: Sequence[object], ranks: int = 1) -> list[str]:
+    """The command line of `python -m module` on `ranks` ranks."""
+    return [*mpirun(ranks), sys.executable, "-m", module, *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
@@ -89,3 +94,16 @@ class Done:
     code: int
     out: str
     err: str
+
+
+def run(line: Sequence[str]) -> Done:
+    """Run the command `line` in the checkout to its end."""
+    done = subprocess.run(
+        line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def program(module: str, *arguments: object, ranks: int = 1) -> Done:
+    """Run `python -m module arguments...` to its end, on `ranks` ranks."""
+    return run(command(module, arguments, ranks))

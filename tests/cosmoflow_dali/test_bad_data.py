@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Done, config_file, write_tiny
+from helpers import config_file, program, write_tiny
 
-Program = Callable[..., Done]
 CULPRIT = "universe_0003_000"
 
 
@@ -58,7 +57,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_bad_training_sample_is_named(name: str, tmp_path: Path, program: Program) -> None:
+def test_a_bad_training_sample_is_named(name: str, tmp_path: Path) -> None:
     form, suffix, spoil = FAULTS[name]
     data = write_tiny(tmp_path / "data", train=12, validation=4, form=form)
     spoil(data / "train" / f"{CULPRIT}{suffix}")
@@ -72,7 +71,7 @@ def test_a_bad_training_sample_is_named(name: str, tmp_path: Path, program: Prog
     assert 1 <= len([line for line in done.err.splitlines() if CULPRIT in line]) <= ranks
 
 
-def test_a_bad_validation_sample_is_named(tmp_path: Path, program: Program) -> None:
+def test_a_bad_validation_sample_is_named(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=8, validation=8)
     spoiled = sorted((data / "validation").glob("*_data.npy"))[3]
     _set_count(spoiled)
@@ -82,7 +81,7 @@ def test_a_bad_validation_sample_is_named(tmp_path: Path, program: Program) -> N
     assert spoiled.name in done.err and "Traceback" not in done.err
 
 
-def test_folders_that_cannot_be_trained_on(tmp_path: Path, program: Program) -> None:
+def test_folders_that_cannot_be_trained_on(tmp_path: Path) -> None:
     def refused(data: Path, *flags: object) -> str:
         config = config_file(tmp_path / "c.yaml", data)
         run = tmp_path / "run"

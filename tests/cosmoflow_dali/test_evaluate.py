@@ -6,16 +6,14 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, SIZE, Done, config_file
+from helpers import ROOT, SIZE, config_file, program
 
 DATA = ROOT / "tests" / "data"
 WEIGHTS = DATA / "keras_small.npz"
-Program = Callable[..., Done]
 EVALUATE, PREDICT = "cosmoflow_dali.evaluate", "cosmoflow_dali.predict"
 
 
@@ -27,7 +25,7 @@ def keras_data(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_reference_weights_score_as_in_keras(keras_data: Path, program: Program) -> None:
+def test_reference_weights_score_as_in_keras(keras_data: Path) -> None:
     with np.load(WEIGHTS) as keras:
         mae, mse = float(keras["mae"]), float(keras["mse"])
     for batch_size, ranks in ((4, 1), (1, 2)):
@@ -50,9 +48,7 @@ def test_reference_weights_score_as_in_keras(keras_data: Path, program: Program)
         assert np.mean(list(scores["mae_per_parameter"].values())) == pytest.approx(mae, abs=1e-5)
 
 
-def test_predictions_are_physical_and_their_errors_the_validations(
-    keras_data: Path, program: Program
-) -> None:
+def test_predictions_are_physical_and_their_errors_the_validations(keras_data: Path) -> None:
     files = sorted((keras_data / "train").iterdir())
     done = program(PREDICT, "--weights", WEIGHTS, *files)
     assert done.code == 0, done.err
@@ -67,7 +63,7 @@ def test_predictions_are_physical_and_their_errors_the_validations(
             assert row[f"{name}_standard_error_from_validation_residuals"] == ""
 
 
-def test_a_checkpoint_scores_as_its_run_said(tiny: Path, tmp_path: Path, program: Program) -> None:
+def test_a_checkpoint_scores_as_its_run_said(tiny: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path / "c.yaml", tiny, epochs=1)
     assert program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run").code == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -100,9 +96,7 @@ def test_a_checkpoint_scores_as_its_run_said(tiny: Path, tmp_path: Path, program
         (["--weights", WEIGHTS], "16 voxels"),
     ],
 )
-def test_what_does_not_fit_is_one_line(
-    arguments: list[object], said: str, tiny: Path, program: Program
-) -> None:
+def test_what_does_not_fit_is_one_line(arguments: list[object], said: str, tiny: Path) -> None:
     done = program(EVALUATE, "--data-dir", tiny, *arguments)
     assert done.code == 1
     assert said in done.err and "Traceback" not in done.err

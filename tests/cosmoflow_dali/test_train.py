@@ -8,17 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import OPEN, ROOT, Done, command, config_file, environment, write_tiny
+from helpers import OPEN, ROOT, Done, command, config_file, environment, program, write_tiny
 
 from cosmoflow_dali.checkpoint import Checkpoint
 
-Program = Callable[..., Done]
 TRAIN = "cosmoflow_dali.train"
 
 
@@ -88,7 +86,7 @@ def test_the_mlperf_log_lacks_only_the_quality(undisturbed: dict[str, Path]) -> 
     assert failures and all("eval_error" in line for line in failures), done.err
 
 
-def test_a_run_that_reaches_its_target_ends_there_and_complies(tmp_path: Path, program: Program) -> None:
+def test_a_run_that_reaches_its_target_ends_there_and_complies(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=8, validation=4)
     # Targets so small that the untrained network's answer is within the benchmark's quality.
     import numpy as np
@@ -171,7 +169,7 @@ def test_sigterm_saves_and_leaves_with_75(tiny: Path, tmp_path: Path, undisturbe
 
 
 def test_a_damaged_newest_checkpoint_falls_back(
-    tiny: Path, tmp_path: Path, program: Program, undisturbed: dict[str, Path]
+    tiny: Path, tmp_path: Path, undisturbed: dict[str, Path]
 ) -> None:
     config = config_file(tmp_path / "config.yaml", tiny)
     run = tmp_path / "run"
@@ -187,7 +185,7 @@ def test_a_damaged_newest_checkpoint_falls_back(
 
 
 @pytest.mark.parametrize("network", ["reference", "open"])
-def test_two_ranks_give_the_losses_of_one(network: str, tiny: Path, tmp_path: Path, program: Program) -> None:
+def test_two_ranks_give_the_losses_of_one(network: str, tiny: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"log": {"every": 1}, "epochs": 4}
     if network == "open":
         # Adam makes a whole step of a gradient that is nothing but rounding; SGD shows the sums as they are.
@@ -207,9 +205,7 @@ def test_two_ranks_give_the_losses_of_one(network: str, tiny: Path, tmp_path: Pa
     assert losses[1] == pytest.approx(losses[0], abs=tolerance)
 
 
-def test_resume_on_other_ranks_keeps_the_global_batch_or_is_refused(
-    tiny: Path, tmp_path: Path, program: Program
-) -> None:
+def test_resume_on_other_ranks_keeps_the_global_batch_or_is_refused(tiny: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path / "c.yaml", tiny, epochs=1)
     run = tmp_path / "run"
     assert program(TRAIN, "--config", config, "--run-dir", run).code == 0
@@ -221,9 +217,7 @@ def test_resume_on_other_ranks_keeps_the_global_batch_or_is_refused(
     assert [line["epoch"] for line in metrics(run) if line["kind"] == "eval"] == [0, 1]
 
 
-def test_what_would_change_the_weights_is_refused_on_resume(
-    tiny: Path, tmp_path: Path, program: Program
-) -> None:
+def test_what_would_change_the_weights_is_refused_on_resume(tiny: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path / "c.yaml", tiny, epochs=1)
     run = tmp_path / "run"
     assert program(TRAIN, "--config", config, "--run-dir", run).code == 0

@@ -8,9 +8,11 @@ import struct
 import tempfile
 import zlib
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import crc32c
 import numpy as np
+import numpy.typing as npt
 import pytest
 from helpers import DATA, tiny_sample
 from hypothesis import given, settings
@@ -20,6 +22,8 @@ from pipelines.dataset import read_sample
 from pipelines.errors import DataError
 from pipelines.formats import FORMATS
 from pipelines.sample import Sample, SampleSpec
+
+Array: TypeAlias = npt.NDArray[Any]
 
 
 @settings(max_examples=40, deadline=None)
@@ -40,7 +44,7 @@ def test_reading_gives_what_was_written(form: str, size: int, channels: int, see
         found = read_sample(Path(folder) / f"universe_000{FORMATS[form].suffix}")
     np.testing.assert_array_equal(found.counts, sample.counts)
     np.testing.assert_array_equal(found.target, sample.target)
-    assert (found.counts.dtype, found.target.dtype) == (np.int16, np.float32)
+    assert found.counts.dtype == np.int16 and found.target.dtype == np.float32
 
 
 @pytest.mark.parametrize("folder", ["tfrecord_gzip", "tfrecord_plain"])
@@ -138,7 +142,7 @@ def test_no_damage_passes_for_a_sample(form: str, tmp_path: Path) -> None:
     assert refused > (100 if form != "npy" else 60)
 
 
-def _bad_npy(folder: Path, counts: object = None, target: object = None) -> Path:
+def _bad_npy(folder: Path, counts: Array | None = None, target: Array | None = None) -> Path:
     sample = tiny_sample(4)
     np.save(folder / "a_data.npy", sample.counts if counts is None else counts)
     np.save(folder / "a_label.npy", sample.target if target is None else target)
@@ -162,9 +166,7 @@ def _bad_npy(folder: Path, counts: object = None, target: object = None) -> Path
         ({"target": np.array([0, 0, np.inf, 0], np.float32)}, "inf"),
     ],
 )
-def test_a_bad_npy_is_refused_before_dali_sees_it(
-    fault: dict[str, object], said: str, tmp_path: Path
-) -> None:
+def test_a_bad_npy_is_refused_before_dali_sees_it(fault: dict[str, Array], said: str, tmp_path: Path) -> None:
     path = _bad_npy(tmp_path, **fault)
     spec = SampleSpec(16)
     for use in (FORMATS["npy"].read, FORMATS["npy"].payload):

@@ -196,7 +196,7 @@ def test_a_batch_can_be_written_into_a_given_one(roots: dict[str, Path]) -> None
 
 
 @pytest.mark.parametrize("config", [{"threads": 1, "prefetch": 1}, {"threads": 4, "prefetch": 3}])
-def test_threads_and_prefetch_change_no_batch(config: dict[str, int], roots: dict[str, Path]) -> None:
+def test_threads_and_prefetch_change_no_batch(config: dict[str, Any], roots: dict[str, Path]) -> None:
     with loader(roots["npy"]) as batches:
         expected = rows(batches.batches(0)) + rows(batches.batches(1))
     with loader(roots["npy"], **config) as batches:
@@ -246,4 +246,4 @@ def test_more_ranks_than_samples_is_refused(roots: dict[str, Path]) -> None:
 @pytest.mark.parametrize("key", ["batch_size", "threads", "prefetch"])
 def test_settings_below_one_are_refused_by_name(key: str) -> None:
     with pytest.raises(ConfigError, match=f"loader.{key}"):
-        LoaderConfig(**{key: 0})
+        LoaderConfig(**{key: 0})  # type: ignore[arg-type]
