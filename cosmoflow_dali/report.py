@@ -48,8 +48,9 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #1f2430; }}
 body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
 h1 {{ font-size: 1.5rem; margin-bottom: 0; }} h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
 table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .9rem .2rem 0; text-align: right; }}
-td:first-child, th:first-child, .facts td {{ text-align: left; }} 
-.facts td {{ vertical-align: top; }} .facts td:first-child {{ white-space: nowrap; color: #5b6170; }} tr + tr td {{ border-top: 1px solid #e3e5ea; }}
+td:first-child, th:first-child, .facts td {{ text-align: left; }}
+.facts td {{ vertical-align: top; }} .facts td:first-child {{ white-space: nowrap; color: #5b6170; }}
+tr + tr td {{ border-top: 1px solid #e3e5ea; }}
 thead th {{ border-bottom: 1px solid #8a8f9c; font-weight: 600; }}
 svg {{ width: 100%; height: auto; font-family: system-ui, sans-serif; }}
 pre {{ background: #f5f6f8; padding: 1rem; overflow-x: auto; }} p.note {{ color: #5b6170; }}

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from helpers import ROOT, environment, mpirun, run
 
 from cosmoflow_dali.dist import World
 from pipelines.errors import UserError
@@ -61,3 +67,81 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert World(1, 3, 1, 3).device("auto").index == 1
     with pytest.raises(UserError, match="3 ranks on this node but 2 GPUs"):
         World(2, 3, 2, 3).device("auto")
+
+
+_MEET = """
+import torch
+from cosmoflow_dali.dist import World
+
+world = World.detect()
+with world.connected(torch.device("cpu")):
+    print(world.launcher, world.sum(torch.tensor([10.0 ** world.rank])).item())
+"""
+
+
+def test_ranks_that_srun_starts_meet(tmp_path: Path) -> None:
+    # What srun sets, and the one SLURM program that is asked, stand in for a cluster.
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho 127.0.0.1\n")
+    scontrol.chmod(0o755)
+    shared = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "node[1]",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _MEET],
+            cwd=ROOT,
+            env=environment() | shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert said == ["srun 11.0\n", "srun 11.0\n"]
+
+
+def test_ranks_that_torchrun_starts_meet(tmp_path: Path) -> None:
+    (tmp_path / "meet.py").write_text(_MEET)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "meet.py")],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["torchrun", "111.0"] * 3
+
+
+def test_ranks_that_mpirun_starts_meet() -> None:
+    done = run([*mpirun(3), sys.executable, "-c", _MEET])
+    assert done.code == 0, done.err
+    assert done.out.split() == ["mpirun", "111.0"] * 3
+
+
+def test_a_fault_on_one_rank_ends_all_of_them() -> None:
+    # Rank 1 fails while the others already wait for it in a collective.
+    program = """
+import torch
+from cosmoflow_dali.dist import RankError, World, report_errors
+from pipelines.errors import UserError
+
+world = World.detect()
+with report_errors(world), world.connected(torch.device("cpu")):
+    if world.rank == 1:
+        raise RankError(world, UserError("the disk is on fire"))
+    world.sum(torch.zeros(1))
+"""
+    done = run([*mpirun(3), sys.executable, "-c", program])
+    assert done.code != 0
+    assert done.err.count("rank 1 of 3: the disk is on fire") == 1
+    assert "Traceback" not in done.err
