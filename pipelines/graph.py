@@ -1,16 +1,14 @@
-"""The one DALI graph: counts from the format's reader, to the device that trains, and transformed."""
+"""The one DALI graph: counts from the reader threads, to the device that trains, and transformed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from pipelines.formats import Format
 from pipelines.transforms import transform_node
 
 
 def build_pipeline(
-    form: Format,
     source: Callable[[], list[Any]],
     *,
     batch_size: int,
@@ -19,7 +17,7 @@ def build_pipeline(
     device_id: int | None,
     apply_log: bool,
 ) -> Any:
-    """A built pipeline whose every run takes a batch of `form`'s payloads from `source`.
+    """A built pipeline whose every run takes a batch of counts, (D, H, W, C) int16 each, from `source`.
 
     It puts out (batch_size, D, H, W, C) float32 on GPU `device_id`, or on the CPU for None.
     """
@@ -35,7 +33,7 @@ def build_pipeline(
     )
     def samples() -> Any:
         # No copy: the loader keeps the payloads until their batch has come out.
-        counts = form.counts_node(fn.external_source(source=source, batch=True, no_copy=True))
+        counts = fn.external_source(source=source, batch=True, no_copy=True)
         if device_id is not None:
             counts = counts.gpu()
         return transform_node(counts, apply_log=apply_log)

@@ -94,7 +94,6 @@ class Loader:
         self._copied: torch.cuda.Event | None = None
         self._readers = ThreadPoolExecutor(config.threads, thread_name_prefix="reader")
         self._pipeline = build_pipeline(
-            split.format,
             self._feed,
             batch_size=config.batch_size,
             threads=config.threads,

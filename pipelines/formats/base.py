@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,11 @@ from pipelines.sample import Sample, SampleSpec
 class Payload(NamedTuple):
     """What a reader thread hands to DALI of one sample, and the target, which stays on the host.
 
-    counts: whatever the format's `counts_node` makes counts of.
+    counts: (D, H, W, C) int16, which may be a view of a mapped file.
     target: (4,) float32.
     """
 
-    counts: npt.NDArray[Any]
+    counts: npt.NDArray[np.int16]
     target: npt.NDArray[np.float32]
 
 
@@ -41,6 +41,3 @@ class Format(Protocol):
 
     def payload(self, path: Path, spec: SampleSpec) -> Payload:
         """The same for DALI, in a reader thread; DataError for what the graph would not notice."""
-
-    def counts_node(self, payload: Any) -> Any:
-        """The DALI node of int16 counts (D, H, W, C), on the CPU, made of the node `payload`."""

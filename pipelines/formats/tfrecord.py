@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import crc32c
 import numpy as np
@@ -63,10 +63,6 @@ class TFRecord(NamedTuple):
         """The sample, inflated and checked: no device does that for one long gzip stream."""
         sample = self.read(path, spec)
         return Payload(sample.counts, sample.target)
-
-    def counts_node(self, payload: Any) -> Any:
-        """The counts, which came as they are."""
-        return payload
 
 
 def frame(record: bytes) -> bytes:
