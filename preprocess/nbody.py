@@ -29,6 +29,10 @@ _BLOCK = 1 << 15
 """Particles that are taken to or from the mesh at a time: their corners then stay in the cache."""
 
 
+_LATTICE_OFFSET = 0.25
+"""Of the lattice from the centres of the voxels that particles are counted in; see `Mesh.count`."""
+
+
 class Mesh:
     """A periodic mesh of size^3 cells and the operations that need its wave numbers."""
 
@@ -89,8 +93,14 @@ class Mesh:
         return torch.cat(forces).T.contiguous()
 
     def count(self, positions: torch.Tensor) -> npt.NDArray[np.int16]:
-        """Particles nearest to each mesh point, (size, size, size), of positions (3, particles)."""
-        x, y, z = self._wrap(positions.round()).to(torch.int32)
+        """Particles in each voxel, (size, size, size), of positions (3, particles).
+
+        Voxels lie so that the lattice stands a quarter off their centres. A particle at the centre
+        would have to move half a voxel before anybody saw it: counts at z = 3, where it has moved
+        0.4 of 4 Mpc/h, would show 8% too little of the largest scales. A quarter off, what the
+        voxels' edges do to the mean count cancels to the first order of their Fourier series.
+        """
+        x, y, z = self._wrap((positions + _LATTICE_OFFSET).round()).to(torch.int32)
         cells = (x * self.size + y) * self.size + z
         counts = torch.bincount(cells, minlength=self.size**3)
         assert int(counts.max()) <= np.iinfo(np.int16).max

@@ -7,6 +7,7 @@ import random
 import struct
 import tempfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -204,3 +205,18 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(OSError, match="No space"):
             form.write(tmp_path, "a", tiny_sample(6))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_headers_are_read_by_many_threads_at_once(tmp_path: Path) -> None:
+    # Python's parser, which reads the headers, is not safe in threads: each shape here needs it anew.
+    sizes = range(1, 33)
+    for size in sizes:
+        np.save(tmp_path / f"{size}_data.npy", np.zeros((size, size, size, 4), np.int16))
+        np.save(tmp_path / f"{size}_label.npy", np.zeros(4, np.float32))
+
+    def size_of(size: int) -> int:
+        return int(FORMATS["npy"].payload(tmp_path / f"{size}_data.npy", SampleSpec(size)).counts.shape[0])
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert list(pool.map(size_of, sizes)) == list(sizes)
