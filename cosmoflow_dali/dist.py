@@ -12,7 +12,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -166,17 +166,18 @@ class World:
                 raise first
         return result  # type: ignore[return-value]
 
+    def alone(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`; a UserError among them is one that only this rank knows of, and is raised as such."""
+        try:
+            yield from items
+        except UserError as error:
+            raise RankError(self, error) from error
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
-
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether `flag` is set on any rank; a collective, so every rank must ask."""
-        if self.size == 1:
-            return flag
-        return bool(self.sum(torch.tensor([float(flag)], device=device)).item())
 
     def gather(self, value: float) -> list[float]:
         """Every rank's `value`, by rank."""

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             try:
                 model = trained.model.to(device)
-                result = evaluate(model, loader.batches(0), len(split), world)
+                result = evaluate(model, loader, world)
             finally:
                 loader.close()
         if world.is_root:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,9 @@ import torch
 from torch import nn
 
 from cosmoflow_dali.dist import World
-from pipelines.sample import PARAMETERS, Batch
+from pipelines.errors import UserError
+from pipelines.loader import Loader
+from pipelines.sample import PARAMETERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +66,21 @@ class Evaluation:
         }
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], samples: int, world: World) -> Evaluation:
-    """Score `model` on the `samples` samples that the ranks' `batches` cover between them.
+def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) -> Evaluation:
+    """Score `model` on the split that the ranks' loaders cover between them, padded, in `epoch`'s order.
 
     Each rank fills in the rows that it has seen and the sum over ranks completes the table, so a
-    sample that fills up a last batch cannot count twice.
+    sample that fills up a last batch cannot count twice. UserError, on every rank, where an answer
+    is no number; it names the sample if that is why.
     """
     was_training = model.training
     model.eval()
     table: torch.Tensor | None = None
     with torch.no_grad():
-        for batch in batches:
+        for batch in world.alone(loader.batches(epoch)):
             if table is None:
-                table = torch.zeros(
-                    samples, 2, len(PARAMETERS), dtype=torch.float64, device=batch.target.device
-                )
+                shape = len(loader.split), 2, len(PARAMETERS)
+                table = torch.zeros(shape, dtype=torch.float64, device=batch.target.device)
             rows, real = torch.from_numpy(batch.index[: batch.real]), batch.real
             if real:
                 table[rows, 0] = model(batch.volume)[:real].double()
@@ -87,6 +88,13 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], samples: int, world: Wo
     model.train(was_training)
     assert table is not None, "every rank takes part in every evaluation step"
     predictions, targets = world.sum(table).cpu().numpy().transpose(1, 0, 2)
+    bad = np.flatnonzero(~np.isfinite(predictions).all(axis=1))
+    if bad.size:
+        world.on_root(lambda: loader.explain(bad))
+        raise UserError(
+            f"the network's answer for {bad.size} of {len(loader.split)} sound samples is not a number: "
+            "its training has diverged; lower the learning rate"
+        )
     return Evaluation(predictions, targets)
 
 

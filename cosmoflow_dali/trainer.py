@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cosmoflow_dali import symmetry
 from cosmoflow_dali.checkpoint import Checkpoint, Position
 from cosmoflow_dali.config import TrainConfig, to_tree
-from cosmoflow_dali.dist import RankError, World
+from cosmoflow_dali.dist import World
 from cosmoflow_dali.evaluation import Evaluation, evaluate
 from cosmoflow_dali.log import Console, RunLogs
 from cosmoflow_dali.optim import build_optimizer, set_lr
@@ -142,17 +142,8 @@ class Trainer:
             signal.signal(signal.SIGTERM, earlier)
 
     def validate(self) -> Evaluation:
-        """Score the model on the validation split; DataError where a sample makes it no number."""
-        samples = len(self._validation.split)
-        result = evaluate(self._model, self._validation.batches(self.position.epoch), samples, self._world)
-        bad = np.flatnonzero(~np.isfinite(result.predictions - result.targets).all(axis=1))
-        if bad.size:
-            self._world.on_root(lambda: self._validation.explain(bad))
-            raise UserError(
-                f"the network's answer for {bad.size} validation samples is not a number: training has "
-                f"diverged in epoch {self.position.epoch + 1}; lower the learning rate"
-            )
-        return result
+        """Score the model on the validation split; UserError where an answer is no number."""
+        return evaluate(self._model, self._validation, self._world, epoch=self.position.epoch)
 
     def _train_epoch(self) -> bool:
         """Train the rest of the current epoch; False if a signal cut it short."""
@@ -164,7 +155,8 @@ class Trainer:
         self._parallel.train()
         self.clock.reset()
         try:
-            for step, batch in enumerate(self.clock.waiting(self._batches(epoch, first)), first):
+            batches = self.clock.waiting(self._world.alone(self._train.batches(epoch, first)))
+            for step, batch in enumerate(batches, first):
                 self._step(epoch, step, batch)
                 self.position = Position(epoch, (step + 1) * self._global_batch)
                 done = step + 1
@@ -179,13 +171,6 @@ class Trainer:
         finally:
             self._console.end_epoch()
         return True
-
-    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        """This rank's batches; what is wrong with one of them only this rank can tell."""
-        try:
-            yield from self._train.batches(epoch, first)
-        except UserError as error:
-            raise RankError(self._world, error) from error
 
     def _step(self, epoch: int, step: int, batch: Batch) -> None:
         """One update of the weights."""

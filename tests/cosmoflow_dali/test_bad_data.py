@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import config_file, program, write_tiny
+import torch
+from helpers import ROOT, config_file, program, write_tiny
 
 CULPRIT = "universe_0003_000"
 
@@ -98,3 +100,45 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path) -> None:
     shutil.rmtree(data / "validation")
     (data / "validation").mkdir()
     assert str(data / "validation") in refused(data)
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix", "spoil"),
+    [("npy", "_data.npy", _set_count), ("npy", "_data.npy", _truncate), ("npy", "_label.npy", _set_target)],
+)
+def test_a_bad_sample_is_named_by_evaluate_and_predict(
+    form: str, suffix: str, spoil: Callable[[Path], object], tmp_path: Path
+) -> None:
+    data = write_tiny(tmp_path / "data", train=4, validation=4, form=form, size=32)
+    spoiled = sorted((data / "validation").glob(f"*{suffix}"))[3]
+    spoil(spoiled)
+    weights = ROOT / "tests" / "data" / "keras_small.npz"
+    scored = program(
+        "cosmoflow_dali.evaluate", "--data-dir", data, "--weights", weights, "--batch-size", 1, ranks=2
+    )
+    files = sorted((data / "validation").glob("*_data.npy"))
+    predicted = program("cosmoflow_dali.predict", "--weights", weights, *files)
+    for done in (scored, predicted):
+        assert done.code != 0 and done.out == ""
+        assert done.err.count(spoiled.name) == 1, done.err
+        assert "Traceback" not in done.err
+
+
+def test_fewer_samples_than_ranks_and_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=2, validation=1)
+    config = config_file(tmp_path / "c.yaml", data, loader={"batch_size": 1})
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run", ranks=3)
+    assert done.code != 0 and "2 training samples do not fill one step of 3" in done.err
+    config = config_file(tmp_path / "c.yaml", data, device="cuda")
+    if not torch.cuda.is_available():
+        done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run")
+        assert done.code == 1 and "device = 'cuda'" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_validation_sample_is_enough_for_two_ranks(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=8, validation=1)
+    config = config_file(tmp_path / "c.yaml", data, loader={"batch_size": 2}, epochs=1)
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run", ranks=2)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == 1
