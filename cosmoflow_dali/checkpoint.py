@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pipelines.errors import DataError
-from pipelines.files import write_atomically
+from pipelines.files import TEMPORARY, write_atomically
 
 VERSION = 1
 KEEP = 3
@@ -68,7 +68,8 @@ class Checkpoint:
         state = {name: getattr(self, name) for name in self.__slots__}
         state |= {"version": VERSION, "position": [self.position.epoch, self.position.samples]}
         write_atomically(path, lambda file: torch.save(state, file))
-        for old in list(_newest_first(directory))[KEEP:]:
+        # One rank writes here, so what is half written was left by a process that has died.
+        for old in [*list(_newest_first(directory))[KEEP:], *directory.glob(f".*{TEMPORARY}")]:
             old.unlink()
         return path
 

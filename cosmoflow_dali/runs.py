@@ -25,7 +25,7 @@ from cosmoflow_dali.evaluation import Evaluation
 from cosmoflow_dali.schedule import StepDecayConfig
 from pipelines.dataset import Split
 from pipelines.errors import ConfigError, DataError
-from pipelines.files import write_atomically
+from pipelines.files import TEMPORARY, write_atomically
 from pipelines.plan import plan_epoch
 from pipelines.sample import PARAMETERS, to_physical
 
@@ -50,7 +50,8 @@ def begin(folder: Path, config: TrainConfig) -> None:
     """Make `folder` for a new run of `config`; DataError if a run is there already."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        # What a run that was killed while it began has left is no run.
+        if any(not path.name.endswith(TEMPORARY) for path in folder.iterdir()):
             raise DataError(folder, "is not empty", "add --resume to go on with its run, or name another")
         save_config(folder, config)
     except OSError as error:

@@ -2,8 +2,8 @@
 
 Without arguments it trains the embedded default: simulated universes, made if they are not there.
 The same command runs alone, under mpirun, torchrun and srun. It exits with 0 at the end of
-training, with 1 for a fault that it names in one line, and with 75 (EX_TEMPFAIL) when a SIGTERM has
-stopped it behind a checkpoint: run it again with --resume.
+training, with 1 for a fault that it names in one line, and with 75 (EX_TEMPFAIL) when a SIGTERM or
+SIGUSR1 has stopped it behind a checkpoint: run it again with --resume.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with RunLogs(setup.folder if world.is_root else None, lengths) as logs:
                 result = _train(setup, world, device, logs, console, began_ms)
         if result is None:
-            console.say(f"stopped by SIGTERM; go on with --run-dir {setup.folder} --resume")
+            console.say(f"stopped by a signal; go on with --run-dir {setup.folder} --resume")
             return EX_TEMPFAIL
         if world.is_root:
             finish(setup.folder, setup.config, result, setup.train, setup.validation, world, console)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cosmoflow_dali import symmetry
 from cosmoflow_dali.checkpoint import Checkpoint, Position
+from cosmoflow_dali.clock import Clock
 from cosmoflow_dali.config import TrainConfig, to_tree
 from cosmoflow_dali.dist import World
 from cosmoflow_dali.evaluation import Evaluation, evaluate
@@ -37,6 +37,10 @@ from pipelines.loader import Loader
 from pipelines.sample import Batch
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Asked to stop by either: mpirun hands on the second, and ends its ranks itself at the first."""
+
+
 class Outcome(Enum):
     """How training ended."""
 
@@ -46,38 +50,6 @@ class Outcome(Enum):
     """All epochs are done."""
     STOPPED = "stopped"
     """A signal asked for it; a checkpoint holds the place."""
-
-
-class Clock:
-    """Seconds spent waiting for data and spent in all, since `reset` and since the beginning."""
-
-    def __init__(self) -> None:
-        self.total = self.total_waited = 0.0
-        self._waited = 0.0
-        self._start = time.perf_counter()
-
-    def reset(self) -> None:
-        """Begin a new interval now; what passed since the last one is not counted."""
-        self._waited, self._start = 0.0, time.perf_counter()
-
-    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """`batches`, with the time that each takes to come counted as waiting."""
-        iterator = iter(batches)
-        while True:
-            asked = time.perf_counter()
-            batch = next(iterator, None)
-            self._waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def read(self) -> tuple[float, float]:
-        """(seconds, seconds waited) of the interval that ends now; the next one begins."""
-        seconds, waited = time.perf_counter() - self._start, self._waited
-        self.total += seconds
-        self.total_waited += waited
-        self.reset()
-        return seconds, waited
 
 
 class Trainer:
@@ -128,8 +100,8 @@ class Trainer:
         return self.position.epoch * len(self._train) + self.position.samples // self._global_batch
 
     def run(self) -> Outcome:
-        """Train to the target, the last epoch, or a SIGTERM."""
-        earlier = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        """Train to the target, the last epoch, or a signal."""
+        earlier = {number: signal.signal(number, self._ask_to_stop) for number in STOP_SIGNALS}
         try:
             while not self._reached():
                 if self.position.epoch == self._config.epochs:
@@ -139,7 +111,8 @@ class Trainer:
                 self._end_epoch()
             return Outcome.REACHED
         finally:
-            signal.signal(signal.SIGTERM, earlier)
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
 
     def validate(self) -> Evaluation:
         """Score the model on the validation split; UserError where an answer is no number."""

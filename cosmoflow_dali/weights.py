@@ -23,7 +23,7 @@ class Trained:
     size: edge of the samples that it takes, in voxels.
     apply_log: whether it wants log(count + 1) or count / mean.
     residual_rms: each parameter's standard error on its run's validation split, in units of the
-        target; None where no evaluation came with the weights.
+        target; None where these very weights were not evaluated.
     """
 
     model: nn.Module
@@ -43,7 +43,9 @@ def load_trained(path: Path) -> Trained:
     config, _ = resolve(checkpoint.config)
     model = build_model(config.model, checkpoint.seed)
     model.load_state_dict(checkpoint.model)
-    rms = checkpoint.scores["residual_rms"] if checkpoint.scores else None
+    # Within an epoch, the newest scores are those of older weights.
+    scores = checkpoint.scores if checkpoint.position.samples == 0 else None
+    rms = scores["residual_rms"] if scores else None
     return Trained(model.eval(), config.model.size, config.loader.apply_log, rms)
 
 

@@ -49,6 +49,13 @@ def test_the_newest_few_are_kept_in_order_of_position(tmp_path: Path) -> None:
     assert newest is not None and newest.position == Position(2, 100)
 
 
+def test_what_a_killed_writer_left_is_removed_and_never_read(tmp_path: Path) -> None:
+    (tmp_path / ".epoch00009_sample000000000.pt.77.tmp").write_bytes(b"half")
+    assert Checkpoint.newest(tmp_path) is None
+    saved = checkpoint().save(tmp_path)
+    assert list(tmp_path.iterdir()) == [saved]
+
+
 def test_no_checkpoint_is_no_fault(tmp_path: Path) -> None:
     assert Checkpoint.newest(tmp_path) is None
     assert Checkpoint.newest(tmp_path / "missing") is None

@@ -168,6 +168,21 @@ def test_sigterm_saves_and_leaves_with_75(tiny: Path, tmp_path: Path, undisturbe
     kill_and_resume(run, config, undisturbed["reference"], [])
 
 
+def test_under_mpirun_sigusr1_saves_and_leaves_with_75(tiny: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path / "config.yaml", tiny, loader={"batch_size": 2})
+    run = tmp_path / "run"
+    line = command(TRAIN, ["--config", config, "--run-dir", run], ranks=2)
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for_step(run, 8)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert err.count("--resume") == 1
+    done = program(TRAIN, "--run-dir", run, "--resume", ranks=2)
+    assert done.code == 0, done.err
+    assert [line["epoch"] for line in metrics(run) if line["kind"] == "eval"] == [0, 1, 2, 3]
+
+
 def test_a_damaged_newest_checkpoint_falls_back(
     tiny: Path, tmp_path: Path, undisturbed: dict[str, Path]
 ) -> None:
