@@ -1,7 +1,7 @@
 # The project's own commands; `make help` lists them.
 PYTHON ?= python3
-# DALI by CUDA version: cuda12 or cuda13.
-CUDA ?= cuda12
+# Which DALI, by CUDA version: cuda12 or cuda13.
+DALI ?= cuda12
 ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -17,7 +17,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$(CUDA),mpi,dev]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),mpi,dev]'
 	touch $@
 
 train: setup ## Train; ARGS="--config configs/NAME.yaml ..." changes what.

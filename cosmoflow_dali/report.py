@@ -77,7 +77,9 @@ def write_report(run: Path) -> Path:
             "<h2>Predicted against true</h2>",
             _picture(1, 4, 2.9, lambda axes: _draw_predictions(axes, run / PREDICTIONS)),
             "<p class='note'>Each point is a validation sample; the circles are the mean prediction in "
-            "eight equal bins of the truth. A network that has learned nothing lies on the dashed line.</p>",
+            "eight equal bins of the truth. A network that has learned nothing lies on the dashed line, and "
+            "where the data leave a parameter open, the least squared error lies between it and the "
+            "diagonal: a slope below 1 is what an honest estimate shows there.</p>",
             "<h2>Training</h2>",
             _picture(1, 3, 2.6, lambda axes: _draw_training(axes, records, summary)),
             "<h2>Where the time went</h2>",

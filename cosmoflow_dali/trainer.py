@@ -36,7 +36,6 @@ from pipelines.errors import UserError
 from pipelines.loader import Loader
 from pipelines.sample import Batch
 
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Asked to stop by either: mpirun hands on the second, and ends its ranks itself at the first."""
 

@@ -46,7 +46,7 @@ def mlperf_keys(run: Path) -> list[str]:
 def compliance(run: Path) -> Done:
     checker = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "hpc"]
     line = [*checker, "--ruleset", "3.0.0", str(run / "mlperf.log")]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=run)
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=run.parent)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
