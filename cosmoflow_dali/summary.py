@@ -14,7 +14,6 @@ from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.dist import World
 from cosmoflow_dali.evaluation import Evaluation
 from cosmoflow_dali.log import Console
-from cosmoflow_dali.report import write_report
 from cosmoflow_dali.trainer import Outcome
 from pipelines.dataset import Split
 
@@ -48,6 +47,9 @@ def finish(
     console: Console,
 ) -> None:
     """Leave in `folder` what a person wants to see of the run, and say the figures."""
+    # Only here: matplotlib takes a third of the program's start, and only rank 0 draws.
+    from cosmoflow_dali.report import write_report
+
     evaluation, seconds = result.evaluation, dict(result.seconds)
     runs.write_predictions(folder, evaluation)
     compared: dict[str, Any] | None = None
