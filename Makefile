@@ -5,6 +5,8 @@ DALI ?= cuda12
 ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
+# A process a core, each with whole test modules, so that what a module's tests share is made once.
+PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
 
 .PHONY: help setup train test test-all lint clean
 
@@ -24,10 +26,10 @@ train: setup ## Train; ARGS="--config configs/NAME.yaml ..." changes what.
 	$(RUN) -m cosmoflow_dali.train $(ARGS)
 
 test: setup ## Run the tests that need no GPU, no SLURM and little time.
-	$(RUN) -m pytest -m "not gpu and not slurm and not slow" $(ARGS)
+	$(PYTEST) -m "not gpu and not slurm and not slow" $(ARGS)
 
 test-all: setup ## Run all tests; those whose hardware is not there say that they are skipped.
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: setup ## Run ruff and mypy.
 	$(RUN) -m ruff check .

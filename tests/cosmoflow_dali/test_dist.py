@@ -119,13 +119,14 @@ def test_ranks_that_torchrun_starts_meet(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["torchrun", "111.0"] * 3
+    # Three processes write to one pipe, and their words may run together.
+    assert done.stdout.count("torchrun") == done.stdout.count("111.0") == 3
 
 
 def test_ranks_that_mpirun_starts_meet() -> None:
     done = run([*mpirun(3), sys.executable, "-c", _MEET])
     assert done.code == 0, done.err
-    assert done.out.split() == ["mpirun", "111.0"] * 3
+    assert done.out.count("mpirun") == done.out.count("111.0") == 3
 
 
 def test_a_fault_on_one_rank_ends_all_of_them() -> None:
