@@ -1,7 +1,9 @@
 """What every benchmark shares: fair turns, CPU beside wall time, and a record of what ran where.
 
 Machines are noisy, so contestants take turns within one run and are compared by the ratios of the
-same round; a ratio's spread over the rounds says what it is worth.
+same round; a ratio's spread over the rounds says what it is worth. Contestants work ahead in
+threads and processes of their own, so a turn begins and ends with all of them at rest: nobody pays
+for what another had begun, and nobody is timed on what lay ready.
 """
 
 from __future__ import annotations
@@ -10,16 +12,19 @@ import json
 import multiprocessing
 import os
 import resource
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from cosmoflow_dali import machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_POLL, _POLLS, _IDLE = 0.03, 4, 0.1
+"""At rest is to have used less than a tenth of a core in four polls running, 30 ms apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,30 +36,52 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """The middle of a contestant's rounds, and the lowest and highest.
+class Spread:
+    """Percentiles over the rounds: the 10th, the median and the 90th."""
 
-    samples_per_s: on the clock. cpu_ms: processor time a sample, of this process and its workers.
+    p10: float
+    median: float
+    p90: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """The percentiles of `values`."""
+        return cls(*np.percentile(list(values), (10, 50, 90)).tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A contestant over all rounds.
+
+    samples_per_s, bytes_per_s: on the clock. cpu_ms: processor time a sample, workers included.
     """
 
-    samples_per_s: float
-    cpu_ms: float
-    cpu_ms_range: tuple[float, float]
+    samples_per_s: Spread
+    bytes_per_s: Spread
+    cpu_ms: Spread
 
 
-def take_turns(contestants: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, list[Reading]]:
-    """Readings of each contestant in `rounds` rounds, after one that does not count.
+def measure(
+    contestants: Mapping[str, Iterator[int]], *, rounds: int, lead: int, steps: int
+) -> dict[str, list[Reading]]:
+    """Readings of each contestant in `rounds` rounds, after one that warms up and does not count.
 
-    A contestant is a function that delivers samples and returns how many.
+    A contestant is an endless iterator whose every item is a batch delivered, given as its number
+    of samples. A turn takes `lead` batches, at least as many as a contestant holds ready, and then
+    `steps` on the clock. Processor time is from rest to rest: that of the batches taken in the
+    turn, no matter which of them were ready at its start, as many lie ready at its end.
     """
     readings: dict[str, list[Reading]] = {name: [] for name in contestants}
-    for counts in [False] + [True] * rounds:
-        for name, deliver in contestants.items():
-            wall, cpu = time.perf_counter(), cpu_seconds()
-            samples = deliver()
-            wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
-            if counts:
-                readings[name].append(Reading(wall / samples, cpu / samples))
+    for warm in [False] + [True] * rounds:
+        for name, batches in contestants.items():
+            cpu = _at_rest()
+            led = _take(batches, lead)
+            wall = time.perf_counter()
+            timed = _take(batches, steps)
+            wall = time.perf_counter() - wall
+            cpu = _at_rest() - cpu
+            if warm:
+                readings[name].append(Reading(wall / timed, cpu / (led + timed)))
     return readings
 
 
@@ -70,32 +97,54 @@ def cpu_seconds() -> float:
     return total
 
 
-def summarise(readings: list[Reading]) -> Summary:
-    """The medians of a contestant's rounds."""
-    cpu = [1e3 * reading.cpu for reading in readings]
-    wall = statistics.median(reading.wall for reading in readings)
-    return Summary(1.0 / wall, statistics.median(cpu), (min(cpu), max(cpu)))
+def summarise(readings: Iterable[Reading], sample_bytes: int) -> Summary:
+    """The percentiles of a contestant's rounds, with samples of `sample_bytes` bytes."""
+    readings = list(readings)
+    return Summary(
+        samples_per_s=Spread.of(1.0 / reading.wall for reading in readings),
+        bytes_per_s=Spread.of(sample_bytes / reading.wall for reading in readings),
+        cpu_ms=Spread.of(1e3 * reading.cpu for reading in readings),
+    )
 
 
-def ratios(one: list[Reading], other: list[Reading], quantity: str) -> tuple[float, float, float]:
-    """(median, lowest, highest) over rounds of `one` / `other` in "wall" or "cpu"."""
-    each = [getattr(a, quantity) / getattr(b, quantity) for a, b in zip(one, other, strict=True)]
-    return statistics.median(each), min(each), max(each)
+def ratio(one: Iterable[Reading], other: Iterable[Reading], quantity: Literal["wall", "cpu"]) -> Spread:
+    """What `one` takes of `quantity` a sample for each that `other` takes, round by round."""
+    pairs = zip(one, other, strict=True)
+    return Spread.of(getattr(a, quantity) / getattr(b, quantity) for a, b in pairs)
 
 
 def save(name: str, options: Mapping[str, Any], results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write `results` to a dated JSON file with the options, versions and hardware behind them."""
+    """Write `results` to a dated JSON file with the options, versions and hardware behind them.
+
+    Dataclasses are written as objects. Options that are paths are left out: they say where, not what.
+    """
     record = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "options": dict(options),
+        "options": {key: value for key, value in options.items() if not isinstance(value, Path)},
         "versions": machine.versions(),
         "hardware": machine.hardware(),
-        "results": {
-            key: asdict(value) if isinstance(value, Summary) else value for key, value in results.items()
-        },
+        "results": results,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{time.strftime('%Y-%m-%d')}_{name}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path = folder / f"{time.strftime('%Y-%m-%dT%H%M%S')}_{name}.json"
+    path.write_text(json.dumps(record, indent=2, default=asdict) + "\n")
     return path
+
+
+def _take(batches: Iterator[int], steps: int) -> int:
+    """Samples in the next `steps` batches."""
+    return sum(next(batches) for _ in range(steps))
+
+
+def _at_rest() -> float:
+    """The processor time used, once nothing that works ahead uses more of it."""
+    used, calm = cpu_seconds(), 0
+    deadline = time.monotonic() + 60
+    while calm < _POLLS:
+        if time.monotonic() > deadline:
+            raise RuntimeError("a contestant goes on working without being asked for a batch")
+        time.sleep(_POLL)
+        before, used = used, cpu_seconds()
+        calm = calm + 1 if used - before < _IDLE * _POLL else 0
+    return used
