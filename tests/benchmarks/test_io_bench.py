@@ -101,7 +101,8 @@ def test_turns_alternate_and_the_first_round_does_not_count() -> None:
     contestants = {"slow": contestant("slow", 0.04, 2), "fast": contestant("fast", 0.01, 1)}
     readings = harness.measure(contestants, rounds=3, lead=1, steps=2)
     assert order == (["slow"] * 3 + ["fast"] * 3) * 4
-    assert all(0.02 <= reading.wall < 0.04 and reading.cpu < reading.wall for reading in readings["slow"])
+    assert len(readings["slow"]) == 3
+    assert all(reading.wall >= 0.02 and reading.cpu < reading.wall for reading in readings["slow"])
     times = harness.ratio(readings["slow"], readings["fast"], "wall")
     assert times.p10 <= times.median <= times.p90
 
