@@ -122,7 +122,12 @@ def _inflate(path: str, content: bytes) -> bytes:
     # 16 asks for one gzip member with its header and its CRC-32 checked.
     stream = isal_zlib.decompressobj(wbits=16 + 15)
     try:
-        inflated = stream.decompress(content)
+        # Told the length, which the trailer gives, it makes a buffer no larger, and malloc hands the same
+        # pages out again; one that grows by doubling has every page faulted in anew.
+        inflated = stream.decompress(content, int.from_bytes(content[-4:], "little"))
+        if not stream.eof:
+            # Cut off, or with more behind it, so that was no trailer.
+            inflated += stream.decompress(stream.unconsumed_tail)
     except isal_zlib.error as error:
         raise DataError(path, f"its gzip stream is damaged ({error})", _REMEDY) from error
     if not stream.eof:
