@@ -38,7 +38,7 @@ class DataConfig:
     """Where the samples are.
 
     dir: a folder with `train` and `validation`, in any format the project reads.
-    simulate: how to make them where `dir` lacks them; without it they must be there.
+    simulate: how to make them where `dir` has none; without it they must be there.
     """
 
     dir: str = "data"

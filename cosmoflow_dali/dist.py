@@ -198,6 +198,10 @@ def report_errors(world: World) -> Iterator[None]:
         if world.is_root or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except OSError as error:
+        # A file system that has gone, a right that was taken away: it says which file.
+        print(f"error: {RankError(world, UserError(str(error)))}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except RuntimeError as error:
         if world.size == 1 or not _lost_contact(error):
             raise

@@ -11,12 +11,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mlperf_logging.mllog.mllog import MLLogger
 from tqdm import tqdm
+
+from pipelines.files import unwritable
 
 METRICS = "metrics.jsonl"
 MLPERF = "mlperf.log"
@@ -37,18 +40,21 @@ class RunLogs:
                 file.truncate((lengths or {}).get(name, 0))
         self._metrics = self._paths[METRICS].open("a", encoding="utf-8") if folder else None
         self._handler: logging.Handler = (
-            logging.FileHandler(self._paths[MLPERF], encoding="utf-8") if folder else logging.NullHandler()
+            _RaisingHandler(self._paths[MLPERF], encoding="utf-8") if folder else logging.NullHandler()
         )
         logger = logging.Logger("cosmoflow_dali.mlperf", logging.INFO)
         logger.addHandler(self._handler)
         self.mlperf = MLLogger(logger, default_namespace="", root_dir=_ROOT)
 
     def metric(self, record: dict[str, Any]) -> None:
-        """Append `record` to metrics.jsonl as one line."""
+        """Append `record` to metrics.jsonl as one line; DataError where that fails."""
         if self._metrics is not None:
-            # A reader that follows the file should see whole lines at once.
-            self._metrics.write(json.dumps(record) + "\n")
-            self._metrics.flush()
+            try:
+                # A reader that follows the file should see whole lines at once.
+                self._metrics.write(json.dumps(record) + "\n")
+                self._metrics.flush()
+            except OSError as error:
+                raise unwritable(self._paths[METRICS], error) from error
 
     def lengths(self) -> dict[str, int]:
         """Bytes in each file so far, by name."""
@@ -64,9 +70,21 @@ class RunLogs:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._handler.close()
-        if self._metrics is not None:
-            self._metrics.close()
+        # Closing a file tries once more to write what a full disk has just refused.
+        with suppress(OSError) if error is not None else nullcontext():
+            self._handler.close()
+            if self._metrics is not None:
+                self._metrics.close()
+
+
+class _RaisingHandler(logging.FileHandler):
+    """A log that a full disk cuts off ends the run, rather than going on with a hole in it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise unwritable(Path(self.baseFilename), error) from error
+        super().handleError(record)
 
 
 class Console:

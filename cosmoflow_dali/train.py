@@ -32,7 +32,7 @@ from cosmoflow_dali.trainer import Outcome, Trainer
 from pipelines.dataset import Split, open_split
 from pipelines.loader import Loader
 from pipelines.plan import Shard
-from preprocess.simulate import make_dataset
+from preprocess.simulate import SETTINGS, make_dataset
 
 EX_TEMPFAIL = 75
 
@@ -88,7 +88,9 @@ def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
     seed = config.seed
     assert seed is not None
     root, simulate, seconds = Path(config.data.dir), config.data.simulate, {}
-    if simulate is not None:
+    # Samples that somebody else has put there are trained on as they are.
+    others = (root / "train").is_dir() and not (root / SETTINGS).exists()
+    if simulate is not None and not others:
         start = time.perf_counter()
         make_dataset(simulate, root, workers=available_cores(), progress=True)
         seconds["simulate"] = time.perf_counter() - start

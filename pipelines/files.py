@@ -17,7 +17,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Have `write` fill a temporary file beside `path`, and give it that name once it is on disk.
 
     The temporary name holds the process id, so that several writers of one path do not meet; the
-    last one to finish wins.
+    last one to finish wins. DataError where the file system refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -26,8 +26,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
         raise
     # The rename lives in the directory, which has its own place on the disk.
     descriptor = os.open(path.parent, os.O_RDONLY)
@@ -45,3 +47,8 @@ def read_file(path: Path) -> bytes:
         raise DataError(
             path, f"cannot be read ({error.strerror})", "check the path and its rights"
         ) from error
+
+
+def unwritable(path: Path, error: OSError) -> DataError:
+    """What to tell a user whose file at `path` met `error` while it was written."""
+    return DataError(path, f"cannot be written ({error.strerror})", "check the free space and the rights")

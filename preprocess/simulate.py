@@ -30,7 +30,7 @@ from pipelines.formats import FORMATS
 from preprocess.universe import SimulateConfig, SplitName
 from preprocess.workforce import Job, make_universes
 
-__all__ = ["SimulateConfig", "make_dataset"]
+__all__ = ["SETTINGS", "SimulateConfig", "make_dataset"]
 
 SETTINGS = "simulation.json"
 """The file in a data set's folder that records what its universes were made with."""
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         config = SimulateConfig(**{name: getattr(arguments, name) for name in options})
         make_dataset(config, arguments.output, workers=arguments.workers, progress=True)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, config_file, program, write_tiny
+from helpers import ROOT, command, config_file, program, run, write_tiny
 
 CULPRIT = "universe_0003_000"
 
@@ -142,3 +142,25 @@ def test_one_validation_sample_is_enough_for_two_ranks(tmp_path: Path) -> None:
     done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run", ranks=2)
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == 1
+
+
+def test_samples_that_are_there_are_never_simulated_over(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=4, validation=1, size=16)
+    before = sorted(path.name for path in data.rglob("*"))
+    # The embedded default's samples are 32 voxels wide; these are somebody's own.
+    done = program(
+        "cosmoflow_dali.train", "--data-dir", data, "--batch-size", 2, "--run-dir", tmp_path / "run"
+    )
+    assert done.code == 1
+    assert "model.size = 32" in done.err and "16 voxels" in done.err
+    assert sorted(path.name for path in data.rglob("*")) == before
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=8, validation=1)
+    config = config_file(tmp_path / "c.yaml", data)
+    limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash"]
+    line = command("cosmoflow_dali.train", ["--config", config, "--run-dir", tmp_path / "run"])
+    done = run([*limited, *line])
+    assert done.code == 1
+    assert "cannot be written (File too large)" in done.err and "Traceback" not in done.err

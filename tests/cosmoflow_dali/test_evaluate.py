@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, SIZE, config_file, program
+
+from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
 
 DATA = ROOT / "tests" / "data"
 WEIGHTS = DATA / "keras_small.npz"
@@ -101,3 +104,19 @@ def test_what_does_not_fit_is_one_line(arguments: list[object], said: str, tiny:
     assert done.code == 1
     assert said in done.err and "Traceback" not in done.err
     assert SIZE == 16
+
+
+def test_the_trainer_sees_what_tensorflow_wrote(keras_data: Path, tmp_path: Path) -> None:
+    model = {"size": 32, "blocks": 2, "filters": 2, "dense": [8, 4], "dropout": 0.0}
+    changes = {"loader": {"batch_size": 2}, "log": {"every": 1}, "epochs": 1, "seed": 3}
+    config = config_file(tmp_path / "c.yaml", keras_data, model=model, **changes)
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    # The loss of the untrained network on the counts as Keras had them.
+    with np.load(WEIGHTS) as keras:
+        counts, targets = keras["counts"], torch.from_numpy(keras["targets"])
+    volume = torch.from_numpy(np.log1p(counts.astype(np.float32))).permute(0, 4, 1, 2, 3)
+    untrained = CosmoFlow(ReferenceConfig(size=32, blocks=2, filters=2, dense=(8, 4), dropout=0.0), seed=3)
+    expected = (untrained(volume) - targets).square().mean().item()
+    assert first["loss"] == pytest.approx(expected, abs=1e-6)
