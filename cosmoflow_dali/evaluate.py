@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cosmoflow_dali.arguments import OneLineParser
-from cosmoflow_dali.dist import World, report_errors
 from cosmoflow_dali.evaluation import evaluate
 from cosmoflow_dali.weights import load_trained
 from pipelines.dataset import open_split
+from pipelines.dist import World, report_errors
 from pipelines.errors import DataError
 from pipelines.loader import Loader, LoaderConfig
 from pipelines.plan import Shard

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from cosmoflow_dali.dist import World
+from pipelines.dist import World
 from pipelines.errors import UserError
 from pipelines.loader import Loader
 from pipelines.sample import PARAMETERS

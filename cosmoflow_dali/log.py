@@ -19,7 +19,7 @@ from typing import Any
 from mlperf_logging.mllog.mllog import MLLogger
 from tqdm import tqdm
 
-from pipelines.files import unwritable
+from pipelines.errors import AccessError
 
 METRICS = "metrics.jsonl"
 MLPERF = "mlperf.log"
@@ -47,14 +47,14 @@ class RunLogs:
         self.mlperf = MLLogger(logger, default_namespace="", root_dir=_ROOT)
 
     def metric(self, record: dict[str, Any]) -> None:
-        """Append `record` to metrics.jsonl as one line; DataError where that fails."""
+        """Append `record` to metrics.jsonl as one line; AccessError where that fails."""
         if self._metrics is not None:
             try:
                 # A reader that follows the file should see whole lines at once.
                 self._metrics.write(json.dumps(record) + "\n")
                 self._metrics.flush()
             except OSError as error:
-                raise unwritable(self._paths[METRICS], error) from error
+                raise AccessError.writing(self._paths[METRICS], error) from error
 
     def lengths(self) -> dict[str, int]:
         """Bytes in each file so far, by name."""
@@ -83,7 +83,7 @@ class _RaisingHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
-            raise unwritable(Path(self.baseFilename), error) from error
+            raise AccessError.writing(Path(self.baseFilename), error) from error
         super().handleError(record)
 
 

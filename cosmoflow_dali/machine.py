@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pipelines.dist import available_cores
+
 _PACKAGES = (
     "torch",
     "nvidia-dali-cuda120",
@@ -43,11 +45,6 @@ def hardware() -> dict[str, Any]:
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
     }
-
-
-def available_cores() -> int:
-    """Cores that this process may run on: those a launcher has bound it to, or all."""
-    return len(os.sched_getaffinity(0))
 
 
 def _cpu_model() -> str:

@@ -12,10 +12,10 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
 from cosmoflow_dali.config import TrainConfig
-from cosmoflow_dali.dist import World
 from cosmoflow_dali.model import ReferenceConfig
 from cosmoflow_dali.optim import SGDConfig
 from cosmoflow_dali.schedule import StepDecayConfig
+from pipelines.dist import World
 
 
 def log_init_start(log: MLLogger, began_ms: int) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from cosmoflow_dali.arguments import OneLineParser
-from cosmoflow_dali.dist import World, report_errors
 from cosmoflow_dali.weights import Trained, load_trained
 from pipelines.dataset import read_sample
+from pipelines.dist import World, report_errors
 from pipelines.errors import DataError
 from pipelines.sample import HALF_RANGE, PARAMETERS, to_physical
 from pipelines.transforms import transform

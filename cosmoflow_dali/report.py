@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from cosmoflow_dali.log import METRICS
 from cosmoflow_dali.runs import CONFIG, PREDICTIONS, SUMMARY
-from pipelines.files import write_atomically
+from pipelines.files import write_chunks
 from pipelines.sample import HALF_RANGE, PARAMETERS, Parameter
 
 REPORT = "report.html"
@@ -91,7 +91,7 @@ def write_report(run: Path) -> Path:
     )
     page = _PAGE.format(title=html.escape(f"CosmoFlow: {run.resolve().name}"), body=body)
     path = run / REPORT
-    write_atomically(path, lambda file: file.write(page.encode()))
+    write_chunks(path, page.encode())
     return path
 
 

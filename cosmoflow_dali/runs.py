@@ -25,7 +25,7 @@ from cosmoflow_dali.evaluation import Evaluation
 from cosmoflow_dali.schedule import StepDecayConfig
 from pipelines.dataset import Split
 from pipelines.errors import ConfigError, DataError
-from pipelines.files import TEMPORARY, write_atomically
+from pipelines.files import TEMPORARY, write_chunks
 from pipelines.plan import plan_epoch
 from pipelines.sample import PARAMETERS, to_physical
 
@@ -61,7 +61,7 @@ def begin(folder: Path, config: TrainConfig) -> None:
 def save_config(folder: Path, config: TrainConfig) -> None:
     """Write `config` into `folder` as YAML."""
     text = yaml.safe_dump(to_tree(config), sort_keys=False)
-    write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
+    write_chunks(folder / CONFIG, text.encode())
 
 
 def load_config(folder: Path) -> TrainConfig:
@@ -139,4 +139,4 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write summary.json."""
     text = json.dumps(summary, indent=2) + "\n"
-    write_atomically(folder / SUMMARY, lambda file: file.write(text.encode()))
+    write_chunks(folder / SUMMARY, text.encode())

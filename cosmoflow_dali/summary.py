@@ -11,11 +11,11 @@ import numpy as np
 
 from cosmoflow_dali import baseline, machine, runs
 from cosmoflow_dali.config import TrainConfig
-from cosmoflow_dali.dist import World
 from cosmoflow_dali.evaluation import Evaluation
 from cosmoflow_dali.log import Console
 from cosmoflow_dali.trainer import Outcome
 from pipelines.dataset import Split
+from pipelines.dist import World
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,14 +22,13 @@ from cosmoflow_dali import mlperf, runs
 from cosmoflow_dali.arguments import Arguments, parse
 from cosmoflow_dali.checkpoint import Checkpoint
 from cosmoflow_dali.config import TrainConfig
-from cosmoflow_dali.dist import World, report_errors
 from cosmoflow_dali.log import Console, RunLogs
-from cosmoflow_dali.machine import available_cores
 from cosmoflow_dali.networks import build_model
 from cosmoflow_dali.open_model import OpenCosmoFlow, input_statistics
 from cosmoflow_dali.summary import Result, finish
 from cosmoflow_dali.trainer import Outcome, Trainer
 from pipelines.dataset import Split, open_split
+from pipelines.dist import World, available_cores, report_errors
 from pipelines.loader import Loader
 from pipelines.plan import Shard
 from preprocess.simulate import SETTINGS, make_dataset
@@ -92,7 +91,7 @@ def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
     others = (root / "train").is_dir() and not (root / SETTINGS).exists()
     if simulate is not None and not others:
         start = time.perf_counter()
-        make_dataset(simulate, root, workers=available_cores(), progress=True)
+        make_dataset(simulate, root, workers=available_cores(), shown=True)
         seconds["simulate"] = time.perf_counter() - start
     train, validation = open_split(root, "train"), open_split(root, "validation")
     runs.check_data(config, checkpoint, world.size, train, validation)

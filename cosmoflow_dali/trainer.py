@@ -26,12 +26,12 @@ from cosmoflow_dali import symmetry
 from cosmoflow_dali.checkpoint import Checkpoint, Position
 from cosmoflow_dali.clock import Clock
 from cosmoflow_dali.config import TrainConfig, to_tree
-from cosmoflow_dali.dist import World
 from cosmoflow_dali.evaluation import Evaluation, evaluate
 from cosmoflow_dali.log import Console, RunLogs
 from cosmoflow_dali.optim import build_optimizer, set_lr
 from cosmoflow_dali.schedule import lr_at
 from cosmoflow_dali.step import forward_backward, seed_step
+from pipelines.dist import World
 from pipelines.errors import UserError
 from pipelines.loader import Loader
 from pipelines.sample import Batch

@@ -6,19 +6,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.errors import DataError
-from pipelines.files import read_file
+from pipelines.errors import AccessError, DataError
 from pipelines.formats import FORMATS, Format
 from pipelines.formats.npy import DATA, LABEL
-from pipelines.formats.tfrecord import GZIP_MAGIC
+from pipelines.formats.tfrecord import GZIP_MAGIC, SUFFIX
+from pipelines.lists import DATA_LIST, LABEL_LIST, read_list
+from pipelines.manifest import MANIFEST, Manifest
 from pipelines.sample import Sample, SampleSpec
-
-_LISTS = {DATA: "files_data.lst", LABEL: "files_label.lst"}
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The samples of one folder, in the order of their names or of its list file.
+    """The samples of one folder, in the order of its manifest, its list file or their names.
 
     root: the folder.
     form: the name of their format, a key of FORMATS.
@@ -53,81 +52,104 @@ class Split:
 
 
 def open_split(root: Path, split: str) -> Split:
-    """The samples in `root`/`split` ("train" or "validation").
+    """The samples in `root`/`split` ("train" or "validation"); see `open_folder`."""
+    return open_folder(root / split)
 
-    The first sample is read, for its shape. DataError where there is no folder, no sample, a
-    mixture of formats, or lists that do not fit the files.
+
+def open_folder(folder: Path) -> Split:
+    """The samples in `folder`: those of its manifest if it has one, else those that a look finds.
+
+    Looking means listing the folder, in the order of `files_data.lst` if that is there, and reading
+    the first sample for its shape. DataError where there is no folder, no sample, a mixture of
+    formats, or lists that do not fit the files.
     """
-    folder = root / split
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder))
-    except OSError as error:
-        raise DataError(
-            folder,
-            f"cannot be listed ({error.strerror})",
-            "give a folder that holds train and validation",
-        ) from error
-    records = tuple(name for name in names if name.endswith(".tfrecord"))
+    manifest = Manifest.load(folder)
+    if manifest is not None:
+        return _of_manifest(folder, manifest)
+    names = list_folder(folder)
+    records = tuple(name for name in names if name.endswith(SUFFIX))
     data = tuple(name for name in names if name.endswith(DATA))
     if records and data:
         raise DataError(folder, f"holds {records[0]} and {data[0]}", "keep one format a folder")
+    if not records and not data:
+        raise DataError(folder, "holds no samples", f"expected *{SUFFIX} or *{DATA} files")
     if data:
-        return _checked(folder, "npy", _listed(folder, data, names))
-    if records:
-        return _checked(folder, _tfrecord_form(folder / records[0]), records)
-    raise DataError(folder, "holds no samples", f"expected *.tfrecord or *{DATA} files")
+        _check_labels(folder, data, names)
+    ordered = _listed(folder, records or data, names)
+    form = "npy" if data else tfrecord_form(folder / ordered[0])
+    size, _, _, channels = FORMATS[form].read(folder / ordered[0]).counts.shape
+    return Split(folder, form, ordered, SampleSpec(size, channels))
+
+
+def list_folder(folder: Path) -> list[str]:
+    """The names in `folder`, sorted; AccessError where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries)
+    except OSError as error:
+        raise AccessError(
+            folder,
+            f"cannot be listed ({error.strerror})",
+            "give a folder of samples, or one that holds train and validation",
+        ) from error
 
 
 def read_sample(path: Path) -> Sample:
     """The sample in the file `path` of any format; DataError where it is none."""
     if path.name.endswith(DATA):
         return FORMATS["npy"].read(path)
-    if path.name.endswith(".tfrecord"):
-        return FORMATS[_tfrecord_form(path)].read(path)
-    raise DataError(path, "has the name of no known format", f"expected *.tfrecord or *{DATA}")
+    if path.name.endswith(SUFFIX):
+        return FORMATS[tfrecord_form(path)].read(path)
+    raise DataError(path, "has the name of no known format", f"expected *{SUFFIX} or *{DATA}")
 
 
-def _tfrecord_form(path: Path) -> str:
+def tfrecord_form(path: Path) -> str:
+    """Which of the two TFRecord formats the file at `path` is in, by its first bytes."""
     try:
         with open(path, "rb") as file:
             magic = file.read(len(GZIP_MAGIC))
     except OSError as error:
-        raise DataError(
-            path, f"cannot be read ({error.strerror})", "check the path and its rights"
-        ) from error
+        raise AccessError.reading(path, error) from error
     return "tfrecord_gzip" if magic == GZIP_MAGIC else "tfrecord"
 
 
-def _checked(folder: Path, form: str, names: tuple[str, ...]) -> Split:
-    first = FORMATS[form].read(folder / names[0])
-    size, _, _, channels = first.counts.shape
-    return Split(folder, form, names, SampleSpec(size, channels))
+def _of_manifest(folder: Path, manifest: Manifest) -> Split:
+    if manifest.form not in FORMATS:
+        raise DataError(
+            folder / MANIFEST,
+            f"names the format {manifest.form!r}",
+            f"this program knows {', '.join(sorted(FORMATS))}",
+        )
+    if not manifest.entries:
+        raise DataError(folder, "holds no samples", "its manifest is empty")
+    suffix = FORMATS[manifest.form].suffix
+    names = tuple(entry.stem + suffix for entry in manifest.entries)
+    return Split(folder, manifest.form, names, manifest.spec)
 
 
-def _listed(folder: Path, data: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
-    """The data files in the order of the list files, if there are any, each with its label."""
+def _check_labels(folder: Path, data: tuple[str, ...], names: list[str]) -> None:
     labels = {name.removesuffix(LABEL) for name in names if name.endswith(LABEL)}
     for name in data:
         if name.removesuffix(DATA) not in labels:
             raise DataError(folder / name, "has no label file beside it", f"expected a *{LABEL} of that name")
-    if _LISTS[DATA] not in names:
-        return data
-    listed = _list(folder / _LISTS[DATA])
-    missing = set(listed) - set(data)
-    if missing or len(set(listed)) != len(listed):
-        which = f"lists {min(missing)}, which is not there" if missing else "lists a file twice"
-        raise DataError(folder / _LISTS[DATA], which, "write the list anew")
-    if _LISTS[LABEL] in names:
-        expected = tuple(name.removesuffix(DATA) + LABEL for name in listed)
-        if _list(folder / _LISTS[LABEL]) != expected:
+
+
+def _listed(folder: Path, found: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
+    """The samples `found` in the order of the folder's list files, if it has any."""
+    if DATA_LIST not in names:
+        return found
+    listed = tuple(entry.name for entry in read_list(folder / DATA_LIST))
+    missing = set(listed) - set(found)
+    if missing:
+        raise DataError(
+            folder / DATA_LIST, f"lists {min(missing)}, which is not there", "write the list anew"
+        )
+    if not listed:
+        raise DataError(folder / DATA_LIST, "lists nothing", "write the list anew")
+    if LABEL_LIST in names:
+        labels = tuple(entry.name for entry in read_list(folder / LABEL_LIST))
+        if labels != tuple(name.removesuffix(DATA) + LABEL for name in listed):
             raise DataError(
-                folder / _LISTS[LABEL],
-                f"does not list the labels of {_LISTS[DATA]} in its order",
-                "write it anew",
+                folder / LABEL_LIST, f"does not list the labels of {DATA_LIST} in its order", "write it anew"
             )
     return listed
-
-
-def _list(path: Path) -> tuple[str, ...]:
-    lines = read_file(path).decode(errors="replace").split("\n")
-    return tuple(line.strip() for line in lines if line.strip())

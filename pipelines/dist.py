@@ -3,7 +3,7 @@
 A launcher (mpirun, torchrun, srun, or none) starts one process for each device and tells each one
 its place in environment variables; `World.detect` is the only reader of them. Everything
 that crosses ranks, but for the gradients, goes through a `World`; with one rank it is plain
-arithmetic and no process group exists.
+arithmetic, no process group exists, and torch, which takes its time to import, is left out.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from pipelines.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others: long enough for rank 0 to simulate a data set."""
+
+
+_GRACE_SECONDS = 2.0
 
 
 class _Launcher(NamedTuple):
@@ -51,6 +55,11 @@ _LAUNCHERS = (
     ),
     _Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 )
+
+
+def available_cores() -> int:
+    """Cores that this process may run on: those a launcher has bound it to, or all."""
+    return len(os.sched_getaffinity(0))
 
 
 class RankError(UserError):
@@ -96,6 +105,8 @@ class World:
 
     def device(self, kind: str) -> torch.device:
         """This rank's device of `kind` "auto", "cpu" or "cuda"; ConfigError where it is not there."""
+        import torch
+
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if kind == "cpu" or (kind == "auto" and gpus == 0):
             return torch.device("cpu")
@@ -110,24 +121,28 @@ class World:
         return torch.device("cuda", self.local_rank)
 
     @contextmanager
-    def connected(self, device: torch.device) -> Iterator[None]:
-        """The process group of these ranks, NCCL for `device` cuda and gloo for cpu."""
+    def connected(self, device: torch.device | None = None) -> Iterator[None]:
+        """The process group of these ranks: NCCL for `device` cuda, and gloo for cpu or none."""
         if self.size == 1:
             yield
             return
+        import torch
+        import torch.distributed as dist
+
+        cuda = device is not None and device.type == "cuda"
         address, port = _rendezvous(self, os.environ)
         if self.local_size == self.size and "lo" in (name for _, name in socket.if_nameindex()):
             # One node: gloo need not find out which of its interfaces others can reach.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if cuda else "gloo",
             init_method=f"tcp://{address}:{port}",
             rank=self.rank,
             world_size=self.size,
             timeout=_TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if cuda else None,
         )
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.set_device(device)
         yield
         # Left out on an error on purpose: there the peers may be gone, and waiting for them hangs.
@@ -137,6 +152,8 @@ class World:
         """What `make` returns on rank 0, on every rank; a UserError there is raised on every rank."""
         if self.size == 1:
             return make()
+        import torch.distributed as dist
+
         outcome: list[T | UserError | None] = [None]
         if self.is_root:
             try:
@@ -153,6 +170,8 @@ class World:
         """`make()` on every rank; if it raises a UserError on any, every rank raises the first of them."""
         if self.size == 1:
             return make()
+        import torch.distributed as dist
+
         result: T | None = None
         mine: UserError | None = None
         try:
@@ -176,14 +195,18 @@ class World:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over the ranks, in place."""
         if self.size > 1:
+            import torch.distributed as dist
+
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: float) -> list[float]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's `value`, by rank."""
         if self.size == 1:
             return [value]
-        values: list[float] = [0.0] * self.size
+        import torch.distributed as dist
+
+        values: list[T] = [value] * self.size
         dist.all_gather_object(values, value)
         return values
 
@@ -197,20 +220,36 @@ def report_errors(world: World) -> Iterator[None]:
         # A fault that all ranks know of needs telling once.
         if world.is_root or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        else:
+            # A launcher ends all ranks when the first one fails: let rank 0 be heard before.
+            time.sleep(_GRACE_SECONDS)
+        _leave(world)
     except OSError as error:
         # A file system that has gone, a right that was taken away: it says which file.
         print(f"error: {RankError(world, UserError(str(error)))}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _leave(world)
     except RuntimeError as error:
         if world.size == 1 or not _lost_contact(error):
             raise
         print(f"rank {world.rank} of {world.size}: another rank has gone; leaving", file=sys.stderr)
+        _leave(world)
+
+
+def _leave(world: World) -> NoReturn:
+    """End this process with status 1."""
+    if world.size == 1:
         sys.exit(1)
+    # The process group still stands, since to take it down means to wait for others who may be gone;
+    # were the interpreter to tidy up around its threads, they would now and then abort the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _lost_contact(error: BaseException) -> bool:
     """Whether `error` is what a collective raises when another rank has gone."""
+    import torch.distributed as dist
+
     text = str(error)
     return isinstance(error, dist.DistError) or any(
         sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")

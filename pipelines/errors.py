@@ -28,6 +28,22 @@ class DataError(UserError):
         return type(self), (self.path, self.fault, self.remedy)
 
 
+class AccessError(DataError):
+    """A file or folder that the file system does not give or take: no fault of what is in it."""
+
+    @staticmethod
+    def reading(path: str | os.PathLike[str], error: OSError) -> AccessError:
+        """What to tell of `error`, met while reading `path`."""
+        return AccessError(path, f"cannot be read ({error.strerror})", "check the path and its rights")
+
+    @staticmethod
+    def writing(path: str | os.PathLike[str], error: OSError) -> AccessError:
+        """What to tell of `error`, met while writing `path`."""
+        return AccessError(
+            path, f"cannot be written ({error.strerror})", "check the free space and the rights"
+        )
+
+
 class ConfigError(UserError):
     """A setting that cannot be used.
 

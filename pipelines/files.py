@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import mmap
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from pipelines.errors import DataError
+import crc32c
+
+from pipelines.errors import AccessError
 
 TEMPORARY = ".tmp"
 """The suffix of a file that is being written; one that is left over is safe to remove."""
+
+
+_LARGE, _SCRATCH, _PIECE = 1 << 20, 1 << 20, 1 << 18
+"""Bytes from which a file is large, of the buffer that it passes through, and of what is copied at once."""
+
+_BLOCK = 4096
+"""What O_DIRECT wants addresses and lengths to be multiples of; a page suits every disk."""
+
+_scratch = threading.local()
+
+
+class Written(NamedTuple):
+    """A file as it was written: its path, its length, and the CRC-32C of its content."""
+
+    path: Path
+    bytes: int
+    crc32c: int
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Have `write` fill a temporary file beside `path`, and give it that name once it is on disk.
 
     The temporary name holds the process id, so that several writers of one path do not meet; the
-    last one to finish wins. DataError where the file system refuses.
+    last one to finish wins. AccessError where the file system refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -27,9 +51,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError):
-            raise unwritable(path, error) from error
+            raise AccessError.writing(path, error) from error
         raise
     # The rename lives in the directory, which has its own place on the disk.
     descriptor = os.open(path.parent, os.O_RDONLY)
@@ -39,16 +64,108 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.close(descriptor)
 
 
+def write_chunks(path: Path, *chunks: bytes | memoryview) -> Written:
+    """Write `chunks` one behind the other to the file at `path`, as `write_atomically` does.
+
+    A large file goes past the page cache where the file system lets it: a copy of terabytes that
+    nobody reads again would only cost time and drive out what others do read.
+    """
+    length, checksum = sum(len(chunk) for chunk in chunks), 0
+
+    def pieces() -> Iterator[memoryview]:
+        """The chunks in pieces, which the checksum leaves in a core's cache for whoever copies them."""
+        nonlocal checksum
+        checksum = 0
+        for chunk in chunks:
+            view = memoryview(chunk)
+            for start in range(0, len(view), _PIECE):
+                piece = view[start : start + _PIECE]
+                checksum = crc32c.crc32c(piece, checksum)
+                yield piece
+
+    def write(file: BinaryIO) -> None:
+        if length < _LARGE or not _write_direct(file.fileno(), pieces()):
+            file.writelines(pieces())
+
+    write_atomically(path, write)
+    return Written(path, length, checksum)
+
+
+def _write_direct(descriptor: int, pieces: Iterable[memoryview]) -> bool:
+    """Write `pieces` to an empty file with O_DIRECT; False, and nothing written, where there is none."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+    except OSError:
+        return False
+    if not hasattr(_scratch, "map"):
+        _scratch.map = mmap.mmap(-1, _SCRATCH)
+    scratch, filled, length = memoryview(_scratch.map), 0, 0
+    try:
+        for rest in pieces:
+            length += len(rest)
+            while rest:
+                part = rest[: _SCRATCH - filled]
+                scratch[filled : filled + len(part)] = part
+                filled, rest = filled + len(part), rest[len(part) :]
+                if filled == _SCRATCH:
+                    _write_all(descriptor, scratch)
+                    filled = 0
+        _write_all(descriptor, scratch[: -(-filled // _BLOCK) * _BLOCK])
+        os.ftruncate(descriptor, length)
+    except OSError as error:
+        # Some file systems take the flag and then refuse the first write.
+        if error.errno != errno.EINVAL or os.fstat(descriptor).st_size > 0:
+            raise
+        return False
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    return True
+
+
+def _write_all(descriptor: int, content: memoryview) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what writers that were killed have left in `folder`; none may be at work there."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_temporary(entry.name):
+                os.unlink(entry.path)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `name` is one that `write_atomically` gives to a file that is not whole."""
+    return name.startswith(".") and name.endswith(TEMPORARY)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
+    """The right to write into `folder`, as a file descriptor that carries it.
+
+    Where another process has it, `wait()` is called, and if it returns, waited. A file system
+    without locks gives the right to everyone.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def read_file(path: Path) -> bytes:
-    """The content of the file at `path`; DataError where it cannot be read."""
+    """The content of the file at `path`; AccessError where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(
-            path, f"cannot be read ({error.strerror})", "check the path and its rights"
-        ) from error
-
-
-def unwritable(path: Path, error: OSError) -> DataError:
-    """What to tell a user whose file at `path` met `error` while it was written."""
-    return DataError(path, f"cannot be written ({error.strerror})", "check the free space and the rights")
+        raise AccessError.reading(path, error) from error

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pipelines.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 REDSHIFTS = (0.0, 0.5, 1.5, 3.0)
 """Redshift of each channel of a sample, in the order of its last axis."""

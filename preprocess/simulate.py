@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from tqdm import tqdm
-
 from pipelines.errors import ConfigError, DataError, UserError
-from pipelines.files import TEMPORARY, write_atomically
+from pipelines.files import is_temporary, locked, remove_temporaries, write_chunks
 from pipelines.formats import FORMATS
-from preprocess.universe import SimulateConfig, SplitName
-from preprocess.workforce import Job, make_universes
+from preprocess.progress import progress
+from preprocess.universe import SimulateConfig, Simulation, SplitName
+from preprocess.workforce import run_jobs
 
 __all__ = ["SETTINGS", "SimulateConfig", "make_dataset"]
 
@@ -38,17 +35,14 @@ SETTINGS = "simulation.json"
 _VERSION = 1
 """Of the simulation: to be raised by every change that makes other universes of the same settings."""
 
-_LINE_SECONDS = 15.0
-"""Between lines of progress where stderr is no terminal."""
-
 _SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 _COUNTS = ("train", "validation")
 
 
-def make_dataset(config: SimulateConfig, root: Path, *, workers: int, progress: bool) -> None:
+def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: bool) -> None:
     """Make the samples of `config` that are missing in `root`/train and `root`/validation.
 
-    The files do not depend on `workers`, processes of one thread each. With `progress`, a bar on a
+    The files do not depend on `workers`, processes of one thread each. With `shown`, a bar on a
     terminal's stderr (a line now and then where that is none) and what was made in the end.
 
     Raises ConfigError for settings other than those that `root` was made with, DataError for a
@@ -57,38 +51,47 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, progress: 
     root = Path(root).absolute()
     _check_settings(config, root)
     if not _missing(config, root):
-        if progress:
+        if shown:
             print(f"{root}: complete")
         return
     if workers < 1:
         raise ConfigError("workers", workers, "expected at least one process")
     start = time.perf_counter()
+
+    def tell_of_waiting() -> None:
+        if shown:
+            print(f"{root}: another process is simulating into it; waiting for that", file=sys.stderr)
+
     try:
         for split in _SPLITS:
             (root / split).mkdir(parents=True, exist_ok=True)
-        with _lock(root, progress) as lock:
+        with locked(root, tell_of_waiting) as lock:
             _check_settings(config, root)
-            _remove_temporaries(root)
+            for folder in (root, *(root / split for split in _SPLITS)):
+                remove_temporaries(folder)
             record = json.dumps({"version": _VERSION, **asdict(config)}, indent=2) + "\n"
-            write_atomically(root / SETTINGS, lambda file: file.write(record.encode()))
+            write_chunks(root / SETTINGS, record.encode())
             files = size = 0
             jobs = _missing(config, root)
-            made = make_universes(config, root, jobs, workers, lock)
+            made = run_jobs(Simulation(asdict(config), str(root)), jobs, workers, (lock,))
             # The iterator's own clean-up ends the workers, also when Ctrl-C arrives right here.
-            with contextlib.closing(made), _report(len(jobs), progress) as advance:
-                for more_files, more_bytes in made:
-                    files, size = files + more_files, size + more_bytes
+            with (
+                contextlib.closing(made),
+                progress(len(jobs), "simulated", "universe", shown=shown) as advance,
+            ):
+                for _, written in made:
+                    files, size = files + len(written), size + sum(written)
                     advance()
     except OSError as error:
         raise DataError(root, f"cannot be written ({error})", "choose or mend the folder") from error
-    if progress:
+    if shown:
         seconds = time.perf_counter() - start
         print(f"simulated {len(jobs)} universes: {files} files, {size / 1e6:.1f} MB, {seconds:.1f} s")
 
 
-def _missing(config: SimulateConfig, root: Path) -> list[Job]:
+def _missing(config: SimulateConfig, root: Path) -> list[tuple[SplitName, int]]:
     """The universes that lack a sample, in order."""
-    jobs: list[Job] = []
+    jobs: list[tuple[SplitName, int]] = []
     suffix = FORMATS[config.format].suffix
     for split in _SPLITS:
         try:
@@ -110,7 +113,8 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
         recorded = json.loads(path.read_bytes())
     except FileNotFoundError:
         for split in _SPLITS:
-            if (root / split).is_dir() and any(not _temporary(entry) for entry in (root / split).iterdir()):
+            folder = root / split
+            if folder.is_dir() and not all(is_temporary(path.name) for path in folder.iterdir()):
                 raise DataError(
                     root,
                     f"holds {split}/ but no {SETTINGS}",
@@ -135,59 +139,6 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
                 value,
                 f"{root} was made with {there!r}: ask for that, or for another folder",
             )
-
-
-def _temporary(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(TEMPORARY)
-
-
-def _remove_temporaries(root: Path) -> None:
-    """Remove what writers that were killed left behind; the lock says that none is alive."""
-    for directory in (root, *(root / split for split in _SPLITS)):
-        for path in directory.iterdir():
-            if _temporary(path):
-                path.unlink()
-
-
-@contextlib.contextmanager
-def _lock(root: Path, progress: bool) -> Iterator[int]:
-    """The right to write into `root`, as a file descriptor; waits while another process has it."""
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if progress:
-                print(
-                    f"{root}: another process is simulating into it; waiting for that",
-                    file=sys.stderr,
-                )
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _report(total: int, progress: bool) -> Iterator[Callable[[], object]]:
-    """A function to call after each of `total` universes: it moves a bar or, now and then, prints."""
-    if not progress:
-        yield lambda: None
-    elif sys.stderr.isatty():
-        with tqdm(total=total, desc="simulating", unit="universe", smoothing=0.1) as bar:
-            yield bar.update
-    else:
-        start = told = time.monotonic()
-        done = 0
-
-        def advance() -> None:
-            nonlocal done, told
-            done, now = done + 1, time.monotonic()
-            if now - told >= _LINE_SECONDS:
-                told, left = now, (now - start) / done * (total - done)
-                print(f"simulated {done} of {total} universes, {left:.0f} s left", file=sys.stderr)
-
-        yield advance
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -215,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         config = SimulateConfig(**{name: getattr(arguments, name) for name in options})
-        make_dataset(config, arguments.output, workers=arguments.workers, progress=True)
+        make_dataset(config, arguments.output, workers=arguments.workers, shown=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

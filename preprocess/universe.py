@@ -6,9 +6,11 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from pipelines.errors import ConfigError
 from pipelines.formats import FORMATS
@@ -108,3 +110,27 @@ def simulate_universe(
         n = config.size
         crop = counts[i : i + n, j : j + n, k : k + n]
         yield stem, Sample(np.ascontiguousarray(crop), target)
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """The task of simulating one universe and writing its samples.
+
+    settings: of a SimulateConfig.
+    root: the data set's folder.
+    """
+
+    settings: dict[str, Any]
+    root: str
+
+    def __call__(self, job: tuple[SplitName, int]) -> list[int]:
+        """Do universe job[1] of split job[0]; the lengths of the files written, in bytes."""
+        split, universe = job
+        # One thread, so that the bits do not depend on how many cores the machine has.
+        torch.set_num_threads(1)
+        config = SimulateConfig(**self.settings)
+        return [
+            file.bytes
+            for stem, sample in simulate_universe(config, split, universe)
+            for file in FORMATS[config.format].write(Path(self.root, split), stem, sample)
+        ]

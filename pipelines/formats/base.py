@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.files import Written
 from pipelines.sample import Sample, SampleSpec
 
 
@@ -33,8 +34,16 @@ class Format(Protocol):
     def suffix(self) -> str:
         """The end of the name of the file that holds the counts."""
 
-    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Path, ...]:
-        """Write `sample`, whole or not at all; the files it is in."""
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The ends of the names of all files that reading a sample needs."""
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The ends of the names of other files that `write` makes."""
+
+    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Written, ...]:
+        """Write `sample`, each file whole or not at all, that with the counts last."""
 
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
         """The sample whose counts are in `path`, checked in full; DataError names any fault."""

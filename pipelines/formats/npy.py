@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import DataError
-from pipelines.files import write_atomically
+from pipelines.errors import AccessError, DataError
+from pipelines.files import Written, write_chunks
 from pipelines.formats.base import Payload
 from pipelines.sample import Sample, SampleSpec, check_counts, check_target
 
@@ -32,13 +32,13 @@ class Npy:
 
     name = "npy"
     suffix = DATA
+    parts = (LABEL, DATA)
+    extras = ()
 
-    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Path, ...]:
+    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Written, ...]:
         """Write the label, then the data, each whole or not at all."""
-        label, data = directory / f"{stem}{LABEL}", directory / f"{stem}{DATA}"
-        write_atomically(label, lambda file: np.save(file, sample.target, allow_pickle=False))
-        write_atomically(data, lambda file: np.save(file, sample.counts, allow_pickle=False))
-        return label, data
+        arrays = ((LABEL, sample.target), (DATA, sample.counts))
+        return tuple(write_npy(directory / f"{stem}{part}", array) for part, array in arrays)
 
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
         """The sample whose counts are in `path`, and its target in the file beside it."""
@@ -59,6 +59,13 @@ class Npy:
         mapped.madvise(mmap.MADV_WILLNEED)
         counts = np.frombuffer(mapped, np.int16, offset=start).reshape(header.shape)
         return Payload(counts, _read_target(path))
+
+
+def write_npy(path: Path, array: npt.NDArray[Any]) -> Written:
+    """Write `array` as numpy.save does, whole or not at all."""
+    array, header = np.ascontiguousarray(array), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return write_chunks(path, header.getvalue(), array.data.cast("B"))
 
 
 def read_npy(path: Path) -> npt.NDArray[Any]:
@@ -83,9 +90,7 @@ def _open(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise DataError(
-            path, f"cannot be read ({error.strerror})", "check the path and its rights"
-        ) from error
+        raise AccessError.reading(path, error) from error
 
 
 def _read_header(path: Path, file: BinaryIO) -> _Header:

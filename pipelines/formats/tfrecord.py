@@ -22,10 +22,11 @@ import numpy.typing as npt
 from isal import igzip, isal_zlib
 
 from pipelines.errors import DataError
-from pipelines.files import read_file, write_atomically
+from pipelines.files import Written, read_file, write_chunks
 from pipelines.formats.base import Payload
 from pipelines.sample import PARAMETERS, REDSHIFTS, Sample, SampleSpec, check_counts, check_target
 
+SUFFIX, INDEX = ".tfrecord", ".idx"
 GZIP_MAGIC = b"\x1f\x8b"
 _HEADER, _FOOTER = 12, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -37,17 +38,27 @@ class TFRecord(NamedTuple):
 
     name: str
     compressed: bool
-    suffix: str = ".tfrecord"
+    suffix: str = SUFFIX
+    parts: tuple[str, ...] = (SUFFIX,)
 
-    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Path, ...]:
-        """Write `<stem>.tfrecord`, whole or not at all."""
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The index of a plain record."""
+        return () if self.compressed else (SUFFIX + INDEX,)
+
+    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Written, ...]:
+        """Write `<stem>.tfrecord`, and for a plain one first the index that DALI's own reader wants.
+
+        The index, `<stem>.tfrecord.idx`, has a line for each record: its offset and its length in
+        bytes, container included, as DALI's tfrecord2idx writes it.
+        """
         content = frame(encode_example(sample))
+        path = directory / f"{stem}{self.suffix}"
         if self.compressed:
             # Level 2 of igzip is within a few percent of zlib's default in size, at a tenth of its time.
-            content = igzip.compress(content, compresslevel=2, mtime=0)
-        path = directory / f"{stem}{self.suffix}"
-        write_atomically(path, lambda file: file.write(content))
-        return (path,)
+            return (write_chunks(path, igzip.compress(content, compresslevel=2, mtime=0)),)
+        index = write_chunks(path.with_name(path.name + INDEX), f"0 {len(content)}\n".encode())
+        return index, write_chunks(path, content)
 
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
         """The sample in `path`, its counts a view of the bytes read; both CRCs are checked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from pathlib import Path
 
@@ -94,10 +95,10 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path: Path) -> None:
 
 def test_a_failing_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("torch.save", fails)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DataError, match="No space"):
         checkpoint().save(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

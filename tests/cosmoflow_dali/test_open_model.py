@@ -73,7 +73,7 @@ def test_batch_normalisation_on_one_rank_is_torchs(volume: torch.Tensor) -> None
 _ON_A_RANK = """
 import sys, torch
 from torch.nn.parallel import DistributedDataParallel
-from cosmoflow_dali.dist import World
+from pipelines.dist import World
 from cosmoflow_dali.open_model import OpenConfig, OpenCosmoFlow
 
 world, cpu = World.detect(), torch.device("cpu")

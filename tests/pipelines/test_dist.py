@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, environment, mpirun, run
 
-from cosmoflow_dali.dist import World
+from pipelines.dist import World
 from pipelines.errors import UserError
 
 OMPI = {
@@ -71,7 +71,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 _MEET = """
 import torch
-from cosmoflow_dali.dist import World
+from pipelines.dist import World
 
 world = World.detect()
 with world.connected(torch.device("cpu")):
@@ -133,7 +133,7 @@ def test_a_fault_on_one_rank_ends_all_of_them() -> None:
     # Rank 1 fails while the others already wait for it in a collective.
     program = """
 import torch
-from cosmoflow_dali.dist import RankError, World, report_errors
+from pipelines.dist import RankError, World, report_errors
 from pipelines.errors import UserError
 
 world = World.detect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import random
 import struct
@@ -41,7 +42,7 @@ def test_reading_gives_what_was_written(form: str, size: int, channels: int, see
     sample = Sample(counts, rng.uniform(-1, 1, 4).astype(np.float32))
     with tempfile.TemporaryDirectory() as folder:
         written = FORMATS[form].write(Path(folder), "universe_000", sample)
-        assert {path.name for path in written} == {path.name for path in Path(folder).iterdir()}
+        assert {file.path.name for file in written} == {path.name for path in Path(folder).iterdir()}
         found = read_sample(Path(folder) / f"universe_000{FORMATS[form].suffix}")
     np.testing.assert_array_equal(found.counts, sample.counts)
     np.testing.assert_array_equal(found.target, sample.target)
@@ -106,9 +107,11 @@ def test_any_layout_that_protobuf_allows_is_read(
 
 def test_our_gzip_is_gzip_and_our_npy_is_npy(tmp_path: Path) -> None:
     sample = tiny_sample(2)
-    (path,) = FORMATS["tfrecord_gzip"].write(tmp_path, "a", sample)
-    (plain,) = FORMATS["tfrecord"].write(tmp_path, "b", sample)
-    assert gzip.decompress(path.read_bytes()) == plain.read_bytes()
+    (compressed,) = FORMATS["tfrecord_gzip"].write(tmp_path, "a", sample)
+    index, plain = FORMATS["tfrecord"].write(tmp_path, "b", sample)
+    record = plain.path.read_bytes()
+    assert gzip.decompress(compressed.path.read_bytes()) == record
+    assert index.path.name == "b.tfrecord.idx" and index.path.read_text() == f"0 {len(record)}\n"
     FORMATS["npy"].write(tmp_path, "a", sample)
     np.testing.assert_array_equal(np.load(tmp_path / "a_data.npy"), sample.counts)
     np.testing.assert_array_equal(np.load(tmp_path / "a_label.npy"), sample.target)
@@ -117,7 +120,8 @@ def test_our_gzip_is_gzip_and_our_npy_is_npy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", sorted(FORMATS))
 def test_no_damage_passes_for_a_sample(form: str, tmp_path: Path) -> None:
     sample, rng = tiny_sample(3), random.Random(7)
-    files = FORMATS[form].write(tmp_path, "a", sample)
+    FORMATS[form].write(tmp_path, "a", sample)
+    files = [tmp_path / f"a{part}" for part in FORMATS[form].parts]
     path = tmp_path / f"a{FORMATS[form].suffix}"
     refused = 0
     for _ in range(200):
@@ -198,11 +202,11 @@ def test_what_is_no_single_record_is_refused(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fails)
     for form in FORMATS.values():
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(DataError, match="No space"):
             form.write(tmp_path, "a", tiny_sample(6))
     assert list(tmp_path.iterdir()) == []
 

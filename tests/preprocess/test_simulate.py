@@ -38,7 +38,7 @@ def digests(root: Path) -> dict[str, str]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three and two universes, made by one worker."""
     root = tmp_path_factory.mktemp("made")
-    make_dataset(SMALL, root, workers=1, progress=False)
+    make_dataset(SMALL, root, workers=1, shown=False)
     return root
 
 
@@ -56,17 +56,17 @@ def test_the_published_format_and_names(made: Path) -> None:
 
 
 def test_the_number_of_workers_changes_no_byte(made: Path, tmp_path: Path) -> None:
-    make_dataset(SMALL, tmp_path / "three", workers=3, progress=False)
+    make_dataset(SMALL, tmp_path / "three", workers=3, shown=False)
     assert digests(tmp_path / "three") == digests(made)
 
 
 def test_what_is_missing_is_made_again_and_a_folder_can_grow(made: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
-    make_dataset(SimulateConfig(train=1, validation=2), root, workers=2, progress=False)
-    make_dataset(SMALL, root, workers=2, progress=False)
+    make_dataset(SimulateConfig(train=1, validation=2), root, workers=2, shown=False)
+    make_dataset(SMALL, root, workers=2, shown=False)
     next((root / "train").glob("*.tfrecord")).unlink()
     (root / "train" / ".univ_a0000000_000.tfrecord.1.tmp").write_bytes(b"half")
-    make_dataset(SMALL, root, workers=2, progress=False)
+    make_dataset(SMALL, root, workers=2, shown=False)
     assert digests(root) == digests(made)
 
 
@@ -138,7 +138,7 @@ def test_the_box_grows_with_h_0() -> None:
 
 @pytest.mark.parametrize("form", sorted(FORMATS))
 def test_any_format_holds_the_same_universes(form: str, made: Path, tmp_path: Path) -> None:
-    make_dataset(SimulateConfig(train=1, validation=1, format=form), tmp_path, workers=1, progress=False)
+    make_dataset(SimulateConfig(train=1, validation=1, format=form), tmp_path, workers=1, shown=False)
     found, published = open_split(tmp_path, "train"), open_split(made, "train")
     assert found.form == form
     np.testing.assert_array_equal(found.read(0).counts, published.read(0).counts)
@@ -197,11 +197,11 @@ def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "precious.tfrecord").write_bytes(b"x")
     with pytest.raises(DataError, match=r"simulation\.json"):
-        make_dataset(SMALL, tmp_path, workers=1, progress=False)
+        make_dataset(SMALL, tmp_path, workers=1, shown=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train"]
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match="file"):
-        make_dataset(SMALL, tmp_path / "file", workers=1, progress=False)
+        make_dataset(SMALL, tmp_path / "file", workers=1, shown=False)
 
 
 def test_the_record_says_what_the_folder_was_made_with(made: Path) -> None:

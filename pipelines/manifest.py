@@ -1,0 +1,151 @@
+"""What a folder of samples holds, in one file: names, lengths and checksums.
+
+`manifest.jsonl` lies in the folder. Its first line is an object: `manifest` (the version, 1),
+`format` (a key of FORMATS), `size` and `channels` (the shape of every sample), `samples` (how many
+lines follow). Then one array for each sample, in the order of their stems:
+
+    ["univ_000", [["_label.npy", 144, "0e8bb71c"], ["_data.npy", 16777344, "9d4bd0a1"]], [2829480, 1699]]
+
+the stem; for each of its files the end of the name, the length in bytes, and the CRC-32C of the
+content in hexadecimal; and, for a sample made from another file, that file's length in bytes and
+time of last change in ns, else null. Whoever opens the folder reads this one file and lists
+nothing, which is what half a million files on a parallel file system ask for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelines.errors import AccessError, DataError
+from pipelines.files import Written, read_file, write_chunks
+from pipelines.sample import SampleSpec
+
+MANIFEST = "manifest.jsonl"
+_VERSION = 1
+
+
+class Part(NamedTuple):
+    """A file of a sample: the end of its name, its length, and the CRC-32C of its content."""
+
+    suffix: str
+    bytes: int
+    crc32c: int
+
+
+class Source(NamedTuple):
+    """What tells whether the file that a sample was made from has changed since."""
+
+    bytes: int
+    mtime_ns: int
+
+    @staticmethod
+    def of(paths: Iterable[Path]) -> Source:
+        """Of the files `paths` together; AccessError where one is not there."""
+        try:
+            found = [os.stat(path) for path in paths]
+        except OSError as error:
+            raise AccessError.reading(error.filename, error) from error
+        return Source(sum(file.st_size for file in found), max(file.st_mtime_ns for file in found))
+
+
+class Entry(NamedTuple):
+    """A sample: its stem, its files, and what it was made from, if that is a file."""
+
+    stem: str
+    parts: tuple[Part, ...]
+    source: Source | None = None
+
+    @staticmethod
+    def of(stem: str, written: Sequence[Written], source: Source | None = None) -> Entry:
+        """The entry of the sample `stem` in the files `written`."""
+        parts = (Part(file.path.name.removeprefix(stem), file.bytes, file.crc32c) for file in written)
+        return Entry(stem, tuple(parts), source)
+
+    def to_json(self) -> list[Any]:
+        """As a line of the manifest has it."""
+        parts = [[part.suffix, part.bytes, f"{part.crc32c:08x}"] for part in self.parts]
+        return [self.stem, parts, list(self.source) if self.source else None]
+
+    @staticmethod
+    def from_json(line: Any) -> Entry:
+        """The inverse; ValueError, TypeError or OverflowError for anything else."""
+        stem, parts, source = line
+        read = tuple(Part(str(suffix), int(length), int(crc, 16)) for suffix, length, crc in parts)
+        if not isinstance(stem, str) or "/" in stem or any("/" in part.suffix for part in read):
+            raise ValueError("a name that is none")
+        return Entry(stem, read, Source(*map(int, source)) if source else None)
+
+    def files(self, folder: Path) -> Iterator[tuple[Path, Part]]:
+        """Each file's path, if it is in `folder`, with what stands here of it."""
+        return ((folder / (self.stem + part.suffix), part) for part in self.parts)
+
+    def is_whole_in(self, folder: Path) -> bool:
+        """Whether all its files are in `folder`, each of the length that stands here."""
+        try:
+            return all(path.stat().st_size == part.bytes for path, part in self.files(folder))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise AccessError.reading(folder / self.stem, error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A folder's samples.
+
+    form: the name of their format.
+    spec: their shape.
+    entries: one a sample, in order.
+    """
+
+    form: str
+    spec: SampleSpec
+    entries: tuple[Entry, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write this into `folder`, whole or not at all."""
+        header = {
+            "manifest": _VERSION,
+            "format": self.form,
+            "size": self.spec.size,
+            "channels": self.spec.channels,
+            "samples": len(self.entries),
+        }
+        lines = [json.dumps(header), *(json.dumps(entry.to_json()) for entry in self.entries), ""]
+        write_chunks(folder / MANIFEST, "\n".join(lines).encode())
+
+    @staticmethod
+    def load(folder: Path) -> Manifest | None:
+        """The manifest in `folder`, or None; DataError where it is damaged."""
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        entries: list[Entry] = []
+        try:
+            header, *lines = read_file(path).decode().splitlines()
+            fields = json.loads(header)
+            if fields["manifest"] != _VERSION:
+                raise DataError(path, f"has version {fields['manifest']}", f"this program reads {_VERSION}")
+            entries.extend(Entry.from_json(json.loads(line)) for line in lines)
+            manifest = Manifest(
+                str(fields["format"]),
+                SampleSpec(int(fields["size"]), int(fields["channels"])),
+                tuple(entries),
+            )
+            missing = int(fields["samples"]) - len(entries)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            fault = f"a line after {len(entries)} samples is no line of a manifest ({error})"
+            raise DataError(path, fault, _REMEDY) from error
+        if missing:
+            raise DataError(path, f"is cut off: {missing} samples are missing", _REMEDY)
+        if len({entry.stem for entry in entries}) != len(entries):
+            raise DataError(path, "has a sample twice", _REMEDY)
+        return manifest
+
+
+_REMEDY = "convert again, or write it anew with python -m preprocess.verify --write"

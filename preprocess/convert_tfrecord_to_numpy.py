@@ -1,0 +1,20 @@
+"""`preprocess.convert --to npy` under the name that users of the original know.
+
+python -m preprocess.convert_tfrecord_to_numpy -i <data_dir>/train -o <destination_dir>/train -c gzip
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from preprocess.convert import convert_as_original
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and convert."""
+    return convert_as_original("convert_tfrecord_to_numpy", "npy", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""Conversion: nothing lost, nothing made twice, whatever happens on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import DATA, ROOT, command, environment, program, tiny_sample, write_tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.dataset import open_folder
+from pipelines.dist import World
+from pipelines.formats import FORMATS
+from pipelines.manifest import MANIFEST
+from pipelines.sample import Sample
+from preprocess.convert import order_conversion
+from preprocess.produce import Produced, produce
+
+CONVERT = "preprocess.convert"
+
+
+def converted(source: Path, target: Path, to: str) -> Produced:
+    """The samples in `source` as `to` in `target`, by this process alone."""
+    order, task = order_conversion(source, target, to)
+    return produce(order, task, world=World(), workers=1, unit="sample")
+
+
+def content(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in `folder`, hidden ones too, by name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    start=st.sampled_from(sorted(FORMATS)),
+    via=st.sampled_from(sorted(FORMATS)),
+    samples=st.integers(1, 5),
+    size=st.integers(1, 9),
+    most=st.sampled_from([1, 255, 256, 32767]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_there_and_back_is_the_identity(
+    start: str, via: str, samples: int, size: int, most: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as name:
+        source, middle, back = (Path(name, folder) for folder in ("source", "middle", "back"))
+        source.mkdir()
+        for index in range(samples):
+            counts = rng.integers(0, most, (size, size, size, 4), dtype=np.int16, endpoint=True)
+            sample = Sample(counts, rng.uniform(-1, 1, 4).astype(np.float32))
+            FORMATS[start].write(source, f"universe_{index:03d}", sample)
+        before = content(source)
+        assert converted(source, middle, via).made == samples
+        assert converted(middle, back, start).made == samples
+        assert content(source) == before
+        # Byte for byte; beside the samples are the manifest and the lists.
+        assert {file: digest for file, digest in content(back).items() if file in before} == before
+        first, second = open_folder(source), open_folder(middle)
+        assert [first.stem(i) for i in range(samples)] == [second.stem(i) for i in range(samples)]
+        for index in range(samples):
+            np.testing.assert_array_equal(first.read(index).counts, second.read(index).counts)
+            np.testing.assert_array_equal(first.read(index).target, second.read(index).target)
+
+
+@pytest.mark.parametrize("folder", ["tfrecord_gzip", "tfrecord_plain"])
+def test_what_tensorflow_wrote_as_npy(folder: str, tmp_path: Path) -> None:
+    converted(DATA / folder, tmp_path, "npy")
+    with np.load(DATA / "keras_small.npz") as keras:
+        for stem, counts, target in zip(
+            (tmp_path / "files_data.lst").read_text().split(), keras["counts"], keras["targets"], strict=True
+        ):
+            np.testing.assert_array_equal(np.load(tmp_path / stem), counts)
+            np.testing.assert_array_equal(np.load(tmp_path / stem.replace("data", "label")), target)
+
+
+def test_both_splits_and_the_lists_of_the_original(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=5, validation=2, form="tfrecord_gzip")
+    done = program(CONVERT, "-i", data, "-o", tmp_path / "npy", "--to", "npy")
+    assert done.code == 0, done.err
+    stems = [f"universe_{index:04d}_000" for index in range(5)]
+    listed = (tmp_path / "npy" / "train" / "files_data.lst").read_text()
+    assert listed == "".join(f"{stem}_data.npy\n" for stem in stems)
+    listed = (tmp_path / "npy" / "train" / "files_label.lst").read_text()
+    assert listed == "".join(f"{stem}_label.npy\n" for stem in stems)
+    assert len(open_folder(tmp_path / "npy" / "validation")) == 2
+    gzip = tmp_path / "gzip"
+    done = program(
+        "preprocess.convert_tfrecord_to_gzip", "-i", data / "train", "-o", gzip, "-c", "gzip", ranks=3
+    )
+    assert done.code == 0, done.err
+    lines = (gzip / "files_data.lst").read_text().splitlines()
+    assert lines == [f"{stem}.tfrecord {(gzip / f'{stem}.tfrecord').stat().st_size}" for stem in stems]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_no_tail_is_dropped(ranks: int, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=7, validation=1, form="tfrecord_gzip") / "train"
+    done = program(
+        "preprocess.convert_tfrecord_to_numpy", "-i", data, "-o", tmp_path / "npy", "-c", "gzip", ranks=ranks
+    )
+    assert done.code == 0, done.err
+    assert "7 samples made" in done.out
+    converted(data, tmp_path / "alone", "npy")
+    assert content(tmp_path / "npy") == content(tmp_path / "alone")
+
+
+def test_a_rerun_makes_only_what_is_missing_or_does_not_match(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=6, validation=1, form="tfrecord") / "train"
+    target = tmp_path / "npy"
+    assert converted(data, target, "npy") == Produced(made=6)
+    before = content(target)
+    written = {path.name: path.stat().st_mtime_ns for path in target.glob("*.npy")}
+    assert converted(data, target, "npy") == Produced(kept=6)
+    assert {path.name: path.stat().st_mtime_ns for path in target.glob("*.npy")} == written
+    (target / "universe_0001_000_data.npy").unlink()
+    (target / "universe_0002_000_label.npy").write_bytes(b"short")
+    assert converted(data, target, "npy") == Produced(made=2, kept=4)
+    assert content(target) == before
+    # A source that has changed is another sample.
+    FORMATS["tfrecord"].write(data, "universe_0004_000", tiny_sample(99))
+    assert converted(data, target, "npy") == Produced(made=1, kept=5)
+    np.testing.assert_array_equal(open_folder(target).read(4).counts, tiny_sample(99).counts)
+
+
+def test_a_damaged_sample_keeps_no_other_from_being_converted(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=5, validation=1, form="tfrecord") / "train"
+    path = data / "universe_0002_000.tfrecord"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for ranks in (1, 2):
+        target = tmp_path / f"npy{ranks}"
+        done = program(CONVERT, "-i", data, "-o", target, "--to", "npy", ranks=ranks)
+        assert done.code == 1
+        assert f"error: {path}: the record's CRC is wrong" in done.err and "Traceback" not in done.err
+        assert len(list(target.glob("*_data.npy"))) == 4 and not (target / MANIFEST).exists()
+    path.write_bytes(whole)
+    assert converted(data, target, "npy") == Produced(made=1, kept=4)
+
+
+def test_the_order_of_a_list_is_kept(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=3, validation=1) / "train"
+    order = [f"universe_{index:04d}_000" for index in (2, 0, 1)]
+    for kind in ("data", "label"):
+        (data / f"files_{kind}.lst").write_text("".join(f"{stem}_{kind}.npy\n" for stem in order))
+    converted(data, tmp_path / "gzip", "tfrecord_gzip")
+    split = open_folder(tmp_path / "gzip")
+    assert [split.stem(index) for index in range(3)] == order
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=2, validation=1) / "train"
+    for name in ("thesis.tex", "other_000.tfrecord", "universe_0000_000_data.npy"):
+        target = tmp_path / name / "target"
+        target.mkdir(parents=True)
+        (target / name).write_text("mine")
+        done = program(CONVERT, "-i", data, "-o", target, "--to", "tfrecord")
+        assert done.code == 1 and f"holds {name}" in done.err
+        assert [path.name for path in target.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-i", "{data}", "-o", "{data}", "--to", "npy"], "is the source itself"),
+        (["-i", "{data}", "-o", "{out}", "--to", "npz"], "--to = 'npz': expected one of npy"),
+        (["-i", "{data}/none", "-o", "{out}", "--to", "npy"], "cannot be listed (No such file"),
+        (["-i", "{data}", "-o", "{out}", "--to", "npy", "--workers", "0"], "--workers = 0"),
+        (["-i", "{data}", "-o", "/proc/x", "--to", "npy"], "/proc/x: cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_does_not_fit_is_one_line(
+    ranks: int, arguments: list[str], said: str, tiny: Path, tmp_path: Path
+) -> None:
+    data, out = tiny / "train", tmp_path / "out"
+    filled = [argument.format(data=data, out=out) for argument in arguments]
+    done = program(CONVERT, *filled, ranks=ranks)
+    assert done.code == 1
+    lines = [line for line in done.err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and said in lines[0] and "Traceback" not in done.err
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty samples of 32^3, enough to be interrupted."""
+    folder = tmp_path_factory.mktemp("many")
+    write_tiny(folder, train=60, validation=1, form="tfrecord_gzip", size=32)
+    return folder / "train"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_any_moment(many: Path, tmp_path: Path) -> None:
+    converted(many, tmp_path / "undisturbed", "npy")
+    undisturbed = content(tmp_path / "undisturbed")
+    chance, midway, target = random.Random(3), 0, tmp_path / "npy"
+    arguments = ["-i", many, "-o", target, "--to", "npy"]
+    for _ in range(20):
+        shutil.rmtree(target, ignore_errors=True)
+        line, quiet = command(CONVERT, arguments, ranks=3), subprocess.DEVNULL
+        running = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=quiet, stderr=quiet)
+        # From before the first file to behind the last, and somewhere between one file and the next.
+        files = chance.randrange(0, 61)
+        while len(list(target.glob("*_data.npy"))) < files and running.poll() is None:
+            pass
+        time.sleep(chance.uniform(0, 0.01))
+        # mpirun and its ranks, or one of them, of which the others then hear.
+        processes = [running.pid, *_children(running.pid)]
+        for pid in chance.choice([processes, [chance.choice(processes)]]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        running.wait(timeout=30)
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        midway += 0 < len(list(target.glob("*_data.npy"))) < 60
+        done = program(CONVERT, *arguments)
+        assert done.code == 0, done.err
+        assert content(target) == undisturbed
+    assert midway >= 10, f"only {midway} of 20 kills fell between the first file and the last"
+
+
+def _children(pid: int) -> list[int]:
+    """The processes that `pid` has started, and theirs."""
+    text = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return [one for child in map(int, text.split()) for one in (child, *_children(child))]
