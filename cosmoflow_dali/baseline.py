@@ -6,7 +6,6 @@ to the four parameters. Its penalty is chosen by cross-validation within the tra
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,8 @@ import numpy.typing as npt
 import torch
 
 from cosmoflow_dali.evaluation import Evaluation
-from pipelines.dataset import Split
+from pipelines.dist import available_cores
+from pipelines.reader import Reader
 
 Array = npt.NDArray[np.float64]
 
@@ -42,28 +42,29 @@ class Ridge:
         return (features - self.mean) / self.scale @ self.weights + self.intercept
 
 
-def fit_ridge(train: Split, validation: Split) -> Evaluation:
-    """The regression's answers over `validation` after fitting it to `train`.
+def fit_ridge(train: Reader, validation: Reader) -> Evaluation:
+    """The regression's answers over the split of `validation` after fitting it to that of `train`.
 
-    Reads every sample of both splits once. DataError names one that cannot be read.
+    Reads every sample of both once. DataError names one that cannot be read or passed over.
     """
-    features, targets = statistics_of(train)
+    _, features, targets = statistics_of(train)
     penalty = _choose_penalty(features, targets)
     ridge = _fit(features, targets, [penalty])[0]
-    features, targets = statistics_of(validation)
-    return Evaluation(ridge.predict(features), targets)
+    index, features, targets = statistics_of(validation)
+    return Evaluation(index, ridge.predict(features), targets)
 
 
-def statistics_of(split: Split) -> tuple[Array, Array]:
-    """Features (n, f) and targets (n, 4) of every sample of `split`, in its order."""
+def statistics_of(reader: Reader) -> tuple[npt.NDArray[np.int64], Array, Array]:
+    """Which samples `reader` gives of its split, in order, their features (n, f) and targets (n, 4)."""
 
-    def one(index: int) -> tuple[Array, npt.NDArray[np.float32]]:
-        sample = split.read(index)
-        return features_of(sample.counts), sample.target
+    def one(index: int) -> tuple[int, Array, npt.NDArray[np.float32]] | None:
+        sample = reader.sample(index)
+        return None if sample is None else (index, features_of(sample.counts), sample.target)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        rows = list(pool.map(one, range(len(split))))
-    return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows]).astype(np.float64)
+    with ThreadPoolExecutor(available_cores()) as pool:
+        rows = [row for row in pool.map(one, range(len(reader.split))) if row is not None]
+    index, features, targets = zip(*rows, strict=True)
+    return np.array(index), np.stack(features), np.stack(targets).astype(np.float64)
 
 
 def features_of(counts: npt.NDArray[np.int16]) -> Array:

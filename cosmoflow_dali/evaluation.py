@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipelines.dist import World
-from pipelines.errors import UserError
+from pipelines.errors import DataError, UserError
 from pipelines.loader import Loader
 from pipelines.sample import PARAMETERS
 
@@ -20,9 +20,11 @@ from pipelines.sample import PARAMETERS
 class Evaluation:
     """The network's answers over a split, in its order, and what they should have been.
 
+    index: (n,) int64, each sample's position in the split; all of them, but for the damaged ones.
     predictions, targets: (n, 4) float64, in units of the target.
     """
 
+    index: npt.NDArray[np.int64]
     predictions: npt.NDArray[np.float64]
     targets: npt.NDArray[np.float64]
 
@@ -71,7 +73,7 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
 
     Each rank fills in the rows that it has seen and the sum over ranks completes the table, so a
     sample that fills up a last batch cannot count twice. UserError, on every rank, where an answer
-    is no number; it names the sample if that is why.
+    is no number, and it names the sample if that is why; or where no sample is sound.
     """
     was_training = model.training
     model.eval()
@@ -79,23 +81,29 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
     with torch.no_grad():
         for batch in world.alone(loader.batches(epoch)):
             if table is None:
-                shape = len(loader.split), 2, len(PARAMETERS)
+                # Whether a sample was seen, what the network made of it, and its target.
+                shape = len(loader.split), 3, len(PARAMETERS)
                 table = torch.zeros(shape, dtype=torch.float64, device=batch.target.device)
-            rows, real = torch.from_numpy(batch.index[: batch.real]), batch.real
-            if real:
-                table[rows, 0] = model(batch.volume)[:real].double()
-                table[rows, 1] = batch.target[:real].double()
+            rows = torch.from_numpy(np.flatnonzero(batch.index >= 0))
+            if len(rows):
+                place = torch.from_numpy(batch.index)[rows]
+                table[place, 0] = 1.0
+                table[place, 1] = model(batch.volume)[rows].double()
+                table[place, 2] = batch.target[rows].double()
     model.train(was_training)
     assert table is not None, "every rank takes part in every evaluation step"
-    predictions, targets = world.sum(table).cpu().numpy().transpose(1, 0, 2)
-    bad = np.flatnonzero(~np.isfinite(predictions).all(axis=1))
+    seen, predictions, targets = world.sum(table).cpu().numpy().transpose(1, 0, 2)
+    index = np.flatnonzero(seen[:, 0])
+    if not index.size:
+        raise DataError(loader.split.root, "holds no sound sample to score", "see preprocess.verify")
+    bad = index[~np.isfinite(predictions[index]).all(axis=1)]
     if bad.size:
         world.on_root(lambda: loader.explain(bad))
         raise UserError(
             f"the network's answer for {bad.size} of {len(loader.split)} sound samples is not a number: "
             "its training has diverged; lower the learning rate"
         )
-    return Evaluation(predictions, targets)
+    return Evaluation(index, predictions[index], targets[index])
 
 
 def _named(values: npt.NDArray[np.float64]) -> dict[str, float]:

@@ -132,7 +132,7 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
     with open(folder / PREDICTIONS, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["index", *(f"{name}_true" for name in names), *(f"{name}_pred" for name in names)])
-        for index, (true, predicted) in enumerate(rows):
+        for index, (true, predicted) in zip(evaluation.index.tolist(), rows, strict=True):
             writer.writerow([index, *(f"{value:.7g}" for value in (*true, *predicted))])
 
 

@@ -16,6 +16,7 @@ from cosmoflow_dali.log import Console
 from cosmoflow_dali.trainer import Outcome
 from pipelines.dataset import Split
 from pipelines.dist import World
+from pipelines.reader import Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Result:
     """How training ended.
 
     evaluation: of the weights at the end.
+    skipped: how many damaged samples of each split were passed over.
     steps: of the whole run, whatever process made them.
     parameters: trainable weights of the network.
     wait_fractions: for each rank, the share of its training time spent waiting for data.
@@ -31,6 +33,7 @@ class Result:
 
     outcome: Outcome
     evaluation: Evaluation
+    skipped: dict[str, int]
     steps: int
     parameters: int
     wait_fractions: list[float]
@@ -55,7 +58,8 @@ def finish(
     compared: dict[str, Any] | None = None
     if config.baseline:
         start = time.perf_counter()
-        ridge = baseline.fit_ridge(train, validation)
+        policy = config.loader.on_bad_sample
+        ridge = baseline.fit_ridge(Reader(train, policy), Reader(validation, policy))
         seconds["baseline"] = time.perf_counter() - start
         compared = {
             "name": baseline.NAME,
@@ -70,6 +74,7 @@ def finish(
         "trivial_mae_per_parameter": trivial,
         "residual_rms": evaluation.residual_rms,
         "baseline": compared,
+        "skipped_samples": result.skipped,
         "outcome": result.outcome.value,
         "target_mae": config.target_mae,
         "seed": config.seed,

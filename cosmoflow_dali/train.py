@@ -31,6 +31,7 @@ from pipelines.dataset import Split, open_split
 from pipelines.dist import World, available_cores, report_errors
 from pipelines.loader import Loader
 from pipelines.plan import Shard
+from pipelines.reader import Reader
 from preprocess.simulate import SETTINGS, make_dataset
 
 EX_TEMPFAIL = 75
@@ -115,8 +116,9 @@ def _train(
         mlperf.log_init_start(logs.mlperf, began_ms)
     model = build_model(config.model, seed)
     if isinstance(model, OpenCosmoFlow) and checkpoint is None:
+        reader = Reader(setup.train, config.loader.on_bad_sample)
         apply_log = config.loader.apply_log
-        model.fit_input(*world.on_root(lambda: input_statistics(setup.train, apply_log=apply_log)))
+        model.fit_input(*world.on_root(lambda: input_statistics(reader, apply_log=apply_log)))
     shard = Shard(world.rank, world.size)
     train = Loader(
         setup.train,
@@ -170,6 +172,7 @@ def _train(
     return Result(
         outcome=outcome,
         evaluation=evaluation,
+        skipped=trainer.skipped,
         steps=trainer.steps,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         wait_fractions=world.gather(clock.total_waited / clock.total if clock.total else 0.0),

@@ -56,6 +56,7 @@ class Trainer:
 
     evaluation: the validation of the newest whole epoch of this process, or None.
     position: of the next sample to train on.
+    skipped: how many damaged samples of each split this process has passed over.
     seconds: spent in "train" and "evaluate", over all processes that worked on this run.
     """
 
@@ -85,6 +86,8 @@ class Trainer:
         self.seconds = {"train": 0.0, "evaluate": 0.0}
         self.evaluation: Evaluation | None = None
         self.clock = Clock()
+        self.skipped = {"train": 0, "validation": 0}
+        self._told: set[str] = set()
         self._scores: dict[str, Any] | None = None
         self._window: list[tuple[torch.Tensor, npt.NDArray[np.int64]]] = []
         self._stop_asked = False
@@ -219,6 +222,7 @@ class Trainer:
         start = time.perf_counter()
         log.start(constants.EVAL_START, metadata=epoch)
         self.evaluation = self.validate()
+        self._tell_of_skipped()
         log.end(constants.EVAL_STOP, metadata=epoch)
         self.seconds["evaluate"] += time.perf_counter() - start
         self._scores = self.evaluation.scores() | {"residual_rms": self.evaluation.residual_rms}
@@ -233,6 +237,7 @@ class Trainer:
                 "mae": self.evaluation.mae,
                 "mse": self.evaluation.mse,
                 "mae_per_parameter": self.evaluation.mae_per_parameter,
+                "skipped_samples": dict(self.skipped),
             }
         )
         each = ", ".join(f"{name} {mae:.3f}" for name, mae in self.evaluation.mae_per_parameter.items())
@@ -241,6 +246,15 @@ class Trainer:
         )
         self.position = Position(self.position.epoch + 1)
         self._save()
+
+    def _tell_of_skipped(self) -> None:
+        """Name each sample that some rank has passed over, once, and count it."""
+        for split, loader in (("train", self._train), ("validation", self._validation)):
+            for faults in self._world.gather(loader.skipped):
+                for path in sorted(faults.keys() - self._told):
+                    self._told.add(path)
+                    self.skipped[split] += 1
+                    self._console.say(f"skipped {faults[path]}")
 
     def _reached(self) -> bool:
         target = self._config.target_mae

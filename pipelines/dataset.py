@@ -15,6 +15,10 @@ from pipelines.manifest import MANIFEST, Manifest
 from pipelines.sample import Sample, SampleSpec
 
 
+_LOOKED_AT = 16
+"""Samples tried before a folder is taken to hold none that is sound."""
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """The samples of one folder, in the order of its manifest, its list file or their names.
@@ -60,7 +64,7 @@ def open_folder(folder: Path) -> Split:
     """The samples in `folder`: those of its manifest if it has one, else those that a look finds.
 
     Looking means listing the folder, in the order of `files_data.lst` if that is there, and reading
-    the first sample for its shape. DataError where there is no folder, no sample, a mixture of
+    the first sound sample for its shape. DataError where there is no folder, no sample, a mixture of
     formats, or lists that do not fit the files.
     """
     manifest = Manifest.load(folder)
@@ -77,8 +81,7 @@ def open_folder(folder: Path) -> Split:
         _check_labels(folder, data, names)
     ordered = _listed(folder, records or data, names)
     form = "npy" if data else tfrecord_form(folder / ordered[0])
-    size, _, _, channels = FORMATS[form].read(folder / ordered[0]).counts.shape
-    return Split(folder, form, ordered, SampleSpec(size, channels))
+    return Split(folder, form, ordered, _shape_of_first(folder, form, ordered))
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -125,6 +128,19 @@ def _of_manifest(folder: Path, manifest: Manifest) -> Split:
     suffix = FORMATS[manifest.form].suffix
     names = tuple(entry.stem + suffix for entry in manifest.entries)
     return Split(folder, manifest.form, names, manifest.spec)
+
+
+def _shape_of_first(folder: Path, form: str, names: tuple[str, ...]) -> SampleSpec:
+    """The shape of the first sound sample; that others are not is for whoever reads them to say."""
+    faults: list[DataError] = []
+    for name in names[:_LOOKED_AT]:
+        try:
+            size, _, _, channels = FORMATS[form].read(folder / name).counts.shape
+        except DataError as error:
+            faults.append(error)
+        else:
+            return SampleSpec(size, channels)
+    raise faults[0]
 
 
 def _check_labels(folder: Path, data: tuple[str, ...], names: list[str]) -> None:

@@ -21,6 +21,7 @@ from pipelines.errors import ConfigError
 from pipelines.formats import Payload
 from pipelines.graph import build_pipeline
 from pipelines.plan import Indices, Ragged, Shard, plan_epoch
+from pipelines.reader import OnBadSample, Reader
 from pipelines.sample import Batch
 
 _READ_AHEAD = 2
@@ -35,12 +36,15 @@ class LoaderConfig:
     threads: that read files, and as many again inside DALI.
     prefetch: batches that DALI prepares ahead of the one in use.
     apply_log: give the network log(count + 1); without it, the counts divided by their mean.
+    on_bad_sample: what to do about a sample that is damaged; see `Reader`. Training takes the next
+        sound one in its place, validation leaves it out of the score.
     """
 
     batch_size: int = 1
     threads: int = 2
     prefetch: int = 2
     apply_log: bool = True
+    on_bad_sample: OnBadSample = "fail"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "threads", "prefetch"):
@@ -55,7 +59,7 @@ class _Planned:
     epoch: int
     step: int
     index: Indices
-    payloads: list[Future[Payload]]
+    payloads: list[Future[tuple[int, Payload]]]
 
 
 class Loader:
@@ -77,6 +81,8 @@ class Loader:
     ) -> None:
         """See `plan_epoch` for `seed`, `shuffle` and `ragged`; UserError where the plan is empty."""
         self.split = split
+        self._reader = Reader(split, config.on_bad_sample)
+        self._substitutes = ragged == "drop"
         self._shard, self._device = shard, device
         self._plan = lambda epoch: plan_epoch(
             len(split),
@@ -105,6 +111,11 @@ class Loader:
     def __len__(self) -> int:
         """Steps an epoch, the same on every rank."""
         return self._steps
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """The faults of the samples that this loader has passed over so far, by path."""
+        return self._reader.skipped
 
     def batches(self, epoch: int, first_step: int = 0, into: Batch | None = None) -> Iterator[Batch]:
         """The batches of `epoch` from `first_step` on; with `into`, each copied into its tensors.
@@ -141,14 +152,11 @@ class Loader:
         while len(self._reading) <= _READ_AHEAD:
             epoch, step, index = next(self._stream)
             # A row that only fills the batch up reads the first sample.
-            payloads = [self._readers.submit(self._read, max(sample, 0)) for sample in index.tolist()]
+            payloads = [self._readers.submit(self._reader.payload, max(i, 0)) for i in index.tolist()]
             self._reading.append(_Planned(epoch, step, index, payloads))
         planned = self._reading.popleft()
         self._running.append(planned)
-        return [payload.result().counts for payload in planned.payloads]
-
-    def _read(self, sample: int) -> Payload:
-        return self.split.format.payload(self.split.path(sample), self.split.spec)
+        return [payload.result()[1].counts for payload in planned.payloads]
 
     def _batch(self, epoch: int, step: int, into: Batch | None) -> Batch:
         """The output for `step` of `epoch`; what was in flight for an earlier position is passed over."""
@@ -173,7 +181,8 @@ class Loader:
 
     def _take(self, output: Any, planned: _Planned, into: Batch | None) -> Batch:
         volume = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 4, 1, 2, 3)
-        target = torch.from_numpy(np.stack([payload.result().target for payload in planned.payloads]))
+        read, payloads = zip(*(payload.result() for payload in planned.payloads), strict=True)
+        target = torch.from_numpy(np.stack([payload.target for payload in payloads]))
         if into is not None:
             volume, target = into.volume.copy_(volume), into.target.copy_(target)
         elif self._device.type == "cuda":
@@ -181,4 +190,10 @@ class Loader:
         if self._device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()
-        return Batch(volume, target, planned.index)
+        return Batch(volume, target, self._index(planned.index, np.array(read)))
+
+    def _index(self, asked: Indices, read: Indices) -> Indices:
+        """Which sample each row is: what was asked for, but for those that were passed over."""
+        if self._substitutes:
+            return np.where(asked >= 0, read, asked)
+        return np.where(asked == read, asked, -1)

@@ -121,8 +121,8 @@ class Batch:
     volume: (B, C, D, H, W) float32 or float16, log(count + 1) or count / mean, in the
         channels_last_3d memory format (a view of the pipeline's NDHWC output: no copy).
     target: (B, 4) float32.
-    index: (B,) int64 on the host, each row's position in the split; -1 marks a row that only
-        fills the batch up, always behind the `real` ones.
+    index: (B,) int64 on the host, each row's position in the split; -1 marks a row that is not
+        to count: it only fills the batch up, or stands where a damaged sample was passed over.
 
     The tensors belong to the loader: they hold until the next batch is asked for.
     """
@@ -130,8 +130,3 @@ class Batch:
     volume: torch.Tensor
     target: torch.Tensor
     index: npt.NDArray[np.int64]
-
-    @property
-    def real(self) -> int:
-        """How many rows, from the first, are samples and not filling."""
-        return int((self.index >= 0).sum())

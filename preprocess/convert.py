@@ -78,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m preprocess.convert",
         description="Convert samples from and to every format that the project reads.",
     )
-    parser.add_argument("-i", "--input", type=Path, required=True, help="samples, or train and validation")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder that becomes the same")
+    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="samples, or both splits")
+    parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder that becomes the same")
     parser.add_argument("--to", required=True, help="one of " + ", ".join(sorted(FORMATS)))
     parser.add_argument("--workers", type=int, help="processes, without a launcher (default: two a core)")
     arguments = parser.parse_args(argv)
-    return convert(arguments.input, arguments.output, arguments.to, workers=arguments.workers)
+    return convert(arguments.input_dir, arguments.output_dir, arguments.to, workers=arguments.workers)
 
 
 if __name__ == "__main__":

@@ -164,3 +164,44 @@ def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
     done = run([*limited, *line])
     assert done.code == 1
     assert "cannot be written (File too large)" in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_samples_are_skipped_counted_and_named_where_that_is_asked_for(
+    ranks: int, tmp_path: Path
+) -> None:
+    data = write_tiny(tmp_path / "data", train=16, validation=5)
+    bad = [data / "train" / f"{CULPRIT}_data.npy", data / "validation" / "universe_1002_000_label.npy"]
+    # A count below zero, which the reader leaves to the pipeline unless asked to skip; and no number.
+    counts = np.load(bad[0])
+    counts[0, 0, 0, 0] = -1
+    np.save(bad[0], counts)
+    np.save(bad[1], np.full(4, np.nan, np.float32))
+    changes = {"loader": {"batch_size": 4 // ranks, "on_bad_sample": "skip"}, "epochs": 2, "baseline": True}
+    config, run_dir = config_file(tmp_path / "c.yaml", data, **changes), tmp_path / "run"
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", run_dir, ranks=ranks)
+    assert done.code == 0, done.err
+    said = [line for line in done.err.splitlines() if line.startswith("skipped ")]
+    assert len(said) == 2 and str(bad[0]) in said[0] and str(bad[1]) in said[1]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["skipped_samples"] == {"train": 1, "validation": 1}
+    assert summary["samples"] == 4
+    rows = (run_dir / "predictions.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == [0, 1, 3, 4]
+    evaluations = [
+        record
+        for record in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        if record["kind"] == "eval"
+    ]
+    assert [record["skipped_samples"] for record in evaluations] == [{"train": 1, "validation": 1}] * 2
+
+
+def test_a_folder_of_bad_samples_is_not_skipped(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=20, validation=1)
+    for path in sorted((data / "train").glob("*_label.npy"))[1:]:
+        np.save(path, np.full(4, np.nan, np.float32))
+    changes = {"loader": {"batch_size": 4, "on_bad_sample": "skip"}}
+    config = config_file(tmp_path / "c.yaml", data, **changes)
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run")
+    assert done.code == 1
+    assert "the 15 samples behind it are damaged" in done.err and "Traceback" not in done.err

@@ -11,13 +11,14 @@ from helpers import write_tiny
 from cosmoflow_dali.baseline import features_of, fit_ridge
 from pipelines.dataset import open_split
 from pipelines.formats import FORMATS
+from pipelines.reader import Reader
 from pipelines.sample import Sample
 
 
 def test_it_finds_what_roughness_tells_and_does_not_pretend_about_the_rest(tmp_path: Path) -> None:
     # In the tiny set the second parameter sets the field's variance and the others do nothing.
     root = write_tiny(tmp_path / "data", train=150, validation=60, size=8)
-    result = fit_ridge(open_split(root, "train"), open_split(root, "validation"))
+    result = fit_ridge(*(Reader(open_split(root, split)) for split in ("train", "validation")))
     assert result.samples == 60
     assert result.mae_per_parameter["sigma_8"] < 0.2
     for name in ("Omega_m", "n_s", "H_0"):
@@ -49,5 +50,5 @@ def test_an_empty_and_a_crowded_universe_have_finite_features(tmp_path: Path) ->
         for index in range(3):
             sample = Sample(np.zeros((8, 8, 8, 4), np.int16), np.full(4, index / 4, np.float32))
             FORMATS["npy"].write(tmp_path / split, f"u{index}", sample)
-    result = fit_ridge(open_split(tmp_path, "train"), open_split(tmp_path, "validation"))
+    result = fit_ridge(*(Reader(open_split(tmp_path, split)) for split in ("train", "validation")))
     assert np.isfinite(result.predictions).all()

@@ -16,6 +16,7 @@ from cosmoflow_dali import symmetry
 from cosmoflow_dali.open_model import BatchNorm, OpenConfig, OpenCosmoFlow, input_statistics, wrap
 from pipelines.dataset import open_split
 from pipelines.errors import ConfigError
+from pipelines.reader import Reader
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_answers_stay_within_a_little_of_the_targets_range(volume: torch.Tensor)
 
 def test_input_is_standardised_by_the_training_set(tmp_path: Path) -> None:
     split = open_split(write_tiny(tmp_path / "data", train=20, validation=1), "train")
-    mean, std = input_statistics(split, apply_log=True)
+    mean, std = input_statistics(Reader(split), apply_log=True)
     stack = np.log1p(np.stack([split.read(index).counts for index in range(20)]).astype(np.float64))
     np.testing.assert_allclose(mean, stack.mean(axis=(0, 1, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(std, stack.std(axis=(0, 1, 2, 3)), rtol=1e-4)

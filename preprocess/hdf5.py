@@ -1,0 +1,94 @@
+"""Universes as the published set keeps them: HDF5 files of counts and targets.
+
+`full` holds the counts, (n, n, n, redshifts) integers, and `unitPar` the target, (4,) floats in
+[-1, 1] (https://portal.nersc.gov/project/m3363/).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from pipelines.errors import AccessError, DataError
+from pipelines.manifest import Source
+from pipelines.sample import Sample, check_target
+from pipelines.transforms import COUNT_LIMIT
+from preprocess.output import make_samples
+
+COUNTS, TARGET = "full", "unitPar"
+
+
+def universe_shape(path: Path) -> tuple[int, ...]:
+    """The shape of the counts in the universe at `path`; DataError where it is none."""
+    with _open(path) as file:
+        return tuple(file[COUNTS].shape)
+
+
+def crops(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Sample]:
+    """The samples of `size`^3 that the universe of `shape` at `path` is cut into, in C order.
+
+    That is axis 0 outermost, then 1, then 2. Holds no more than `size` planes of the universe in
+    memory. DataError names any fault.
+    """
+    with _open(path) as file:
+        counts, target = file[COUNTS], check_target(path, np.asarray(file[TARGET], dtype=np.float32))
+        if counts.shape != shape:
+            raise DataError(path, f"{COUNTS} has shape {counts.shape}", f"the first universe has {shape}")
+        if not np.issubdtype(counts.dtype, np.integer):
+            raise DataError(path, f"{COUNTS} is {counts.dtype}", "expected integers: counts of particles")
+        for start in range(0, shape[0], size):
+            planes = counts[start : start + size]
+            lowest, highest = int(planes.min()), int(planes.max())
+            if lowest < 0 or highest >= COUNT_LIMIT:
+                raise DataError(
+                    path, f"counts run from {lowest} to {highest}", f"expected 0 to {COUNT_LIMIT - 1}"
+                )
+            for j, k in itertools.product(range(0, shape[1], size), range(0, shape[2], size)):
+                crop = planes[:, j : j + size, k : k + size]
+                yield Sample(np.ascontiguousarray(crop, dtype=np.int16), target)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The universe at `path`, with both of its parts; a DataError where reading it fails."""
+    try:
+        with h5py.File(path, "r") as file:
+            for name in (COUNTS, TARGET):
+                if not isinstance(file.get(name), h5py.Dataset):
+                    raise DataError(
+                        path, f"has no data set {name}", "expected a universe of the published set"
+                    )
+            yield file
+    except OSError as error:
+        # HDF5 has one kind of error for a file that is not there and for one that is no HDF5 file.
+        if error.errno is not None:
+            raise AccessError.reading(path, error) from error
+        reason = str(error).splitlines()[0]
+        raise DataError(path, f"cannot be read as HDF5 ({reason})", "fetch the file again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """The task of cutting universes of `shape` into samples of `size`^3, as `form` in folder `target`."""
+
+    shape: list[int]
+    size: int
+    target: str
+    form: str
+
+    def __call__(self, job: tuple[str, list[tuple[str, Any]]]) -> dict[str, Any]:
+        """Cut the universe at job[0]; see `make_samples` for job[1] and the answer."""
+        path, wanted = Path(job[0]), job[1]
+
+        def samples() -> Iterator[tuple[str, Sample]]:
+            stems = (stem for stem, _ in wanted)
+            return zip(stems, crops(path, tuple(self.shape), self.size), strict=True)
+
+        return make_samples(Path(self.target), self.form, Source.of([path]), wanted, samples)

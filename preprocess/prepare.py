@@ -1,0 +1,113 @@
+"""Cut HDF5 universes into samples and write them as TFRecords: the reference's prepare step.
+
+    python -m preprocess.prepare -i DIR -o DIR --gzip
+    mpirun -n 64 python -m preprocess.prepare -i DIR -o DIR --gzip
+
+Every *.hdf5 file below the input folder is a universe (see `preprocess.hdf5`). Its samples are
+named `<parent folder>_<file's stem>_<crop>`, and all of them go to `train` or all to `validation`.
+A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.errors import AccessError, ConfigError, DataError
+from pipelines.plan import derive_seed
+from pipelines.sample import SampleSpec
+from preprocess.hdf5 import Preparation, universe_shape
+from preprocess.produce import Order, run
+from preprocess.workforce import Task
+
+_SUFFIX = ".hdf5"
+
+
+def find_universes(root: Path) -> dict[str, Path]:
+    """The universes below `root` by name, in the order of their paths; DataError where there are none."""
+
+    def refuse(error: OSError) -> None:
+        raise AccessError.reading(error.filename, error) from error
+
+    found: dict[str, Path] = {}
+    for folder, _, names in os.walk(root, onerror=refuse):
+        for name in names:
+            if name.endswith(_SUFFIX):
+                path = Path(folder, name)
+                key = f"{path.parent.resolve().name}_{path.name.removesuffix(_SUFFIX)}"
+                if key in found:
+                    fault = f"would give samples the same names as {found[key]}"
+                    raise DataError(path, fault, "rename one of their folders")
+                found[key] = path
+    if not found:
+        raise DataError(root, "holds no universes", f"expected *{_SUFFIX} files in it or below")
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def split_universes(names: Sequence[str], validation: float, seed: int) -> tuple[list[str], list[str]]:
+    """`names` for training and for validation, the fraction `validation` of them: drawn by `seed`.
+
+    The draw orders the names by a hash of each with the seed, so that it does not depend on how
+    they were listed. ConfigError where a split would be empty.
+    """
+    count = round(validation * len(names))
+    if not 0 < count < len(names):
+        raise ConfigError("--validation", validation, f"of {len(names)} universes leaves a split empty")
+    drawn = set(sorted(names, key=lambda name: derive_seed(seed, "split", name))[:count])
+    return [name for name in names if name not in drawn], [name for name in names if name in drawn]
+
+
+def order_preparation(
+    source: Path, target: Path, *, size: int, form: str, validation: float, seed: int
+) -> list[tuple[Order, Task]]:
+    """The orders to have the universes below `source` as samples in `target`/train and /validation."""
+    universes = find_universes(source)
+    first = next(iter(universes.values()))
+    shape = universe_shape(first)
+    if len(shape) != 4 or len(set(shape[:3])) != 1 or size < 1 or shape[0] % size:
+        raise ConfigError("--sample-size", size, f"does not divide the universe {first} of shape {shape}")
+    count = (shape[0] // size) ** 3
+    orders: list[tuple[Order, Task]] = []
+    for split, names in zip(
+        ("train", "validation"), split_universes(list(universes), validation, seed), strict=True
+    ):
+        sources = {str(universes[name]): [f"{name}_{crop:03d}" for crop in range(count)] for name in names}
+        order = Order(target / split, form, SampleSpec(size, shape[3]), sources)
+        orders.append((order, Preparation(list(shape), size, str(target / split), form)))
+    return orders
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and prepare; 0 if every universe has been cut."""
+    parser = argparse.ArgumentParser(
+        prog="python -m preprocess.prepare",
+        description="Cut HDF5 universes into samples and write them as TFRecords.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder with universes below")
+    parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--sample-size", type=int, default=128, help="voxels along each edge of a sample")
+    parser.add_argument("--gzip", action="store_true", help="compress, as the published set is")
+    parser.add_argument("--validation", type=float, default=1 / 9, help="fraction of the universes")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of those")
+    parser.add_argument("--workers", type=int, help="processes, without a launcher; None: two a core")
+    arguments = parser.parse_args(argv)
+
+    def orders() -> list[tuple[Order, Task]]:
+        return order_preparation(
+            arguments.input_dir,
+            arguments.output_dir,
+            size=arguments.sample_size,
+            form="tfrecord_gzip" if arguments.gzip else "tfrecord",
+            validation=arguments.validation,
+            seed=arguments.seed,
+        )
+
+    return run(orders, workers=arguments.workers, unit="universe", target=arguments.output_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
