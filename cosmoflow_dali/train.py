@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console(speaks=world.is_root)
         for note in arguments.notes:
             console.say(note)
-        # Ranks that no launcher has bound to cores of their own share the node's.
-        cores = available_cores()
-        torch.set_num_threads(max(1, cores // world.local_size if cores >= world.local_size else 1))
+        torch.set_num_threads(world.cores)
         began_ms = round(1e3 * time.time())
         with world.connected(device):
             setup = world.on_root(lambda: _set_up(arguments, world, console))

@@ -14,7 +14,6 @@ from pipelines.lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.manifest import MANIFEST, Manifest
 from pipelines.sample import Sample, SampleSpec
 
-
 _LOOKED_AT = 16
 """Samples tried before a folder is taken to hold none that is sound."""
 

@@ -99,6 +99,12 @@ class World:
         return World()
 
     @property
+    def cores(self) -> int:
+        """Cores for this rank: those that the launcher has bound it to, or its share of the node's."""
+        cores = available_cores()
+        return max(1, cores // self.local_size if cores >= self.local_size else 1)
+
+    @property
     def is_root(self) -> bool:
         """Whether this is rank 0, which writes the logs."""
         return self.rank == 0

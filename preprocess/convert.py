@@ -3,9 +3,10 @@
     python -m preprocess.convert -i SRC -o DST --to npy
     mpirun -n 64 python -m preprocess.convert -i SRC -o DST --to npy
 
-SRC is a folder of samples, or one that holds `train` and `validation`; DST becomes the same. Alone
-it works with a process a core; ranks of mpirun, srun or torchrun share the samples. A run that was
-stopped goes on where it was: what is there, whole and made from the same file is not made again.
+SRC is a folder of samples, or one that holds `train` and `validation`; DST becomes the same. Ranks
+of mpirun, srun or torchrun, or the one process that there is without these, share the samples, and
+each has processes for its cores. A run that was stopped goes on where it was: what is there, whole
+and made from the same file is not made again.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def convert_as_original(name: str, to: str, argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder of TFRecords")
     parser.add_argument("-o", "--output-dir", type=Path, required=True, help=f"folder for {to}")
-    parser.add_argument("-p", "--num-processes", type=int, help="processes, without a launcher")
+    parser.add_argument("-p", "--num-processes", type=int, help="processes of each rank")
     parser.add_argument(
         "-c", "--compression", type=str.lower, choices=["gzip"], help="of the TFRecords (default: as found)"
     )
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-i", "--input-dir", type=Path, required=True, help="samples, or both splits")
     parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder that becomes the same")
     parser.add_argument("--to", required=True, help="one of " + ", ".join(sorted(FORMATS)))
-    parser.add_argument("--workers", type=int, help="processes, without a launcher (default: two a core)")
+    parser.add_argument("--workers", type=int, help="processes of each rank (default: two a core)")
     arguments = parser.parse_args(argv)
     return convert(arguments.input_dir, arguments.output_dir, arguments.to, workers=arguments.workers)
 

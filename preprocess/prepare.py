@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gzip", action="store_true", help="compress, as the published set is")
     parser.add_argument("--validation", type=float, default=1 / 9, help="fraction of the universes")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of those")
-    parser.add_argument("--workers", type=int, help="processes, without a launcher; None: two a core")
+    parser.add_argument("--workers", type=int, help="processes of each rank; None: two a core")
     arguments = parser.parse_args(argv)
 
     def orders() -> list[tuple[Order, Task]]:

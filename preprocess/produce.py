@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.dist import World, available_cores, report_errors
+from pipelines.dist import World, report_errors
 from pipelines.errors import AccessError, ConfigError
 from pipelines.files import locked
 from pipelines.manifest import Entry
@@ -56,10 +56,10 @@ def produce(
 ) -> Produced:
     """Make what is missing of `order`, with the ranks of `world`.
 
-    A lone rank has `workers` processes do it; of several, each does its own share. `task` is asked
-    for a source at a time, as `make_samples` wants to be called. The manifest and the list files
-    are written if every source was sound; one that is damaged keeps none of the others from being
-    used. Raises a UserError for what stops all of them, on the rank that it befalls.
+    Each rank has `workers` processes do its share. `task` is asked for a source at a time, as
+    `make_samples` wants to be called. The manifest and the list files are written if every source
+    was sound; one that is damaged keeps none of the others from being used. Raises a UserError for
+    what stops all of them, on the rank that it befalls.
     """
     target = order.target
     with contextlib.ExitStack() as held:
@@ -85,9 +85,9 @@ def produce(
         with (
             Journal(target, world.rank) as journal,
             progress(len(mine), "done", unit, shown=shown and world.is_root) as advance,
-            contextlib.closing(_answers(task, jobs, world, workers, locks)) as answers,
+            contextlib.closing(run_jobs(task, jobs, workers, locks)) as answers,
         ):
-            for answer in world.alone(answers):
+            for _, answer in world.alone(answers):
                 for line in answer["made"]:
                     entries.append(Entry.from_json(line))
                     journal.add(entries[-1])
@@ -116,7 +116,7 @@ def run(
     with report_errors(world):
         if workers is not None and workers < 1:
             raise ConfigError("--workers", workers, "expected at least one process")
-        processes = workers or _PROCESSES_A_CORE * available_cores()
+        processes = workers or _PROCESSES_A_CORE * world.cores
         start, result = time.perf_counter(), Produced()
         with world.connected():
             for order, task in world.on_root(orders):
@@ -145,12 +145,3 @@ def run(
 def _noted(known: Mapping[str, Entry], stem: str) -> list[Any] | None:
     entry = known.get(stem)
     return entry.to_json() if entry else None
-
-
-def _answers(
-    task: Task, jobs: Iterable[Any], world: World, workers: int, locks: Sequence[int]
-) -> Generator[dict[str, Any]]:
-    if world.size > 1:
-        yield from map(task, jobs)
-    else:
-        yield from (answer for _, answer in run_jobs(task, jobs, workers, locks))

@@ -180,6 +180,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int, memoryview]]:
     while at < len(message):
         key, at = _varint(message, at)
         kind, end = key & 7, at
+        if not 0 < key >> 3 < 1 << 29:
+            raise IndexError(f"field number {key >> 3}")
         if kind == _BYTES:
             length, at = _varint(message, at)
             end = at + length

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import DATA, ROOT, command, environment, program, tiny_sample, write_tiny
+from helpers import DATA, ROOT, command, environment, program, run, tiny_sample, write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -198,6 +198,65 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
     write_tiny(folder, train=60, validation=1, form="tfrecord_gzip", size=32)
     return folder / "train"
+
+
+def whole_files(folder: Path) -> int:
+    """How many files of samples `folder` has; fails if one is not whole."""
+    found = list(folder.glob("*.npy"))
+    for path in found:
+        np.load(path)
+    return len(found)
+
+
+def mounted(options: str, folder: Path, line: list[str]) -> list[str]:
+    """`line` in a mount namespace of its own, where `folder` is a tmpfs with `options`."""
+    found = f'find {folder} -name "*_data.npy" -printf "%s\\n" -o -name "*.tmp" -print'
+    script = f'mount -t tmpfs -o {options} none {folder} && "$@"; code=$?; {found}; exit $code'
+    return ["unshare", "--map-root-user", "--mount", "bash", "-c", script, "bash", *line]
+
+
+CAN_MOUNT = run(mounted("size=1m", Path("/mnt"), ["true"])).code == 0
+
+
+@pytest.mark.skipif(not CAN_MOUNT, reason="this machine lets nobody mount a tmpfs")
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("size=3m", "cannot be written (No space left on device)"), ("ro", "cannot be written (Read-only file")],
+)
+def test_a_full_or_read_only_disk_is_one_line(
+    options: str, said: str, ranks: int, many: Path, tmp_path: Path
+) -> None:
+    start = time.monotonic()
+    line = command(CONVERT, ["-i", many, "-o", tmp_path, "--to", "npy"], ranks=ranks)
+    done = run(mounted(options, tmp_path, line))
+    assert done.code == 1, done.err
+    assert said in done.err and "Traceback" not in done.err
+    # Nothing half: of the target's counts only whole files, and no temporary file.
+    assert set(done.out.split()) <= {str(128 + 2 * 4 * 32**3)}
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_source_that_vanishes_is_one_line(ranks: int, many: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "npy"
+    shutil.copytree(many, source)
+    line = command(CONVERT, ["-i", source, "-o", target, "--to", "npy"], ranks=ranks)
+    running = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    while len(list(target.glob("*_data.npy"))) < 3 and running.poll() is None:
+        pass
+    source.rename(tmp_path / "gone")
+    gone = time.monotonic()
+    _, err = running.communicate(timeout=60)
+    assert time.monotonic() - gone < 30
+    assert running.returncode == 1
+    assert "cannot be read (No such file or directory)" in err and "Traceback" not in err
+    assert not list(target.glob("*.tmp")) and not (target / MANIFEST).exists()
+    assert whole_files(target) > 0
+    (tmp_path / "gone").rename(source)
+    converted(source, target, "npy")
+    converted(source, tmp_path / "undisturbed", "npy")
+    assert content(target) == content(tmp_path / "undisturbed")
 
 
 @pytest.mark.slow

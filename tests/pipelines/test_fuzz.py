@@ -1,0 +1,214 @@
+"""Damaged files at random: the readers refuse them, or read what independent decoders read.
+
+The oracles are Python's gzip, numpy.load, and Google's protobuf with TensorFlow's message types.
+TFRecords get sound CRCs around damaged records, or the parser behind the CRC would see none.
+FUZZ_SECONDS sets how long each kind of file is tried; 3 in `make test-all`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import random
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+from helpers import tiny_sample
+
+from pipelines.errors import DataError
+from pipelines.formats import FORMATS
+from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.sample import Sample
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
+
+
+def example_type() -> type[message.Message]:
+    """tensorflow.Example, as tensorflow/core/example/{example,feature}.proto define it."""
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tensorflow", syntax="proto3")
+    kinds = descriptor_pb2.FieldDescriptorProto
+
+    def add(name: str, *fields: tuple[str, int, int, str]) -> descriptor_pb2.DescriptorProto:
+        made = file.message_type.add(name=name)
+        for field, number, kind, type_name in fields:
+            repeated = (field == "value" and name.endswith("List")) or type_name.endswith("Entry")
+            label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
+            made.field.add(name=field, number=number, type=kind, label=label, type_name=type_name or None)
+        return made
+
+    add("BytesList", ("value", 1, kinds.TYPE_BYTES, ""))
+    add("FloatList", ("value", 1, kinds.TYPE_FLOAT, ""))
+    add("Int64List", ("value", 1, kinds.TYPE_INT64, ""))
+    feature = add(
+        "Feature",
+        ("bytes_list", 1, kinds.TYPE_MESSAGE, ".tensorflow.BytesList"),
+        ("float_list", 2, kinds.TYPE_MESSAGE, ".tensorflow.FloatList"),
+        ("int64_list", 3, kinds.TYPE_MESSAGE, ".tensorflow.Int64List"),
+    )
+    feature.oneof_decl.add(name="kind")
+    for field in feature.field:
+        field.oneof_index = 0
+    features = add("Features", ("feature", 1, kinds.TYPE_MESSAGE, ".tensorflow.Features.FeatureEntry"))
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=kinds.TYPE_STRING, label=kinds.LABEL_OPTIONAL)
+    label, kind = kinds.LABEL_OPTIONAL, kinds.TYPE_MESSAGE
+    entry.field.add(name="value", number=2, type=kind, label=label, type_name=".tensorflow.Feature")
+    add("Example", ("features", 1, kinds.TYPE_MESSAGE, ".tensorflow.Features"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
+
+
+EXAMPLE = example_type()
+
+
+def mutated(data: bytes, chance: random.Random, near: int) -> bytes:
+    """`data` with one to three damages, mostly within `near` bytes of its ends."""
+    broken = bytearray(data)
+    for _ in range(chance.randint(1, 3)):
+        if not broken:
+            break
+        at = chance.randrange(len(broken))
+        if chance.random() < 0.8:
+            at = min(at, chance.randrange(near)) if chance.random() < 0.5 else max(at, len(broken) - near)
+        match chance.randrange(6):
+            case 0:
+                broken[at] ^= 1 << chance.randrange(8)
+            case 1:
+                broken[at] = chance.choice([0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)])
+            case 2:
+                del broken[at : at + chance.choice([1, 2, 4, 8, 1000])]
+            case 3:
+                broken[at:at] = chance.randbytes(chance.choice([1, 2, 4, 8, 1000]))
+            case 4:
+                del broken[at:]
+            case 5:
+                other = chance.randrange(len(broken))
+                broken[at : at + 16] = broken[other : other + 16]
+    return bytes(broken)
+
+
+def by_protobuf(record: bytes) -> Sample:
+    """What Google's decoder finds in `record`; raises where it finds no sample."""
+    example = EXAMPLE.FromString(record)
+    features = example.features.feature
+    (counts,), target = features["x"].bytes_list.value, features["y"].float_list.value
+    size = round((len(counts) / 8) ** (1 / 3))
+    return Sample(
+        np.frombuffer(counts, "<i2").reshape(size, size, size, 4), np.array(target, np.float32).reshape(4)
+    )
+
+
+def by_numpy(data: bytes, label: bytes) -> Sample:
+    """What numpy.load finds."""
+    return Sample(*(np.load(io.BytesIO(content), allow_pickle=False) for content in (data, label)))
+
+
+def fuzz(path: Path, write: Callable[[random.Random], Callable[[], Sample]]) -> tuple[int, int]:
+    """Write files with `write` and read `path` until the time is up; how many were read, and refused."""
+    chance, read, refused = random.Random(11), 0, 0
+    deadline = time.monotonic() + SECONDS
+    form = next(FORMATS[name] for name in ("npy", "tfrecord") if path.name.endswith(FORMATS[name].suffix))
+    if "gzip" in path.name:
+        form = FORMATS["tfrecord_gzip"]
+    while time.monotonic() < deadline:
+        oracle = write(chance)
+        start = time.monotonic()
+        try:
+            found = form.read(path)
+        except DataError as error:
+            assert str(path.parent) in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        finally:
+            assert time.monotonic() - start < 5, "a damaged file took its time"
+        expected = oracle()
+        np.testing.assert_array_equal(found.counts, expected.counts)
+        np.testing.assert_array_equal(found.target, expected.target)
+        read += 1
+    return read, refused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_records_with_sound_crcs(tmp_path: Path) -> None:
+    whole, path = encode_example(tiny_sample(1, size=2)), tmp_path / "a.tfrecord"
+
+    def write(chance: random.Random) -> Callable[[], Sample]:
+        record = mutated(whole, chance, near=32)
+        path.write_bytes(frame(record))
+        return lambda: by_protobuf(record)
+
+    read, refused = fuzz(path, write)
+    # Damage in the counts leaves a legal record, damage around them mostly does not.
+    assert read > 20 and refused > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_containers(tmp_path: Path) -> None:
+    whole, path = frame(encode_example(tiny_sample(1, size=2))), tmp_path / "a.tfrecord"
+
+    def write(chance: random.Random) -> Callable[[], Sample]:
+        content = mutated(whole, chance, near=16)
+        path.write_bytes(content)
+
+        def oracle() -> Sample:
+            assert content == whole, "a CRC that is wrong was taken for right"
+            return by_protobuf(content[12:-4])
+
+        return oracle
+
+    assert fuzz(path, write)[1] > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_gzip_streams(tmp_path: Path) -> None:
+    whole, path = gzip.compress(frame(encode_example(tiny_sample(1, size=2)))), tmp_path / "gzip.tfrecord"
+
+    def write(chance: random.Random) -> Callable[[], Sample]:
+        content = mutated(whole, chance, near=12)
+        if chance.random() < 0.2 and len(content) > 18:
+            # With a trailer that agrees, so that the record behind it is looked at.
+            inflated = zlib.decompressobj(-15).decompress(whole[10:])
+            cut = chance.randrange(len(inflated))
+            content = gzip.compress(inflated[:cut] + inflated[cut + 1 :])
+        elif chance.random() < 0.2:
+            # The length in the trailer lies.
+            content = whole[:-4] + struct.pack(
+                "<I", chance.choice([0, 1, 2**31, 2**32 - 1, chance.randrange(2**20)])
+            )
+        path.write_bytes(content)
+        return lambda: by_protobuf(gzip.decompress(content)[12:-4])
+
+    assert fuzz(path, write)[1] > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_npy_pairs(tmp_path: Path) -> None:
+    path, label = tmp_path / "a_data.npy", tmp_path / "a_label.npy"
+    FORMATS["npy"].write(tmp_path, "a", tiny_sample(1, size=2))
+    whole = path.read_bytes(), label.read_bytes()
+
+    def write(chance: random.Random) -> Callable[[], Sample]:
+        data, target = whole
+        if chance.random() < 0.7:
+            data = mutated(data, chance, near=128)
+        else:
+            target = mutated(target, chance, near=128)
+        path.write_bytes(data)
+        label.write_bytes(target)
+        return lambda: by_numpy(data, target)
+
+    read, refused = fuzz(path, write)
+    assert read > 20 and refused > 20
