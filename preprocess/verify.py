@@ -31,7 +31,7 @@ from preprocess.progress import progress
 from preprocess.workforce import run_jobs
 
 CHECKS = ("files", "sizes", "checksums", "content", "targets", "duplicates", "lists")
-_SPLITS = ("train", "validation")
+SPLITS = ("train", "validation")
 _SHOWN = 20
 """Lines of faults printed of each check."""
 
@@ -168,6 +168,28 @@ def _table(reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
+def verify(root: Path, *, workers: int, write: bool) -> int:
+    """Check the data set at `root` and print what was found; 0 if nothing is wrong.
+
+    With `write`, a sound folder that has no manifest gets one.
+    """
+    splits = [root / split for split in SPLITS if (root / split).is_dir()]
+    reports = [verify_folder(folder, workers=workers, shown=True) for folder in splits or [root]]
+    if len(reports) == len(SPLITS):
+        reports[1].faults["duplicates"] += check_apart(*reports)
+    print(_table(reports))
+    faults = [line for report in reports for line in _lines(report)]
+    for line in faults:
+        print(line, file=sys.stderr)
+    for report in reports:
+        if write and report.manifest is None and not any(report.faults.values()):
+            split = report.split
+            entries = [report.entries[split.stem(index)] for index in range(len(split))]
+            finish(split.root, split.form, split.spec, entries)
+            print(f"wrote {split.root / MANIFEST}")
+    return 1 if faults else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and verify; 0 if nothing is wrong."""
     parser = argparse.ArgumentParser(
@@ -182,23 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.workers is not None and arguments.workers < 1:
             raise ConfigError("--workers", arguments.workers, "expected at least one process")
         workers = arguments.workers or available_cores()
-        folders = [arguments.dir / split for split in _SPLITS if (arguments.dir / split).is_dir()]
-        reports = [
-            verify_folder(folder, workers=workers, shown=True) for folder in folders or [arguments.dir]
-        ]
-        if len(reports) == len(_SPLITS):
-            reports[1].faults["duplicates"] += check_apart(*reports)
-        print(_table(reports))
-        faults = [line for report in reports for line in _lines(report)]
-        for line in faults:
-            print(line, file=sys.stderr)
-        for report in reports:
-            if arguments.write and report.manifest is None and not any(report.faults.values()):
-                stems = (report.split.stem(index) for index in range(len(report.split)))
-                entries = [report.entries[stem] for stem in stems]
-                finish(report.split.root, report.split.form, report.split.spec, entries)
-                print(f"wrote {report.split.root / MANIFEST}")
-    return 1 if faults else 0
+        return verify(arguments.dir, workers=workers, write=arguments.write)
+    return 1
 
 
 def _lines(report: Report) -> list[str]:

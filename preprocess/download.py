@@ -1,0 +1,126 @@
+"""Download the small published set: 32 training and 32 validation samples, 179 MB.
+
+    python -m preprocess.download --small -o data/small
+
+Goes on where it was stopped, unpacks the archive, and checks every sample (see `preprocess.verify`).
+The full set is 1.7 TB and has better routes; the README tells them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from pipelines.dist import World, available_cores, report_errors
+from pipelines.errors import AccessError, ConfigError, DataError
+from pipelines.formats.tfrecord import SUFFIX
+from pipelines.manifest import MANIFEST
+from preprocess.fetch import fetch
+from preprocess.verify import SPLITS, verify
+
+URL = "https://portal.nersc.gov/project/dasrepo/cosmoflow-benchmark/cosmoUniverse_2019_05_4parE_tf_small.tgz"
+
+
+def unpack(archive: Path, root: Path) -> int:
+    """Unpack the samples in the tar file `archive` into `root`/train and `root`/validation; how many.
+
+    A member is a sample if its folder has the name of a split; other files are left out. DataError
+    for an archive that is damaged, has no samples, or would write elsewhere: then `root` stays as
+    it is.
+    """
+    halfway = root / ".unpacking"
+    shutil.rmtree(halfway, ignore_errors=True)
+    count = 0
+    try:
+        with tarfile.open(archive, "r:*") as tar:
+            for member, place in _samples(archive, tar):
+                source = tar.extractfile(member)
+                assert source is not None, "a regular file has content"
+                (halfway / place).parent.mkdir(parents=True, exist_ok=True)
+                with open(halfway / place, "xb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                count += 1
+        if not count:
+            raise DataError(archive, "holds no samples", f"expected train/*{SUFFIX} and validation/*{SUFFIX}")
+        for split in halfway.iterdir():
+            split.rename(root / split.name)
+    except FileExistsError as error:
+        raise DataError(archive, f"holds {Path(error.filename).name} twice", "fetch it again") from error
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(archive, f"is no sound archive ({error})", "fetch it again") from error
+    except OSError as error:
+        if error.errno is None:  # gzip's own: not a gzipped file, a wrong CRC
+            raise DataError(archive, f"is no sound archive ({error})", "fetch it again") from error
+        raise AccessError.writing(root, error) from error
+    finally:
+        shutil.rmtree(halfway, ignore_errors=True)
+    return count
+
+
+def _samples(archive: Path, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Path]]:
+    """Each sample in `tar`, and its place below the data set's folder."""
+    for member in tar:
+        path = PurePosixPath(member.name)
+        if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+            kind = "a link or device" if not (member.isfile() or member.isdir()) else "a path that leads out"
+            raise DataError(archive, f"holds {member.name}, {kind}", "do not trust where it came from")
+        if member.isfile() and path.parent.name in SPLITS and path.name.endswith(SUFFIX):
+            yield member, Path(path.parent.name, path.name)
+
+
+def download(url: str, root: Path, sha256: str | None) -> int:
+    """Have the data set at `url` in `root`, sound; the exit status."""
+    if all((root / split / MANIFEST).exists() for split in SPLITS):
+        print(f"{root}: complete")
+        return 0
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AccessError.writing(root, error) from error
+    if not all((root / split).is_dir() for split in SPLITS):
+        archive = root / PurePosixPath(url).name
+        if not archive.exists():
+            fetch(url, archive, sha256=sha256, shown=True)
+        try:
+            print(f"{root}: {unpack(archive, root)} samples")
+        except AccessError:
+            raise
+        except DataError:
+            archive.unlink()
+            raise
+        archive.unlink()
+    return verify(root, workers=available_cores(), write=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and download; 0 if the set is there and sound."""
+    parser = argparse.ArgumentParser(
+        prog="python -m preprocess.download", description="Download the small published set and check it."
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="32 + 32 samples, 179 MB; there is no other choice"
+    )
+    parser.add_argument(
+        "-o", "--output-dir", type=Path, default=Path("data/small"), help="(default: data/small)"
+    )
+    parser.add_argument("--url", default=URL, help="of the archive, a tar of train/ and validation/")
+    parser.add_argument("--sha256", help="of the archive; its own CRCs are checked in any case")
+    arguments = parser.parse_args(argv)
+    with report_errors(World()):
+        if not arguments.small:
+            raise ConfigError(
+                "--small", False, "only the small set is fetched here; see the README for 1.7 TB"
+            )
+        if not arguments.url.startswith(("http://", "https://")):
+            raise ConfigError("--url", arguments.url, "expected an http or https address")
+        return download(arguments.url, arguments.output_dir, arguments.sha256)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
