@@ -151,7 +151,7 @@ def get(server: Server, path: Path, **options: str) -> None:
         [stumbles, hangs_up, is_silent],
         [breaks_off, knows_no_ranges],
     ],
-    ids=str,
+    ids=lambda answers: "-".join(answer.__name__ for answer in answers) or "nothing",
 )
 def test_everything_arrives_in_the_end(answers: list[Answer], server: Server, tmp_path: Path) -> None:
     server.content, server.answers = bytes(range(256)) * 4000, list(answers)
