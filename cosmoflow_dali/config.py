@@ -26,6 +26,7 @@ from cosmoflow_dali.step import Precision
 from pipelines.errors import ConfigError, DataError
 from pipelines.loader import LoaderConfig
 from preprocess.simulate import SimulateConfig
+from preprocess.staging import StageConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT = CONFIGS / "default.yaml"
@@ -39,10 +40,12 @@ class DataConfig:
 
     dir: a folder with `train` and `validation`, in any format the project reads.
     simulate: how to make them where `dir` has none; without it they must be there.
+    stage: where each node keeps a copy of its own to train from; without it, all read `dir`.
     """
 
     dir: str = "data"
     simulate: SimulateConfig | None = None
+    stage: StageConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ mlperf_logging.compliance_checker's, usage hpc, ruleset 3.0.0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mlperf_logging.mllog import constants
@@ -16,12 +17,24 @@ from cosmoflow_dali.model import ReferenceConfig
 from cosmoflow_dali.optim import SGDConfig
 from cosmoflow_dali.schedule import StepDecayConfig
 from pipelines.dist import World
+from preprocess.staging import Staged
 
 
 def log_init_start(log: MLLogger, began_ms: int) -> None:
     """The run began to set itself up at `began_ms` (Unix time). This program clears no cache itself."""
     log.event(constants.CACHE_CLEAR, value=False, time_ms=began_ms)
     log.start(constants.INIT_START, time_ms=began_ms)
+
+
+def log_staging(log: MLLogger, seconds: float, staged: Sequence[Staged]) -> None:
+    """Staging has ended, `seconds` after it began; what it did to each folder."""
+    metadata = {
+        "staging_duration": seconds,
+        "samples": sum(one.samples for one in staged),
+        "read_bytes": sum(one.read_bytes for one in staged),
+        "written_bytes": sum(one.written_bytes for one in staged),
+    }
+    log.end("staging_stop", metadata=metadata)
 
 
 def log_settings(

@@ -36,6 +36,7 @@ CHECKPOINTS = "checkpoints"
 
 _FREE = (
     "data.dir",
+    "data.stage",
     "loader.",
     "log.checkpoint_every",
     "submission.",

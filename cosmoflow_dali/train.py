@@ -29,10 +29,12 @@ from cosmoflow_dali.summary import Result, finish
 from cosmoflow_dali.trainer import Outcome, Trainer
 from pipelines.dataset import Split, open_split
 from pipelines.dist import World, available_cores, report_errors
+from pipelines.errors import UserError
 from pipelines.loader import Loader
 from pipelines.plan import Shard
 from pipelines.reader import Reader
 from preprocess.simulate import SETTINGS, make_dataset
+from preprocess.staging import StageConfig, describe, stage
 
 EX_TEMPFAIL = 75
 
@@ -112,6 +114,9 @@ def _train(
     start = time.perf_counter()
     if checkpoint is None:
         mlperf.log_init_start(logs.mlperf, began_ms)
+    stages = config.data.stage
+    if stages is not None:
+        setup = _stage(setup, stages, world, logs, console)
     model = build_model(config.model, seed)
     if isinstance(model, OpenCosmoFlow) and checkpoint is None:
         reader = Reader(setup.train, config.loader.on_bad_sample)
@@ -176,6 +181,24 @@ def _train(
         wait_fractions=world.gather(clock.total_waited / clock.total if clock.total else 0.0),
         seconds=seconds | trainer.seconds,
     )
+
+
+def _stage(setup: Setup, config: StageConfig, world: World, logs: RunLogs, console: Console) -> Setup:
+    """`setup` with both splits on each node's own disk, every rank taking part."""
+    start = time.perf_counter()
+    fresh = setup.checkpoint is None
+    if fresh:
+        logs.mlperf.start("staging_start")
+    train, of_train = stage(setup.train, Path(config.dir) / "train", config, world)
+    validation, of_validation = stage(setup.validation, Path(config.dir) / "validation", config, world)
+    seconds = time.perf_counter() - start
+    if fresh:
+        mlperf.log_staging(logs.mlperf, seconds, (of_train, of_validation))
+    for split, staged in ((train, of_train), (validation, of_validation)):
+        console.say(describe(split, staged, world.nodes))
+        if staged.faults and setup.config.loader.on_bad_sample == "fail":
+            raise UserError(f"{staged.faults[0]} ({len(staged.faults)} samples could not be staged)")
+    return replace(setup, train=train, validation=validation, seconds=setup.seconds | {"staging": seconds})
 
 
 if __name__ == "__main__":

@@ -163,9 +163,37 @@ def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read_file(path: Path) -> bytes:
-    """The content of the file at `path`; AccessError where it cannot be read."""
+def read_file(path: Path, *, direct: bool = False) -> bytes:
+    """The content of the file at `path`; AccessError where it cannot be read.
+
+    With `direct` it goes past the page cache, where the file system lets it.
+    """
     try:
-        return path.read_bytes()
+        content = _read_direct(path) if direct else None
+        return path.read_bytes() if content is None else content
     except OSError as error:
         raise AccessError.reading(path, error) from error
+
+
+def _read_direct(path: Path) -> bytes | None:
+    """The content of the file at `path`, read with O_DIRECT; None where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise
+    try:
+        length = os.fstat(descriptor).st_size
+        # A map of its own, since its start is a page's; a block more, to see the end of the file.
+        with mmap.mmap(-1, (length // _BLOCK + 1) * _BLOCK) as scratch, memoryview(scratch) as view:
+            filled = 0
+            while filled < length and (count := os.readv(descriptor, [view[filled:]])):
+                filled += count
+            return bytes(view[:filled])
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise
+    finally:
+        os.close(descriptor)

@@ -37,7 +37,7 @@ def write_tiny(root: Path, *, train: int, validation: int, form: str = "npy", si
     return root
 
 
-def config_file(path: Path, data: Path, **changes: object) -> Path:
+def config_file(path: Path, data: Path, /, **changes: object) -> Path:
     """A YAML file at `path` for a quick closed-rules run on `data`, with `changes` on top."""
     tree: dict[str, object] = {
         "data": {"dir": str(data)},

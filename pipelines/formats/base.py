@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -45,8 +46,14 @@ class Format(Protocol):
     def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Written, ...]:
         """Write `sample`, each file whole or not at all, that with the counts last."""
 
+    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+        """The sample in the files of `contents`, by the ends of their names, checked in full.
+
+        path: that of the file that holds the counts. DataError names any fault, and the file.
+        """
+
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
-        """The sample whose counts are in `path`, checked in full; DataError names any fault."""
+        """The sample whose counts are in `path`: what is there, parsed."""
 
     def payload(self, path: Path, spec: SampleSpec) -> Payload:
         """The same for DALI, in a reader thread; DataError for what the graph would not notice."""

@@ -12,14 +12,15 @@ import io
 import mmap
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import AccessError, DataError
-from pipelines.files import Written, write_chunks
+from pipelines.files import Written, read_file, write_chunks
 from pipelines.formats.base import Payload
 from pipelines.sample import Sample, SampleSpec, check_counts, check_target
 
@@ -40,9 +41,15 @@ class Npy:
         arrays = ((LABEL, sample.target), (DATA, sample.counts))
         return tuple(write_npy(directory / f"{stem}{part}", array) for part, array in arrays)
 
+    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+        """The sample, its arrays views of `contents`."""
+        label = _label(path)
+        counts = check_counts(path, parse_npy(path, contents[DATA]), spec)
+        return Sample(counts, check_target(label, parse_npy(label, contents[LABEL])))
+
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
         """The sample whose counts are in `path`, and its target in the file beside it."""
-        return Sample(check_counts(path, read_npy(path), spec), _read_target(path))
+        return self.parse(path, {DATA: read_file(path), LABEL: read_file(_label(path))}, spec)
 
     def payload(self, path: Path, spec: SampleSpec) -> Payload:
         """The sample, its counts where the kernel keeps the file: mapped, not copied.
@@ -50,15 +57,22 @@ class Npy:
         DALI's threads take the pages as they come to them, and the kernel has been told to fetch
         them. Counts below zero are left to the graph's table to find.
         """
-        with _open(path) as file:
-            header, start = _read_header(path, file), file.tell()
-            if header.shape != spec.shape or header.dtype != np.int16:
-                # Reading it whole says in full what is wrong.
-                self.read(path, spec)
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        mapped.madvise(mmap.MADV_WILLNEED)
-        counts = np.frombuffer(mapped, np.int16, offset=start).reshape(header.shape)
-        return Payload(counts, _read_target(path))
+        try:
+            with open(path, "rb") as file:
+                # An empty file cannot be mapped, and has no header that says what it should have been.
+                size = os.fstat(file.fileno()).st_size
+                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+        except OSError as error:
+            raise AccessError.reading(path, error) from error
+        header = _read_header(path, mapped)
+        if header.shape != spec.shape or header.dtype != np.int16:
+            # Reading it whole says in full what is wrong.
+            self.read(path, spec)
+        if isinstance(mapped, mmap.mmap):
+            mapped.madvise(mmap.MADV_WILLNEED)
+        counts = np.frombuffer(mapped, np.int16, offset=header.length).reshape(header.shape)
+        label = _label(path)
+        return Payload(counts, check_target(label, parse_npy(label, read_file(label))))
 
 
 def write_npy(path: Path, array: npt.NDArray[Any]) -> Written:
@@ -68,39 +82,32 @@ def write_npy(path: Path, array: npt.NDArray[Any]) -> Written:
     return write_chunks(path, header.getvalue(), array.data.cast("B"))
 
 
-def read_npy(path: Path) -> npt.NDArray[Any]:
-    """The array in the .npy file at `path`; DataError names any fault."""
-    with _open(path) as file:
-        header = _read_header(path, file)
-        return np.fromfile(file, header.dtype).reshape(header.shape)
+def parse_npy(path: Path, content: bytes) -> npt.NDArray[Any]:
+    """The array in `content`, that of the .npy file at `path`, as a view; DataError names any fault."""
+    header = _read_header(path, content)
+    return np.frombuffer(content, header.dtype, offset=header.length).reshape(header.shape)
 
 
 class _Header(NamedTuple):
+    """What the header says, and its own length in bytes."""
+
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    length: int
 
 
-def _read_target(path: Path) -> npt.NDArray[np.float32]:
-    """The target beside the counts in `path`."""
-    label = path.with_name(path.name.removesuffix(DATA) + LABEL)
-    return check_target(label, read_npy(label))
+def _label(path: Path) -> Path:
+    """The file of the target beside the counts in `path`."""
+    return path.with_name(path.name.removesuffix(DATA) + LABEL)
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise AccessError.reading(path, error) from error
-
-
-def _read_header(path: Path, file: BinaryIO) -> _Header:
-    """The header of `file`, which is left behind it; the file is as long as the header says."""
-    content = file.read(10)
+def _read_header(path: Path, content: bytes | mmap.mmap) -> _Header:
+    """The header of `content`, which is as long as it says."""
     # Version 1 has two bytes for the length of what follows, which every writer of small headers uses.
-    content += file.read(int.from_bytes(content[8:], "little"))
+    length = 10 + int.from_bytes(content[8:10], "little")
     try:
         with _PARSING:
-            shape, fortran, dtype = _parse_header(content)
+            shape, fortran, dtype = _parse_header(content[:length])
     except Exception as error:  # the header is a Python expression, and its parser has many errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(path, f"is no .npy file ({reason})", _REMEDY) from error
@@ -109,10 +116,10 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
     if fortran and len(shape) > 1:
         raise DataError(path, "is in Fortran order", "save it in C order")
     expected = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    length = os.fstat(file.fileno()).st_size - file.tell()
-    if length != expected:
-        raise DataError(path, f"holds {length} bytes where its header says {expected}", _REMEDY)
-    return _Header(shape, dtype)
+    if len(content) - length != expected:
+        fault = f"holds {len(content) - length} bytes where its header says {expected}"
+        raise DataError(path, fault, _REMEDY)
+    return _Header(shape, dtype, length)
 
 
 _PARSING = threading.Lock()

@@ -12,7 +12,7 @@ have no order, and floats may be packed or not.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,15 +60,19 @@ class TFRecord(NamedTuple):
         index = write_chunks(path.with_name(path.name + INDEX), f"0 {len(content)}\n".encode())
         return index, write_chunks(path, content)
 
-    def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
-        """The sample in `path`, its counts a view of the bytes read; both CRCs are checked."""
-        name, content = str(path), read_file(path)
+    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+        """The sample, its counts a view of the bytes; both CRCs are checked."""
+        name, content = str(path), contents[SUFFIX]
         if self.compressed:
             content = _inflate(name, content)
         elif content[:2] == GZIP_MAGIC and len(content) > 2:
             raise DataError(name, "is gzip, and the other files here are not", "keep the two kinds apart")
         sample = parse_example(name, unframe(name, content))
         return Sample(check_counts(path, sample.counts, spec), check_target(path, sample.target))
+
+    def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
+        """The sample in `path`."""
+        return self.parse(path, {SUFFIX: read_file(path)}, spec)
 
     def payload(self, path: Path, spec: SampleSpec) -> Payload:
         """The sample, inflated and checked: no device does that for one long gzip stream."""

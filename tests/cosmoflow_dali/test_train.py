@@ -104,6 +104,36 @@ def test_a_run_that_reaches_its_target_ends_there_and_complies(tmp_path: Path) -
     assert checked.code == 0 and "SUCCESS" in checked.out + checked.err, checked.err
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_staged_run_is_the_same_run(ranks: int, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=9, validation=3, form="tfrecord_gzip")
+    losses = []
+    for name in ("plain", "staged", "again"):
+        stage = {"stage": {"dir": str(tmp_path / "disk")}} if name != "plain" else {}
+        changes = {"data": {"dir": str(data)} | stage, "loader": {"batch_size": 4 // ranks}, "epochs": 2}
+        config = config_file(tmp_path / "c.yaml", data, **changes)
+        done = program(TRAIN, "--config", config, "--run-dir", tmp_path / name, ranks=ranks)
+        assert done.code == 0, done.err
+        losses.append([line["loss"] for line in metrics(tmp_path / name) if line["kind"] == "step"])
+        if name != "plain":
+            staged = 0 if name == "again" else 9
+            assert f"staged {staged} of 9 samples on 1 nodes" in done.err
+    assert losses[0] == losses[1] == losses[2]
+    log = (tmp_path / "staged" / "mlperf.log").read_text().splitlines()
+    keys = [json.loads(line.removeprefix(":::MLLOG "))["key"] for line in log]
+    order = [
+        keys.index(key) for key in ("init_start", "staging_start", "staging_stop", "init_stop", "run_start")
+    ]
+    assert order == sorted(order)
+    stop = json.loads(log[keys.index("staging_stop")].removeprefix(":::MLLOG "))["metadata"]
+    size = sum(path.stat().st_size for path in data.glob("*/*.tfrecord"))
+    assert (stop["samples"], stop["read_bytes"]) == (12, size) and stop["staging_duration"] > 0
+    checked = compliance(tmp_path / "staged")
+    failures = [line for line in (checked.out + checked.err).splitlines() if "ailed" in line]
+    assert all("eval_error" in line for line in failures), checked.err
+    assert "staging" in json.loads((tmp_path / "staged" / "summary.json").read_text())["seconds"]
+
+
 def resume_to_the_end(run: Path, config: Path, undisturbed: Path) -> None:
     """Resume a run that was stopped, and compare what it leaves with one that was not."""
     done = program(TRAIN, "--config", config, "--run-dir", run, "--resume")

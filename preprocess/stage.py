@@ -1,0 +1,54 @@
+"""Bring a data set to the disk of every node, before training.
+
+    srun --ntasks-per-node=4 python -m preprocess.stage -i /gpfs/cosmoflow/gzip -o /raid/cosmoflow
+
+Each file is read from the shared file system once, whatever the number of nodes; each node gets
+all of them, inflated, as npy. A second run on a staged node stages nothing. Training then takes
+the folder as its --data-dir; with `data: {stage: {dir: ...}}` the trainer stages by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.dataset import open_folder
+from pipelines.dist import World, report_errors
+from pipelines.errors import UserError
+from preprocess.staging import StageConfig, describe, stage
+
+_SPLITS = ("train", "validation")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and stage; 0 if every sample is on every node."""
+    parser = argparse.ArgumentParser(
+        prog="python -m preprocess.stage", description="Bring a data set to the disk of every node."
+    )
+    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="holds train and validation")
+    parser.add_argument("-o", "--output-dir", type=Path, required=True, help="on each node's own disk")
+    parser.add_argument("--threads", type=int, default=8, help="of each rank")
+    parser.add_argument("--direct-io", action="store_true", help="read past the page cache")
+    arguments = parser.parse_args(argv)
+    world, faults = World.detect(), 0
+    with report_errors(world):
+        config = StageConfig(str(arguments.output_dir), arguments.threads, arguments.direct_io)
+        with world.connected():
+            for name in _SPLITS:
+                split = world.on_root(functools.partial(open_folder, arguments.input_dir / name))
+                there, staged = stage(split, arguments.output_dir / name, config, world)
+                if world.is_root:
+                    print(describe(there, staged, world.nodes))
+                    for fault in staged.faults:
+                        print(f"error: {fault}", file=sys.stderr)
+                faults += len(staged.faults)
+        if faults:
+            raise UserError(f"{faults} samples are damaged, and on no node; mend them and stage again")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
