@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from pipelines.errors import ConfigError, UserError
+from pipelines.rendezvous import integer, meeting_place
 
 if TYPE_CHECKING:
     import torch
@@ -89,8 +89,8 @@ class World:
         """The world that the launcher's variables in `environ` describe; alone without any."""
         for launcher in _LAUNCHERS:
             if launcher.rank in environ and launcher.size in environ:
-                rank, size = _integer(environ, launcher.rank), _integer(environ, launcher.size)
-                local_rank = _integer(environ, launcher.local_rank)
+                rank, size = integer(environ, launcher.rank), integer(environ, launcher.size)
+                local_rank = integer(environ, launcher.local_rank)
                 # SLURM writes "4(x2),3" for two nodes of four tasks and one of three.
                 text = environ.get(launcher.local_size, "1").split("(")[0].split(",")[0]
                 if not 0 <= rank < size:
@@ -146,8 +146,11 @@ class World:
         import torch.distributed as dist
 
         cuda = device is not None and device.type == "cuda"
-        address, port = _rendezvous(self, os.environ)
-        if self.local_size == self.size and "lo" in (name for _, name in socket.if_nameindex()):
+        one_node = self.local_size == self.size
+        address, port = meeting_place(
+            self.launcher, os.environ, rank=self.rank, size=self.size, one_node=one_node
+        )
+        if one_node and "lo" in (name for _, name in socket.if_nameindex()):
             # One node: gloo need not find out which of its interfaces others can reach.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
@@ -227,46 +230,6 @@ class World:
         return values
 
 
-class Peers:
-    """The ranks that have this rank's place on their nodes, one a node, for what every node needs.
-
-    All ranks make theirs together. ConfigError where nodes have different numbers of ranks, or
-    ranks that do not stand one behind the other.
-    """
-
-    def __init__(self, world: World) -> None:
-        hosts = world.gather((socket.gethostname(), world.local_size, world.local_rank))
-        for rank, (host, size, place) in enumerate(hosts):
-            orderly = size == world.local_size and world.size % size == 0 and place == rank % size
-            if not orderly or hosts[rank - place][0] != host:
-                said = f"is number {place} of {size} on {host}; start as many on every node, in a row"
-                raise ConfigError("rank", rank, said)
-        self._world, self._group = world, None
-        if world.nodes > 1:
-            import torch.distributed as dist
-
-            for place in range(world.local_size):
-                group = dist.new_group(list(range(place, world.size, world.local_size)), backend="gloo")
-                if place == world.local_rank:
-                    self._group = group
-
-    def broadcast(self, content: bytes | None, node: int) -> bytes:
-        """The `content` that the peer on `node` has, on all of them; theirs is None."""
-        if self._world.nodes == 1:
-            assert content is not None
-            return content
-        import torch
-        import torch.distributed as dist
-
-        source = node * self._world.local_size + self._world.local_rank
-        length = torch.tensor([0 if content is None else len(content)])
-        dist.broadcast(length, source, self._group)
-        data = bytearray(int(length)) if content is None else bytearray(content)
-        if data:
-            dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), source, self._group)
-        return bytes(data)
-
-
 @contextmanager
 def report_errors(world: World) -> Iterator[None]:
     """Leave the process with status 1 and one line where the body raises what a user can cause."""
@@ -310,59 +273,3 @@ def _lost_contact(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(
         sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
     )
-
-
-def _integer(environ: Mapping[str, str], name: str) -> int:
-    text = environ.get(name, "0")
-    if not text.isdecimal():
-        raise ConfigError(name, text, "a launcher sets this to a whole number, at least 0")
-    return int(text)
-
-
-def _rendezvous(world: World, environ: Mapping[str, str]) -> tuple[str, int]:
-    """The address and port at which all ranks meet rank 0."""
-    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
-        return environ["MASTER_ADDR"], _integer(environ, "MASTER_PORT")
-    if world.launcher == "mpirun":
-        return _rendezvous_by_mpi(world)
-    if world.launcher == "srun":
-        nodes = environ["SLURM_STEP_NODELIST"]
-        first = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
-        ).stdout.split()[0]
-        # Steps of one job may share a node, so both numbers choose the port.
-        step = 1000 * _integer(environ, "SLURM_JOB_ID") + _integer(environ, "SLURM_STEP_ID")
-        return first, 20000 + step % 40000
-    raise ConfigError(
-        "MASTER_ADDR",
-        None,
-        f"{world.size} ranks by {world.launcher}: set MASTER_ADDR and MASTER_PORT",
-    )
-
-
-def _rendezvous_by_mpi(world: World) -> tuple[str, int]:
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise ConfigError(
-            "mpi4py",
-            None,
-            f"mpirun started {world.size} ranks, but mpi4py is missing: pip install mpi4py",
-        ) from error
-    if MPI.COMM_WORLD.size != world.size:
-        raise ConfigError(
-            "mpi4py",
-            MPI.COMM_WORLD.size,
-            f"mpirun started {world.size} ranks, so mpi4py was built for another MPI than this mpirun",
-        )
-    meeting = None
-    if world.is_root:
-        host = "127.0.0.1" if world.local_size == world.size else socket.getfqdn()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            meeting = host, probe.getsockname()[1]
-    meeting = MPI.COMM_WORLD.bcast(meeting)
-    # MPI has done its part. Finalising at exit would make a rank that fails wait for the others,
-    # who wait for it.
-    MPI.Finalize()
-    return meeting

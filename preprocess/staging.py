@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.dataset import Split
-from pipelines.dist import Peers, World
+from pipelines.dist import World
 from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.files import locked, read_file
 from pipelines.formats import FORMATS
 from pipelines.manifest import Entry, Source
+from pipelines.peers import Peers
 from pipelines.plan import Indices
 from preprocess.output import Journal, begin, finish
 

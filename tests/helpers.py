@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -107,3 +108,19 @@ def run(line: Sequence[str]) -> Done:
 def program(module: str, *arguments: object, ranks: int = 1) -> Done:
     """Run `python -m module arguments...` to its end, on `ranks` ranks."""
     return run(command(module, arguments, ranks))
+
+
+def mounted(options: str, folder: Path, line: list[str]) -> list[str]:
+    """`line` in a mount namespace of its own, where `folder` is a tmpfs with `options`.
+
+    Behind what it prints come the lengths of the counts' files there.
+    """
+    found = f'find {folder} -name "*_data.npy" -printf "%s\\n"'
+    script = f'mount -t tmpfs -o {options} none {folder} && "$@"; code=$?; {found}; exit $code'
+    return ["unshare", "--map-root-user", "--mount", "bash", "-c", script, "bash", *line]
+
+
+@functools.cache
+def can_mount() -> bool:
+    """Whether `mounted` works here."""
+    return run(mounted("size=1m", Path("/mnt"), ["true"])).code == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, environment, program, tiny_sample, write_tiny
+from helpers import ROOT, can_mount, command, environment, mounted, program, run, tiny_sample, write_tiny
 
 from pipelines.dataset import open_split
 from pipelines.dist import World
@@ -135,6 +135,17 @@ def test_any_number_of_ranks_reads_each_sample_once_and_writes_it_once_a_node(
         assert own == [index for turn, index in enumerate(mine.tolist()) if turn % world.nodes == world.node]
     assert (read == 1).all()
     assert (written == ranks // a_node).all()
+
+
+@pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
+def test_a_node_without_room_is_told_before_anything_is_copied(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=9, validation=1, form="tfrecord_gzip")
+    (tmp_path / "disk").mkdir()
+    line = command(STAGE, ["-i", data, "-o", tmp_path / "disk"])
+    done = run(mounted("size=200k", tmp_path / "disk", line))
+    assert done.code == 1
+    assert "bytes free on" in done.err and "294912 are to come" in done.err and "Traceback" not in done.err
+    assert done.out == ""
 
 
 def test_direct_reads_give_the_same_bytes(tmp_path: Path) -> None:
