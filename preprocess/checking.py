@@ -79,7 +79,7 @@ def _against(folder: Path, noted: Entry, found: Entry) -> Iterator[tuple[str, st
         if found_part.bytes != part.bytes:
             yield "sizes", f"{path}: has {found_part.bytes} bytes; the manifest says {part.bytes}"
         elif found_part.crc32c != part.crc32c:
-            yield "checksums", f"{path}: its CRC-32C is not the manifest's; convert it again"
+            yield "checksums", f"{path}: its CRC-32C is not the manifest's; remove it and convert again"
 
 
 def _identity(sample: Sample) -> str:
