@@ -82,14 +82,14 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
         for batch in world.alone(loader.batches(epoch)):
             if table is None:
                 # Whether a sample was seen, what the network made of it, and its target.
-                shape = len(loader.split), 3, len(PARAMETERS)
+                shape = loader.split.total, 3, len(PARAMETERS)
                 table = torch.zeros(shape, dtype=torch.float64, device=batch.target.device)
-            rows = torch.from_numpy(np.flatnonzero(batch.index >= 0))
+            rows = np.flatnonzero(batch.index >= 0)
             if len(rows):
-                place = torch.from_numpy(batch.index)[rows]
+                place = torch.from_numpy(loader.split.places(batch.index[rows]))
                 table[place, 0] = 1.0
-                table[place, 1] = model(batch.volume)[rows].double()
-                table[place, 2] = batch.target[rows].double()
+                table[place, 1] = model(batch.volume)[torch.from_numpy(rows)].double()
+                table[place, 2] = batch.target[torch.from_numpy(rows)].double()
     model.train(was_training)
     assert table is not None, "every rank takes part in every evaluation step"
     seen, predictions, targets = world.sum(table).cpu().numpy().transpose(1, 0, 2)
@@ -98,9 +98,10 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
         raise DataError(loader.split.root, "holds no sound sample to score", "see preprocess.verify")
     bad = index[~np.isfinite(predictions[index]).all(axis=1)]
     if bad.size:
-        world.on_root(lambda: loader.explain(bad))
+        own = np.arange(len(loader.split))
+        world.everywhere(lambda: loader.explain(own[np.isin(loader.split.places(own), bad)]))
         raise UserError(
-            f"the network's answer for {bad.size} of {len(loader.split)} sound samples is not a number: "
+            f"the network's answer for {bad.size} of {loader.split.total} sound samples is not a number: "
             "its training has diverged; lower the learning rate"
         )
     return Evaluation(index, predictions[index], targets[index])

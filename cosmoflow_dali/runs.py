@@ -126,6 +126,16 @@ def check_data(
         )
 
 
+def check_shares(checkpoint: Checkpoint | None, train: Split) -> None:
+    """ConfigError unless the nodes have `train` in as many shares as they had in the run of `checkpoint`."""
+    if checkpoint is not None and checkpoint.shares != train.shares:
+        raise ConfigError(
+            "data.stage",
+            f"{train.shares} shares",
+            f"the run was trained on {checkpoint.shares}, which decide its order; resume on as many nodes",
+        )
+
+
 def write_predictions(folder: Path, evaluation: Evaluation) -> None:
     """Write true and predicted parameters, in physical units, one validation sample a line."""
     names = [parameter.name for parameter in PARAMETERS]

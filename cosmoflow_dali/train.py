@@ -122,7 +122,10 @@ def _train(
         reader = Reader(setup.train, config.loader.on_bad_sample)
         apply_log = config.loader.apply_log
         model.fit_input(*world.on_root(lambda: input_statistics(reader, apply_log=apply_log)))
-    shard = Shard(world.rank, world.size)
+    runs.check_shares(checkpoint, setup.train)
+    # Ranks that have the same samples share them out; those of other nodes have others.
+    readers = world.size // setup.train.shares
+    shard = Shard(world.rank % readers, readers)
     train = Loader(
         setup.train,
         config.loader,
@@ -155,7 +158,7 @@ def _train(
         checkpoint=checkpoint,
     )
     if checkpoint is None:
-        samples = len(setup.train), len(setup.validation)
+        samples = setup.train.total, setup.validation.total
         mlperf.log_settings(logs.mlperf, config, world, seed=seed, samples=samples)
         logs.mlperf.end(constants.INIT_STOP)
         logs.mlperf.start(constants.RUN_START)
@@ -189,8 +192,9 @@ def _stage(setup: Setup, config: StageConfig, world: World, logs: RunLogs, conso
     fresh = setup.checkpoint is None
     if fresh:
         logs.mlperf.start("staging_start")
-    train, of_train = stage(setup.train, Path(config.dir) / "train", config, world)
-    validation, of_validation = stage(setup.validation, Path(config.dir) / "validation", config, world)
+    root, seed = config.folder, setup.seed
+    train, of_train = stage(setup.train, root / "train", config, world, seed)
+    validation, of_validation = stage(setup.validation, root / "validation", config, world, seed)
     seconds = time.perf_counter() - start
     if fresh:
         mlperf.log_staging(logs.mlperf, seconds, (of_train, of_validation))

@@ -12,10 +12,23 @@ from pipelines.formats.npy import DATA, LABEL
 from pipelines.formats.tfrecord import GZIP_MAGIC, SUFFIX
 from pipelines.lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.manifest import MANIFEST, Manifest
+from pipelines.plan import Indices
 from pipelines.sample import Sample, SampleSpec
 
 _LOOKED_AT = 16
 """Samples tried before a folder is taken to hold none that is sound."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """One of `count` shares of a split of `total` samples, as equal as can be.
+
+    places: the positions in the whole of this one's samples, int64.
+    """
+
+    places: Indices
+    count: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +39,14 @@ class Split:
     form: the name of their format, a key of FORMATS.
     names: the files that hold the counts, one a sample.
     spec: the shape of every sample.
+    share: where its samples stand in a whole of which this is a share; None for the whole itself.
     """
 
     root: Path
     form: str
     names: tuple[str, ...]
     spec: SampleSpec
+    share: Share | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -40,6 +55,20 @@ class Split:
     def format(self) -> Format:
         """The format itself."""
         return FORMATS[self.form]
+
+    @property
+    def total(self) -> int:
+        """How many samples the whole has."""
+        return self.share.total if self.share else len(self)
+
+    @property
+    def shares(self) -> int:
+        """Into how many shares the whole has been divided."""
+        return self.share.count if self.share else 1
+
+    def places(self, index: Indices) -> Indices:
+        """Where the samples `index` stand in the whole."""
+        return self.share.places[index] if self.share else index
 
     def path(self, index: int) -> Path:
         """The file that holds the counts of sample `index`."""

@@ -79,18 +79,27 @@ class Loader:
         ragged: Ragged,
         device: torch.device,
     ) -> None:
-        """See `plan_epoch` for `seed`, `shuffle` and `ragged`; UserError where the plan is empty."""
+        """See `plan_epoch` for `seed`, `shuffle` and `ragged`; UserError where the plan is empty.
+
+        `shard` is of those that read `split`; where that is a share, the others read other shares, in
+        as many steps.
+        """
         self.split = split
         self._reader = Reader(split, config.on_bad_sample)
         self._substitutes = ragged == "drop"
         self._shard, self._device = shard, device
+        global_batch = config.batch_size * shard.count
+        # The smallest share sets the pace in training, the largest where every sample must be seen.
+        smallest, largest = split.total // split.shares, -(-split.total // split.shares)
+        steps = smallest // global_batch if ragged == "drop" else -(-largest // global_batch)
         self._plan = lambda epoch: plan_epoch(
             len(split),
-            global_batch=config.batch_size * shard.count,
+            global_batch=global_batch,
             seed=seed,
             epoch=epoch,
             shuffle=shuffle,
             ragged=ragged,
+            steps=steps,
         )
         self._steps = len(self._plan(0))
         self._stream = self._steps_from(0, 0)

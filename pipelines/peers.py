@@ -1,4 +1,4 @@
-"""Ranks on different nodes that have the same place there, for what every node needs."""
+"""Ranks on different nodes that have the same place there, for what several nodes need."""
 
 from __future__ import annotations
 
@@ -9,40 +9,57 @@ from pipelines.errors import ConfigError
 
 
 class Peers:
-    """The ranks that have this rank's place on their nodes, one a node, for what every node needs.
+    """The ranks that have this rank's place on the nodes of its team: `team` nodes in a row.
 
     All ranks make theirs together. ConfigError where nodes have different numbers of ranks, or
-    ranks that do not stand one behind the other.
+    ranks that do not stand one behind the other, or do not make up whole teams.
+
+    number: of this rank's team. teams: how many there are. size: nodes in each.
+    place: this rank's node in its team.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, team: int) -> None:
         hosts = world.gather((socket.gethostname(), world.local_size, world.local_rank))
         for rank, (host, size, place) in enumerate(hosts):
             orderly = size == world.local_size and world.size % size == 0 and place == rank % size
             if not orderly or hosts[rank - place][0] != host:
                 said = f"is number {place} of {size} on {host}; start as many on every node, in a row"
                 raise ConfigError("rank", rank, said)
-        self._world, self._group = world, None
-        if world.nodes > 1:
+        if world.nodes % team:
+            raise ConfigError("nodes", world.nodes, f"do not make up whole teams of {team}")
+        self.teams, self.size = world.nodes // team, team
+        self.number, self.place = divmod(world.node, team)
+        self._ranks = _ranks(world, self.number, team, world.local_rank)
+        self._group = None
+        if team > 1:
             import torch.distributed as dist
 
-            for place in range(world.local_size):
-                group = dist.new_group(list(range(place, world.size, world.local_size)), backend="gloo")
-                if place == world.local_rank:
-                    self._group = group
+            # Every rank has to know of every group.
+            for number in range(self.teams):
+                for local_rank in range(world.local_size):
+                    ranks = _ranks(world, number, team, local_rank)
+                    group = dist.new_group(ranks, backend="gloo")
+                    if ranks == self._ranks:
+                        self._group = group
 
-    def broadcast(self, content: bytes | None, node: int) -> bytes:
-        """The `content` that the peer on `node` has, on all of them; theirs is None."""
-        if self._world.nodes == 1:
+    def broadcast(self, content: bytes | None, place: int) -> bytes:
+        """The `content` that the peer at `place` has, on all of them; theirs is None."""
+        if self.size == 1:
             assert content is not None
             return content
         import torch
         import torch.distributed as dist
 
-        source = node * self._world.local_size + self._world.local_rank
+        source = self._ranks[place]
         length = torch.tensor([0 if content is None else len(content)])
         dist.broadcast(length, source, self._group)
         data = bytearray(int(length)) if content is None else bytearray(content)
         if data:
             dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), source, self._group)
         return bytes(data)
+
+
+def _ranks(world: World, number: int, team: int, local_rank: int) -> list[int]:
+    """The ranks with the place `local_rank` on the nodes of team `number`."""
+    nodes = range(number * team, (number + 1) * team)
+    return [node * world.local_size + local_rank for node in nodes]

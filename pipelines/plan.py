@@ -44,15 +44,29 @@ def derive_seed(seed: int, *words: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+def shuffled(samples: int, seed: int, *words: int | str) -> Indices:
+    """The numbers below `samples` in the order that `seed` and `words` draw (numpy's Philox generator)."""
+    stream = np.random.Philox(key=derive_seed(seed, *words))
+    return np.random.Generator(stream).permutation(np.arange(samples, dtype=np.int64))
+
+
 def plan_epoch(
-    samples: int, *, global_batch: int, seed: int, epoch: int, shuffle: bool, ragged: Ragged
+    samples: int,
+    *,
+    global_batch: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    ragged: Ragged,
+    steps: int | None = None,
 ) -> Indices:
     """The sample that each place of each step of an epoch reads: (steps, global_batch) int64.
 
     Shard r of n takes columns r * B to (r + 1) * B of every row, with B = global_batch / n. With
-    `shuffle` the order is a new permutation of all samples each epoch (numpy's Philox generator);
-    without it, file order. Where the samples do not fill the last step, "drop" leaves that step
-    out, and "pad" fills it up with -1 behind its samples, so that every sample is there once.
+    `shuffle` the order is a new permutation of all samples each epoch; without it, file order. Where
+    the samples do not fill the last step, "drop" leaves that step out, and "pad" fills it up with -1
+    behind its samples, so that every sample is there once. With `steps` there are that many rows:
+    fewer than the samples would fill, or some more of -1.
 
     UserError where "drop" would leave nothing.
     """
@@ -61,13 +75,14 @@ def plan_epoch(
             f"{samples} training samples do not fill one step of {global_batch} (batch size times ranks): "
             "lower the batch size, start fewer ranks or add samples"
         )
-    order = np.arange(samples, dtype=np.int64)
-    if shuffle:
-        stream = np.random.Philox(key=derive_seed(seed, "shuffle", epoch))
-        order = np.random.Generator(stream).permutation(order)
+    order = shuffled(samples, seed, "shuffle", epoch) if shuffle else np.arange(samples, dtype=np.int64)
     over = samples % global_batch
     if over and ragged == "drop":
         order = order[:-over]
     elif over:
         order = np.concatenate([order, np.full(global_batch - over, -1, dtype=np.int64)])
-    return order.reshape(-1, global_batch)
+    rows = order.reshape(-1, global_batch)
+    if steps is None:
+        return rows
+    more = np.full((max(0, steps - len(rows)), global_batch), -1, dtype=np.int64)
+    return np.concatenate([rows[:steps], more])

@@ -2,9 +2,10 @@
 
     srun --ntasks-per-node=4 python -m preprocess.stage -i /gpfs/cosmoflow/gzip -o /raid/cosmoflow
 
-Each file is read from the shared file system once, whatever the number of nodes; each node gets
-all of them, inflated, as npy. A second run on a staged node stages nothing. Training then takes
-the folder as its --data-dir; with `data: {stage: {dir: ...}}` the trainer stages by itself.
+Each node gets all samples, or with --shard-type local each team of nodes a share of them, inflated,
+as npy. A file is read from the shared file system once for each team. A second run on a staged node
+stages nothing. The trainer, with the same settings in `data: {stage: ...}`, then finds everything
+in its place.
 """
 
 from __future__ import annotations
@@ -30,16 +31,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("-i", "--input-dir", type=Path, required=True, help="holds train and validation")
     parser.add_argument("-o", "--output-dir", type=Path, required=True, help="on each node's own disk")
+    parser.add_argument("--shard-type", choices=("global", "local"), default="global", help="all, or shares")
+    parser.add_argument("--shard-multiplier", type=int, default=1, help="nodes that keep the same share")
+    parser.add_argument("--preshuffle", action="store_true", help="draw the shares by --seed")
+    parser.add_argument("--seed", type=int, default=0, help="that of the run to come")
     parser.add_argument("--threads", type=int, default=8, help="of each rank")
     parser.add_argument("--direct-io", action="store_true", help="read past the page cache")
     arguments = parser.parse_args(argv)
     world, faults = World.detect(), 0
     with report_errors(world):
-        config = StageConfig(str(arguments.output_dir), arguments.threads, arguments.direct_io)
+        config = StageConfig(
+            str(arguments.output_dir),
+            arguments.shard_type,
+            arguments.shard_multiplier,
+            arguments.preshuffle,
+            arguments.threads,
+            arguments.direct_io,
+        )
         with world.connected():
             for name in _SPLITS:
                 split = world.on_root(functools.partial(open_folder, arguments.input_dir / name))
-                there, staged = stage(split, arguments.output_dir / name, config, world)
+                there, staged = stage(split, config.folder / name, config, world, arguments.seed)
                 if world.is_root:
                     print(describe(there, staged, world.nodes))
                     for fault in staged.faults:

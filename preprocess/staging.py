@@ -1,8 +1,9 @@
-"""Bring a data set to the disk of every node: read once, inflated on the way, whole on each.
+"""Bring a data set to the nodes' own disks: whole to each, or in shares; inflated on the way.
 
-Every file is read from the shared file system by one rank in the world and handed to that rank's
-peers on the other nodes as it is, compressed; each node inflates, checks and writes it for itself,
-as npy. What a node has already, whole and of the same source, it keeps.
+Nodes that are to have the same samples are a team. Every file is read from the shared file system by
+one rank of its team and handed to that rank's peers on the other nodes as it is, compressed; each
+node inflates, checks and writes it for itself, as npy. What a node has already, whole and of the
+same source, it keeps.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from pipelines.dataset import Split
+from pipelines.dataset import Share, Split
 from pipelines.dist import World
 from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.files import locked, read_file
 from pipelines.formats import FORMATS
 from pipelines.manifest import Entry, Source
 from pipelines.peers import Peers
-from pipelines.plan import Indices
+from pipelines.plan import Indices, shuffled
 from preprocess.output import Journal, begin, finish
 
 FORM = "npy"
@@ -36,18 +38,45 @@ FORM = "npy"
 class StageConfig:
     """How a data set is staged.
 
-    dir: the folder on each node's own disk; it becomes what the shared one is.
+    dir: the folder on each node's own disk, which may name environment variables, such as $TMPDIR; it
+        becomes what the shared one is, or a share of it.
+    shard_type: "global" gives every node all samples; "local" gives each team of nodes a share, and
+        the teams together all of them.
+    shard_multiplier: nodes in a team, so copies of each sample, if shard_type is "local".
+    preshuffle: draw who gets which samples by the run's seed; without it, each team gets every n-th.
     threads: of each rank, which read, inflate and write.
     direct_io: read the shared file system past the page cache.
     """
 
     dir: str
+    shard_type: Literal["global", "local"] = "global"
+    shard_multiplier: int = 1
+    preshuffle: bool = False
     threads: int = 8
     direct_io: bool = False
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ConfigError("stage.threads", self.threads, "must be at least 1")
+        for name in ("threads", "shard_multiplier"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"stage.{name}", getattr(self, name), "must be at least 1")
+        if self.shard_type == "global" and (self.shard_multiplier > 1 or self.preshuffle):
+            raise ConfigError(
+                "stage.shard_type", self.shard_type, "has one share; the other settings want local"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """`dir` on this node."""
+        return Path(os.path.expandvars(self.dir))
+
+    def team(self, world: World) -> int:
+        """How many nodes of `world` have the same samples; ConfigError where they make no whole teams."""
+        if self.shard_type == "global":
+            return world.nodes
+        if world.nodes % self.shard_multiplier:
+            said = f"does not divide the {world.nodes} nodes"
+            raise ConfigError("stage.shard_multiplier", self.shard_multiplier, said)
+        return self.shard_multiplier
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +94,42 @@ class Staged:
     seconds: float
 
 
-def stage(split: Split, target: Path, config: StageConfig, world: World) -> tuple[Split, Staged]:
-    """Have the samples of `split` in `target` on every node: those, in the same order, and what it took.
+def share_of(samples: int, team: int, teams: int, seed: int | None) -> Indices:
+    """Which of `samples` samples the `team`-th of `teams` teams keeps, in its order; `seed` draws them."""
+    order = np.arange(samples) if seed is None else shuffled(samples, seed, "preshuffle")
+    return order[team::teams]
 
-    All ranks of `world` call this. A UserError, on every rank that can still be reached, where a
-    node lacks the space or a file cannot be read or written.
+
+def stage(split: Split, target: Path, config: StageConfig, world: World, seed: int) -> tuple[Split, Staged]:
+    """Have this node's samples of `split` in `target`: those, and what it took.
+
+    All ranks of `world` call this; `seed` is for `preshuffle`. A UserError, on every rank that can
+    still be reached, where a node lacks the space or a file cannot be read or written.
     """
     start = time.perf_counter()
+    peers, leads = Peers(world, config.team(world)), world.local_rank == 0
+    origins = _origins(split, world)
+    if peers.teams > 1:
+        places = share_of(len(split), peers.number, peers.teams, seed if config.preshuffle else None)
+        share = Share(places, peers.teams, len(split))
+        names = tuple(split.names[place] for place in places.tolist())
+        split = replace(split, names=names, share=share)
+        origins = [origins[place] for place in places.tolist()]
     stems = [split.stem(index) for index in range(len(split))]
-    origins = _origins(split, stems, world)
-    peers, leads = Peers(world), world.local_rank == 0
     with ExitStack() as held:
         known: dict[str, Entry] = {}
+
+        def refuse() -> None:
+            # To wait would be to have the other ranks wait for ever, if one of them is who holds it.
+            fault = "is being written into by another process or node"
+            raise DataError(target, fault, "stage to each node's own disk, one run at a time")
 
         def look() -> Indices:
             if not leads:
                 return np.arange(0)
             try:
                 target.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(target, lambda: None))
+                held.enter_context(locked(target, refuse))
             except OSError as error:
                 raise AccessError.writing(target, error) from error
             known.update(begin(target, FORM, stems))
@@ -91,12 +137,13 @@ def stage(split: Split, target: Path, config: StageConfig, world: World) -> tupl
             _check_space(target, split, len(lacking))
             return lacking
 
-        wanted = np.unique(np.concatenate(world.gather(world.everywhere(look))))
+        lacking = world.gather((peers.number, world.everywhere(look)))
+        wanted = np.unique(np.concatenate([share for team, share in lacking if team == peers.number]))
         mine = of_place(wanted, world).tolist()
         read = written = 0
         faults: list[str] = []
         if mine:
-            each = _stage_each(split, target, mine, origins, config, world, peers)
+            each = _stage_each(split, target, mine, origins, config, peers)
             with Journal(target, world.local_rank) as journal:
                 for taken, done in world.alone(each):
                     read += taken
@@ -105,7 +152,7 @@ def stage(split: Split, target: Path, config: StageConfig, world: World) -> tupl
                     else:
                         journal.add(done)
                         written += sum(part.bytes for part in done.parts)
-        shares = world.gather((read, written, faults))
+        shares = world.gather((len(mine) if peers.place == 0 else 0, read, written, faults))
 
         def end() -> None:
             if leads and len(wanted):
@@ -115,13 +162,13 @@ def stage(split: Split, target: Path, config: StageConfig, world: World) -> tupl
         world.everywhere(end)
     names = tuple(stem + FORMATS[FORM].suffix for stem in stems)
     staged = Staged(
-        samples=len(wanted),
-        read_bytes=sum(share[0] for share in shares),
-        written_bytes=sum(share[1] for share in shares),
-        faults=tuple(sorted({fault for share in shares for fault in share[2]})),
+        samples=sum(share[0] for share in shares),
+        read_bytes=sum(share[1] for share in shares),
+        written_bytes=sum(share[2] for share in shares),
+        faults=tuple(sorted({fault for share in shares for fault in share[3]})),
         seconds=time.perf_counter() - start,
     )
-    return Split(target, FORM, names, split.spec), staged
+    return Split(target, FORM, names, split.spec, split.share), staged
 
 
 def of_place(wanted: Indices, world: World) -> Indices:
@@ -129,24 +176,24 @@ def of_place(wanted: Indices, world: World) -> Indices:
     return wanted[world.local_rank :: world.local_size]
 
 
-def to_read(mine: list[int], world: World) -> list[int]:
-    """Which of the samples `mine` of a place this rank reads for all peers: one in turn from each node."""
-    return mine[world.node :: world.nodes]
+def to_read(mine: list[int], place: int, team: int) -> list[int]:
+    """Which of the samples `mine` the peer at `place` of `team` reads for all: they take turns."""
+    return mine[place::team]
 
 
 def describe(split: Split, staged: Staged, nodes: int) -> str:
     """A line for a person on what staging `split` did."""
     rate = staged.read_bytes / staged.seconds / 1e9
     return (
-        f"{split.root}: staged {staged.samples} of {len(split)} samples on {nodes} nodes "
+        f"{split.root}: staged {staged.samples} of {split.total} samples on {nodes} nodes "
         f"in {staged.seconds:.1f} s, {staged.read_bytes:,} bytes read ({rate:.2f} GB/s), "
         f"{staged.written_bytes:,} written"
     )
 
 
-def _origins(split: Split, stems: list[str], world: World) -> list[Source]:
-    """What each sample's files are now; each rank looks at its share of them, once for all."""
-    parts = split.format.parts
+def _origins(split: Split, world: World) -> list[Source]:
+    """What each sample's files are now; each rank looks at some of them, for all."""
+    parts, stems = split.format.parts, [split.stem(index) for index in range(len(split))]
 
     def look() -> Indices:
         mine = stems[world.rank :: world.size]
@@ -184,7 +231,6 @@ def _stage_each(
     indices: list[int],
     origins: list[Source],
     config: StageConfig,
-    world: World,
     peers: Peers,
 ) -> Iterator[tuple[int, Entry | str]]:
     """Stage the samples `indices`: the bytes that this rank has read for each, and its entry or its fault."""
@@ -203,17 +249,17 @@ def _stage_each(
             return str(error)
         return Entry.of(stem, form.write(target, stem, sample), origins[index])
 
-    own = iter(to_read(indices, world))
+    own = iter(to_read(indices, peers.place, peers.size))
     reading: deque[Future[list[bytes]]] = deque()
     writing: deque[tuple[int, Future[Entry | str]]] = deque()
     with ThreadPoolExecutor(config.threads) as readers, ThreadPoolExecutor(config.threads) as writers:
-        for place, index in enumerate(indices):
+        for turn, index in enumerate(indices):
             while len(reading) < config.threads and (following := next(own, None)) is not None:
                 reading.append(readers.submit(read, following))
-            node = place % world.nodes
-            contents = reading.popleft().result() if node == world.node else None
+            place = turn % peers.size
+            contents = reading.popleft().result() if place == peers.place else None
             received = [
-                peers.broadcast(None if contents is None else contents[at], node) for at in range(len(parts))
+                peers.broadcast(None if contents is None else contents[at], place) for at in range(len(parts))
             ]
             taken = sum(map(len, contents)) if contents is not None else 0
             writing.append((taken, writers.submit(write, index, received)))

@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, can_mount, command, environment, mounted, program, run, tiny_sample, write_tiny
+from helpers import (
+    ROOT,
+    can_mount,
+    command,
+    config_file,
+    environment,
+    mounted,
+    program,
+    run,
+    tiny_sample,
+    write_tiny,
+)
 
 from pipelines.dataset import open_split
 from pipelines.dist import World
 from pipelines.files import read_file
 from pipelines.formats import FORMATS
-from preprocess.staging import of_place, to_read
+from preprocess.staging import of_place, share_of, to_read
 
 STAGE = "preprocess.stage"
 
 
-def on_nodes(nodes: int, ranks: int, source: Path, target: Path) -> list[tuple[int, str, str]]:
-    """Run the program as srun would on `nodes` nodes of `ranks` each, node n's disk being `target`/n.
+def on_nodes(nodes: int, ranks: int, source: Path, target: Path, *options: str) -> list[tuple[int, str, str]]:
+    """Stage `source` on `nodes` nodes of `ranks` each, node n's disk being `target`/n."""
 
-    Gives each rank's exit status, output and errors.
+    def line(node: int) -> list[object]:
+        return [STAGE, "-i", source, "-o", target / str(node), *options]
+
+    return as_srun(nodes, ranks, line)
+
+
+def as_srun(nodes: int, ranks: int, line: Callable[[int], list[object]]) -> list[tuple[int, str, str]]:
+    """Run `python -m line(n)` as srun would on each node n: the ranks' exit statuses, output and errors.
+
+    NODE tells a program the number of its node, for paths that are each node's own.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -40,11 +64,15 @@ def on_nodes(nodes: int, ranks: int, source: Path, target: Path) -> list[tuple[i
             "SLURM_STEP_TASKS_PER_NODE": f"{ranks}(x{nodes})",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            "NODE": str(rank // ranks),
         }
-        line = list(map(str, [sys.executable, "-m", STAGE, "-i", source, "-o", target / str(rank // ranks)]))
+        started = [sys.executable, "-m", *map(str, line(rank // ranks))]
         pipe, told = subprocess.PIPE, environment() | place
-        running.append(subprocess.Popen(line, cwd=ROOT, env=told, stdout=pipe, stderr=pipe, text=True))
-    return [(process.wait(240), *process.communicate()) for process in running]
+        running.append(subprocess.Popen(started, cwd=ROOT, env=told, stdout=pipe, stderr=pipe, text=True))
+    # Read all of them while waiting: a pipe that is full would stop its rank, and with it the others.
+    with ThreadPoolExecutor(len(running)) as readers:
+        said = list(readers.map(lambda process: process.communicate(timeout=240), running))
+    return [(process.returncode, out, err) for process, (out, err) in zip(running, said, strict=True)]
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -117,24 +145,108 @@ def test_a_node_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("a_node", "ranks"), [(1, 1), (1, 3), (1, 4096), (2, 2), (4, 60), (8, 8), (8, 512), (8, 4096)]
+    ("a_node", "nodes", "team"),
+    [(1, 1, 1), (1, 3, 3), (2, 1, 1), (4, 15, 5), (8, 64, 64), (8, 64, 1), (8, 512, 4), (1, 4096, 2)],
 )
 @pytest.mark.parametrize("samples", [0, 1, 1000, 4097])
-def test_any_number_of_ranks_reads_each_sample_once_and_writes_it_once_a_node(
-    samples: int, a_node: int, ranks: int
+def test_any_number_of_ranks_reads_each_sample_once_a_team_and_writes_it_once_a_node(
+    samples: int, a_node: int, nodes: int, team: int
 ) -> None:
-    wanted = np.arange(samples)
     read, written = np.zeros(samples, int), np.zeros(samples, int)
-    for rank in range(ranks):
-        world = World(rank, ranks, rank % a_node, a_node, "srun")
-        mine = of_place(wanted, world)
-        written[mine] += 1
-        own = to_read(mine.tolist(), world)
-        read[own] += 1
-        # What it reads is what its peers expect of it: the turns of its node.
-        assert own == [index for turn, index in enumerate(mine.tolist()) if turn % world.nodes == world.node]
+    for node in range(nodes):
+        number, place = divmod(node, team)
+        share = share_of(samples, number, nodes // team, seed=5)
+        for local_rank in range(a_node):
+            world = World(node * a_node + local_rank, nodes * a_node, local_rank, a_node, "srun")
+            mine = of_place(share, world)
+            written[mine] += 1
+            own = to_read(mine.tolist(), place, team)
+            read[own] += 1
+            # What it reads is what its peers expect of it: its turns.
+            assert own == [index for turn, index in enumerate(mine.tolist()) if turn % team == place]
+    # The bytes read are the data set's, whatever the number of copies, which is that of nodes in a team.
     assert (read == 1).all()
-    assert (written == ranks // a_node).all()
+    assert (written == team).all()
+
+
+@pytest.mark.parametrize(("samples", "teams"), [(7, 2), (8, 4), (65536, 512), (524288, 100)])
+def test_shares_are_as_equal_as_can_be_and_the_draw_is_the_same_for_all(samples: int, teams: int) -> None:
+    for seed in (None, 3):
+        shares = [share_of(samples, team, teams, seed) for team in range(teams)]
+        assert {len(share) for share in shares} <= {samples // teams, -(-samples // teams)}
+        np.testing.assert_array_equal(np.sort(np.concatenate(shares)), np.arange(samples))
+    assert not np.array_equal(share_of(samples, 0, teams, 3), share_of(samples, 0, teams, 4))
+
+
+@pytest.mark.parametrize("options", [[], ["--preshuffle", "--seed", "3"]])
+def test_teams_have_shares_and_each_file_is_read_once(options: list[str], tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=7, validation=3, form="tfrecord_gzip")
+    shards = ["--shard-type", "local", "--shard-multiplier", "2", *options]
+    done = on_nodes(4, 1, data, tmp_path / "disk", *shards)
+    assert [code for code, _, _ in done] == [0] * 4, done
+    size = sum(path.stat().st_size for path in (data / "train").iterdir())
+    assert "staged 7 of 7 samples on 4 nodes" in done[0][1] and f"{size:,} bytes read" in done[0][1]
+    disks = [content(tmp_path / "disk" / str(node)) for node in range(4)]
+    assert disks[0] == disks[1] and disks[2] == disks[3]
+    splits = [open_split(tmp_path / "disk" / str(node), "train") for node in (0, 2)]
+    stems = [split.stem(index) for split in splits for index in range(len(split))]
+    assert sorted(stems) == [f"universe_{index:04d}_000" for index in range(7)]
+    assert abs(len(splits[0]) - len(splits[1])) == 1
+    assert "staged 0 of 7" in on_nodes(4, 1, data, tmp_path / "disk", *shards)[0][1]
+
+
+def test_training_on_shares_scores_every_sample_and_resumes_on_as_many_nodes(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=13, validation=5, form="tfrecord_gzip")
+    stage = {"dir": str(tmp_path / "disk" / "$NODE"), "shard_type": "local", "preshuffle": True}
+    where = {"dir": str(data), "stage": stage}
+
+    def line(epochs: int, batch_size: int, *more: str) -> Callable[[int], list[object]]:
+        changes = {"data": where, "loader": {"batch_size": batch_size}, "epochs": epochs}
+        config = config_file(tmp_path / "c.yaml", data, **changes)
+        return lambda _: ["cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run", *more]
+
+    done = as_srun(2, 1, line(2, 2))
+    assert [code for code, _, _ in done] == [0, 0], done
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["samples"] == 5
+    assert summary["steps"] == 2 * (13 // 2 // 2)
+    rows = (tmp_path / "run" / "predictions.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == list(range(5))
+    # The score is that of the whole split, however it was shared out.
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    alone = program("cosmoflow_dali.evaluate", "--data-dir", data, "--weights", newest)
+    assert json.loads(alone.out)["mae"] == pytest.approx(summary["mae"], abs=1e-6)
+    # The same two nodes go on; one node would train in another order.
+    done = as_srun(2, 1, line(3, 2, "--resume"))
+    assert [code for code, _, _ in done] == [0, 0], done
+    shutil.rmtree(tmp_path / "disk")
+    ((code, _, err),) = as_srun(1, 1, line(4, 4, "--resume"))
+    assert code == 1
+    assert "data.stage = '1 shares': the run was trained on 2" in err and "Traceback" not in err
+
+
+def test_nodes_that_share_a_folder_are_told_and_do_not_wait_for_each_other(
+    tiny: Path, tmp_path: Path
+) -> None:
+    done = as_srun(2, 1, lambda _: [STAGE, "-i", tiny, "-o", tmp_path / "disk"])
+    assert [code for code, _, _ in done] == [1, 1]
+    assert "stage to each node's own disk" in done[0][2] and "Traceback" not in done[0][2] + done[1][2]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--shard-type", "local", "--shard-multiplier", "2"], "shard_multiplier = 2: does not divide the 3"),
+        (["--preshuffle"], "stage.shard_type = 'global': has one share"),
+        (["--shard-type", "local", "--shard-multiplier", "0"], "stage.shard_multiplier = 0"),
+    ],
+)
+def test_shares_that_do_not_fit_are_refused(
+    options: list[str], said: str, tiny: Path, tmp_path: Path
+) -> None:
+    done = on_nodes(3, 1, tiny, tmp_path / "disk", *options)
+    assert {code for code, _, _ in done} == {1}
+    assert said in done[0][2] and "Traceback" not in done[0][2]
 
 
 @pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
