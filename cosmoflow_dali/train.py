@@ -89,7 +89,8 @@ def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
     assert seed is not None
     root, simulate, seconds = Path(config.data.dir), config.data.simulate, {}
     # Samples that somebody else has put there are trained on as they are.
-    others = (root / "train").is_dir() and not (root / SETTINGS).exists()
+    samples = root / "train"
+    others = not (root / SETTINGS).exists() and samples.is_dir() and any(samples.iterdir())
     if simulate is not None and not others:
         start = time.perf_counter()
         make_dataset(simulate, root, workers=available_cores(), shown=True)
@@ -111,12 +112,12 @@ def _train(
 ) -> Result | None:
     """Build everything and train, every rank taking part; None where a signal stopped it."""
     config, seed, checkpoint = setup.config, setup.seed, setup.checkpoint
-    start = time.perf_counter()
     if checkpoint is None:
         mlperf.log_init_start(logs.mlperf, began_ms)
     stages = config.data.stage
     if stages is not None:
         setup = _stage(setup, stages, world, logs, console)
+    start = time.perf_counter()
     model = build_model(config.model, seed)
     if isinstance(model, OpenCosmoFlow) and checkpoint is None:
         reader = Reader(setup.train, config.loader.on_bad_sample)
