@@ -46,7 +46,7 @@ class Checkpoint:
     model, optimizer, scaler: their state dicts; `scaler` is None where the precision needs none.
     scores: the newest validation scores and the residuals' root mean squares, or None.
     seconds: training time so far, by phase.
-    shares: into how many shares the nodes had divided the data; the plan needs this too.
+    division: into what shares the nodes had divided the data; the plan needs this too.
     logs: bytes that belong to this state, by log file name; what lies behind them came later.
     """
 
@@ -60,7 +60,7 @@ class Checkpoint:
     scaler: dict[str, Any] | None = None
     scores: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    shares: int = 1
+    division: str = "one share"
     logs: dict[str, int] = field(default_factory=dict)
 
     def save(self, directory: Path) -> Path:

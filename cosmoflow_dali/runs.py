@@ -127,13 +127,10 @@ def check_data(
 
 
 def check_shares(checkpoint: Checkpoint | None, train: Split) -> None:
-    """ConfigError unless the nodes have `train` in as many shares as they had in the run of `checkpoint`."""
-    if checkpoint is not None and checkpoint.shares != train.shares:
-        raise ConfigError(
-            "data.stage",
-            f"{train.shares} shares",
-            f"the run was trained on {checkpoint.shares}, which decide its order; resume on as many nodes",
-        )
+    """ConfigError unless the nodes have `train` in the shares that they had in the run of `checkpoint`."""
+    if checkpoint is not None and checkpoint.division != train.division:
+        said = f"the run was trained on {checkpoint.division}, which decides its order; stage as then"
+        raise ConfigError("data.stage", train.division, said)
 
 
 def write_predictions(folder: Path, evaluation: Evaluation) -> None:

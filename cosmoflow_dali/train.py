@@ -193,9 +193,9 @@ def _stage(setup: Setup, config: StageConfig, world: World, logs: RunLogs, conso
     fresh = setup.checkpoint is None
     if fresh:
         logs.mlperf.start("staging_start")
-    root, seed = config.folder, setup.seed
-    train, of_train = stage(setup.train, root / "train", config, world, seed)
-    validation, of_validation = stage(setup.validation, root / "validation", config, world, seed)
+    root = config.folder
+    train, of_train = stage(setup.train, root / "train", config, world)
+    validation, of_validation = stage(setup.validation, root / "validation", config, world)
     seconds = time.perf_counter() - start
     if fresh:
         mlperf.log_staging(logs.mlperf, seconds, (of_train, of_validation))

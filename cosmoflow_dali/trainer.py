@@ -268,7 +268,7 @@ class Trainer:
             seed=self._seed,
             global_batch=self._global_batch,
             train_samples=self._train.split.total,
-            shares=self._train.split.shares,
+            division=self._train.split.division,
             position=self.position,
             model=self._model.state_dict(),
             optimizer=self._optimizer.state_dict(),

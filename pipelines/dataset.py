@@ -24,11 +24,13 @@ class Share:
     """One of `count` shares of a split of `total` samples, as equal as can be.
 
     places: the positions in the whole of this one's samples, int64.
+    seed: what drew the shares; None where each has every `count`-th sample.
     """
 
     places: Indices
     count: int
     total: int
+    seed: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,12 @@ class Split:
     def shares(self) -> int:
         """Into how many shares the whole has been divided."""
         return self.share.count if self.share else 1
+
+    @property
+    def division(self) -> str:
+        """How the whole has been divided, in words that are equal for equal shares."""
+        drawn = f" drawn with seed {self.share.seed}" if self.share and self.share.seed is not None else ""
+        return f"{self.shares} shares{drawn}" if self.shares > 1 else "one share"
 
     def places(self, index: Indices) -> Indices:
         """Where the samples `index` stand in the whole."""

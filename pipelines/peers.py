@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 
 from pipelines.dist import World
 from pipelines.errors import ConfigError
 
 
 class Peers:
-    """The ranks that have this rank's place on the nodes of its team: `team` nodes in a row.
+    """The ranks that have this rank's place on the nodes of its team, one of `teams`, which have all nodes.
 
     All ranks make theirs together. ConfigError where nodes have different numbers of ranks, or
-    ranks that do not stand one behind the other, or do not make up whole teams.
+    ranks that do not stand one behind the other.
 
     number: of this rank's team. teams: how many there are. size: nodes in each.
     place: this rank's node in its team.
     """
 
-    def __init__(self, world: World, team: int) -> None:
+    def __init__(self, world: World, teams: Sequence[Sequence[int]]) -> None:
         hosts = world.gather((socket.gethostname(), world.local_size, world.local_rank))
         for rank, (host, size, place) in enumerate(hosts):
             orderly = size == world.local_size and world.size % size == 0 and place == rank % size
             if not orderly or hosts[rank - place][0] != host:
                 said = f"is number {place} of {size} on {host}; start as many on every node, in a row"
                 raise ConfigError("rank", rank, said)
-        if world.nodes % team:
-            raise ConfigError("nodes", world.nodes, f"do not make up whole teams of {team}")
-        self.teams, self.size = world.nodes // team, team
-        self.number, self.place = divmod(world.node, team)
-        self._ranks = _ranks(world, self.number, team, world.local_rank)
+        self.teams = len(teams)
+        self.number = next(number for number, team in enumerate(teams) if world.node in team)
+        own = teams[self.number]
+        self.size, self.place = len(own), own.index(world.node)
+        self._ranks = _ranks(world, own, world.local_rank)
         self._group = None
-        if team > 1:
+        if self.size > 1:
             import torch.distributed as dist
 
             # Every rank has to know of every group.
-            for number in range(self.teams):
+            for team in teams:
                 for local_rank in range(world.local_size):
-                    ranks = _ranks(world, number, team, local_rank)
+                    ranks = _ranks(world, team, local_rank)
                     group = dist.new_group(ranks, backend="gloo")
                     if ranks == self._ranks:
                         self._group = group
@@ -59,7 +60,6 @@ class Peers:
         return bytes(data)
 
 
-def _ranks(world: World, number: int, team: int, local_rank: int) -> list[int]:
-    """The ranks with the place `local_rank` on the nodes of team `number`."""
-    nodes = range(number * team, (number + 1) * team)
-    return [node * world.local_size + local_rank for node in nodes]
+def _ranks(world: World, team: Sequence[int], local_rank: int) -> list[int]:
+    """The ranks with the place `local_rank` on the nodes of `team`."""
+    return [node * world.local_size + local_rank for node in team]

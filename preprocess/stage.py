@@ -3,9 +3,10 @@
     srun --ntasks-per-node=4 python -m preprocess.stage -i /gpfs/cosmoflow/gzip -o /raid/cosmoflow
 
 Each node gets all samples, or with --shard-type local each team of nodes a share of them, inflated,
-as npy. A file is read from the shared file system once for each team. A second run on a staged node
-stages nothing. The trainer, with the same settings in `data: {stage: ...}`, then finds everything
-in its place.
+as npy. A file is read from the shared file system once, by one node, and sent to the others that
+need it. With --models, each model that is to be trained has nodes in a row, with all samples on them.
+A second run on a staged node stages nothing. The trainer, with the same settings in
+`data: {stage: ...}`, then finds everything in its place.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard-type", choices=("global", "local"), default="global", help="all, or shares")
     parser.add_argument("--shard-multiplier", type=int, default=1, help="nodes that keep the same share")
     parser.add_argument("--preshuffle", action="store_true", help="draw the shares by --seed")
-    parser.add_argument("--seed", type=int, default=0, help="that of the run to come")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    parser.add_argument("--models", type=int, default=1, help="to be trained side by side")
     parser.add_argument("--threads", type=int, default=8, help="of each rank")
     parser.add_argument("--direct-io", action="store_true", help="read past the page cache")
     arguments = parser.parse_args(argv)
@@ -45,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.shard_type,
             arguments.shard_multiplier,
             arguments.preshuffle,
+            arguments.seed,
             arguments.threads,
             arguments.direct_io,
         )
         with world.connected():
             for name in _SPLITS:
                 split = world.on_root(functools.partial(open_folder, arguments.input_dir / name))
-                there, staged = stage(split, config.folder / name, config, world, arguments.seed)
+                there, staged = stage(split, config.folder / name, config, world, arguments.models)
                 if world.is_root:
                     print(describe(there, staged, world.nodes))
                     for fault in staged.faults:

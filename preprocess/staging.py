@@ -43,7 +43,8 @@ class StageConfig:
     shard_type: "global" gives every node all samples; "local" gives each team of nodes a share, and
         the teams together all of them.
     shard_multiplier: nodes in a team, so copies of each sample, if shard_type is "local".
-    preshuffle: draw who gets which samples by the run's seed; without it, each team gets every n-th.
+    preshuffle: draw who gets which samples by `seed`; without it, each team gets every n-th.
+    seed: of that draw alone, so that models with seeds of their own find the same shares staged.
     threads: of each rank, which read, inflate and write.
     direct_io: read the shared file system past the page cache.
     """
@@ -52,6 +53,7 @@ class StageConfig:
     shard_type: Literal["global", "local"] = "global"
     shard_multiplier: int = 1
     preshuffle: bool = False
+    seed: int = 0
     threads: int = 8
     direct_io: bool = False
 
@@ -69,14 +71,23 @@ class StageConfig:
         """`dir` on this node."""
         return Path(os.path.expandvars(self.dir))
 
-    def team(self, world: World) -> int:
-        """How many nodes of `world` have the same samples; ConfigError where they make no whole teams."""
-        if self.shard_type == "global":
-            return world.nodes
-        if world.nodes % self.shard_multiplier:
-            said = f"does not divide the {world.nodes} nodes"
-            raise ConfigError("stage.shard_multiplier", self.shard_multiplier, said)
-        return self.shard_multiplier
+    def teams(self, nodes: int, models: int = 1) -> list[list[int]]:
+        """The nodes that have the same samples, for each share, of `nodes` that train `models` side by side.
+
+        Each model has nodes in a row, and all samples on them. ConfigError where the nodes do not
+        make up whole models, or a model's nodes whole teams.
+        """
+        if models < 1 or nodes % models:
+            raise ConfigError("models", models, f"do not share out the {nodes} nodes")
+        own = nodes // models
+        team = own if self.shard_type == "global" else self.shard_multiplier
+        if own % team:
+            said = f"does not divide the {own} nodes of a model"
+            raise ConfigError("stage.shard_multiplier", team, said)
+        return [
+            [first + place for first in range(share, nodes, own) for place in range(team)]
+            for share in range(0, own, team)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +111,22 @@ def share_of(samples: int, team: int, teams: int, seed: int | None) -> Indices:
     return order[team::teams]
 
 
-def stage(split: Split, target: Path, config: StageConfig, world: World, seed: int) -> tuple[Split, Staged]:
+def stage(
+    split: Split, target: Path, config: StageConfig, world: World, models: int = 1
+) -> tuple[Split, Staged]:
     """Have this node's samples of `split` in `target`: those, and what it took.
 
-    All ranks of `world` call this; `seed` is for `preshuffle`. A UserError, on every rank that can
-    still be reached, where a node lacks the space or a file cannot be read or written.
+    All ranks of `world` call this, whose nodes are going to train `models` models. A UserError, on
+    every rank that can still be reached, where a node lacks the space or a file cannot be read or
+    written.
     """
     start = time.perf_counter()
-    peers, leads = Peers(world, config.team(world)), world.local_rank == 0
+    peers, leads = Peers(world, config.teams(world.nodes, models)), world.local_rank == 0
     origins = _origins(split, world)
     if peers.teams > 1:
-        places = share_of(len(split), peers.number, peers.teams, seed if config.preshuffle else None)
-        share = Share(places, peers.teams, len(split))
+        seed = config.seed if config.preshuffle else None
+        places = share_of(len(split), peers.number, peers.teams, seed)
+        share = Share(places, peers.teams, len(split), seed)
         names = tuple(split.names[place] for place in places.tolist())
         split = replace(split, names=names, share=share)
         origins = [origins[place] for place in places.tolist()]

@@ -33,7 +33,7 @@ from pipelines.dataset import open_split
 from pipelines.dist import World
 from pipelines.files import read_file
 from pipelines.formats import FORMATS
-from preprocess.staging import of_place, share_of, to_read
+from preprocess.staging import StageConfig, of_place, share_of, to_read
 
 STAGE = "preprocess.stage"
 
@@ -145,28 +145,57 @@ def test_a_node_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("a_node", "nodes", "team"),
-    [(1, 1, 1), (1, 3, 3), (2, 1, 1), (4, 15, 5), (8, 64, 64), (8, 64, 1), (8, 512, 4), (1, 4096, 2)],
+    ("a_node", "nodes", "models", "multiplier"),
+    [
+        (1, 1, 1, 1),
+        (1, 3, 1, 3),
+        (2, 1, 1, 1),
+        (4, 15, 1, 5),
+        (8, 64, 1, 64),
+        (8, 64, 8, 1),
+        (8, 512, 128, 4),
+        (4, 24, 3, 2),
+        (1, 4096, 1, 2),
+    ],
 )
 @pytest.mark.parametrize("samples", [0, 1, 1000, 4097])
-def test_any_number_of_ranks_reads_each_sample_once_a_team_and_writes_it_once_a_node(
-    samples: int, a_node: int, nodes: int, team: int
+def test_any_number_of_ranks_reads_each_sample_once_and_writes_it_once_a_node(
+    samples: int, a_node: int, nodes: int, models: int, multiplier: int
 ) -> None:
-    read, written = np.zeros(samples, int), np.zeros(samples, int)
-    for node in range(nodes):
-        number, place = divmod(node, team)
-        share = share_of(samples, number, nodes // team, seed=5)
-        for local_rank in range(a_node):
-            world = World(node * a_node + local_rank, nodes * a_node, local_rank, a_node, "srun")
-            mine = of_place(share, world)
-            written[mine] += 1
-            own = to_read(mine.tolist(), place, team)
-            read[own] += 1
-            # What it reads is what its peers expect of it: its turns.
-            assert own == [index for turn, index in enumerate(mine.tolist()) if turn % team == place]
+    config = StageConfig("x", "local", multiplier, preshuffle=True, seed=5)
+    teams, alone = config.teams(nodes, models), config.teams(nodes // models)
+    read, written = np.zeros(samples, int), np.zeros((models, samples), int)
+    for number, team in enumerate(teams):
+        share = share_of(samples, number, len(teams), config.seed)
+        # A model that stages for itself finds on its nodes what was staged for all of them.
+        for place, node in enumerate(team):
+            assert node % (nodes // models) in alone[number]
+            for local_rank in range(a_node):
+                world = World(node * a_node + local_rank, nodes * a_node, local_rank, a_node, "srun")
+                mine = of_place(share, world)
+                written[node // (nodes // models), mine] += 1
+                own = to_read(mine.tolist(), place, len(team))
+                read[own] += 1
+                # What it reads is what its peers expect of it: its turns.
+                assert own == [index for turn, index in enumerate(mine.tolist()) if turn % len(team) == place]
+    assert sorted(node for team in teams for node in team) == list(range(nodes))
     # The bytes read are the data set's, whatever the number of copies, which is that of nodes in a team.
     assert (read == 1).all()
-    assert (written == team).all()
+    assert (written == multiplier).all()
+
+
+def test_models_side_by_side_share_one_staging(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=7, validation=3, form="tfrecord_gzip")
+    options = ["--shard-type", "local", "--preshuffle", "--seed", "4"]
+    done = on_nodes(4, 1, data, tmp_path / "disk", *options, "--models", "2")
+    assert [code for code, _, _ in done] == [0] * 4, done
+    size = sum(path.stat().st_size for path in (data / "train").iterdir())
+    assert "staged 7 of 7 samples on 4 nodes" in done[0][1] and f"{size:,} bytes read" in done[0][1]
+    disks = [content(tmp_path / "disk" / str(node)) for node in range(4)]
+    assert disks[0] == disks[2] and disks[1] == disks[3] and disks[0] != disks[1]
+    # The second model, alone on its nodes, has nothing left to stage.
+    alone = as_srun(2, 1, lambda n: [STAGE, "-i", data, "-o", tmp_path / "disk" / str(n + 2), *options])
+    assert "staged 0 of 7" in alone[0][1], alone
 
 
 @pytest.mark.parametrize(("samples", "teams"), [(7, 2), (8, 4), (65536, 512), (524288, 100)])
@@ -222,7 +251,8 @@ def test_training_on_shares_scores_every_sample_and_resumes_on_as_many_nodes(tmp
     shutil.rmtree(tmp_path / "disk")
     ((code, _, err),) = as_srun(1, 1, line(4, 4, "--resume"))
     assert code == 1
-    assert "data.stage = '1 shares': the run was trained on 2" in err and "Traceback" not in err
+    assert "data.stage = 'one share': the run was trained on 2 shares drawn with seed 0" in err
+    assert "Traceback" not in err
 
 
 def test_nodes_that_share_a_folder_are_told_and_do_not_wait_for_each_other(
@@ -239,6 +269,7 @@ def test_nodes_that_share_a_folder_are_told_and_do_not_wait_for_each_other(
         (["--shard-type", "local", "--shard-multiplier", "2"], "shard_multiplier = 2: does not divide the 3"),
         (["--preshuffle"], "stage.shard_type = 'global': has one share"),
         (["--shard-type", "local", "--shard-multiplier", "0"], "stage.shard_multiplier = 0"),
+        (["--models", "2"], "models = 2: do not share out the 3 nodes"),
     ],
 )
 def test_shares_that_do_not_fit_are_refused(
