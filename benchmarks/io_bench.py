@@ -29,9 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
+from pipelines.config import LoaderConfig
 from pipelines.dataset import Split, open_split
 from pipelines.formats import FORMATS
-from pipelines.loader import Loader, LoaderConfig
+from pipelines.loader import Loader
 from pipelines.plan import Shard, plan_epoch
 from pipelines.sample import Sample
 

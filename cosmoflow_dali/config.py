@@ -23,8 +23,8 @@ from cosmoflow_dali.networks import ModelConfig
 from cosmoflow_dali.optim import AdamConfig, SGDConfig
 from cosmoflow_dali.schedule import OneCycleConfig, StepDecayConfig
 from cosmoflow_dali.step import Precision
+from pipelines.config import LoaderConfig
 from pipelines.errors import ConfigError, DataError
-from pipelines.loader import LoaderConfig
 from preprocess.simulate import SimulateConfig
 from preprocess.staging import StageConfig
 

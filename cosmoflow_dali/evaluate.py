@@ -15,10 +15,11 @@ from pathlib import Path
 from cosmoflow_dali.arguments import OneLineParser
 from cosmoflow_dali.evaluation import evaluate
 from cosmoflow_dali.weights import load_trained
+from pipelines.config import LoaderConfig
 from pipelines.dataset import open_split
 from pipelines.dist import World, report_errors
 from pipelines.errors import DataError
-from pipelines.loader import Loader, LoaderConfig
+from pipelines.loader import Loader
 from pipelines.plan import Shard
 
 

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import AccessError, DataError
-from pipelines.formats import FORMATS, Format
+from pipelines.formats import FORMATS, Format, Payload
 from pipelines.formats.npy import DATA, LABEL
-from pipelines.formats.tfrecord import GZIP_MAGIC, SUFFIX
+from pipelines.formats.tfrecord import GZIP_MAGIC
 from pipelines.lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.manifest import MANIFEST, Manifest
 from pipelines.plan import Indices
 from pipelines.sample import Sample, SampleSpec
+
+_SUFFIXES = tuple(dict.fromkeys(form.suffix for form in FORMATS.values()))
+_EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
 
 _LOOKED_AT = 16
 """Samples tried before a folder is taken to hold none that is sound."""
@@ -90,6 +93,10 @@ class Split:
         """Sample `index`, read and checked on the host; DataError names any fault."""
         return self.format.read(self.path(index), self.spec)
 
+    def payload(self, index: int, *, whole: bool = False) -> Payload:
+        """Sample `index` for the pipeline; see `Format.payload`."""
+        return self.format.payload(self.path(index), self.spec, whole=whole)
+
 
 def open_split(root: Path, split: str) -> Split:
     """The samples in `root`/`split` ("train" or "validation"); see `open_folder`."""
@@ -107,16 +114,18 @@ def open_folder(folder: Path) -> Split:
     if manifest is not None:
         return _of_manifest(folder, manifest)
     names = list_folder(folder)
-    records = tuple(name for name in names if name.endswith(SUFFIX))
-    data = tuple(name for name in names if name.endswith(DATA))
-    if records and data:
-        raise DataError(folder, f"holds {records[0]} and {data[0]}", "keep one format a folder")
-    if not records and not data:
-        raise DataError(folder, "holds no samples", f"expected *{SUFFIX} or *{DATA} files")
-    if data:
-        _check_labels(folder, data, names)
-    ordered = _listed(folder, records or data, names)
-    form = "npy" if data else tfrecord_form(folder / ordered[0])
+    kinds = {suffix: [name for name in names if name.endswith(suffix)] for suffix in _SUFFIXES}
+    found = {suffix: tuple(kind) for suffix, kind in kinds.items() if kind}
+    if not found:
+        raise DataError(folder, "holds no samples", f"expected {_EXPECTED} files")
+    if len(found) > 1:
+        one, other, *_ = found.values()
+        raise DataError(folder, f"holds {one[0]} and {other[0]}", "keep one format a folder")
+    ((suffix, samples),) = found.items()
+    if suffix == DATA:
+        _check_labels(folder, samples, names)
+    ordered = _listed(folder, samples, names)
+    form = _form_of(folder / ordered[0], suffix)
     return Split(folder, form, ordered, _shape_of_first(folder, form, ordered))
 
 
@@ -135,11 +144,10 @@ def list_folder(folder: Path) -> list[str]:
 
 def read_sample(path: Path) -> Sample:
     """The sample in the file `path` of any format; DataError where it is none."""
-    if path.name.endswith(DATA):
-        return FORMATS["npy"].read(path)
-    if path.name.endswith(SUFFIX):
-        return FORMATS[tfrecord_form(path)].read(path)
-    raise DataError(path, "has the name of no known format", f"expected *{SUFFIX} or *{DATA}")
+    for suffix in _SUFFIXES:
+        if path.name.endswith(suffix):
+            return FORMATS[_form_of(path, suffix)].read(path)
+    raise DataError(path, "has the name of no known format", f"expected {_EXPECTED}")
 
 
 def tfrecord_form(path: Path) -> str:
@@ -150,6 +158,12 @@ def tfrecord_form(path: Path) -> str:
     except OSError as error:
         raise AccessError.reading(path, error) from error
     return "tfrecord_gzip" if magic == GZIP_MAGIC else "tfrecord"
+
+
+def _form_of(path: Path, suffix: str) -> str:
+    """The format of the file at `path`, whose name ends with `suffix`."""
+    forms = [form.name for form in FORMATS.values() if form.suffix == suffix]
+    return forms[0] if len(forms) == 1 else tfrecord_form(path)
 
 
 def _of_manifest(folder: Path, manifest: Manifest) -> Split:

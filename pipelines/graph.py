@@ -1,15 +1,15 @@
-"""The one DALI graph: counts from the reader threads, to the device that trains, and transformed."""
+"""The DALI graphs: what comes from the reader threads, to the device that trains, and transformed there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipelines.transforms import transform_node
 
 
-def build_pipeline(
-    source: Callable[[], list[Any]],
+def build_counts_graph(
+    source: Callable[[], Sequence[Any]],
     *,
     batch_size: int,
     threads: int,
@@ -41,3 +41,53 @@ def build_pipeline(
     pipeline = samples()
     pipeline.build()
     return pipeline
+
+
+def define_packed_graph(
+    source: Callable[[], tuple[Sequence[Any], ...]],
+    *,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+    device_id: int | None,
+    apply_log: bool,
+) -> Any:
+    """A pipeline, not yet built, that takes packed samples to GPU `device_id` as they are, and inflates them.
+
+    Its every run takes of each sample, from `source`: the bytes of its LZ4 blocks (uint8), where in
+    them each starts, how long each is, how long each becomes (int32; one for all), and its table
+    (rows, C) of counts (int16). It puts out the blocks inflated, (blocks, voxels) uint8, and the
+    table's values (rows, C) float32: logarithms, or the counts. With a `device_id` of None it can be
+    serialised, but not be built: DALI inflates on GPUs only.
+    """
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+        exec_dynamic=False,
+    )
+    def samples() -> Any:
+        blocks, starts, sizes, voxels, table = fn.external_source(
+            source=source,
+            num_outputs=5,
+            batch=True,
+            no_copy=True,
+            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT16],
+            ndim=[1, 1, 1, 1, 2],
+        )
+        planes = fn.decoders.inflate(
+            blocks.gpu(),
+            algorithm="LZ4",
+            chunk_offsets=starts,
+            chunk_sizes=sizes,
+            shape=voxels,
+            dtype=types.UINT8,
+        )
+        counts = table.gpu()
+        values = transform_node(counts, apply_log=True) if apply_log else fn.cast(counts, dtype=types.FLOAT)
+        return planes, values
+
+    return samples()

@@ -1,7 +1,7 @@
-"""Batches in the planned order: reader threads feed DALI, DALI works ahead, torch takes its output.
+"""Batches in the planned order: reader threads feed a decoder, which works ahead, torch takes its output.
 
 The stream of steps runs on across the ends of epochs, so that the first batch of an epoch is as
-ready as any other. A loader's whole position is (epoch, step): nothing in DALI need be saved.
+ready as any other. A loader's whole position is (epoch, step): nothing of a decoder need be saved.
 """
 
 from __future__ import annotations
@@ -10,46 +10,21 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipelines.config import LoaderConfig
 from pipelines.dataset import Split
-from pipelines.errors import ConfigError
+from pipelines.decoders import make_decoder
 from pipelines.formats import Payload
-from pipelines.graph import build_pipeline
 from pipelines.plan import Indices, Ragged, Shard, plan_epoch
-from pipelines.reader import OnBadSample, Reader
+from pipelines.reader import Reader
 from pipelines.sample import Batch
 
 _READ_AHEAD = 2
-"""Batches whose files are being read before DALI asks for them."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoaderConfig:
-    """How samples are loaded.
-
-    batch_size: samples a step on each rank.
-    threads: that read files, and as many again inside DALI.
-    prefetch: batches that DALI prepares ahead of the one in use.
-    apply_log: give the network log(count + 1); without it, the counts divided by their mean.
-    on_bad_sample: what to do about a sample that is damaged; see `Reader`. Training takes the next
-        sound one in its place, validation leaves it out of the score.
-    """
-
-    batch_size: int = 1
-    threads: int = 2
-    prefetch: int = 2
-    apply_log: bool = True
-    on_bad_sample: OnBadSample = "fail"
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "threads", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"loader.{name}", getattr(self, name), "must be at least 1")
+"""Batches whose files are being read before the decoder asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +81,8 @@ class Loader:
         self._next = (0, 0)
         self._reading: deque[_Planned] = deque()
         self._running: deque[_Planned] = deque()
-        self._copied: torch.cuda.Event | None = None
         self._readers = ThreadPoolExecutor(config.threads, thread_name_prefix="reader")
-        self._pipeline = build_pipeline(
-            self._feed,
-            batch_size=config.batch_size,
-            threads=config.threads,
-            prefetch=config.prefetch,
-            device_id=device.index if device.type == "cuda" else None,
-            apply_log=config.apply_log,
-        )
+        self._decoder = make_decoder(split, self._feed, config, device)
 
     def __len__(self) -> int:
         """Steps an epoch, the same on every rank."""
@@ -144,9 +111,9 @@ class Loader:
             self.split.read(sample)
 
     def close(self) -> None:
-        """Stop the reader threads and free DALI's buffers."""
+        """Stop the threads and free the buffers."""
         self._readers.shutdown(wait=True, cancel_futures=True)
-        self._pipeline = None
+        self._decoder.close()
 
     def _steps_from(self, epoch: int, step: int) -> Iterator[tuple[int, int, Indices]]:
         """(epoch, step, this shard's samples) from there on, without end."""
@@ -156,8 +123,8 @@ class Loader:
                 yield epoch, at, rows[at]
             epoch, step = epoch + 1, 0
 
-    def _feed(self) -> list[Any]:
-        """The next batch of payloads for DALI, which calls this whenever it has room."""
+    def _feed(self) -> list[Payload]:
+        """The next batch of payloads for the decoder, which calls this whenever it has room."""
         while len(self._reading) <= _READ_AHEAD:
             epoch, step, index = next(self._stream)
             # A row that only fills the batch up reads the first sample.
@@ -165,40 +132,29 @@ class Loader:
             self._reading.append(_Planned(epoch, step, index, payloads))
         planned = self._reading.popleft()
         self._running.append(planned)
-        return [payload.result()[1].counts for payload in planned.payloads]
+        return [payload.result()[1] for payload in planned.payloads]
 
     def _batch(self, epoch: int, step: int, into: Batch | None) -> Batch:
         """The output for `step` of `epoch`; what was in flight for an earlier position is passed over."""
         while True:
-            output = self._run()
+            volume = self._run(into.volume if into else None)
             planned = self._running.popleft()
             if (planned.epoch, planned.step) == (epoch, step):
-                return self._take(output, planned, into)
+                return self._take(volume, planned, into)
 
-    def _run(self) -> Any:
-        if self._copied is not None:
-            # DALI is about to reuse the buffer that torch has copied from.
-            self._copied.synchronize()
+    def _run(self, into: torch.Tensor | None) -> torch.Tensor:
         try:
-            (output,) = self._pipeline.run()
+            return self._decoder.run(into)
         except RuntimeError:
             # DALI's errors name no file; reading the same samples on the host does.
             for planned in self._running:
                 self.explain(planned.index)
             raise
-        return output
 
-    def _take(self, output: Any, planned: _Planned, into: Batch | None) -> Batch:
-        volume = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 4, 1, 2, 3)
+    def _take(self, volume: torch.Tensor, planned: _Planned, into: Batch | None) -> Batch:
         read, payloads = zip(*(payload.result() for payload in planned.payloads), strict=True)
         target = torch.from_numpy(np.stack([payload.target for payload in payloads]))
-        if into is not None:
-            volume, target = into.volume.copy_(volume), into.target.copy_(target)
-        elif self._device.type == "cuda":
-            volume, target = volume.clone(), target.to(self._device)
-        if self._device.type == "cuda":
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        target = target.to(self._device) if into is None else into.target.copy_(target)
         return Batch(volume, target, self._index(planned.index, np.array(read)))
 
     def _index(self, asked: Indices, read: Indices) -> Indices:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Literal, TypeAlias, TypeVar
 
 from pipelines.dataset import Split
 from pipelines.errors import DataError
@@ -10,6 +11,8 @@ from pipelines.formats import Payload
 from pipelines.sample import Sample
 
 OnBadSample: TypeAlias = Literal["fail", "skip"]
+
+_Read = TypeVar("_Read")
 
 _IN_A_ROW = 16
 """Damaged samples one behind the other that are passed over; more are no accident."""
@@ -19,8 +22,8 @@ class Reader:
     """Reads samples of `split`.
 
     on_bad_sample: "fail" raises the DataError of a sample that is damaged or not there; "skip"
-        passes it over and remembers. To notice every fault before a sample is used, "skip" reads
-        the counts whole on the host, where "fail" leaves some of the checks to the pipeline.
+        passes it over and remembers. To notice every fault before a sample is used, "skip" checks
+        it whole on the host, where "fail" leaves some of the checks to the pipeline.
     skipped: the fault of each sample passed over so far, by its file's path.
     """
 
@@ -31,28 +34,32 @@ class Reader:
 
     def sample(self, index: int) -> Sample | None:
         """Sample `index`; None where it is passed over."""
-        try:
-            return self.split.read(index)
-        except DataError as error:
-            if not self._skips:
-                raise
-            self.skipped[str(self.split.path(index))] = str(error)
-            return None
+        return self._unless_damaged(index, self.split.read)
 
     def payload(self, index: int) -> tuple[int, Payload]:
-        """Sample `index` for DALI, or where it is passed over the next sound one: which, and its payload.
+        """Sample `index` for the pipeline, or where it is passed over the next sound one: which, and it.
 
         DataError where too many in a row are damaged.
         """
-        if not self._skips:
-            return index, self.split.format.payload(self.split.path(index), self.split.spec)
         for step in range(min(_IN_A_ROW, len(self.split))):
             candidate = (index + step) % len(self.split)
-            sample = self.sample(candidate)
-            if sample is not None:
-                return candidate, Payload(sample.counts, sample.target)
+            payload = self._unless_damaged(candidate, self._payload)
+            if payload is not None:
+                return candidate, payload
         raise DataError(
             self.split.path(index),
             f"and the {_IN_A_ROW - 1} samples behind it are damaged",
             "see what has become of the folder: python -m preprocess.verify",
         )
+
+    def _payload(self, index: int) -> Payload:
+        return self.split.payload(index, whole=self._skips)
+
+    def _unless_damaged(self, index: int, read: Callable[[int], _Read]) -> _Read | None:
+        try:
+            return read(index)
+        except DataError as error:
+            if not self._skips:
+                raise
+            self.skipped[str(self.split.path(index))] = str(error)
+            return None

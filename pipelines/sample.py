@@ -18,6 +18,9 @@ from pipelines.errors import DataError
 if TYPE_CHECKING:
     import torch
 
+COUNT_LIMIT = 2**15
+"""Counts are int16, so below this."""
+
 REDSHIFTS = (0.0, 0.5, 1.5, 3.0)
 """Redshift of each channel of a sample, in the order of its last axis."""
 

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-COUNT_LIMIT = 2**15
-"""Counts are int16, so below this."""
+from pipelines.sample import COUNT_LIMIT
+
+LOGS = np.log1p(np.arange(COUNT_LIMIT), dtype=np.float64).astype(np.float32)
+"""log(count + 1) of every count, rounded from double precision."""
 
 
 def transform(counts: npt.NDArray[np.int16], *, apply_log: bool) -> npt.NDArray[np.float32]:
@@ -32,11 +34,10 @@ def transform_node(counts: Any, *, apply_log: bool) -> Any:
     if not apply_log:
         values = fn.cast(counts, dtype=types.FLOAT)
         return values / fn.reductions.mean(values)
-    keys = np.arange(COUNT_LIMIT)
     return fn.lookup_table(
         counts,
-        keys=keys.tolist(),
-        values=np.log1p(keys, dtype=np.float64).astype(np.float32).tolist(),
+        keys=list(range(len(LOGS))),
+        values=LOGS.tolist(),
         default_value=float("nan"),
         dtype=types.FLOAT,
     )

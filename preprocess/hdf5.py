@@ -18,8 +18,7 @@ import numpy as np
 
 from pipelines.errors import AccessError, DataError
 from pipelines.manifest import Source
-from pipelines.sample import Sample, check_target
-from pipelines.transforms import COUNT_LIMIT
+from pipelines.sample import COUNT_LIMIT, Sample, check_target
 from preprocess.output import make_samples
 
 COUNTS, TARGET = "full", "unitPar"

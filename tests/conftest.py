@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import write_tiny
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine has not the hardware for."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """The formats that samples are kept in, by name."""
 
-from pipelines.formats.base import Format, Payload
+from pipelines.formats.base import CountsPayload, Format, Payload
 from pipelines.formats.npy import Npy
+from pipelines.formats.packed import PackedFormat, PackedPayload
 from pipelines.formats.tfrecord import TFRecord
 
 FORMATS: dict[str, Format] = {
@@ -10,7 +11,8 @@ FORMATS: dict[str, Format] = {
         TFRecord("tfrecord_gzip", compressed=True),
         TFRecord("tfrecord", compressed=False),
         Npy(),
+        PackedFormat(),
     )
 }
 
-__all__ = ["FORMATS", "Format", "Payload"]
+__all__ = ["FORMATS", "CountsPayload", "Format", "PackedPayload", "Payload"]

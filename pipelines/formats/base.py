@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.files import Written
+from pipelines.formats.packed import PackedPayload
 from pipelines.sample import Sample, SampleSpec
 
 
-class Payload(NamedTuple):
-    """What a reader thread hands to DALI of one sample, and the target, which stays on the host.
+class CountsPayload(NamedTuple):
+    """What a reader thread hands to the pipeline of one sample, and the target, which stays on the host.
 
     counts: (D, H, W, C) int16, which may be a view of a mapped file.
     target: (4,) float32.
@@ -22,6 +23,9 @@ class Payload(NamedTuple):
 
     counts: npt.NDArray[np.int16]
     target: npt.NDArray[np.float32]
+
+
+Payload: TypeAlias = CountsPayload | PackedPayload
 
 
 class Format(Protocol):
@@ -55,5 +59,8 @@ class Format(Protocol):
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
         """The sample whose counts are in `path`: what is there, parsed."""
 
-    def payload(self, path: Path, spec: SampleSpec) -> Payload:
-        """The same for DALI, in a reader thread; DataError for what the graph would not notice."""
+    def payload(self, path: Path, spec: SampleSpec, *, whole: bool = False) -> Payload:
+        """The same in a reader thread, for the pipeline; DataError for what that would not notice.
+
+        With `whole`, for every fault, so that it is known before the sample is used.
+        """

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from pipelines.errors import AccessError, DataError
 from pipelines.files import Written, read_file, write_chunks
-from pipelines.formats.base import Payload
+from pipelines.formats.base import CountsPayload
 from pipelines.sample import Sample, SampleSpec, check_counts, check_target
 
 DATA, LABEL = "_data.npy", "_label.npy"
@@ -51,12 +51,15 @@ class Npy:
         """The sample whose counts are in `path`, and its target in the file beside it."""
         return self.parse(path, {DATA: read_file(path), LABEL: read_file(_label(path))}, spec)
 
-    def payload(self, path: Path, spec: SampleSpec) -> Payload:
+    def payload(self, path: Path, spec: SampleSpec, *, whole: bool = False) -> CountsPayload:
         """The sample, its counts where the kernel keeps the file: mapped, not copied.
 
         DALI's threads take the pages as they come to them, and the kernel has been told to fetch
-        them. Counts below zero are left to the graph's table to find.
+        them. Counts below zero are left to the graph's table to find, but with `whole`.
         """
+        if whole:
+            sample = self.read(path, spec)
+            return CountsPayload(sample.counts, sample.target)
         try:
             with open(path, "rb") as file:
                 # An empty file cannot be mapped, and has no header that says what it should have been.
@@ -72,7 +75,7 @@ class Npy:
             mapped.madvise(mmap.MADV_WILLNEED)
         counts = np.frombuffer(mapped, np.int16, offset=header.length).reshape(header.shape)
         label = _label(path)
-        return Payload(counts, check_target(label, parse_npy(label, read_file(label))))
+        return CountsPayload(counts, check_target(label, parse_npy(label, read_file(label))))
 
 
 def write_npy(path: Path, array: npt.NDArray[Any]) -> Written:

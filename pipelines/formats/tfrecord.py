@@ -23,7 +23,7 @@ from isal import igzip, isal_zlib
 
 from pipelines.errors import DataError
 from pipelines.files import Written, read_file, write_chunks
-from pipelines.formats.base import Payload
+from pipelines.formats.base import CountsPayload
 from pipelines.sample import PARAMETERS, REDSHIFTS, Sample, SampleSpec, check_counts, check_target
 
 SUFFIX, INDEX = ".tfrecord", ".idx"
@@ -74,10 +74,10 @@ class TFRecord(NamedTuple):
         """The sample in `path`."""
         return self.parse(path, {SUFFIX: read_file(path)}, spec)
 
-    def payload(self, path: Path, spec: SampleSpec) -> Payload:
-        """The sample, inflated and checked: no device does that for one long gzip stream."""
+    def payload(self, path: Path, spec: SampleSpec, *, whole: bool = False) -> CountsPayload:
+        """The sample, inflated and checked, always `whole`: no device does that for one long gzip stream."""
         sample = self.read(path, spec)
-        return Payload(sample.counts, sample.target)
+        return CountsPayload(sample.counts, sample.target)
 
 
 def frame(record: bytes) -> bytes:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from pipelines.dataset import read_sample
 from pipelines.errors import DataError
-from pipelines.formats import FORMATS
+from pipelines.formats import FORMATS, CountsPayload
 from pipelines.sample import Sample, SampleSpec
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -219,7 +219,9 @@ def test_headers_are_read_by_many_threads_at_once(tmp_path: Path) -> None:
         np.save(tmp_path / f"{size}_label.npy", np.zeros(4, np.float32))
 
     def size_of(size: int) -> int:
-        return int(FORMATS["npy"].payload(tmp_path / f"{size}_data.npy", SampleSpec(size)).counts.shape[0])
+        payload = FORMATS["npy"].payload(tmp_path / f"{size}_data.npy", SampleSpec(size))
+        assert isinstance(payload, CountsPayload)
+        return int(payload.counts.shape[0])
 
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers import write_tiny
 
+from pipelines.config import LoaderConfig
 from pipelines.dataset import Split, open_split
 from pipelines.errors import DataError
-from pipelines.loader import Loader, LoaderConfig
+from pipelines.formats import CountsPayload
+from pipelines.loader import Loader
 from pipelines.plan import Ragged, Shard
 from pipelines.reader import Reader
 from pipelines.transforms import transform
@@ -29,7 +31,9 @@ def split(tmp_path: Path) -> Split:
 def test_the_next_sound_one(split: Split) -> None:
     reader = Reader(split, "skip")
     assert [reader.payload(index)[0] for index in range(8)] == [0, 1, 4, 4, 4, 5, 6, 0]
-    np.testing.assert_array_equal(reader.payload(2)[1].counts, split.read(4).counts)
+    _, payload = reader.payload(2)
+    assert isinstance(payload, CountsPayload)
+    np.testing.assert_array_equal(payload.counts, split.read(4).counts)
     assert reader.skipped.keys() == {str(split.path(index)) for index in (2, 3, 7)}
     assert reader.sample(2) is None and reader.sample(4) is not None
 

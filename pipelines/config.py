@@ -1,0 +1,32 @@
+"""How samples are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.errors import ConfigError
+from pipelines.reader import OnBadSample
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderConfig:
+    """How samples are loaded.
+
+    batch_size: samples a step on each rank.
+    threads: that read files, and as many again that decode.
+    prefetch: batches that are decoded ahead of the one in use.
+    apply_log: give the network log(count + 1); without it, the counts divided by their mean.
+    on_bad_sample: what to do about a sample that is damaged; see `Reader`. Training takes the next
+        sound one in its place, validation leaves it out of the score.
+    """
+
+    batch_size: int = 1
+    threads: int = 2
+    prefetch: int = 2
+    apply_log: bool = True
+    on_bad_sample: OnBadSample = "fail"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loader.{name}", getattr(self, name), "must be at least 1")

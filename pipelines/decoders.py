@@ -1,0 +1,236 @@
+"""From payloads to volumes: what runs ahead of the step, on the host's threads or on the device.
+
+A decoder takes a batch of payloads whenever it has room and hands out a batch of volumes whenever it
+is asked, in the same order. Counts go through DALI on every device. Packed samples are inflated by
+DALI on a GPU, and by threads of the host where there is none, which DALI has no operator for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines.config import LoaderConfig
+from pipelines.dataset import Split
+from pipelines.formats import Payload
+from pipelines.formats.packed import PackedFormat
+from pipelines.graph import build_counts_graph, define_packed_graph
+from pipelines.packed import Packed
+from pipelines.sample import SampleSpec
+from pipelines.transforms import LOGS
+
+Source = Callable[[], Sequence[Payload]]
+"""Hands out the next batch of payloads."""
+
+
+class Decoder(Protocol):
+    """What the loader asks for volumes."""
+
+    def run(self, into: torch.Tensor | None) -> torch.Tensor:
+        """The next batch, (B, C, D, H, W) in channels-last memory; with `into`, there.
+
+        It holds until the next call. DataError where a sample turns out to be damaged.
+        """
+
+    def close(self) -> None:
+        """End its threads and free its buffers."""
+
+
+class CountsDecoder:
+    """Counts through DALI's graph, on the CPU or on a GPU."""
+
+    def __init__(self, source: Source, config: LoaderConfig, device: torch.device) -> None:
+        def counts() -> list[npt.NDArray[np.int16]]:
+            return [payload.counts for payload in source()]  # type: ignore[union-attr]
+
+        self._fence = _Fence(device)
+        self._pipeline = build_counts_graph(
+            counts,
+            batch_size=config.batch_size,
+            threads=config.threads,
+            prefetch=config.prefetch,
+            device_id=device.index if device.type == "cuda" else None,
+            apply_log=config.apply_log,
+        )
+
+    def run(self, into: torch.Tensor | None) -> torch.Tensor:
+        """See `Decoder`."""
+        self._fence.wait()
+        (output,) = self._pipeline.run()
+        volume = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 4, 1, 2, 3)
+        if into is not None:
+            volume = into.copy_(volume)
+        elif volume.is_cuda:
+            volume = volume.clone()
+        self._fence.set()
+        return volume
+
+    def close(self) -> None:
+        """See `Decoder`."""
+        self._pipeline = None
+
+
+class HostDecoder:
+    """Packed samples on the host: threads inflate them and look their logarithms up, into buffers used again.
+
+    The buffers are prefetch + 1 batches of volumes, which is most of the memory that a loader of
+    packed samples has.
+    """
+
+    def __init__(self, source: Source, spec: SampleSpec, config: LoaderConfig) -> None:
+        self._source, self._prefetch, self._apply_log = source, config.prefetch, config.apply_log
+        buffers = [torch.empty(config.batch_size, *spec.shape) for _ in range(config.prefetch + 1)]
+        self._buffers = itertools.cycle(buffers)
+        self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="decoder")
+        self._ahead: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
+
+    def run(self, into: torch.Tensor | None) -> torch.Tensor:
+        """See `Decoder`."""
+        # The oldest buffer is the one that was handed out last time, and is free now.
+        while len(self._ahead) <= self._prefetch:
+            buffer = next(self._buffers)
+            rows = zip(self._source(), buffer.numpy(), strict=True)
+            self._ahead.append((buffer, [self._threads.submit(self._decode, *row) for row in rows]))
+        buffer, decoded = self._ahead.popleft()
+        for row in decoded:
+            row.result()
+        volume = buffer.permute(0, 4, 1, 2, 3)
+        return volume if into is None else into.copy_(volume)
+
+    def close(self) -> None:
+        """See `Decoder`."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
+
+    def _decode(self, payload: Payload, out: npt.NDArray[np.float32]) -> None:
+        """Write the volume (D, H, W, C) of `payload` into `out`."""
+        packed: Packed = payload.packed  # type: ignore[union-attr]
+        if self._apply_log:
+            packed.fill(out, LOGS[packed.table])
+        else:
+            packed.fill(out, packed.table.astype(np.float32))
+            out /= out.mean(dtype=np.float64).astype(np.float32)
+
+
+class DeviceDecoder:
+    """Packed samples on a GPU: DALI inflates them there, and torch gathers each voxel's values."""
+
+    def __init__(self, source: Source, spec: SampleSpec, config: LoaderConfig, device: torch.device) -> None:
+        self._source, self._apply_log = source, config.apply_log
+        self._fence = _Fence(device)
+        self._volume = torch.empty(config.batch_size, *spec.shape, device=device).permute(0, 4, 1, 2, 3)
+        # Of the batches inside the pipeline: the bytes that a row's number has in each sample, and
+        # the arrays, which DALI reads where they are.
+        self._inside: deque[tuple[list[int], PackedArrays]] = deque()
+        self._pipeline = define_packed_graph(
+            self._arrays,
+            batch_size=config.batch_size,
+            threads=config.threads,
+            prefetch=config.prefetch,
+            device_id=device.index,
+            apply_log=config.apply_log,
+        )
+        self._pipeline.build()
+
+    def run(self, into: torch.Tensor | None) -> torch.Tensor:
+        """See `Decoder`; `into` may be of any floating dtype."""
+        self._fence.wait()
+        volume = self._volume if into is None else into
+        blocks, tables = self._pipeline.run()
+        planes, _ = self._inside.popleft()
+        for row, count in enumerate(planes):
+            gather(
+                torch.utils.dlpack.from_dlpack(blocks[row]),
+                torch.utils.dlpack.from_dlpack(tables[row]),
+                count,
+                volume[row].permute(1, 2, 3, 0),
+                by_mean=not self._apply_log,
+            )
+        self._fence.set()
+        return volume
+
+    def close(self) -> None:
+        """See `Decoder`."""
+        self._pipeline = None
+
+    def _arrays(self) -> PackedArrays:
+        packed: list[Packed] = [payload.packed for payload in self._source()]  # type: ignore[union-attr]
+        arrays = arrays_of(packed)
+        self._inside.append(([sample.planes for sample in packed], arrays))
+        return arrays
+
+
+PackedArrays = tuple[list[npt.NDArray[Any]], ...]
+"""What the packed graph takes of a batch: see `define_packed_graph`."""
+
+
+def arrays_of(batch: Sequence[Packed]) -> PackedArrays:
+    """`batch` as the packed graph takes it, each table with a row of -1 behind it, whose values are NaN."""
+    columns = []
+    for packed in batch:
+        first = int(packed.starts[0, 0])
+        columns.append(
+            (
+                np.frombuffer(packed.content, np.uint8)[first:],
+                (packed.starts.ravel() - first).astype(np.int32),
+                packed.sizes.ravel().astype(np.int32),
+                np.array([packed.voxels], np.int32),
+                np.pad(packed.table, ((0, 1), (0, 0)), constant_values=-1),
+            )
+        )
+    return tuple(map(list, zip(*columns, strict=True)))
+
+
+def gather(
+    blocks: torch.Tensor, table: torch.Tensor, planes: int, out: torch.Tensor, *, by_mean: bool
+) -> None:
+    """Write each voxel's values into `out` (D, H, W, C), of any floating dtype, contiguous.
+
+    blocks: (chunks * planes, voxels of a chunk) uint8, the inflated blocks. table: (rows + 1, C)
+    float32, whose last row is NaN: what a voxel gets whose row is not in the table, so that damage is
+    noticed and nothing is read out of bounds. by_mean: divide by the mean of all values.
+    """
+    parts = blocks.view(-1, planes, blocks.shape[-1])
+    rows = parts[:, 0].long()
+    for plane in range(1, planes):
+        rows |= parts[:, plane].long() << 8 * plane
+    rows = rows.view(-1).clamp_(max=len(table) - 1)
+    if by_mean:
+        times = torch.bincount(rows, minlength=len(table))[:-1].double()
+        table = table / (times @ table[:-1].double()).sum().div(rows.numel() * table.shape[-1]).float()
+    torch.index_select(table.to(out.dtype), 0, rows, out=out.view(-1, table.shape[-1]))
+
+
+def make_decoder(split: Split, source: Source, config: LoaderConfig, device: torch.device) -> Decoder:
+    """What decodes the samples of `split` for `device`, as they come from `source`."""
+    if split.form != PackedFormat.name:
+        return CountsDecoder(source, config, device)
+    if device.type == "cuda":
+        return DeviceDecoder(source, split.spec, config, device)
+    return HostDecoder(source, split.spec, config)
+
+
+class _Fence:
+    """Keeps DALI from using a buffer again that torch is still reading."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._set = False
+
+    def set(self) -> None:
+        """What torch has been asked for so far is what reads the buffer."""
+        if self._event is not None:
+            self._event.record()
+            self._set = True
+
+    def wait(self) -> None:
+        """Until all of that is done."""
+        if self._event is not None and self._set:
+            self._event.synchronize()

@@ -1,0 +1,282 @@
+"""One sample in a form that is smaller than gzip, inflates in parallel, and lets a part be read alone.
+
+A sample has few different voxels: some 40,000 quadruples of counts among two million. It is kept as
+the table of them, the commonest first, and each voxel's row in it; the rows as byte planes (all low
+bytes, all second bytes, ...), cut into chunks of whole D-slices, each an LZ4 block of its own. The
+layout, byte by byte, and why, is in docs/packed.md.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+import crc32c
+import lz4.block
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import AccessError, DataError
+from pipelines.sample import SampleSpec, check_target
+
+VERSION = 1
+MAGIC = b"CFPACKED"
+HEADER = struct.Struct("<8s7I4fI")
+ENTRY = np.dtype([("bytes", "<u4"), ("crc32c", "<u4")])
+ALIGN = 16
+_PLANES = 4
+_MOST = 255
+"""LZ4 makes at most so many bytes of one, so that what a header asks for is bounded by what is there."""
+
+_REMEDY = "convert the sample again"
+_Length = TypeVar("_Length", int, npt.NDArray[np.int64])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A packed sample, its header read and checked, its chunks as they are.
+
+    path: what errors name.
+    content: the whole, or its beginning as far as the table, where only some chunks are wanted.
+    slices: D-slices in a chunk.
+    planes: bytes of a row's number.
+    table: (rows, C) int16, the different voxels.
+    target: (4,) float32.
+    starts, sizes, crcs: (chunks, planes) int64, of each LZ4 block: where it starts in `content`, its
+        length without padding, and the CRC-32C of it with padding.
+    """
+
+    path: Path
+    content: memoryview
+    spec: SampleSpec
+    slices: int
+    planes: int
+    table: npt.NDArray[np.int16]
+    target: npt.NDArray[np.float32]
+    starts: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    crcs: npt.NDArray[np.int64]
+
+    @property
+    def voxels(self) -> int:
+        """Of a chunk."""
+        return self.slices * self.spec.size**2
+
+    def fill(self, out: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
+        """Write `values` (rows, C) of each voxel's row into `out` (D, H, W, C), both contiguous.
+
+        DataError where a chunk cannot be what was packed. Safe in many threads; the GIL is free most
+        of the time.
+        """
+        # A voxel's values as one item: numpy copies it in one piece.
+        item = np.dtype((np.void, values.dtype.itemsize * values.shape[1]))
+        voxels, items = out.reshape(-1).view(item), values.view(item)[:, 0]
+        for chunk in range(len(self.starts)):
+            rows = self._rows(chunk)
+            # Every row is within the table, and "wrap" is a mode that needs no buffer.
+            np.take(items, rows, out=voxels[chunk * self.voxels : (chunk + 1) * self.voxels], mode="wrap")
+
+    def _rows(self, chunk: int) -> npt.NDArray[np.int64]:
+        """The row of each voxel of `chunk`, in this thread's scratch memory."""
+        narrow, shifted, wide = _scratch(self.voxels, np.dtype(np.uint16 if self.planes <= 2 else np.uint32))
+        for plane in range(self.planes):
+            block = np.frombuffer(self._plane(chunk, plane), np.uint8)
+            if plane:
+                narrow |= np.left_shift(block, 8 * plane, out=shifted, dtype=shifted.dtype)
+            else:
+                np.copyto(narrow, block)
+        highest = int(narrow.max())
+        if highest >= len(self.table):
+            fault = f"chunk {chunk} has the row {highest} of a table of {len(self.table)}"
+            raise DataError(self.path, fault, _REMEDY)
+        np.copyto(wide, narrow)
+        return wide
+
+    def check(self) -> None:
+        """DataError unless every chunk is as it was written: by their checksums, without inflating."""
+        for chunk, plane in np.ndindex(self.crcs.shape):
+            start, end = self.extent(chunk, plane)
+            if crc32c.crc32c(self.content[start:end]) != self.crcs[chunk, plane]:
+                raise DataError(self.path, f"the CRC of plane {plane} of chunk {chunk} is wrong", _REMEDY)
+
+    def extent(self, chunk: int, plane: int) -> tuple[int, int]:
+        """Where in the sample's bytes that block starts and, with its padding, ends."""
+        start = int(self.starts[chunk, plane])
+        return start, start + aligned(int(self.sizes[chunk, plane]))
+
+    def _plane(self, chunk: int, plane: int) -> bytes:
+        """That byte plane, inflated: a byte for each voxel of the chunk."""
+        start = int(self.starts[chunk, plane])
+        block = self.content[start : start + int(self.sizes[chunk, plane])]
+        return _inflate(self.path, block, self.voxels, f"plane {plane} of chunk {chunk}")
+
+
+def open_packed(
+    path: Path, content: bytes | memoryview, spec: SampleSpec | None = None, *, beginning: bool = False
+) -> Packed:
+    """The packed sample `content`, of the file at `path`; DataError names any fault but those of chunks.
+
+    beginning: `content` may end behind the table.
+    """
+    view = memoryview(content)
+    header = read_header(path, view)
+    if spec is not None and header.spec != spec:
+        fault = f"counts have shape {header.spec.shape}"
+        raise DataError(path, fault, f"the other samples have {spec.shape}: remove it")
+    if len(view) < header.beginning:
+        fault = f"is cut off: {len(view)} bytes, and its chunks start at {header.beginning}"
+        raise DataError(path, fault, _REMEDY)
+    checked = crc32c.crc32c(view[: HEADER.size - 4])
+    if crc32c.crc32c(view[HEADER.size : header.beginning], checked) != header.crc32c:
+        raise DataError(path, "the CRC of its header is wrong", _REMEDY)
+    entries = np.frombuffer(view, ENTRY, header.blocks, HEADER.size).reshape(-1, header.planes)
+    sizes = entries["bytes"].astype(np.int64)
+    if (sizes * _MOST < header.slices * header.spec.size**2).any():
+        raise DataError(path, "a chunk is too short for what it should become", _REMEDY)
+    ends = header.beginning + np.cumsum(aligned(sizes))
+    if len(view) != ends[-1] and not beginning:
+        raise DataError(path, f"has {len(view)} bytes where its chunks end at {ends[-1]}", _REMEDY)
+    starts = np.concatenate([[header.beginning], ends[:-1]]).reshape(sizes.shape)
+    crcs = entries["crc32c"].astype(np.int64)
+    table = _table(path, view, header)
+    target = check_target(path, header.target)
+    return Packed(path, view, header.spec, header.slices, header.planes, table, target, starts, sizes, crcs)
+
+
+def read_slices(path: Path, first: int, stop: int, offset: int = 0) -> npt.NDArray[np.int16]:
+    """The D-slices `first` to `stop` of the sample at `offset` of the file `path`: (stop - first, H, W, C).
+
+    Reads no more of it than its header, its table and the chunks that hold them. DataError names any
+    fault that this meets, or that there are no such slices.
+    """
+    with _open(path) as file:
+
+        def read(start: int, length: int) -> memoryview:
+            return memoryview(os.pread(file.fileno(), length, offset + start))
+
+        header = read_header(path, read(0, HEADER.size))
+        packed = open_packed(path, read(0, header.beginning), beginning=True)
+        if not 0 <= first < stop <= header.spec.size:
+            fault = f"has no D-slices {first} to {stop}"
+            raise DataError(path, fault, f"it has {header.spec.size}")
+        chunks = slice(first // header.slices, -(-stop // header.slices))
+        start, end = int(packed.starts[chunks][0, 0]), packed.extent(chunks.stop - 1, header.planes - 1)[1]
+        part = replace(
+            packed,
+            content=read(start, end - start),
+            starts=packed.starts[chunks] - start,
+            sizes=packed.sizes[chunks],
+            crcs=packed.crcs[chunks],
+        )
+    part.check()
+    counts = np.empty((len(part.starts) * header.slices, *header.spec.shape[1:]), np.int16)
+    part.fill(counts, part.table)
+    begin = chunks.start * header.slices
+    return counts[first - begin : stop - begin]
+
+
+class Header(NamedTuple):
+    """What the first bytes say; `beginning` is how many bytes end with the table."""
+
+    spec: SampleSpec
+    slices: int
+    planes: int
+    rows: int
+    table_bytes: int
+    target: npt.NDArray[np.float32]
+    crc32c: int
+
+    @property
+    def blocks(self) -> int:
+        """How many LZ4 blocks follow the table."""
+        return self.spec.size // self.slices * self.planes
+
+    @property
+    def table_start(self) -> int:
+        """Where the table's block starts."""
+        return aligned(HEADER.size + self.blocks * ENTRY.itemsize)
+
+    @property
+    def beginning(self) -> int:
+        """Where the first chunk starts."""
+        return aligned(self.table_start + self.table_bytes)
+
+
+def read_header(path: Path, content: memoryview) -> Header:
+    """The header at the start of `content`; DataError where it is none of this version."""
+    if bytes(content[:8]) != MAGIC[: len(content)] or not content:
+        raise DataError(path, "is no packed sample", _REMEDY)
+    if len(content) >= 12 and (version := struct.unpack_from("<I", content, 8)[0]) != VERSION:
+        fault = f"is a packed sample of version {version}"
+        raise DataError(path, fault, f"this program reads version {VERSION}: convert the sample again")
+    if len(content) < HEADER.size:
+        raise DataError(path, f"is cut off after {len(content)} bytes", _REMEDY)
+    _, _, size, channels, slices, planes, rows, table_bytes, *target, crc = HEADER.unpack_from(content)
+    sound = (
+        0 < size < 1 << 16
+        and 0 < channels < 1 << 8
+        and 0 < slices <= size
+        and size % slices == 0
+        and 0 < planes <= _PLANES
+        and 0 < rows <= min(size**3, 1 << 8 * planes)
+        and rows * channels * 2 <= table_bytes * _MOST
+    )
+    if not sound:
+        numbers = f"{size}, {channels}, {slices}, {planes}, {rows}, {table_bytes}"
+        raise DataError(path, f"its header does not make sense ({numbers})", _REMEDY)
+    found = np.array(target, np.float32)
+    return Header(SampleSpec(size, channels), slices, planes, rows, table_bytes, found, crc)
+
+
+def _table(path: Path, content: memoryview, header: Header) -> npt.NDArray[np.int16]:
+    start, channels = header.table_start, header.spec.channels
+    block = content[start : start + header.table_bytes]
+    inflated = _inflate(path, block, header.rows * channels * 2, "its table")
+    planes = np.frombuffer(inflated, np.uint8).reshape(2, channels, header.rows)
+    table = np.ascontiguousarray(planes.transpose(2, 1, 0)).view("<i2")[..., 0]
+    lowest = int(table.min())
+    if lowest < 0:
+        raise DataError(path, f"a count is {lowest}", "counts start at 0: make the file anew")
+    return table
+
+
+def _inflate(path: Path, block: memoryview, length: int, name: str) -> bytes:
+    try:
+        content = bytes(lz4.block.decompress(block, uncompressed_size=length))
+    except lz4.block.LZ4BlockError as error:
+        raise DataError(path, f"{name} is no LZ4 block of {length} bytes", _REMEDY) from error
+    if len(content) != length:
+        raise DataError(path, f"{name} inflates to {len(content)} bytes, not {length}", _REMEDY)
+    return content
+
+
+def aligned(length: _Length) -> _Length:
+    """`length` with the padding behind it."""
+    return length + -length % ALIGN
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise AccessError.reading(path, error) from error
+
+
+_threads = threading.local()
+
+
+def _scratch(voxels: int, dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], ...]:
+    """This thread's room for a chunk's rows: two arrays of `dtype`, and one of int64, which numpy takes.
+
+    New memory for every chunk would cost more than what is done in it.
+    """
+    key = (voxels, dtype)
+    if getattr(_threads, "key", None) != key:
+        _threads.key = key
+        _threads.rows = tuple(np.empty(voxels, kind) for kind in (dtype, dtype, np.int64))
+    rows: tuple[npt.NDArray[Any], ...] = _threads.rows
+    return rows

@@ -1,0 +1,157 @@
+"""Packed samples to volumes: the device's way on the CPU as far as that goes, against the host's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import packed_book
+import pytest
+import torch
+from helpers import write_tiny
+from packed_book import TABLE
+
+from pipelines.config import LoaderConfig
+from pipelines.dataset import open_split
+from pipelines.decoders import arrays_of, gather
+from pipelines.errors import DataError
+from pipelines.graph import define_packed_graph
+from pipelines.loader import Loader
+from pipelines.packed import Packed, open_packed
+from pipelines.packing import encode
+from pipelines.plan import Shard
+from pipelines.sample import Batch, Sample
+from pipelines.transforms import LOGS, transform
+
+
+def packed(sample: Sample) -> Packed:
+    return open_packed(Path("a.packed"), b"".join(encode(sample)))
+
+
+def as_on_a_device(one: Packed, dtype: torch.dtype, *, apply_log: bool) -> torch.Tensor:
+    """What `DeviceDecoder` makes of `one`: the arrays it sends, inflated by another LZ4, then its gather."""
+    (blocks,), (starts,), (sizes,), (voxels,), (table,) = arrays_of([one])
+    inflated = [
+        np.frombuffer(packed_book.lz4_inflate(blocks[start : start + size].tobytes()), np.uint8)
+        for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
+    ]
+    assert {len(block) for block in inflated} == {int(voxels[0])}
+    missing = table < 0
+    values = LOGS[np.where(missing, 0, table)] if apply_log else table.astype(np.float32)
+    values = np.where(missing, np.float32("nan"), values)
+    out = torch.zeros(one.spec.shape, dtype=dtype)
+    chunks = torch.from_numpy(np.stack(inflated))
+    gather(chunks, torch.from_numpy(values), one.planes, out, by_mean=not apply_log)
+    return out
+
+
+@pytest.mark.parametrize("apply_log", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["usual", "256 different", "all different", "one voxel"])
+def test_the_device_gathers_what_the_host_does(name: str, dtype: torch.dtype, apply_log: bool) -> None:
+    sample = packed_book.samples()[name]
+    found = as_on_a_device(packed(sample), dtype, apply_log=apply_log)
+    expected = torch.from_numpy(transform(sample.counts, apply_log=apply_log))
+    if apply_log and dtype == torch.float32:
+        expected = torch.from_numpy(np.log1p(sample.counts.astype(np.float64)).astype(np.float32))
+        assert torch.equal(found, expected)
+    else:
+        resolution = torch.finfo(dtype).eps
+        torch.testing.assert_close(found.float(), expected, rtol=resolution, atol=0)
+
+
+def test_a_row_beyond_the_table_is_no_number_and_nothing_else_is_read(tmp_path: Path) -> None:
+    one = open_packed(tmp_path, packed_book.write(TABLE, [[0, 1, 2, 3], [2, 255, 0, 1]], size=2))
+    found = as_on_a_device(one, torch.float32, apply_log=True).view(8, 4)
+    assert found.isnan().all(1).tolist() == [False, False, False, True, False, True, False, False]
+    assert found[7].tolist() == pytest.approx(np.log1p(TABLE[1]).tolist())
+
+
+def test_the_gather_writes_into_memory_of_either_layout() -> None:
+    blocks = torch.randint(0, 3, (2, 4), dtype=torch.uint8)
+    table = torch.tensor([*TABLE, [0, 0, 0, 0]], dtype=torch.float32)
+    last, first = torch.zeros(2, 2, 2, 4), torch.zeros(4, 2, 2, 2).permute(1, 2, 3, 0)
+    for out in (last, first):
+        gather(blocks, table, 1, out, by_mean=False)
+        assert torch.equal(out.reshape(8, 4), table[blocks.view(8).long()])
+
+
+@pytest.mark.parametrize("apply_log", [True, False])
+def test_the_graph_can_be_defined_and_serialised_without_a_gpu(apply_log: bool) -> None:
+    def source() -> tuple[Sequence[object], ...]:
+        raise AssertionError("nobody asks while it is defined")
+
+    graph = define_packed_graph(
+        source, batch_size=2, threads=1, prefetch=1, device_id=None, apply_log=apply_log
+    )
+    serialised = graph.serialize()
+    assert b"decoders__Inflate" in serialised
+    assert (b"LookupTable" in serialised) == apply_log
+
+
+def damaged(root: Path) -> Path:
+    """A packed data set whose sample 3 has a row that is not in its table, with sound checksums."""
+    write_tiny(root, train=6, validation=1, form="packed", size=2)
+    path = root / "train" / "universe_0003_000.packed"
+    path.write_bytes(packed_book.write(TABLE, [[0, 1, 2, 1], [2, 3, 0, 1]], size=2))
+    return path
+
+
+def loader(root: Path, device: str, **options: object) -> Loader:
+    return Loader(
+        open_split(root, "train"),
+        LoaderConfig(**options),  # type: ignore[arg-type]
+        shard=Shard(),
+        seed=0,
+        shuffle=False,
+        ragged="drop",
+        device=torch.device(device),
+    )
+
+
+def test_a_damaged_sample_is_named_or_skipped(tmp_path: Path) -> None:
+    path = damaged(tmp_path)
+    batches = loader(tmp_path, "cpu", batch_size=2)
+    with pytest.raises(DataError, match="chunk 1 has the row 3") as raised:
+        list(batches.batches(0))
+    assert raised.value.path == str(path)
+    batches.close()
+    batches = loader(tmp_path, "cpu", batch_size=2, on_bad_sample="skip")
+    assert [batch.index.tolist() for batch in batches.batches(0)] == [[0, 1], [2, 4], [4, 5]]
+    assert list(batches.skipped) == [str(path)]
+    batches.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("apply_log", [True, False])
+@pytest.mark.parametrize("size", [16, 48])
+def test_on_a_gpu_batches_are_those_of_the_host(
+    size: int, apply_log: bool, batch_size: int, tmp_path: Path
+) -> None:
+    root = write_tiny(tmp_path, train=7, validation=1, form="packed", size=size)
+    options = {"batch_size": batch_size, "apply_log": apply_log}
+    host, device = loader(root, "cpu", **options), loader(root, "cuda:0", **options)
+    half = torch.zeros(batch_size, size, size, size, 4, dtype=torch.float16, device="cuda")
+    into = Batch(half.permute(0, 4, 1, 2, 3), torch.zeros(batch_size, 4, device="cuda"), np.arange(0))
+    for epoch in range(2):
+        for one, other in zip(host.batches(epoch), device.batches(epoch), strict=True):
+            torch.testing.assert_close(other.volume.cpu(), one.volume, rtol=2e-7, atol=0)
+            assert torch.equal(other.target.cpu(), one.target) and (other.index == one.index).all()
+    for one, other in zip(host.batches(2), device.batches(2, into=into), strict=True):
+        assert other.volume.data_ptr() == half.data_ptr()
+        torch.testing.assert_close(other.volume.cpu().float(), one.volume, rtol=1e-3, atol=0)
+    host.close()
+    device.close()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_row_beyond_the_table_becomes_no_number(tmp_path: Path) -> None:
+    damaged(tmp_path)
+    batches = loader(tmp_path, "cuda:0", batch_size=6)
+    (batch,) = batches.batches(0)
+    assert batch.volume.isnan().flatten(1).any(1).tolist() == [False, False, False, True, False, False]
+    with pytest.raises(DataError, match="chunk 1 has the row 3"):
+        batches.explain(batch.index)
+    batches.close()

@@ -1,0 +1,192 @@
+"""The packed form, against another reader and writer of it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import crc32c
+import numpy as np
+import packed_book
+import pytest
+from helpers import tiny_sample
+from packed_book import TABLE
+from packed_book import write as build
+
+from pipelines.errors import AccessError, DataError
+from pipelines.formats import FORMATS
+from pipelines.packed import read_slices
+from pipelines.packing import encode, slices_of
+from pipelines.sample import SampleSpec
+
+PACKED = FORMATS["packed"]
+
+
+@pytest.mark.parametrize("name", packed_book.samples())
+def test_another_reader_finds_what_was_written_and_so_do_we(name: str, tmp_path: Path) -> None:
+    sample = packed_book.samples()[name]
+    (written,) = PACKED.write(tmp_path, "a", sample)
+    counts, target = packed_book.read(written.path.read_bytes())
+    found = PACKED.read(tmp_path / "a.packed", SampleSpec(*sample.counts.shape[2:]))
+    for seen in (counts, found.counts):
+        np.testing.assert_array_equal(seen, sample.counts)
+    for said in (target, found.target):
+        np.testing.assert_array_equal(said, sample.target)
+
+
+def test_more_tuples_than_two_bytes_can_number_are_kept() -> None:
+    content = b"".join(encode(packed_book.samples()["all different"]))
+    assert struct.unpack_from("<I", content, 24) == (3,)
+    assert struct.unpack_from("<I", content, 28)[0] > 65536
+
+
+def test_what_another_writer_made_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.packed"
+    path.write_bytes(build(TABLE, [[0, 1, 2, 1], [2, 2, 0, 1]], size=2))
+    found = PACKED.read(path)
+    np.testing.assert_array_equal(
+        found.counts.reshape(8, 4), np.array(TABLE, np.int16)[[0, 1, 2, 1, 2, 2, 0, 1]]
+    )
+    np.testing.assert_array_equal(found.target, np.array([0.1, 0.2, 0.3, 0.4], np.float32))
+
+
+def test_it_is_smaller_than_gzip(tmp_path: Path) -> None:
+    sample = tiny_sample(4, 32)
+    (packed,) = PACKED.write(tmp_path, "a", sample)
+    (compressed,) = FORMATS["tfrecord_gzip"].write(tmp_path, "a", sample)
+    assert packed.bytes < compressed.bytes
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 32, 48, 64, 96, 112, 128, 160, 256, 512])
+def test_a_chunk_is_a_whole_number_of_slices(size: int) -> None:
+    slices = slices_of(size)
+    assert size % slices == 0
+    assert slices * size**2 <= 65536 or slices == 1
+    assert slices_of(128) * 128**2 == 65536
+
+
+@pytest.mark.parametrize("level", [0, 12])
+@pytest.mark.parametrize("slices", [1, 4, 16])
+def test_other_levels_and_chunks_hold_the_same(level: int, slices: int) -> None:
+    sample = tiny_sample(5, 16)
+    counts, _ = packed_book.read(b"".join(encode(sample, level=level, slices=slices)))
+    np.testing.assert_array_equal(counts, sample.counts)
+
+
+@pytest.mark.parametrize(("first", "stop"), [(0, 1), (0, 48), (5, 9), (15, 17), (47, 48), (16, 32)])
+def test_a_slab_is_read_alone(first: int, stop: int, tmp_path: Path) -> None:
+    sample = packed_book.samples()["all different"]
+    content = b"".join(encode(sample))
+    path = tmp_path / "many"
+    path.write_bytes(bytes(1024) + content + b"another one")
+    np.testing.assert_array_equal(read_slices(path, first, stop, 1024), sample.counts[first:stop])
+    # The other chunks are not even looked at.
+    slices = slices_of(48)
+    broken = bytearray(path.read_bytes())
+    if first >= slices:
+        begin = 1024 + len(content) - sum(map(len, list(encode(sample))[1:]))
+        broken[begin] ^= 1
+        path.write_bytes(broken)
+        np.testing.assert_array_equal(read_slices(path, first, stop, 1024), sample.counts[first:stop])
+        with pytest.raises(DataError, match="the CRC of plane 0 of chunk 0 is wrong"):
+            read_slices(path, 0, 1, 1024)
+
+
+@pytest.mark.parametrize(("first", "stop"), [(-1, 1), (3, 3), (5, 4), (0, 17)])
+def test_slabs_that_are_not_there_are_refused(first: int, stop: int, tmp_path: Path) -> None:
+    PACKED.write(tmp_path, "a", tiny_sample(1, 16))
+    with pytest.raises(DataError, match=f"no D-slices {first} to {stop}"):
+        read_slices(tmp_path / "a.packed", first, stop)
+    with pytest.raises(AccessError, match="cannot be read"):
+        read_slices(tmp_path / "b.packed", 0, 1)
+
+
+def test_no_byte_can_change_and_no_end_can_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a.packed"
+    whole = build(TABLE, [[0, 1, 2, 1], [2, 2, 0, 1]], size=2)
+    for at in range(len(whole)):
+        for bit in (0, 7):
+            broken = bytearray(whole)
+            broken[at] ^= 1 << bit
+            path.write_bytes(broken)
+            with pytest.raises(DataError) as raised:
+                PACKED.read(path)
+            assert raised.value.path == str(path) and "\n" not in str(raised.value)
+        path.write_bytes(whole[:at])
+        with pytest.raises(DataError):
+            PACKED.read(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(DataError, match=f"has {len(whole) + 1} bytes where its chunks end at {len(whole)}"):
+        PACKED.read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            build(TABLE, [[0] * 8], size=2, version=2),
+            "version 2; this program reads version 1",
+        ),
+        (
+            build(TABLE, [[0] * 8], size=2, version=0),
+            "version 0; this program reads version 1",
+        ),
+        (
+            build(TABLE, [[0] * 7 + [3]], size=2),
+            "chunk 0 has the row 3 of a table of 3",
+        ),
+        (build(TABLE, [[0] * 4, [255] * 4], size=2), "chunk 1 has the row 255"),
+        (
+            build(TABLE, [[0] * 7], size=2),
+            "plane 0 of chunk 0 inflates to 7 bytes, not 8",
+        ),
+        (
+            build(TABLE, [[0] * 8], size=2, lengthen=b"\0"),
+            "plane 0 of chunk 0 is no LZ4 block of 8 bytes",
+        ),
+        (build([[0, 0, 0, -1]], [[0] * 8], size=2), "a count is -1"),
+        (
+            build(TABLE, [[0] * 8], size=2, target=(0, 0, float("nan"), 0)),
+            "the target is",
+        ),
+        (build(TABLE * 3, [[0] * 8], size=2), "header does not make sense"),
+        (
+            build(TABLE, [[0] * 8], size=3),
+            "plane 0 of chunk 0 inflates to 8 bytes, not 27",
+        ),
+        (b"", "is no packed sample"),
+        (b"CFPACK", "is cut off after 6 bytes"),
+        (b"\x1f\x8b" + bytes(100), "is no packed sample"),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_lies_with_sound_checksums_are_refused(
+    content: bytes, said: str, whole: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.packed"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=said) as raised:
+        if whole:
+            PACKED.payload(path, SampleSpec(2 if "27" not in said else 3), whole=True)
+        else:
+            PACKED.read(path)
+    assert raised.value.path == str(path)
+
+
+def test_a_sample_of_another_shape_is_refused(tmp_path: Path) -> None:
+    PACKED.write(tmp_path, "a", tiny_sample(1, 8))
+    with pytest.raises(DataError, match="the other samples have"):
+        PACKED.payload(tmp_path / "a.packed", SampleSpec(16))
+
+
+def test_a_header_cannot_ask_for_more_memory_than_lz4_can_fill(tmp_path: Path) -> None:
+    path = tmp_path / "a.packed"
+    content = bytearray(build(TABLE, [[0] * 8], size=2))
+    # 40,000^3 voxels in one chunk of as many slices, and a checksum that says so.
+    struct.pack_into("<I", content, 12, 40000)
+    struct.pack_into("<I", content, 20, 40000)
+    end = 64 + len(packed_book.padded(packed_book.lz4_stored(bytes(24))))
+    struct.pack_into("<I", content, 52, crc32c.crc32c(bytes(content[:52] + content[56:end])))
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="too short for what it should become"):
+        PACKED.read(path)
