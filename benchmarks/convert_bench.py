@@ -31,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
-from benchmarks.io_bench import synthetic_sample
+from benchmarks.samples import compressed, simulated
 from pipelines.formats.tfrecord import encode_example, frame
 
 BARS = {"cpu_ms": 40.0, "cpu_saving": 3.0, "speed": 5.0}
@@ -69,7 +69,7 @@ def make_source(folder: Path, files: int, size: int) -> Path:
     for index in range(files):
         path = folder / f"universe_{index:05d}.tfrecord"
         if index < _UNLIKE:
-            path.write_bytes(gzip.compress(frame(encode_example(synthetic_sample(index, size))), 6, mtime=0))
+            path.write_bytes(compressed(simulated(index, size)))
         else:
             shutil.copyfile(folder / f"universe_{index % _UNLIKE:05d}.tfrecord", path)
     return folder
@@ -82,7 +82,7 @@ def ours(source: Path, target: Path) -> None:
 
 def plain(source: Path, target: Path, size: int) -> None:
     """What one would write first, knowing where in the record the counts are."""
-    sample = synthetic_sample(0, size)
+    sample = simulated(0, size)
     start = frame(encode_example(sample)).index(sample.counts.tobytes())
     target.mkdir()
     for path in sorted(source.iterdir()):

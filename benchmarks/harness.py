@@ -29,10 +29,14 @@ _POLL, _POLLS, _IDLE = 0.03, 4, 0.1
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One contestant's turn in one round: seconds a sample on the clock and on all processors."""
+    """One contestant's turn in one round: seconds a sample on the clock and on all processors.
+
+    waits: seconds for each batch that was timed.
+    """
 
     wall: float
     cpu: float
+    waits: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +58,13 @@ class Summary:
     """A contestant over all rounds.
 
     samples_per_s, bytes_per_s: on the clock. cpu_ms: processor time a sample, workers included.
+    latency_ms: what one waits for a batch, of all rounds together: 50th, 95th and 99th percentile.
     """
 
     samples_per_s: Spread
     bytes_per_s: Spread
     cpu_ms: Spread
+    latency_ms: tuple[float, float, float]
 
 
 def measure(
@@ -75,13 +81,15 @@ def measure(
     for warm in [False] + [True] * rounds:
         for name, batches in contestants.items():
             cpu = _at_rest()
-            led = _take(batches, lead)
-            wall = time.perf_counter()
-            timed = _take(batches, steps)
-            wall = time.perf_counter() - wall
+            led = sum(next(batches) for _ in range(lead))
+            times, timed = [time.perf_counter()], 0
+            for _ in range(steps):
+                timed += next(batches)
+                times.append(time.perf_counter())
             cpu = _at_rest() - cpu
             if warm:
-                readings[name].append(Reading(wall / timed, cpu / (led + timed)))
+                wall, waits = times[-1] - times[0], tuple(np.diff(times).tolist())
+                readings[name].append(Reading(wall / timed, cpu / (led + timed), waits))
     return readings
 
 
@@ -100,10 +108,12 @@ def cpu_seconds() -> float:
 def summarise(readings: Iterable[Reading], sample_bytes: int) -> Summary:
     """The percentiles of a contestant's rounds, with samples of `sample_bytes` bytes."""
     readings = list(readings)
+    waits = [wait for reading in readings for wait in reading.waits]
     return Summary(
         samples_per_s=Spread.of(1.0 / reading.wall for reading in readings),
         bytes_per_s=Spread.of(sample_bytes / reading.wall for reading in readings),
         cpu_ms=Spread.of(1e3 * reading.cpu for reading in readings),
+        latency_ms=tuple(1e3 * np.percentile(waits, (50, 95, 99))),
     )
 
 
@@ -130,11 +140,6 @@ def save(name: str, options: Mapping[str, Any], results: Mapping[str, Any], fold
     path = folder / f"{time.strftime('%Y-%m-%dT%H%M%S')}_{name}.json"
     path.write_text(json.dumps(record, indent=2, default=asdict) + "\n")
     return path
-
-
-def _take(batches: Iterator[int], steps: int) -> int:
-    """Samples in the next `steps` batches."""
-    return sum(next(batches) for _ in range(steps))
 
 
 def _at_rest() -> float:

@@ -16,6 +16,8 @@ class LoaderConfig:
     threads: that read files, and as many again that decode.
     prefetch: batches that are decoded ahead of the one in use.
     apply_log: give the network log(count + 1); without it, the counts divided by their mean.
+    direct_io: read files past the page cache, where the file system lets it: for data sets that do
+        not fit there, and would only drive out what does.
     on_bad_sample: what to do about a sample that is damaged; see `Reader`. Training takes the next
         sound one in its place, validation leaves it out of the score.
     """
@@ -24,6 +26,7 @@ class LoaderConfig:
     threads: int = 2
     prefetch: int = 2
     apply_log: bool = True
+    direct_io: bool = False
     on_bad_sample: OnBadSample = "fail"
 
     def __post_init__(self) -> None:

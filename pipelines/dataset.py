@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from pipelines.errors import AccessError, DataError
-from pipelines.formats import FORMATS, Format, Payload
+from pipelines.files import Member, read_file
+from pipelines.formats import FORMATS, CountsPayload, Format, Payload
 from pipelines.formats.npy import DATA, LABEL
+from pipelines.formats.packed import MEMBER, PackedFormat, payload_of, sample_members
 from pipelines.formats.tfrecord import GZIP_MAGIC
 from pipelines.lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.manifest import MANIFEST, Manifest
 from pipelines.plan import Indices
 from pipelines.sample import Sample, SampleSpec
+from pipelines.shards import forget, read_member
 
 _SUFFIXES = tuple(dict.fromkeys(form.suffix for form in FORMATS.values()))
 _EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
@@ -36,14 +42,23 @@ class Share:
     seed: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Extents:
+    """Where samples lie in their shards: the first byte of each, and how many they are, int64."""
+
+    offsets: Indices
+    lengths: Indices
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Split:
     """The samples of one folder, in the order of its manifest, its list file or their names.
 
     root: the folder.
     form: the name of their format, a key of FORMATS.
-    names: the files that hold the counts, one a sample.
+    names: the files that hold the counts, one a sample; `<shard>/<member>` of those in shards.
     spec: the shape of every sample.
+    extents: where in their shards they lie; None for samples in files of their own.
     share: where its samples stand in a whole of which this is a share; None for the whole itself.
     """
 
@@ -51,6 +66,7 @@ class Split:
     form: str
     names: tuple[str, ...]
     spec: SampleSpec
+    extents: Extents | None = None
     share: Share | None = None
 
     def __len__(self) -> int:
@@ -82,20 +98,63 @@ class Split:
         return self.share.places[index] if self.share else index
 
     def path(self, index: int) -> Path:
-        """The file that holds the counts of sample `index`."""
+        """The file that holds the counts of sample `index`, or its name in its shard."""
         return self.root / self.names[index]
 
     def stem(self, index: int) -> str:
         """The name of sample `index`, whatever the format."""
-        return self.names[index].removesuffix(self.format.suffix)
+        name = self.names[index]
+        return name.rpartition("/")[2].removesuffix(MEMBER if self.extents else self.format.suffix)
+
+    @property
+    def units(self) -> list[str]:
+        """The stems of its samples' files, or of its shards, in order."""
+        if not self.extents:
+            return [self.stem(index) for index in range(len(self))]
+        shards = dict.fromkeys(name.partition("/")[0] for name in self.names)
+        return [shard.removesuffix(self.format.suffix) for shard in shards]
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The files that reading sample `index` needs."""
+        if self.extents:
+            return (self.path(index).parent,)
+        stem = self.stem(index)
+        return tuple(self.root / (stem + part) for part in self.format.parts)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What `contents` has of each sample."""
+        return (MEMBER,) if self.extents else self.format.parts
+
+    def contents(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
+        """The bytes of sample `index` as `Format.parse` takes them; `direct` reads past the page cache."""
+        if not self.extents:
+            files = zip(self.kinds, self.files(index), strict=True)
+            return {kind: read_file(path, direct=direct) for kind, path in files}
+        path = self.path(index)
+        extent = int(self.extents.offsets[index]), int(self.extents.lengths[index])
+        return {MEMBER: read_member(path.parent, path.name, *extent, direct=direct)}
 
     def read(self, index: int) -> Sample:
         """Sample `index`, read and checked on the host; DataError names any fault."""
-        return self.format.read(self.path(index), self.spec)
+        return self.format.parse(self.path(index), self.contents(index), self.spec)
 
-    def payload(self, index: int, *, whole: bool = False) -> Payload:
-        """Sample `index` for the pipeline; see `Format.payload`."""
-        return self.format.payload(self.path(index), self.spec, whole=whole)
+    def payload(self, index: int, *, whole: bool = False, direct: bool = False) -> Payload:
+        """Sample `index` for the pipeline; see `Format.payload`, and `contents` for `direct`."""
+        path = self.path(index)
+        if self.extents:
+            content = self.contents(index, direct=direct)[MEMBER]
+            return payload_of(path, content, self.spec, whole=whole)
+        if direct:
+            sample = self.format.parse(path, self.contents(index, direct=True), self.spec)
+            return CountsPayload(sample.counts, sample.target)
+        return self.format.payload(path, self.spec, whole=whole)
+
+    def take(self, index: Indices, share: Share | None = None) -> Split:
+        """The samples `index` alone; `share` says if they are one."""
+        names = tuple(self.names[i] for i in index.tolist())
+        extents = self.extents and Extents(self.extents.offsets[index], self.extents.lengths[index])
+        return replace(self, names=names, extents=extents, share=share)
 
 
 def open_split(root: Path, split: str) -> Split:
@@ -126,7 +185,20 @@ def open_folder(folder: Path) -> Split:
         _check_labels(folder, samples, names)
     ordered = _listed(folder, samples, names)
     form = _form_of(folder / ordered[0], suffix)
-    return Split(folder, form, ordered, _shape_of_first(folder, form, ordered))
+    if form == PackedFormat.name:
+        split = of_shards(folder, ((name, sample_members(folder / name)) for name in ordered), SampleSpec(1))
+    else:
+        split = Split(folder, form, ordered, SampleSpec(1))
+    return replace(split, spec=_shape_of_first(split))
+
+
+def of_shards(folder: Path, shards: Iterable[tuple[str, Sequence[Member]]], spec: SampleSpec) -> Split:
+    """The samples of `spec` in the `shards` of `folder`, each with its members."""
+    forget()
+    found = [(f"{name}/{member.name}", member) for name, members in shards for member in members]
+    places = np.array([member[1:] for _, member in found], np.int64).reshape(-1, 2)
+    extents = Extents(places[:, 0], places[:, 1])
+    return Split(folder, PackedFormat.name, tuple(name for name, _ in found), spec, extents)
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -175,17 +247,23 @@ def _of_manifest(folder: Path, manifest: Manifest) -> Split:
         )
     if not manifest.entries:
         raise DataError(folder, "holds no samples", "its manifest is empty")
+    if manifest.form == PackedFormat.name:
+        shards = (
+            (entry.stem + part.suffix, part.members) for entry in manifest.entries for part in entry.parts
+        )
+        return of_shards(folder, shards, manifest.spec)
     suffix = FORMATS[manifest.form].suffix
     names = tuple(entry.stem + suffix for entry in manifest.entries)
     return Split(folder, manifest.form, names, manifest.spec)
 
 
-def _shape_of_first(folder: Path, form: str, names: tuple[str, ...]) -> SampleSpec:
+def _shape_of_first(split: Split) -> SampleSpec:
     """The shape of the first sound sample; that others are not is for whoever reads them to say."""
     faults: list[DataError] = []
-    for name in names[:_LOOKED_AT]:
+    for index in range(min(_LOOKED_AT, len(split))):
         try:
-            size, _, _, channels = FORMATS[form].read(folder / name).counts.shape
+            found = split.format.parse(split.path(index), split.contents(index))
+            size, _, _, channels = found.counts.shape
         except DataError as error:
             faults.append(error)
         else:

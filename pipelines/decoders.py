@@ -87,7 +87,10 @@ class HostDecoder:
     def __init__(self, source: Source, spec: SampleSpec, config: LoaderConfig) -> None:
         self._source, self._prefetch, self._apply_log = source, config.prefetch, config.apply_log
         buffers = [torch.empty(config.batch_size, *spec.shape) for _ in range(config.prefetch + 1)]
-        self._buffers = itertools.cycle(buffers)
+        # Torch gives way to other threads in every call, so that those made here cost nothing later.
+        self._buffers = itertools.cycle(
+            [(buffer.numpy(), buffer.permute(0, 4, 1, 2, 3)) for buffer in buffers]
+        )
         self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="decoder")
         self._ahead: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
 
@@ -95,13 +98,12 @@ class HostDecoder:
         """See `Decoder`."""
         # The oldest buffer is the one that was handed out last time, and is free now.
         while len(self._ahead) <= self._prefetch:
-            buffer = next(self._buffers)
-            rows = zip(self._source(), buffer.numpy(), strict=True)
-            self._ahead.append((buffer, [self._threads.submit(self._decode, *row) for row in rows]))
-        buffer, decoded = self._ahead.popleft()
+            buffer, volume = next(self._buffers)
+            rows = zip(self._source(), buffer, strict=True)
+            self._ahead.append((volume, [self._threads.submit(self._decode, *row) for row in rows]))
+        volume, decoded = self._ahead.popleft()
         for row in decoded:
             row.result()
-        volume = buffer.permute(0, 4, 1, 2, 3)
         return volume if into is None else into.copy_(volume)
 
     def close(self) -> None:
@@ -113,7 +115,7 @@ class HostDecoder:
         """Write the volume (D, H, W, C) of `payload` into `out`."""
         packed: Packed = payload.packed  # type: ignore[union-attr]
         if self._apply_log:
-            packed.fill(out, LOGS[packed.table])
+            packed.fill(out, np.take(LOGS, packed.table))
         else:
             packed.fill(out, packed.table.astype(np.float32))
             out /= out.mean(dtype=np.float64).astype(np.float32)

@@ -29,12 +29,21 @@ _BLOCK = 4096
 _scratch = threading.local()
 
 
+class Member(NamedTuple):
+    """A file inside a file: its name, and where its bytes start and how many they are."""
+
+    name: str
+    offset: int
+    bytes: int
+
+
 class Written(NamedTuple):
-    """A file as it was written: its path, its length, and the CRC-32C of its content."""
+    """A file as it was written: its path, its length, the CRC-32C of its content, and its members if any."""
 
     path: Path
     bytes: int
     crc32c: int
+    members: tuple[Member, ...] = ()
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -86,6 +95,23 @@ def write_chunks(path: Path, *chunks: bytes | memoryview) -> Written:
     def write(file: BinaryIO) -> None:
         if length < _LARGE or not _write_direct(file.fileno(), pieces()):
             file.writelines(pieces())
+
+    write_atomically(path, write)
+    return Written(path, length, checksum)
+
+
+def write_stream(path: Path, pieces: Iterable[bytes]) -> Written:
+    """Write `pieces`, asked for one by one, to the file at `path`, as `write_atomically` does.
+
+    Whatever they raise leaves nothing behind.
+    """
+    length = checksum = 0
+
+    def write(file: BinaryIO) -> None:
+        nonlocal length, checksum
+        for piece in pieces:
+            length, checksum = length + len(piece), crc32c.crc32c(piece, checksum)
+            file.write(piece)
 
     write_atomically(path, write)
     return Written(path, length, checksum)
@@ -169,14 +195,18 @@ def read_file(path: Path, *, direct: bool = False) -> bytes:
     With `direct` it goes past the page cache, where the file system lets it.
     """
     try:
-        content = _read_direct(path) if direct else None
+        content = read_direct(path) if direct else None
         return path.read_bytes() if content is None else content
     except OSError as error:
         raise AccessError.reading(path, error) from error
 
 
-def _read_direct(path: Path) -> bytes | None:
-    """The content of the file at `path`, read with O_DIRECT; None where there is none."""
+def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes | None:
+    """The `length` bytes at `offset` of the file at `path`, read with O_DIRECT; None where there is none.
+
+    By default all bytes that there are. Fewer than `length` where the file ends before. OSError
+    where it cannot be read.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as error:
@@ -184,13 +214,15 @@ def _read_direct(path: Path) -> bytes | None:
             return None
         raise
     try:
-        length = os.fstat(descriptor).st_size
+        end = os.fstat(descriptor).st_size if length is None else offset + length
+        start = offset // _BLOCK * _BLOCK
+        wanted = end - start
         # A map of its own, since its start is a page's; a block more, to see the end of the file.
-        with mmap.mmap(-1, (length // _BLOCK + 1) * _BLOCK) as scratch, memoryview(scratch) as view:
+        with mmap.mmap(-1, (wanted // _BLOCK + 1) * _BLOCK) as scratch, memoryview(scratch) as view:
             filled = 0
-            while filled < length and (count := os.readv(descriptor, [view[filled:]])):
+            while filled < wanted and (count := os.preadv(descriptor, [view[filled:]], start + filled)):
                 filled += count
-            return bytes(view[:filled])
+            return bytes(view[offset - start : min(filled, wanted)])
     except OSError as error:
         if error.errno == errno.EINVAL:
             return None

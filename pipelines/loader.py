@@ -18,13 +18,11 @@ import torch
 from pipelines.config import LoaderConfig
 from pipelines.dataset import Split
 from pipelines.decoders import make_decoder
+from pipelines.footprint import READ_AHEAD
 from pipelines.formats import Payload
 from pipelines.plan import Indices, Ragged, Shard, plan_epoch
 from pipelines.reader import Reader
 from pipelines.sample import Batch
-
-_READ_AHEAD = 2
-"""Batches whose files are being read before the decoder asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ class Loader:
         as many steps.
         """
         self.split = split
-        self._reader = Reader(split, config.on_bad_sample)
+        self._reader = Reader(split, config.on_bad_sample, direct_io=config.direct_io)
         self._substitutes = ragged == "drop"
         self._shard, self._device = shard, device
         global_batch = config.batch_size * shard.count
@@ -125,7 +123,7 @@ class Loader:
 
     def _feed(self) -> list[Payload]:
         """The next batch of payloads for the decoder, which calls this whenever it has room."""
-        while len(self._reading) <= _READ_AHEAD:
+        while len(self._reading) <= READ_AHEAD:
             epoch, step, index = next(self._stream)
             # A row that only fills the batch up reads the first sample.
             payloads = [self._readers.submit(self._reader.payload, max(i, 0)) for i in index.tolist()]
@@ -154,7 +152,10 @@ class Loader:
     def _take(self, volume: torch.Tensor, planned: _Planned, into: Batch | None) -> Batch:
         read, payloads = zip(*(payload.result() for payload in planned.payloads), strict=True)
         target = torch.from_numpy(np.stack([payload.target for payload in payloads]))
-        target = target.to(self._device) if into is None else into.target.copy_(target)
+        if into is not None:
+            target = into.target.copy_(target)
+        elif self._device.type != "cpu":
+            target = target.to(self._device)
         return Batch(volume, target, self._index(planned.index, np.array(read)))
 
     def _index(self, asked: Indices, read: Indices) -> Indices:

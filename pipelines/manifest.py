@@ -2,13 +2,14 @@
 
 `manifest.jsonl` lies in the folder. Its first line is an object: `manifest` (the version, 1),
 `format` (a key of FORMATS), `size` and `channels` (the shape of every sample), `samples` (how many
-lines follow). Then one array for each sample, in the order of their stems:
+there are). Then one array for each sample, or for each shard of packed ones, in order:
 
     ["univ_000", [["_label.npy", 144, "0e8bb71c"], ["_data.npy", 16777344, "9d4bd0a1"]], [2829480, 1699]]
 
 the stem; for each of its files the end of the name, the length in bytes, and the CRC-32C of the
-content in hexadecimal; and, for a sample made from another file, that file's length in bytes and
-time of last change in ns, else null. Whoever opens the folder reads this one file and lists
+content in hexadecimal, and of a shard its members, each with its name, where it starts and how long
+it is; and, for what was made from other files, their length in bytes and time of last change in ns,
+else null. Whoever opens the folder reads this one file and lists
 nothing, which is what half a million files on a parallel file system ask for.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.errors import AccessError, DataError
-from pipelines.files import Written, read_file, write_chunks
+from pipelines.files import Member, Written, read_file, write_chunks
 from pipelines.sample import SampleSpec
 
 MANIFEST = "manifest.jsonl"
@@ -30,11 +31,25 @@ _VERSION = 1
 
 
 class Part(NamedTuple):
-    """A file of a sample: the end of its name, its length, and the CRC-32C of its content."""
+    """A file of an entry: the end of its name, its length, the CRC-32C of its content, its members if any."""
 
     suffix: str
     bytes: int
     crc32c: int
+    members: tuple[Member, ...] = ()
+
+    def to_json(self) -> list[Any]:
+        """As a line of the manifest has it."""
+        line: list[Any] = [self.suffix, self.bytes, f"{self.crc32c:08x}"]
+        return [*line, [list(member) for member in self.members]] if self.members else line
+
+    @staticmethod
+    def from_json(line: Any) -> Part:
+        """The inverse; ValueError or TypeError for anything else."""
+        suffix, length, crc, *more = line
+        (found,) = more or [()]
+        members = tuple(Member(str(name), int(offset), int(size)) for name, offset, size in found)
+        return Part(str(suffix), int(length), int(crc, 16), members)
 
 
 class Source(NamedTuple):
@@ -54,7 +69,7 @@ class Source(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A sample: its stem, its files, and what it was made from, if that is a file."""
+    """A sample, or a shard of them: its stem, its files, and what it was made from, if that is a file."""
 
     stem: str
     parts: tuple[Part, ...]
@@ -62,20 +77,25 @@ class Entry(NamedTuple):
 
     @staticmethod
     def of(stem: str, written: Sequence[Written], source: Source | None = None) -> Entry:
-        """The entry of the sample `stem` in the files `written`."""
-        parts = (Part(file.path.name.removeprefix(stem), file.bytes, file.crc32c) for file in written)
+        """The entry `stem` of the files `written`."""
+        parts = (Part(file.path.name.removeprefix(stem), *file[1:]) for file in written)
         return Entry(stem, tuple(parts), source)
+
+    @property
+    def samples(self) -> int:
+        """How many it holds."""
+        return sum(len(part.members) for part in self.parts) or 1
 
     def to_json(self) -> list[Any]:
         """As a line of the manifest has it."""
-        parts = [[part.suffix, part.bytes, f"{part.crc32c:08x}"] for part in self.parts]
+        parts = [part.to_json() for part in self.parts]
         return [self.stem, parts, list(self.source) if self.source else None]
 
     @staticmethod
     def from_json(line: Any) -> Entry:
         """The inverse; ValueError, TypeError or OverflowError for anything else."""
         stem, parts, source = line
-        read = tuple(Part(str(suffix), int(length), int(crc, 16)) for suffix, length, crc in parts)
+        read = tuple(map(Part.from_json, parts))
         if not isinstance(stem, str) or "/" in stem or any("/" in part.suffix for part in read):
             raise ValueError("a name that is none")
         return Entry(stem, read, Source(*map(int, source)) if source else None)
@@ -100,7 +120,7 @@ class Manifest:
 
     form: the name of their format.
     spec: their shape.
-    entries: one a sample, in order.
+    entries: one a sample, or one a shard, in order.
     """
 
     form: str
@@ -114,7 +134,7 @@ class Manifest:
             "format": self.form,
             "size": self.spec.size,
             "channels": self.spec.channels,
-            "samples": len(self.entries),
+            "samples": sum(entry.samples for entry in self.entries),
         }
         lines = [json.dumps(header), *(json.dumps(entry.to_json()) for entry in self.entries), ""]
         write_chunks(folder / MANIFEST, "\n".join(lines).encode())
@@ -137,7 +157,7 @@ class Manifest:
                 SampleSpec(int(fields["size"]), int(fields["channels"])),
                 tuple(entries),
             )
-            missing = int(fields["samples"]) - len(entries)
+            missing = int(fields["samples"]) - sum(entry.samples for entry in entries)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             fault = f"a line after {len(entries)} samples is no line of a manifest ({error})"
             raise DataError(path, fault, _REMEDY) from error

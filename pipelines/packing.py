@@ -34,7 +34,7 @@ def encode(sample: Sample, *, level: int = LEVEL, slices: int | None = None) -> 
     counts = sample.counts
     size, channels = counts.shape[0], counts.shape[-1]
     slices = slices_of(size) if slices is None else slices
-    table, rows = _tabulate(counts)
+    table, rows = tabulate(counts)
     planes = max(1, -(-(len(table) - 1).bit_length() // 8))
     chunks = rows.astype("<u4").reshape(size // slices, -1).view(np.uint8).reshape(size // slices, -1, 4)
     blocks = [_deflate(chunk[:, plane], level) for chunk in chunks for plane in range(planes)]
@@ -51,7 +51,7 @@ def encode(sample: Sample, *, level: int = LEVEL, slices: int | None = None) -> 
     yield from padded
 
 
-def _tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
+def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
     """The different voxels (rows, C), the commonest first, and each voxel's row.
 
     Those that are equally common are sorted by their counts, the last channel first, which lets LZ4

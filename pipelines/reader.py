@@ -24,12 +24,14 @@ class Reader:
     on_bad_sample: "fail" raises the DataError of a sample that is damaged or not there; "skip"
         passes it over and remembers. To notice every fault before a sample is used, "skip" checks
         it whole on the host, where "fail" leaves some of the checks to the pipeline.
+    direct_io: whether payloads are read past the page cache.
     skipped: the fault of each sample passed over so far, by its file's path.
     """
 
-    def __init__(self, split: Split, on_bad_sample: OnBadSample = "fail") -> None:
+    def __init__(self, split: Split, on_bad_sample: OnBadSample = "fail", *, direct_io: bool = False) -> None:
         self.split = split
         self.skipped: dict[str, str] = {}
+        self._direct = direct_io
         self._skips = on_bad_sample == "skip"
 
     def sample(self, index: int) -> Sample | None:
@@ -53,7 +55,7 @@ class Reader:
         )
 
     def _payload(self, index: int) -> Payload:
-        return self.split.payload(index, whole=self._skips)
+        return self.split.payload(index, whole=self._skips, direct=self._direct)
 
     def _unless_damaged(self, index: int, read: Callable[[int], _Read]) -> _Read | None:
         try:

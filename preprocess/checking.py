@@ -1,8 +1,8 @@
-"""The task of checking one sample against what is noted of it, and against what a sample is."""
+"""The task of checking samples against what is noted of them, and against what a sample is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ import crc32c
 import numpy as np
 from isal import isal_zlib
 
+from pipelines.dataset import Split, of_shards
 from pipelines.errors import DataError
 from pipelines.files import Written, read_file
 from pipelines.formats import FORMATS
+from pipelines.formats.packed import PackedFormat, sample_members
 from pipelines.manifest import Entry, Part
 from pipelines.sample import Sample, SampleSpec
 
@@ -31,11 +33,11 @@ class Check:
     channels: int
 
     def __call__(self, job: tuple[str, Any]) -> dict[str, Any]:
-        """Check the sample with the stem job[0], and its files against job[1], an Entry or None.
+        """Check the sample or the shard with the stem job[0], and its files against job[1], an Entry or None.
 
-        Answers {"faults": [[check, line], ...], "entry": what the files are now, "content": a word
-        that two samples share if they are the same, "target": [...]}; all but the faults are None
-        where a file cannot be read.
+        Answers {"faults": [[check, line], ...], "entry": what the files are now, None where one
+        cannot be read, "samples": of each sound sample its stem, a word that two samples share if
+        their counts are the same, and its target}.
         """
         stem, noted = job
         folder, form = Path(self.folder), FORMATS[self.form]
@@ -44,22 +46,44 @@ class Check:
         wanted = [part.suffix for part in expected.parts] if expected else form.parts
         missing = (folder / (stem + part) for part in wanted if part not in there)
         faults = [("files", f"{path}: is not there; convert it again") for path in missing]
-        entry = sample = None
+        entry, samples = None, []
         try:
-            entry = Entry.of(stem, [_checksummed(folder / (stem + part)) for part in there])
+            entry = self._entry(stem, there)
             if expected:
                 faults += _against(folder, expected, entry)
-            if not faults:
-                sample = form.read(folder / (stem + form.suffix), SampleSpec(self.size, self.channels))
-                faults += _of_target(folder / stem, sample)
+            split = None if faults else self._split(entry)
         except DataError as error:
             faults.append(("content", str(error)))
-        return {
-            "faults": faults,
-            "entry": entry.to_json() if entry else None,
-            "content": _identity(sample) if sample else None,
-            "target": sample.target.tolist() if sample else None,
-        }
+            split = None
+        if split:
+            for index in range(len(split)):
+                try:
+                    sample = split.read(index)
+                except DataError as error:
+                    faults.append(("content", str(error)))
+                else:
+                    faults += _of_target(split.path(index), sample)
+                    samples.append((split.stem(index), _identity(sample), sample.target.tolist()))
+        return {"faults": faults, "entry": entry.to_json() if entry else None, "samples": samples}
+
+    def _entry(self, stem: str, suffixes: Sequence[str]) -> Entry:
+        """What the files of `stem` with these ends of their names are."""
+        folder = Path(self.folder)
+        written = [_checksummed(folder / (stem + suffix)) for suffix in suffixes]
+        if self.form == PackedFormat.name:
+            shards = (file.path.suffix == PackedFormat.suffix for file in written)
+            written = [
+                file._replace(members=sample_members(file.path)) if shard else file
+                for file, shard in zip(written, shards, strict=True)
+            ]
+        return Entry.of(stem, written)
+
+    def _split(self, entry: Entry) -> Split:
+        """The samples of `entry`."""
+        folder, spec = Path(self.folder), SampleSpec(self.size, self.channels)
+        if self.form == PackedFormat.name:
+            return of_shards(folder, ((entry.stem + part.suffix, part.members) for part in entry.parts), spec)
+        return Split(folder, self.form, (entry.stem + FORMATS[self.form].suffix,), spec)
 
 
 def _checksummed(path: Path) -> Written:
@@ -80,6 +104,8 @@ def _against(folder: Path, noted: Entry, found: Entry) -> Iterator[tuple[str, st
             yield "sizes", f"{path}: has {found_part.bytes} bytes; the manifest says {part.bytes}"
         elif found_part.crc32c != part.crc32c:
             yield "checksums", f"{path}: its CRC-32C is not the manifest's; remove it and convert again"
+        elif found_part.members != part.members:
+            yield "sizes", f"{path}: its members are not where the manifest says; convert it again"
 
 
 def _identity(sample: Sample) -> str:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,11 @@ import h5py
 import numpy as np
 
 from pipelines.errors import AccessError, DataError
+from pipelines.files import Written
+from pipelines.formats import FORMATS
 from pipelines.manifest import Source
 from pipelines.sample import COUNT_LIMIT, Sample, check_target
-from preprocess.output import make_samples
+from preprocess.output import make_entries
 
 COUNTS, TARGET = "full", "unitPar"
 
@@ -83,11 +85,12 @@ class Preparation:
     form: str
 
     def __call__(self, job: tuple[str, list[tuple[str, Any]]]) -> dict[str, Any]:
-        """Cut the universe at job[0]; see `make_samples` for job[1] and the answer."""
+        """Cut the universe at job[0]; see `make_entries` for job[1] and the answer."""
         path, wanted = Path(job[0]), job[1]
 
-        def samples() -> Iterator[tuple[str, Sample]]:
-            stems = (stem for stem, _ in wanted)
-            return zip(stems, crops(path, tuple(self.shape), self.size), strict=True)
+        def make() -> Iterator[tuple[str, Sequence[Written]]]:
+            cut = crops(path, tuple(self.shape), self.size)
+            for (stem, _), sample in zip(wanted, cut, strict=True):
+                yield stem, FORMATS[self.form].write(Path(self.target), stem, sample)
 
-        return make_samples(Path(self.target), self.form, Source.of([path]), wanted, samples)
+        return make_entries(Path(self.target), Source.of([path]), wanted, make)

@@ -15,13 +15,13 @@ from types import TracebackType
 from typing import Any
 
 from pipelines.dataset import list_folder
-from pipelines.errors import AccessError, DataError
-from pipelines.files import is_temporary, remove_temporaries
+from pipelines.errors import AccessError, DataError, UserError
+from pipelines.files import Written, is_temporary, remove_temporaries
 from pipelines.formats import FORMATS
 from pipelines.formats.npy import DATA, LABEL
 from pipelines.lists import DATA_LIST, LABEL_LIST, Listed, write_list
 from pipelines.manifest import MANIFEST, Entry, Manifest, Source
-from pipelines.sample import Sample, SampleSpec
+from pipelines.sample import SampleSpec
 
 _JOURNAL = ".journal."
 _OURS = (MANIFEST, DATA_LIST, LABEL_LIST)
@@ -70,18 +70,18 @@ def is_unfinished(name: str) -> bool:
     return name.startswith(_JOURNAL) or is_temporary(name)
 
 
-def make_samples(
+def make_entries(
     target: Path,
-    form: str,
     origin: Source,
     wanted: Sequence[tuple[str, Any]],
-    samples: Callable[[], Iterable[tuple[str, Sample]]],
+    make: Callable[[], Iterable[tuple[str, Sequence[Written]]]],
 ) -> dict[str, Any]:
-    """Make the samples of one source in `target`, for a task of `preprocess.produce` to answer with.
+    """Make the entries of one source in `target`, for a task of `preprocess.produce` to answer with.
 
-    wanted: the stems, each with what is noted of it, an Entry as JSON, or None.
-    samples: yields each stem and sample, if one of them is not there, whole and of this `origin`; a
-        DataError of it is the source's fault, unless it is an AccessError.
+    wanted: their stems, each with what is noted of it, an Entry as JSON, or None.
+    make: writes the files of each entry and yields its stem and them; asked if one of them is not
+        there, whole and of this `origin`. Its DataError or DamagedError is the source's fault,
+        unless it is an AccessError.
     """
     noted = [Entry.from_json(line) for _, line in wanted if line is not None]
     whole = [entry for entry in noted if entry.source == origin and entry.is_whole_in(target)]
@@ -90,14 +90,23 @@ def make_samples(
     made: list[Any] = []
     faults: list[str] = []
     try:
-        for stem, sample in samples():
-            written = FORMATS[form].write(target, stem, sample)
+        for stem, written in make():
             made.append(Entry.of(stem, written, origin).to_json())
     except AccessError:
         raise
     except DataError as error:
         faults.append(str(error))
+    except DamagedError as error:
+        faults += error.faults
     return {"made": made, "kept": [], "faults": faults}
+
+
+class DamagedError(UserError):
+    """Several samples that are to become one file are damaged: a line each."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__(f"{len(faults)} samples are damaged, the first of them: {faults[0]}")
 
 
 class Journal:

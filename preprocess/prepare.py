@@ -20,7 +20,7 @@ from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.plan import derive_seed
 from pipelines.sample import SampleSpec
 from preprocess.hdf5 import Preparation, universe_shape
-from preprocess.produce import Order, run
+from preprocess.produce import Job, Order, run
 from preprocess.workforce import Task
 
 _SUFFIX = ".hdf5"
@@ -74,8 +74,8 @@ def order_preparation(
     for split, names in zip(
         ("train", "validation"), split_universes(list(universes), validation, seed), strict=True
     ):
-        sources = {str(universes[name]): [f"{name}_{crop:03d}" for crop in range(count)] for name in names}
-        order = Order(target / split, form, SampleSpec(size, shape[3]), sources)
+        jobs = [Job(str(universes[name]), [f"{name}_{crop:03d}" for crop in range(count)]) for name in names]
+        order = Order(target / split, form, SampleSpec(size, shape[3]), jobs)
         orders.append((order, Preparation(list(shape), size, str(target / split), form)))
     return orders
 

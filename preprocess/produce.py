@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines.dist import World, report_errors
 from pipelines.errors import AccessError, ConfigError
@@ -23,6 +23,13 @@ _PROCESSES_A_CORE = 2
 """While one waits for the disk, another inflates."""
 
 
+class Job(NamedTuple):
+    """What the task is told of a source, as JSON can hold it, and the stems of the entries it becomes."""
+
+    source: Any
+    makes: Sequence[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """What a folder shall hold.
@@ -30,13 +37,13 @@ class Order:
     target: the folder.
     form: the format, a key of FORMATS.
     spec: the shape of every sample.
-    sources: what the samples are made from, each with the stems of those that it becomes.
+    jobs: what is made at a time.
     """
 
     target: Path
     form: str
     spec: SampleSpec
-    sources: Mapping[str, Sequence[str]]
+    jobs: Sequence[Job]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ def produce(
     """Make what is missing of `order`, with the ranks of `world`.
 
     Each rank has `workers` processes do its share. `task` is asked for a source at a time, as
-    `make_samples` wants to be called. The manifest and the list files are written if every source
+    `make_entries` wants to be called. The manifest and the list files are written if every source
     was sound; one that is damaged keeps none of the others from being used. Raises a UserError for
     what stops all of them, on the rank that it befalls.
     """
@@ -73,12 +80,12 @@ def produce(
                 locks.append(held.enter_context(locked(target, tell_of_waiting)))
             except OSError as error:
                 raise AccessError.writing(target, error) from error
-            return begin(target, order.form, [stem for stems in order.sources.values() for stem in stems])
+            return begin(target, order.form, [stem for job in order.jobs for stem in job.makes])
 
         locks: list[int] = []
         known = world.on_root(look)
-        mine = list(order.sources.items())[world.rank :: world.size]
-        jobs = ([key, [[stem, _noted(known, stem)] for stem in stems]] for key, stems in mine)
+        mine = order.jobs[world.rank :: world.size]
+        jobs = ([job.source, [[stem, _noted(known, stem)] for stem in job.makes]] for job in mine)
         entries: list[Entry] = []
         faults: list[str] = []
         made = 0
@@ -91,19 +98,19 @@ def produce(
                 for line in answer["made"]:
                     entries.append(Entry.from_json(line))
                     journal.add(entries[-1])
-                made += len(answer["made"])
+                made += sum(entry.samples for entry in entries[len(entries) - len(answer["made"]) :])
                 entries += [known[stem] for stem in answer["kept"]]
                 faults += answer["faults"]
                 advance()
         shares = world.gather((entries, made, faults))
         result = Produced(
             sum(share[1] for share in shares),
-            sum(len(share[0]) - share[1] for share in shares),
+            sum(sum(entry.samples for entry in share[0]) - share[1] for share in shares),
             tuple(sorted(fault for share in shares for fault in share[2])),
         )
         if not result.faults:
             by_stem = {entry.stem: entry for share in shares for entry in share[0]}
-            ordered = [by_stem[stem] for stems in order.sources.values() for stem in stems]
+            ordered = [by_stem[stem] for job in order.jobs for stem in job.makes]
             world.on_root(lambda: finish(target, order.form, order.spec, ordered))
         return result
 

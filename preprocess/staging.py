@@ -2,17 +2,18 @@
 
 Nodes that are to have the same samples are a team. Every file is read from the shared file system by
 one rank of its team and handed to that rank's peers on the other nodes as it is, compressed; each
-node inflates, checks and writes it for itself, as npy. What a node has already, whole and of the
-same source, it keeps.
+node checks and writes it for itself: packed samples as they are, others inflated, as npy. What a
+node has already, whole and of the same source, it keeps.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,17 +22,18 @@ from typing import Literal
 
 import numpy as np
 
-from pipelines.dataset import Share, Split
+from pipelines.dataset import Share, Split, of_shards
 from pipelines.dist import World
 from pipelines.errors import AccessError, ConfigError, DataError
-from pipelines.files import locked, read_file
+from pipelines.files import Member, Written, locked
 from pipelines.formats import FORMATS
+from pipelines.formats.npy import Npy
+from pipelines.formats.packed import MEMBER, payload_of
 from pipelines.manifest import Entry, Source
 from pipelines.peers import Peers
 from pipelines.plan import Indices, shuffled
+from pipelines.shards import FIRST, SHARD, write_shard
 from preprocess.output import Journal, begin, finish
-
-FORM = "npy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +129,9 @@ def stage(
         seed = config.seed if config.preshuffle else None
         places = share_of(len(split), peers.number, peers.teams, seed)
         share = Share(places, peers.teams, len(split), seed)
-        names = tuple(split.names[place] for place in places.tolist())
-        split = replace(split, names=names, share=share)
+        split = split.take(places, share)
         origins = [origins[place] for place in places.tolist()]
-    stems = [split.stem(index) for index in range(len(split))]
+    stems, form = [split.stem(index) for index in range(len(split))], _form(split)
     with ExitStack() as held:
         known: dict[str, Entry] = {}
 
@@ -147,9 +148,9 @@ def stage(
                 held.enter_context(locked(target, refuse))
             except OSError as error:
                 raise AccessError.writing(target, error) from error
-            known.update(begin(target, FORM, stems))
+            known.update(begin(target, form, stems))
             lacking = _lacking(target, stems, origins, known)
-            _check_space(target, split, len(lacking))
+            _check_space(target, split, lacking)
             return lacking
 
         lacking = world.gather((peers.number, world.everywhere(look)))
@@ -171,11 +172,10 @@ def stage(
 
         def end() -> None:
             if leads and len(wanted):
-                entries = begin(target, FORM, stems)
-                finish(target, FORM, split.spec, [entries[stem] for stem in stems if stem in entries])
+                entries = begin(target, form, stems)
+                finish(target, form, split.spec, [entries[stem] for stem in stems if stem in entries])
 
         world.everywhere(end)
-    names = tuple(stem + FORMATS[FORM].suffix for stem in stems)
     staged = Staged(
         samples=sum(share[0] for share in shares),
         read_bytes=sum(share[1] for share in shares),
@@ -183,7 +183,7 @@ def stage(
         faults=tuple(sorted({fault for share in shares for fault in share[3]})),
         seconds=time.perf_counter() - start,
     )
-    return Split(target, FORM, names, split.spec, split.share), staged
+    return _there(split, target), staged
 
 
 def of_place(wanted: Indices, world: World) -> Indices:
@@ -206,16 +206,36 @@ def describe(split: Split, staged: Staged, nodes: int) -> str:
     )
 
 
+def _form(split: Split) -> str:
+    """The format that the samples of `split` are staged in."""
+    return split.form if split.extents else Npy.name
+
+
+def _there(split: Split, target: Path) -> Split:
+    """The samples of `split` once they are in `target`."""
+    stems = [split.stem(index) for index in range(len(split))]
+    if not split.extents:
+        names = tuple(stem + Npy.suffix for stem in stems)
+        return Split(target, Npy.name, names, split.spec, share=split.share)
+    lengths = split.extents.lengths.tolist()
+    shards = (
+        (stem + SHARD, (Member(stem + MEMBER, FIRST, length),))
+        for stem, length in zip(stems, lengths, strict=True)
+    )
+    return replace(of_shards(target, shards, split.spec), share=split.share)
+
+
 def _origins(split: Split, world: World) -> list[Source]:
     """What each sample's files are now; each rank looks at some of them, for all."""
-    parts, stems = split.format.parts, [split.stem(index) for index in range(len(split))]
+    # Neighbours lie in one shard, and a parallel file system is slow to say what a file is.
+    source = functools.lru_cache(maxsize=1)(Source.of)
 
     def look() -> Indices:
-        mine = stems[world.rank :: world.size]
-        found = [Source.of(split.root / (stem + part) for part in parts) for stem in mine]
+        mine = range(world.rank, len(split), world.size)
+        found = [source(split.files(index)) for index in mine]
         return np.array(found, dtype=np.int64).reshape(-1, 2)
 
-    table = np.empty((len(stems), 2), dtype=np.int64)
+    table = np.empty((len(split), 2), dtype=np.int64)
     for rank, share in enumerate(world.gather(world.everywhere(look))):
         table[rank :: world.size] = share
     return [Source(*row) for row in table.tolist()]
@@ -233,8 +253,10 @@ def _lacking(target: Path, stems: list[str], origins: list[Source], known: dict[
     )
 
 
-def _check_space(target: Path, split: Split, samples: int) -> None:
-    free, needed = shutil.disk_usage(target).free, samples * split.spec.bytes
+def _check_space(target: Path, split: Split, lacking: Indices) -> None:
+    free, needed = shutil.disk_usage(target).free, len(lacking) * split.spec.bytes
+    if split.extents:
+        needed = int(split.extents.lengths[lacking].sum())
     if needed > free:
         fault = f"has {free} bytes free on {os.uname().nodename}, and {needed} are to come"
         raise DataError(target, fault, "make room, or stage to another disk")
@@ -249,20 +271,28 @@ def _stage_each(
     peers: Peers,
 ) -> Iterator[tuple[int, Entry | str]]:
     """Stage the samples `indices`: the bytes that this rank has read for each, and its entry or its fault."""
-    parts, form = split.format.parts, FORMATS[FORM]
 
     def read(index: int) -> list[bytes]:
-        stem = split.stem(index)
-        return [read_file(split.root / (stem + part), direct=config.direct_io) for part in parts]
+        return list(split.contents(index, direct=config.direct_io).values())
 
     def write(index: int, contents: list[bytes]) -> Entry | str:
-        stem = split.stem(index)
+        stem, path = split.stem(index), split.path(index)
         try:
-            named = dict(zip(parts, contents, strict=True))
-            sample = split.format.parse(split.path(index), named, split.spec)
+            if split.extents:
+                (content,) = contents
+                payload_of(path, content, split.spec, whole=False)
+                written: Sequence[Written] = write_shard(
+                    target / (stem + SHARD), [(stem + MEMBER, (content,))]
+                )
+            else:
+                named = dict(zip(split.kinds, contents, strict=True))
+                sample = split.format.parse(path, named, split.spec)
+                written = FORMATS[Npy.name].write(target, stem, sample)
+        except AccessError:
+            raise
         except DataError as error:
             return str(error)
-        return Entry.of(stem, form.write(target, stem, sample), origins[index])
+        return Entry.of(stem, written, origins[index])
 
     own = iter(to_read(indices, peers.place, peers.size))
     reading: deque[Future[list[bytes]]] = deque()
@@ -274,7 +304,8 @@ def _stage_each(
             place = turn % peers.size
             contents = reading.popleft().result() if place == peers.place else None
             received = [
-                peers.broadcast(None if contents is None else contents[at], place) for at in range(len(parts))
+                peers.broadcast(None if contents is None else contents[at], place)
+                for at in range(len(split.kinds))
             ]
             taken = sum(map(len, contents)) if contents is not None else 0
             writing.append((taken, writers.submit(write, index, received)))

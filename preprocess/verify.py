@@ -66,13 +66,13 @@ def verify_folder(folder: Path, *, workers: int, shown: bool) -> Report:
     split, manifest = open_folder(folder), Manifest.load(folder)
     report = Report(split, manifest)
     noted = {entry.stem: entry.to_json() for entry in manifest.entries} if manifest else {}
-    stems = [split.stem(index) for index in range(len(split))]
+    stems = split.units
     _check_names(report, set(stems))
     _check_lists(report)
     task = Check(str(folder), split.form, split.spec.size, split.spec.channels)
     jobs = ([stem, noted.get(stem)] for stem in stems)
     with (
-        progress(len(stems), "checked", "sample", shown=shown) as advance,
+        progress(len(stems), "checked", "file", shown=shown) as advance,
         contextlib.closing(run_jobs(task, jobs, workers)) as answers,
     ):
         for (stem, _), answer in answers:
@@ -98,10 +98,9 @@ def _take(report: Report, stem: str, answer: dict[str, Any]) -> None:
         report.faults[check].append(line)
     if answer["entry"] is not None:
         report.entries[stem] = Entry.from_json(answer["entry"])
-    if answer["content"] is not None:
-        target = tuple(answer["target"])
-        report.same[f"{answer['content']}{target}"].append(stem)
-        report.targets.add(target)
+    for name, content, target in answer["samples"]:
+        report.same[f"{content}{target}"].append(name)
+        report.targets.add(tuple(target))
 
 
 def _check_names(report: Report, stems: set[str]) -> None:
@@ -122,7 +121,7 @@ def _check_names(report: Report, stems: set[str]) -> None:
 def _check_lists(report: Report) -> None:
     """The list files, if there are any, against the samples in their order."""
     folder, split = report.split.root, report.split
-    stems = [split.stem(index) for index in range(len(split))]
+    stems = split.units
     present = set(list_folder(folder))
     for name, expected in list_files(split.form, stems).items():
         if name not in present:
@@ -184,7 +183,7 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
     for report in reports:
         if write and report.manifest is None and not any(report.faults.values()):
             split = report.split
-            entries = [report.entries[split.stem(index)] for index in range(len(split))]
+            entries = [report.entries[stem] for stem in split.units]
             finish(split.root, split.form, split.spec, entries)
             print(f"wrote {split.root / MANIFEST}")
     return 1 if faults else 0

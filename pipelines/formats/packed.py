@@ -1,4 +1,4 @@
-"""One sample in the packed form: smaller than gzip, and inflated in parallel; see docs/packed.md."""
+"""Samples in the packed form, in shards: smaller than gzip, and inflated in parallel; see docs/packed.md."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.files import Written, read_file, write_chunks
+from pipelines.errors import DataError
+from pipelines.files import Member, Written
 from pipelines.packed import Packed, open_packed
 from pipelines.packing import encode
 from pipelines.sample import Sample, SampleSpec
+from pipelines.shards import INDEX, SHARD, read_member, read_members, write_shard
 
-SUFFIX = ".packed"
+MEMBER = ".packed"
+"""The end of a member's name; what is before it is the sample's stem."""
 
 
 class PackedPayload(NamedTuple):
@@ -25,38 +28,54 @@ class PackedPayload(NamedTuple):
 
 
 class PackedFormat:
-    """One sample in a file `<stem>.packed`, or the same bytes as a member of a shard; see the module."""
+    """Samples as members `<stem>.packed` of shards; `write` makes a shard of one, `<stem>.tar`."""
 
     name = "packed"
-    suffix = SUFFIX
-    parts = (SUFFIX,)
-    extras = ()
+    suffix = SHARD
+    parts = (SHARD,)
+    extras = (INDEX,)
 
     def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Written, ...]:
-        """Write the file, whole or not at all."""
-        return (write_chunks(directory / f"{stem}{SUFFIX}", *encode(sample)),)
+        """Write a shard of `sample` alone, and its index."""
+        return write_shard(directory / f"{stem}{SHARD}", [(stem + MEMBER, encode(sample))])
 
     def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
-        """The sample; all checksums are compared."""
-        packed = open_packed(path, contents[SUFFIX], spec)
+        """The sample in the member `contents[".packed"]`; all checksums are compared."""
+        packed = open_packed(path, contents[MEMBER], spec)
         packed.check()
         counts = np.empty(packed.spec.shape, np.int16)
         packed.fill(counts, packed.table)
         return Sample(counts, packed.target)
 
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
-        """The sample in the file at `path`."""
-        return self.parse(path, {SUFFIX: read_file(path)}, spec)
+        """The one sample in the shard at `path`."""
+        only = _only(path)
+        return self.parse(path, {MEMBER: read_member(path, *only)}, spec)
 
     def payload(self, path: Path, spec: SampleSpec, *, whole: bool = False) -> PackedPayload:
-        """The sample in the file at `path`, its checksums compared, its chunks not inflated."""
-        return payload_of(path, read_file(path), spec, whole=whole)
+        """The same, its checksums compared, its chunks not inflated but with `whole`."""
+        return payload_of(path, read_member(path, *_only(path)), spec, whole=whole)
 
 
 def payload_of(path: Path, content: bytes, spec: SampleSpec, *, whole: bool) -> PackedPayload:
-    """That of the sample in `content`; see `Format.payload`."""
+    """That of the sample in `content`, a member's bytes; see `Format.payload`."""
     packed = open_packed(path, content, spec)
     packed.check()
     if whole:
         packed.fill(np.empty(spec.shape, np.int16), packed.table)
     return PackedPayload(packed, packed.target)
+
+
+def sample_members(path: Path) -> tuple[Member, ...]:
+    """The samples in the shard at `path`, by its headers; DataError where it is no shard, or has none."""
+    found = tuple(member for member in read_members(path) if member.name.endswith(MEMBER))
+    if not found:
+        raise DataError(path, "holds no samples", f"expected a tar of *{MEMBER} files")
+    return found
+
+
+def _only(path: Path) -> Member:
+    first, *others = sample_members(path)
+    if others:
+        raise DataError(path, f"holds {len(others) + 1} samples", "expected one")
+    return first

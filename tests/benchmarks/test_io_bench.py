@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import multiprocessing
@@ -14,71 +15,109 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import harness, io_bench
+from benchmarks import contestants, harness, io_bench, samples
+from pipelines.config import LoaderConfig
 from pipelines.formats import FORMATS
+from pipelines.formats.tfrecord import encode_example, frame
 
-FLAGS = ["--samples", "4", "--size", "16", "--rounds", "2", "--batch-size", "2"]
+FLAGS = ["--samples", "3", "--steps", "2", "--size", "32", "--rounds", "2", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
 
 
 def test_every_contestant_is_measured_and_the_result_is_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, out = tmp_path / "data", tmp_path / "out"
-    results = io_bench.main([*FLAGS, "--data-dir", str(data), "--output", str(out)])
-    assert results.keys() == {*FORMATS, io_bench.FLOOR, io_bench.PLAIN}
-    for result in results.values():
-        figures = result.figures
-        assert figures.cpu_ms.p10 > 0
-        assert figures.samples_per_s.p10 <= figures.samples_per_s.median <= figures.samples_per_s.p90
-        assert figures.bytes_per_s.median == pytest.approx(8 * 16**3 * figures.samples_per_s.median)
-    assert results[io_bench.FLOOR].cpu_of_floor == harness.Spread(1.0, 1.0, 1.0)
-    assert results[io_bench.PLAIN].speed_of_plain == harness.Spread(1.0, 1.0, 1.0)
+    flags = [*FLAGS, "--data-dir", str(data), "--storage", "cache,direct", "--output", str(tmp_path)]
+    settings = io_bench.main(flags)
+    assert list(settings) == ["batch 2, 2 threads, page cache", "batch 2, 2 threads, O_DIRECT"]
     table = capsys.readouterr().out
-    assert all(name in table for name in results)
-    (path,) = out.iterdir()
+    for results in settings.values():
+        limits = {f"limit of {form}" for form in FORMATS}
+        assert results.keys() == {*FORMATS, io_bench.FLOOR, io_bench.NPY_PLAIN, io_bench.GZIP_PLAIN} | limits
+        for name, result in results.items():
+            figures = result.figures
+            assert figures.cpu_ms.p10 > 0 and name in table
+            assert figures.samples_per_s.p10 <= figures.samples_per_s.median <= figures.samples_per_s.p90
+            assert figures.bytes_per_s.median == pytest.approx(8 * 32**3 * figures.samples_per_s.median)
+            assert 0 < figures.latency_ms[0] <= figures.latency_ms[1] <= figures.latency_ms[2]
+            assert (result.memory > 0) == (name in FORMATS)
+        assert results[io_bench.FLOOR].cpu_of_floor == harness.Spread(1.0, 1.0, 1.0)
+        assert results["npy"].plain == io_bench.NPY_PLAIN and results["packed"].plain == io_bench.GZIP_PLAIN
+        for name in (io_bench.NPY_PLAIN, io_bench.GZIP_PLAIN):
+            assert results[name].speed_of_plain == harness.Spread(1.0, 1.0, 1.0)
+        assert results["limit of packed"].cpu_of_limit == harness.Spread(1.0, 1.0, 1.0)
+        assert results["packed"].bytes_read < results["tfrecord_gzip"].bytes_read < 8 * 32**3
+        assert results["npy"].bytes_read == 8 * 32**3 + 128 + 144
+    (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
-    assert record["results"].keys() == results.keys() | {"bars"}
-    assert record["results"]["npy"]["figures"]["cpu_ms"]["median"] == results["npy"].figures.cpu_ms.median
-    assert record["options"]["size"] == 16 and str(tmp_path) not in path.read_text()
+    assert record["results"].keys() == settings.keys() | {"bars"}
+    kept = record["results"]["batch 2, 2 threads, page cache"]["npy"]["figures"]["cpu_ms"]["median"]
+    assert kept == next(iter(settings.values()))["npy"].figures.cpu_ms.median
+    assert record["options"]["size"] == 32 and str(tmp_path) not in path.read_text()
     assert record["hardware"]["cores"] >= 1 and "torch" in record["versions"]
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_all_contestants_deliver_the_same_logarithms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    splits = io_bench.make_splits(tmp_path, list(FORMATS), samples=3, size=16)
-    expected = [np.log1p(io_bench.synthetic_sample(index, 16).counts.astype(float)) for index in range(3)]
+def test_all_contestants_deliver_the_same_logarithms(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = samples.make_splits(data, list(FORMATS), samples=3, size=32)
+    expected = [np.log1p(samples.simulated(index, 32).counts.astype(float)) for index in range(3)]
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(io_bench, "touch", lambda volume: seen.append(volume.clone()))
+    monkeypatch.setattr(contestants, "touch", lambda volume: seen.append(volume.clone()))
 
     def check(batches: Iterator[int]) -> None:
         seen.clear()
         assert list(itertools.islice(batches, 3)) == [1, 1, 1]
-        for index, volume in zip(io_bench.planned(splits["npy"], 1, epoch=0), seen, strict=True):
-            assert volume.shape == (1, 4, 16, 16, 16) and volume.dtype == torch.float32
+        for index, volume in zip(contestants.planned(splits["npy"], 1, epoch=0), seen, strict=True):
+            assert volume.shape == (1, 4, 32, 32, 32) and volume.dtype == torch.float32
             assert volume.is_contiguous(memory_format=torch.channels_last_3d)
             np.testing.assert_allclose(volume[0].permute(1, 2, 3, 0), expected[index], rtol=1e-6)
 
-    check(io_bench.plain_loader(splits["npy"], 1))
-    check(io_bench.dali_numpy(splits["npy"], 1, threads=2))
+    published = splits["tfrecord_gzip"]
+    check(contestants.plain_loader(contestants.PlainNpy(splits["npy"]), splits["npy"], 1))
+    check(contestants.plain_loader(contestants.PlainGzip(published), published, 1))
+    check(contestants.dali_numpy(splits["npy"], 1, threads=2))
     for split in splits.values():
-        with io_bench.ours(split, 1, threads=2) as batches:
-            check(batches)
+        for direct in (False, True):
+            with contestants.ours(split, LoaderConfig(direct_io=direct)) as batches:
+                check(batches)
 
 
-def test_counts_are_the_same_every_time_and_look_like_the_published_ones() -> None:
-    counts = io_bench.synthetic_sample(7, 32).counts
-    np.testing.assert_array_equal(counts, io_bench.synthetic_sample(7, 32).counts)
-    assert counts.shape == (32, 32, 32, 4) and counts.dtype == np.int16
-    np.testing.assert_allclose(counts.mean(axis=(0, 1, 2)), 1.0, atol=0.05)
-    empty = (counts == 0).mean(axis=(0, 1, 2))
-    assert empty[0] == pytest.approx(0.55, abs=0.02) and (np.diff(empty) < 0).all()
+def test_samples_are_the_same_every_time_and_compressed_as_published() -> None:
+    sample = samples.simulated(1, 32)
+    samples.simulated.cache_clear()
+    np.testing.assert_array_equal(samples.simulated(1, 32).counts, sample.counts)
+    assert not np.array_equal(samples.simulated(2, 32).counts, sample.counts)
+    np.testing.assert_allclose(sample.counts.mean(axis=(0, 1, 2)), 1.0, rtol=1e-6)
+    assert gzip.decompress(samples.compressed(sample)) == frame(encode_example(sample))
+
+
+@pytest.mark.parametrize("accelerators", [1, 2])
+def test_utilisation_is_that_of_accelerators_that_compute_for_so_long(
+    accelerators: int, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*FLAGS, "--data-dir", str(data), "--formats", "packed", "--accelerators", str(accelerators)]
+    ((_, results),) = io_bench.main([*flags, "--emulate", "0.02"]).items()
+    found = results["packed"]
+    # 40 ms for a batch of two tiny samples: they are there in time, and no one is busier than always.
+    assert len(found.each) == accelerators and all(0.5 < busy <= 1.0 for busy in found.each)
+    assert found.samples_per_s <= accelerators * 50
+    assert "passes at 70%" in capsys.readouterr().out
+    ((_, results),) = io_bench.main([*flags, "--emulate", "0.00001"]).items()
+    assert results["packed"].mean < 0.5
 
 
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
         (["--formats", "npy,zip"], "'zip' is none of"),
-        (["--samples", "2", "--batch-size", "4"], "do not fill one batch"),
+        (["--samples", "2", "--batch-size", "1,4"], "do not fill one batch of 4"),
         (["--rounds", "0"], "0 is below 1"),
+        (["--storage", "tape"], "'tape' is none of cache, direct"),
+        (["--emulate", "-1"], "-1 seconds are no step"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

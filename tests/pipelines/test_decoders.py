@@ -22,6 +22,7 @@ from pipelines.packed import Packed, open_packed
 from pipelines.packing import encode
 from pipelines.plan import Shard
 from pipelines.sample import Batch, Sample
+from pipelines.shards import write_shard
 from pipelines.transforms import LOGS, transform
 
 
@@ -93,9 +94,10 @@ def test_the_graph_can_be_defined_and_serialised_without_a_gpu(apply_log: bool) 
 def damaged(root: Path) -> Path:
     """A packed data set whose sample 3 has a row that is not in its table, with sound checksums."""
     write_tiny(root, train=6, validation=1, form="packed", size=2)
-    path = root / "train" / "universe_0003_000.packed"
-    path.write_bytes(packed_book.write(TABLE, [[0, 1, 2, 1], [2, 3, 0, 1]], size=2))
-    return path
+    content = packed_book.write(TABLE, [[0, 1, 2, 1], [2, 3, 0, 1]], size=2)
+    name = "universe_0003_000"
+    write_shard(root / "train" / f"{name}.tar", [(f"{name}.packed", [content])])
+    return root / "train" / f"{name}.tar" / f"{name}.packed"
 
 
 def loader(root: Path, device: str, **options: object) -> Loader:

@@ -210,8 +210,8 @@ def test_a_file_that_goes_bad_is_named_when_it_is_read(
 ) -> None:
     shutil.copytree(roots[form], tmp_path / "data")
     with loader(tmp_path / "data", shuffle=False, batch_size=1) as batches:
-        culprit = batches.split.path(7)
-        culprit.write_bytes(culprit.read_bytes()[:-10])
+        culprit = batches.split.files(7)[-1]
+        culprit.write_bytes(culprit.read_bytes()[: culprit.stat().st_size // 2])
         with pytest.raises(DataError, match=culprit.name):
             rows(batches.batches(0))
 

@@ -43,7 +43,7 @@ CONVERT = "preprocess.convert"
 
 def converted(source: Path, target: Path, to: str) -> Produced:
     """The samples in `source` as `to` in `target`, by this process alone."""
-    order, task = order_conversion(source, target, to)
+    order, task = order_conversion(source, target, to, a_shard=2)
     return produce(order, task, world=World(), workers=1, unit="sample")
 
 
@@ -67,11 +67,16 @@ def test_there_and_back_is_the_identity(
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as name:
         source, middle, back = (Path(name, folder) for folder in ("source", "middle", "back"))
-        source.mkdir()
+        # Shards of several samples have no other writer than the converter.
+        written = Path(name, "npy") if start == "packed" else source
+        written.mkdir()
         for index in range(samples):
             counts = rng.integers(0, most, (size, size, size, 4), dtype=np.int16, endpoint=True)
             sample = Sample(counts, rng.uniform(-1, 1, 4).astype(np.float32))
-            FORMATS[start].write(source, f"universe_{index:03d}", sample)
+            FORMATS["npy" if start == "packed" else start].write(written, f"universe_{index:03d}", sample)
+        if written != source:
+            converted(written, source, start)
+            (source / MANIFEST).unlink()
         before = content(source)
         assert converted(source, middle, via).made == samples
         assert converted(middle, back, start).made == samples
@@ -261,18 +266,19 @@ def test_a_source_that_vanishes_is_one_line(ranks: int, many: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_at_any_moment(many: Path, tmp_path: Path) -> None:
-    converted(many, tmp_path / "undisturbed", "npy")
-    undisturbed = content(tmp_path / "undisturbed")
-    chance, midway, target = random.Random(3), 0, tmp_path / "npy"
-    arguments = ["-i", many, "-o", target, "--to", "npy"]
+@pytest.mark.parametrize(("form", "pattern", "count"), [("npy", "*_data.npy", 60), ("packed", "*.tar", 20)])
+def test_killed_at_any_moment(form: str, pattern: str, count: int, many: Path, tmp_path: Path) -> None:
+    chance, midway, target = random.Random(3), 0, tmp_path / "target"
+    arguments = ["-i", many, "-o", target, "--to", form, "--samples-per-shard", 3]
+    assert program(CONVERT, *arguments).code == 0
+    undisturbed = content(target)
     for _ in range(20):
         shutil.rmtree(target, ignore_errors=True)
         line, quiet = command(CONVERT, arguments, ranks=3), subprocess.DEVNULL
         running = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=quiet, stderr=quiet)
         # From before the first file to behind the last, and somewhere between one file and the next.
-        files = chance.randrange(0, 61)
-        while len(list(target.glob("*_data.npy"))) < files and running.poll() is None:
+        files = chance.randrange(0, count + 1)
+        while len(list(target.glob(pattern))) < files and running.poll() is None:
             pass
         time.sleep(chance.uniform(0, 0.01))
         # mpirun and its ranks, or one of them, of which the others then hear.
@@ -284,7 +290,7 @@ def test_killed_at_any_moment(many: Path, tmp_path: Path) -> None:
         deadline = time.monotonic() + 30
         while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
             time.sleep(0.01)
-        midway += 0 < len(list(target.glob("*_data.npy"))) < 60
+        midway += 0 < len(list(target.glob(pattern))) < count
         done = program(CONVERT, *arguments)
         assert done.code == 0, done.err
         assert content(target) == undisturbed

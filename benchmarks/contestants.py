@@ -1,0 +1,177 @@
+"""Who takes part in the benchmark of the input stage: endless iterators, an item for each batch delivered.
+
+All deliver (B, 4, size, size, size) float32 logarithms in the same shuffled order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import itertools
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pipelines.config import LoaderConfig
+from pipelines.dataset import Split
+from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.loader import Loader
+from pipelines.plan import Shard, plan_epoch
+from pipelines.sample import Batch
+
+Item = tuple[torch.Tensor, npt.NDArray[np.float32]]
+
+
+def planned(split: Split, batch_size: int, epoch: int) -> list[int]:
+    """The samples of `epoch`, one batch behind the other, in the order that all contestants keep."""
+    plan = plan_epoch(len(split), global_batch=batch_size, seed=0, epoch=epoch, shuffle=True, ragged="drop")
+    return plan.ravel().tolist()
+
+
+def touch(volume: torch.Tensor) -> None:
+    """Look at a delivered volume (B, 4, D, H, W), so that none is delivered in name only."""
+    assert volume[0, 0, 0, 0, 0].item() >= 0.0
+
+
+@contextlib.contextmanager
+def loading(split: Split, config: LoaderConfig, device: str) -> Iterator[Iterator[Batch]]:
+    """The batches of the project's loader, epoch after epoch."""
+    loader = Loader(
+        split, config, shard=Shard(), seed=0, shuffle=True, ragged="drop", device=torch.device(device)
+    )
+    with contextlib.closing(loader):
+        yield itertools.chain.from_iterable(map(loader.batches, itertools.count()))
+
+
+@contextlib.contextmanager
+def ours(split: Split, config: LoaderConfig, device: str = "cpu") -> Iterator[Iterator[int]]:
+    """The project's loader, targets and all."""
+
+    def deliver(batches: Iterator[Batch]) -> Iterator[int]:
+        for batch in batches:
+            touch(batch.volume)
+            yield len(batch.volume)
+
+    with loading(split, config, device) as batches:
+        yield deliver(batches)
+
+
+def dali_numpy(split: Split, batch_size: int, threads: int) -> Generator[int, None, None]:
+    """DALI's own reader of the same .npy files, and the table of logarithms; without targets.
+
+    Its list of files is fixed, so it repeats the order of the first epoch.
+    """
+    from nvidia.dali import fn, pipeline_def, types
+
+    files = [str(split.path(index)) for index in planned(split, batch_size, epoch=0)]
+    keys = np.arange(2**15)
+
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=None,
+        prefetch_queue_depth=2,
+        exec_dynamic=False,
+    )
+    def samples() -> Any:
+        counts = fn.readers.numpy(files=files)
+        values = np.log1p(keys).astype(np.float32).tolist()
+        return fn.lookup_table(counts, keys=keys.tolist(), values=values, dtype=types.FLOAT)
+
+    pipeline = samples()
+    pipeline.build()
+    while True:
+        (output,) = pipeline.run()
+        touch(torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 4, 1, 2, 3))
+        yield batch_size
+
+
+class PlainNpy(Dataset[Item]):
+    """What a torch user would write first for .npy pairs."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> Item:
+        """Logarithms (D, H, W, 4) float32, and the target (4,) float32."""
+        label, data = self._split.files(index)
+        return torch.log1p(torch.from_numpy(np.load(data))), np.load(label)
+
+
+class PlainGzip(Dataset[Item]):
+    """What a torch user would write first for the published files, knowing where the counts are."""
+
+    def __init__(self, split: Split) -> None:
+        sample = split.read(0)
+        self._split, self._target = split, sample.target.copy()
+        self._start = frame(encode_example(sample)).index(sample.counts.tobytes())
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> Item:
+        """Logarithms (D, H, W, 4) float32, and some target (4,) float32: reading the right one costs more."""
+        content = gzip.decompress(self._split.path(index).read_bytes())
+        shape = self._split.spec.shape
+        counts = np.frombuffer(content, np.int16, int(np.prod(shape)), self._start).reshape(shape)
+        return torch.from_numpy(np.log1p(counts.astype(np.float32))), self._target
+
+
+def plain_loader(dataset: Dataset[Item], split: Split, batch_size: int) -> Generator[int, None, None]:
+    """A DataLoader of two workers, whose one epoch never ends: it too works ahead across epochs."""
+    order = itertools.chain.from_iterable(planned(split, batch_size, epoch) for epoch in itertools.count())
+    for volume, _ in DataLoader(dataset, batch_size, sampler=order, num_workers=2):
+        touch(volume.permute(0, 4, 1, 2, 3))
+        yield len(volume)
+
+
+def limit(split: Split, batch_size: int, threads: int) -> Generator[int, None, None]:
+    """The least that `split`'s bytes cost here: `threads` read each sample's, and copy a ready volume of it.
+
+    Reading is from the page cache into memory that is used again, copying a memcpy.
+    """
+    ready = torch.zeros(split.spec.shape)
+    buffers = itertools.cycle([torch.zeros(batch_size, *split.spec.shape) for _ in range(3)])
+    read = [np.zeros(bytes_read(split).max(), np.uint8) for _ in range(3 * batch_size)]
+    scratch = itertools.cycle(read)
+
+    def move(index: int, out: torch.Tensor, room: npt.NDArray[np.uint8]) -> None:
+        at = 0
+        for path in split.files(index):
+            offset = int(split.extents.offsets[index]) if split.extents else 0
+            length = int(split.extents.lengths[index]) if split.extents else path.stat().st_size
+            with open(path, "rb", buffering=0) as file:
+                file.seek(offset)
+                at += file.readinto(room[at : at + length].data)
+        np.copyto(out.numpy(), ready.numpy())
+
+    ahead: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
+    order = itertools.chain.from_iterable(planned(split, batch_size, epoch) for epoch in itertools.count())
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            while len(ahead) < 3:
+                out = next(buffers)
+                rows = zip(itertools.islice(order, batch_size), out, scratch, strict=False)
+                ahead.append((out, [pool.submit(move, *row) for row in rows]))
+            out, moved = ahead.popleft()
+            for future in moved:
+                future.result()
+            touch(out.permute(0, 4, 1, 2, 3))
+            yield batch_size
+
+
+def bytes_read(split: Split) -> npt.NDArray[np.int64]:
+    """Bytes of each sample's files, or of its member in a shard."""
+    if split.extents:
+        return split.extents.lengths
+    sizes = [sum(path.stat().st_size for path in split.files(index)) for index in range(len(split))]
+    return np.array(sizes, np.int64)

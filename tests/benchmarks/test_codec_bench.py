@@ -1,0 +1,35 @@
+"""The benchmark of codings: every candidate is lossless, and the packed format is one of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import write_tiny
+
+from benchmarks import codec_bench, samples
+from pipelines.packing import encode
+
+
+def test_every_candidate_is_measured_and_the_format_is_as_small_as_its_candidate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--samples", "2", "--size", "32", "--rounds", "1", "--output", str(tmp_path)]
+    results = codec_bench.main(flags)
+    table = capsys.readouterr().out
+    assert all(name in table for name in codec_bench.CANDIDATES)
+    assert results["counts, none"].ratio == pytest.approx(1.0)
+    for result in results.values():
+        assert result.total_ms >= result.inflate_ms and result.pack_ms > 0
+    packed = sum(len(b"".join(encode(samples.simulated(index, 32)))) for index in range(2))
+    # The header, the directory and the alignment come on top.
+    ratio = 2 * 8 * 32**3 / packed
+    assert ratio == pytest.approx(results["planes 64 KiB, lz4hc-9"].ratio, rel=0.02)
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["results"].keys() == results.keys()
+
+
+def test_it_takes_any_folder_of_samples(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path, train=1, validation=1, form="tfrecord_gzip", size=16)
+    assert codec_bench.main(["--data", str(data / "train"), "--rounds", "1"])["bytes, lz4"].ratio > 1

@@ -1,0 +1,165 @@
+"""Shards: tar files that tar, and DALI, read as we do."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_sample, write_tiny
+
+from pipelines.dataset import open_folder, open_split
+from pipelines.errors import AccessError, DataError
+from pipelines.shards import read_member, read_members, write_shard
+from preprocess.convert import convert
+
+CONTENTS = {
+    "universe_0000_000.packed": b"",
+    "universe_0001_000.packed": b"x",
+    "universe_0002_000.packed": bytes(range(256)) * 2,
+    "universe_0003_000.packed": bytes(range(256)) * 5 + b"end",
+}
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    path = tmp_path / "shard_000000.tar"
+    write_shard(path, ((name, [content[:1], content[1:]]) for name, content in CONTENTS.items()))
+    return path
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Eleven samples in four shards."""
+    source = write_tiny(tmp_path / "npy", train=11, validation=1)
+    assert convert(source / "train", tmp_path / "packed" / "train", "packed", workers=1, a_shard=3) == 0
+    return tmp_path / "packed"
+
+
+def test_tar_reads_it(shard: Path) -> None:
+    with tarfile.open(shard) as tar:
+        assert tar.getnames() == list(CONTENTS)
+        for member in tar:
+            file = tar.extractfile(member)
+            assert file is not None and file.read() == CONTENTS[member.name]
+    done = subprocess.run(["tar", "--list", "--file", shard], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == list(CONTENTS) and done.stderr == ""
+
+
+def test_the_index_is_that_of_dalis_own_tool(shard: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs.idx"
+    tool = Path(sys.executable).with_name("wds2idx")
+    subprocess.run([tool, shard, theirs], check=True, capture_output=True)
+    assert shard.with_suffix(".idx").read_text() == theirs.read_text()
+
+
+def test_dalis_own_reader_finds_the_samples(packed: Path) -> None:
+    from nvidia.dali import fn, pipeline_def
+
+    shards = sorted((packed / "train").glob("*.tar"))
+    assert len(shards) == 4
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
+    def members() -> object:
+        indices = [str(path.with_suffix(".idx")) for path in shards]
+        return fn.readers.webdataset(paths=list(map(str, shards)), index_paths=indices, ext=["packed"])
+
+    pipeline, split = members(), open_split(packed, "train")
+    pipeline.build()
+    for index in range(len(split)):
+        (output,) = pipeline.run()
+        assert np.asarray(output.at(0)).tobytes() == split.contents(index)[".packed"]
+
+
+def test_members_are_found_and_read_in_any_order(shard: Path) -> None:
+    members = list(read_members(shard))
+    assert [member.name for member in members] == list(CONTENTS)
+    random.Random(2).shuffle(members)
+    with ThreadPoolExecutor(4) as threads:
+        for direct in (False, True):
+            read = threads.map(lambda member: read_member(shard, *member, direct=direct), members)  # noqa: B023
+            assert list(read) == [CONTENTS[member.name] for member in members]
+
+
+def test_what_is_cut_off_is_refused(shard: Path) -> None:
+    whole, *_, last = shard.read_bytes(), *read_members(shard)
+    ends = [0, 1, 511, 512, 513, last.offset - 512, last.offset - 1, last.offset + last.bytes - 1]
+    for end in ends:
+        shard.write_bytes(whole[:end])
+        with pytest.raises(DataError, match=r"is no whole tar|is cut off") as raised:
+            read_members(shard)
+        assert raised.value.path == str(shard)
+        with pytest.raises(DataError, match="is cut off: the shard ends after"):
+            read_member(shard, *last, direct=True)
+
+
+def test_a_header_that_changed_is_refused(shard: Path) -> None:
+    whole = shard.read_bytes()
+    for at in (0, 130, 150, 512 + 99):
+        broken = bytearray(whole)
+        broken[at] ^= 1
+        shard.write_bytes(broken)
+        with pytest.raises(DataError, match="is no whole tar: at byte"):
+            read_members(shard)
+
+
+def test_what_is_not_there_or_cannot_be_held(tmp_path: Path) -> None:
+    with pytest.raises(AccessError, match="cannot be read"):
+        read_members(tmp_path / "none.tar")
+    with pytest.raises(AccessError, match="cannot be read"):
+        read_member(tmp_path / "none.tar", "a", 0, 1)
+    with pytest.raises(DataError, match="cannot hold a member named"):
+        write_shard(tmp_path / "a.tar", [("x" * 300, [b""])])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_members_that_fail_leave_no_shard(tmp_path: Path) -> None:
+    def contents() -> object:
+        yield "a.packed", [b"a"]
+        raise DataError(tmp_path, "fails", "so what")
+
+    with pytest.raises(DataError, match="so what"):
+        write_shard(tmp_path / "a.tar", contents())  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("gone", [[], ["manifest.jsonl"], ["manifest.jsonl", "files_data.lst"]])
+def test_a_folder_of_shards_is_read_with_and_without_its_manifest(gone: list[str], packed: Path) -> None:
+    for name in gone:
+        (packed / "train" / name).unlink()
+    split = open_split(packed, "train")
+    assert [split.stem(index) for index in range(len(split))] == [
+        f"universe_{index:04d}_000" for index in range(11)
+    ]
+    assert split.units == [f"shard_{index:06d}" for index in range(4)]
+    for index in random.Random(1).sample(range(11), 11):
+        np.testing.assert_array_equal(split.read(index).counts, tiny_sample(index).counts)
+        assert split.payload(index).target.tolist() == tiny_sample(index).target.tolist()
+
+
+def test_what_is_no_shard_of_samples_is_named(packed: Path, tmp_path: Path) -> None:
+    for name in ("manifest.jsonl", "files_data.lst"):
+        (packed / "train" / name).unlink()
+    other = packed / "train" / "shard_000002.tar"
+    write_shard(other, [("readme.txt", [b"nothing here"])])
+    with pytest.raises(DataError, match="holds no samples; expected a tar of") as raised:
+        open_split(packed, "train")
+    assert raised.value.path == str(other)
+
+
+def test_a_manifest_that_is_wrong_about_a_shard_is_noticed(packed: Path) -> None:
+    open_split(packed, "train").read(4)
+    path = packed / "train" / "shard_000001.tar"
+    one, two, three = read_members(path)
+    content = {member.name: read_member(path, *member) for member in (one, two, three)}
+    # The same samples, but elsewhere: who goes by the old manifest reads the wrong bytes.
+    write_shard(path, [(name, [content[name]]) for name in (three.name, two.name, one.name)])
+    fresh = open_folder(packed / "train")
+    assert one.bytes != three.bytes
+    with pytest.raises(DataError, match=f"{path.name}/{two.name}"):
+        fresh.read(4)
