@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import subprocess
 import sys
 import tarfile
@@ -11,10 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import tiny_sample, write_tiny
 
+from pipelines.config import LoaderConfig
 from pipelines.dataset import open_folder, open_split
 from pipelines.errors import AccessError, DataError
+from pipelines.loader import Loader
+from pipelines.packing import encode
+from pipelines.plan import Shard
 from pipelines.shards import read_member, read_members, write_shard
 from preprocess.convert import convert
 
@@ -163,3 +169,34 @@ def test_a_manifest_that_is_wrong_about_a_shard_is_noticed(packed: Path) -> None
     assert one.bytes != three.bytes
     with pytest.raises(DataError, match=f"{path.name}/{two.name}"):
         fresh.read(4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_epoch_of_many_small_samples_holds_memory_flat(tmp_path: Path) -> None:
+    samples, shards = 200_000, 100
+    content = [b"".join(encode(tiny_sample(index, 4))) for index in range(50)]
+    (tmp_path / "train").mkdir()
+    for shard in range(shards):
+        names = (f"universe_{shard:03d}_{index:05d}.packed" for index in range(samples // shards))
+        members = ((name, [content[index % 50]]) for index, name in enumerate(names))
+        write_shard(tmp_path / "train" / f"shard_{shard:06d}.tar", members)
+    loader = Loader(
+        open_split(tmp_path, "train"),
+        LoaderConfig(batch_size=64),
+        shard=Shard(),
+        seed=1,
+        shuffle=True,
+        ragged="drop",
+        device=torch.device("cpu"),
+    )
+    held: list[int] = []
+    for step, batch in enumerate(loader.batches(0)):
+        assert len(batch.index) == 64
+        if step % 100 == 0:
+            # Pages that are resident; proc_pid_statm(5).
+            held.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    loader.close()
+    assert len(held) == samples // 64 // 100 + 1
+    # After a tenth of the epoch, less than ten megabytes more: 50 bytes a sample.
+    assert max(held[3:]) - held[3] < 10_000_000
