@@ -12,30 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import OPEN, ROOT, Done, command, config_file, environment, program, write_tiny
-
-from cosmoflow_dali.checkpoint import Checkpoint
+from left_behind import metrics, same_weights
 
 TRAIN = "cosmoflow_dali.train"
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint.newest(run / "checkpoints")
-    assert checkpoint is not None
-    return checkpoint.model
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock decides."""
-    clocked = ("samples_per_s", "data_wait_ms", "step_ms")
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in lines]
 
 
 def mlperf_keys(run: Path) -> list[str]:
