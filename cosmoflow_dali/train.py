@@ -9,7 +9,6 @@ SIGUSR1 has stopped it behind a checkpoint: run it again with --resume.
 from __future__ import annotations
 
 import secrets
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -207,4 +206,4 @@ def _stage(setup: Setup, config: StageConfig, world: World, logs: RunLogs, conso
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    World.detect().leave(main())

@@ -167,6 +167,16 @@ class World:
         # Left out on an error on purpose: there the peers may be gone, and waiting for them hangs.
         dist.destroy_process_group()
 
+    def leave(self, status: int) -> NoReturn:
+        """End this process with `status`, once all else is done."""
+        if self.size == 1:
+            sys.exit(status)
+        # Where ranks have met, gloo's threads are still there: they outlive even destroy_process_group.
+        # One that lets go of a tensor while the interpreter tidies up aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
     def on_root(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; a UserError there is raised on every rank."""
         if self.size == 1:
@@ -242,27 +252,16 @@ def report_errors(world: World) -> Iterator[None]:
         else:
             # A launcher ends all ranks when the first one fails: let rank 0 be heard before.
             time.sleep(_GRACE_SECONDS)
-        _leave(world)
+        world.leave(1)
     except OSError as error:
         # A file system that has gone, a right that was taken away: it says which file.
         print(f"error: {RankError(world, UserError(str(error)))}", file=sys.stderr, flush=True)
-        _leave(world)
+        world.leave(1)
     except RuntimeError as error:
         if world.size == 1 or not _lost_contact(error):
             raise
         print(f"rank {world.rank} of {world.size}: another rank has gone; leaving", file=sys.stderr)
-        _leave(world)
-
-
-def _leave(world: World) -> NoReturn:
-    """End this process with status 1."""
-    if world.size == 1:
-        sys.exit(1)
-    # The process group still stands, since to take it down means to wait for others who may be gone;
-    # were the interpreter to tidy up around its threads, they would now and then abort the process.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+        world.leave(1)
 
 
 def _lost_contact(error: BaseException) -> bool:

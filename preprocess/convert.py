@@ -12,11 +12,11 @@ and made from the same file is not made again.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.dataset import open_folder
+from pipelines.dist import World
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats import FORMATS
 from pipelines.formats.packed import PackedFormat
@@ -120,4 +120,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    World.detect().leave(main())

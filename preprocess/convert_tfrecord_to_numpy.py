@@ -5,9 +5,9 @@ python -m preprocess.convert_tfrecord_to_numpy -i <data_dir>/train -o <destinati
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+from pipelines.dist import World
 from preprocess.convert import convert_as_original
 
 
@@ -17,4 +17,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    World.detect().leave(main())

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.dist import World
 from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.plan import derive_seed
 from pipelines.sample import SampleSpec
@@ -110,4 +110,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    World.detect().leave(main())

@@ -146,3 +146,32 @@ with report_errors(world), world.connected(torch.device("cpu")):
     assert done.code != 0
     assert done.err.count("rank 1 of 3: the disk is on fire") == 1
     assert "Traceback" not in done.err
+
+
+def test_a_collective_that_ends_late_does_not_abort_a_rank_that_leaves() -> None:
+    # Rank 0 is late, so that rank 1's gloo lets go of its tensors while rank 1 is on its way out.
+    program = """
+import atexit, ctypes, time
+# The last thing before an interpreter tidies up, if it does: two seconds without a turn for other threads.
+atexit.register(ctypes.PyDLL(None).sleep, 2)
+import torch
+import torch.distributed as dist
+from pipelines.dist import World
+
+world = World.detect()
+with world.connected(torch.device("cpu")):
+    dist.barrier()
+    if world.rank == 0:
+        time.sleep(0.5)
+    mine, parts = torch.ones(1), [torch.zeros(1) for _ in range(2)]
+    for tensor in (mine, *parts):
+        # Gives the storage an object of Python's, as gathering objects does.
+        tensor.untyped_storage()
+    dist.all_gather(parts, mine, async_op=True)
+    del mine, parts, tensor
+    if world.rank == 0:
+        time.sleep(3)
+    world.leave(0)
+"""
+    done = run([*mpirun(2), sys.executable, "-c", program])
+    assert done.code == 0, done.err
