@@ -13,7 +13,7 @@ class LoaderConfig:
     """How samples are loaded.
 
     batch_size: samples a step on each rank.
-    threads: that read files, and as many again that decode.
+    threads: that read files, and decode packed samples on a host; DALI has as many again.
     prefetch: batches that are decoded ahead of the one in use.
     apply_log: give the network log(count + 1); without it, the counts divided by their mean.
     direct_io: read files past the page cache, where the file system lets it: for data sets that do

@@ -7,10 +7,10 @@ DALI on a GPU, and by threads of the host where there is none, which DALI has no
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 
 from pipelines.config import LoaderConfig
 from pipelines.dataset import Split
+from pipelines.footprint import READ_AHEAD, host_ahead
 from pipelines.formats import Payload
 from pipelines.formats.packed import PackedFormat
 from pipelines.graph import build_counts_graph, define_packed_graph
@@ -29,9 +30,23 @@ from pipelines.transforms import LOGS
 Source = Callable[[], Sequence[Payload]]
 """Hands out the next batch of payloads."""
 
+Finish = Callable[[Payload], object]
+"""What a reader thread is to do with a payload that it has read."""
+
 
 class Decoder(Protocol):
-    """What the loader asks for volumes."""
+    """What the loader asks for volumes.
+
+    ahead: batches that are to be read before it asks for them.
+    """
+
+    ahead: int
+
+    def admit(self) -> Sequence[Finish]:
+        """For a batch that is about to be read: what is to be done with each of its payloads."""
+
+    def forget(self) -> None:
+        """Batches that were admitted are not to come: nobody works on them any more."""
 
     def run(self, into: torch.Tensor | None) -> torch.Tensor:
         """The next batch, (B, C, D, H, W) in channels-last memory; with `into`, there.
@@ -40,13 +55,31 @@ class Decoder(Protocol):
         """
 
     def close(self) -> None:
-        """End its threads and free its buffers."""
+        """Free its buffers."""
 
 
-class CountsDecoder:
+class _DaliDecoder:
+    """What has a pipeline of DALI, which asks for payloads itself and does everything with them."""
+
+    ahead = READ_AHEAD
+
+    def __init__(self, config: LoaderConfig) -> None:
+        self._nothing: Sequence[Finish] = [lambda payload: None] * config.batch_size
+
+    def admit(self) -> Sequence[Finish]:
+        """See `Decoder`."""
+        return self._nothing
+
+    def forget(self) -> None:
+        """See `Decoder`."""
+
+
+class CountsDecoder(_DaliDecoder):
     """Counts through DALI's graph, on the CPU or on a GPU."""
 
     def __init__(self, source: Source, config: LoaderConfig, device: torch.device) -> None:
+        super().__init__(config)
+
         def counts() -> list[npt.NDArray[np.int16]]:
             return [payload.counts for payload in source()]  # type: ignore[union-attr]
 
@@ -78,38 +111,42 @@ class CountsDecoder:
 
 
 class HostDecoder:
-    """Packed samples on the host: threads inflate them and look their logarithms up, into buffers used again.
+    """Packed samples on the host: the thread that reads one inflates it and looks its logarithms up.
 
-    The buffers are prefetch + 1 batches of volumes, which is most of the memory that a loader of
-    packed samples has.
+    To hand a sample over to another thread would cost a tenth of what is done with it. The buffers,
+    which are used again, are most of the memory that a loader of packed samples has.
     """
 
     def __init__(self, source: Source, spec: SampleSpec, config: LoaderConfig) -> None:
-        self._source, self._prefetch, self._apply_log = source, config.prefetch, config.apply_log
-        buffers = [torch.empty(config.batch_size, *spec.shape) for _ in range(config.prefetch + 1)]
+        self.ahead = host_ahead(config)
+        self._source, self._apply_log = source, config.apply_log
+        buffers = [torch.empty(config.batch_size, *spec.shape) for _ in range(self.ahead + 1)]
         # Torch gives way to other threads in every call, so that those made here cost nothing later.
         self._buffers = itertools.cycle(
             [(buffer.numpy(), buffer.permute(0, 4, 1, 2, 3)) for buffer in buffers]
         )
-        self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="decoder")
-        self._ahead: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
+        self._admitted: deque[torch.Tensor] = deque()
+
+    def admit(self) -> Sequence[Finish]:
+        """See `Decoder`."""
+        # The oldest buffer is the one that was handed out last time, and is free now.
+        buffer, volume = next(self._buffers)
+        self._admitted.append(volume)
+        return [functools.partial(self._decode, out=out) for out in buffer]
+
+    def forget(self) -> None:
+        """See `Decoder`."""
+        self._admitted.clear()
 
     def run(self, into: torch.Tensor | None) -> torch.Tensor:
         """See `Decoder`."""
-        # The oldest buffer is the one that was handed out last time, and is free now.
-        while len(self._ahead) <= self._prefetch:
-            buffer, volume = next(self._buffers)
-            rows = zip(self._source(), buffer, strict=True)
-            self._ahead.append((volume, [self._threads.submit(self._decode, *row) for row in rows]))
-        volume, decoded = self._ahead.popleft()
-        for row in decoded:
-            row.result()
+        self._source()
+        volume = self._admitted.popleft()
         return volume if into is None else into.copy_(volume)
 
     def close(self) -> None:
         """See `Decoder`."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        self._ahead.clear()
+        self._admitted.clear()
 
     def _decode(self, payload: Payload, out: npt.NDArray[np.float32]) -> None:
         """Write the volume (D, H, W, C) of `payload` into `out`."""
@@ -121,10 +158,11 @@ class HostDecoder:
             out /= out.mean(dtype=np.float64).astype(np.float32)
 
 
-class DeviceDecoder:
+class DeviceDecoder(_DaliDecoder):
     """Packed samples on a GPU: DALI inflates them there, and torch gathers each voxel's values."""
 
     def __init__(self, source: Source, spec: SampleSpec, config: LoaderConfig, device: torch.device) -> None:
+        super().__init__(config)
         self._source, self._apply_log = source, config.apply_log
         self._fence = _Fence(device)
         self._volume = torch.empty(config.batch_size, *spec.shape, device=device).permute(0, 4, 1, 2, 3)

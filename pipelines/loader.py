@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,7 @@ import torch
 
 from pipelines.config import LoaderConfig
 from pipelines.dataset import Split
-from pipelines.decoders import make_decoder
-from pipelines.footprint import READ_AHEAD
+from pipelines.decoders import Finish, make_decoder
 from pipelines.formats import Payload
 from pipelines.plan import Indices, Ragged, Shard, plan_epoch
 from pipelines.reader import Reader
@@ -98,7 +97,7 @@ class Loader:
         """
         if (epoch, first_step) != self._next:
             self._stream = self._steps_from(epoch, first_step)
-            self._reading.clear()
+            self._drop_reading()
         for step in range(first_step, self._steps):
             self._next = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
             yield self._batch(epoch, step, into)
@@ -113,6 +112,12 @@ class Loader:
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._decoder.close()
 
+    def _drop_reading(self) -> None:
+        """Have nothing on its way any more."""
+        wait([payload for planned in self._reading for payload in planned.payloads if not payload.cancel()])
+        self._reading.clear()
+        self._decoder.forget()
+
     def _steps_from(self, epoch: int, step: int) -> Iterator[tuple[int, int, Indices]]:
         """(epoch, step, this shard's samples) from there on, without end."""
         while True:
@@ -123,14 +128,21 @@ class Loader:
 
     def _feed(self) -> list[Payload]:
         """The next batch of payloads for the decoder, which calls this whenever it has room."""
-        while len(self._reading) <= READ_AHEAD:
+        while len(self._reading) <= self._decoder.ahead:
             epoch, step, index = next(self._stream)
-            # A row that only fills the batch up reads the first sample.
-            payloads = [self._readers.submit(self._reader.payload, max(i, 0)) for i in index.tolist()]
+            rows = zip(index.tolist(), self._decoder.admit(), strict=True)
+            payloads = [self._readers.submit(self._read, *row) for row in rows]
             self._reading.append(_Planned(epoch, step, index, payloads))
         planned = self._reading.popleft()
         self._running.append(planned)
         return [payload.result()[1] for payload in planned.payloads]
+
+    def _read(self, index: int, finish: Finish) -> tuple[int, Payload]:
+        """In a reader thread: which sample was read for `index`, and its payload."""
+        # A row that only fills the batch up reads the first sample.
+        read, payload = self._reader.payload(max(index, 0))
+        finish(payload)
+        return read, payload
 
     def _batch(self, epoch: int, step: int, into: Batch | None) -> Batch:
         """The output for `step` of `epoch`; what was in flight for an earlier position is passed over."""

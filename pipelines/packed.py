@@ -25,12 +25,18 @@ from pipelines.sample import SampleSpec, check_target
 
 VERSION = 1
 MAGIC = b"CFPACKED"
-HEADER = struct.Struct("<8s7I4fI")
+HEADER = struct.Struct("<8s7I4fII4x")
+CHECKED = 56
+"""Where the CRC of the header stands, and so where what it covers is interrupted."""
+
 ENTRY = np.dtype([("bytes", "<u4"), ("crc32c", "<u4")])
 ALIGN = 16
 _PLANES = 4
 _MOST = 255
 """LZ4 makes at most so many bytes of one, so that what a header asks for is bounded by what is there."""
+
+TOGETHER = 1 << 18
+"""Voxels that are decoded at a time: few enough for a cache, and enough that Python costs little."""
 
 _REMEDY = "convert the sample again"
 _Length = TypeVar("_Length", int, npt.NDArray[np.int64])
@@ -46,6 +52,7 @@ class Packed:
     planes: bytes of a row's number.
     table: (rows, C) int16, the different voxels.
     target: (4,) float32.
+    crc: the CRC-32C of all chunks, one behind the other.
     starts, sizes, crcs: (chunks, planes) int64, of each LZ4 block: where it starts in `content`, its
         length without padding, and the CRC-32C of it with padding.
     """
@@ -57,6 +64,7 @@ class Packed:
     planes: int
     table: npt.NDArray[np.int16]
     target: npt.NDArray[np.float32]
+    crc: int
     starts: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
     crcs: npt.NDArray[np.int64]
@@ -75,29 +83,41 @@ class Packed:
         # A voxel's values as one item: numpy copies it in one piece.
         item = np.dtype((np.void, values.dtype.itemsize * values.shape[1]))
         voxels, items = out.reshape(-1).view(item), values.view(item)[:, 0]
-        for chunk in range(len(self.starts)):
-            rows = self._rows(chunk)
+        together = max(1, TOGETHER // self.voxels)
+        for first in range(0, len(self.starts), together):
+            chunks = range(first, min(first + together, len(self.starts)))
+            rows = self._rows(chunks)
+            part = voxels[first * self.voxels :][: len(rows)]
             # Every row is within the table, and "wrap" is a mode that needs no buffer.
-            np.take(items, rows, out=voxels[chunk * self.voxels : (chunk + 1) * self.voxels], mode="wrap")
+            np.take(items, rows, out=part, mode="wrap")
 
-    def _rows(self, chunk: int) -> npt.NDArray[np.int64]:
-        """The row of each voxel of `chunk`, in this thread's scratch memory."""
-        narrow, shifted, wide = _scratch(self.voxels, np.dtype(np.uint16 if self.planes <= 2 else np.uint32))
+    def _rows(self, chunks: range) -> npt.NDArray[np.int64]:
+        """The row of each voxel of `chunks`, in this thread's scratch memory."""
+        dtype = np.dtype(np.uint16 if self.planes <= 2 else np.uint32)
+        narrow, shifted, wide = _scratch(len(chunks) * self.voxels, dtype)
         for plane in range(self.planes):
-            block = np.frombuffer(self._plane(chunk, plane), np.uint8)
+            found = b"".join([self._plane(chunk, plane) for chunk in chunks])
+            block = np.frombuffer(found, np.uint8)
             if plane:
-                narrow |= np.left_shift(block, 8 * plane, out=shifted, dtype=shifted.dtype)
+                narrow |= np.left_shift(block, 8 * plane, out=shifted, dtype=dtype)
             else:
                 np.copyto(narrow, block)
         highest = int(narrow.max())
         if highest >= len(self.table):
+            chunk = chunks[int(narrow.argmax()) // self.voxels]
             fault = f"chunk {chunk} has the row {highest} of a table of {len(self.table)}"
             raise DataError(self.path, fault, _REMEDY)
         np.copyto(wide, narrow)
         return wide
 
     def check(self) -> None:
-        """DataError unless every chunk is as it was written: by their checksums, without inflating."""
+        """DataError unless all chunks are as they were written: by their checksum, without inflating."""
+        if crc32c.crc32c(self.content[int(self.starts[0, 0]) :]) != self.crc:
+            self.check_each()
+            raise DataError(self.path, "the CRC of its chunks is wrong", _REMEDY)
+
+    def check_each(self) -> None:
+        """The same by each chunk's own checksums, of which none need be missing."""
         for chunk, plane in np.ndindex(self.crcs.shape):
             start, end = self.extent(chunk, plane)
             if crc32c.crc32c(self.content[start:end]) != self.crcs[chunk, plane]:
@@ -130,8 +150,8 @@ def open_packed(
     if len(view) < header.beginning:
         fault = f"is cut off: {len(view)} bytes, and its chunks start at {header.beginning}"
         raise DataError(path, fault, _REMEDY)
-    checked = crc32c.crc32c(view[: HEADER.size - 4])
-    if crc32c.crc32c(view[HEADER.size : header.beginning], checked) != header.crc32c:
+    checked = crc32c.crc32c(view[:CHECKED])
+    if crc32c.crc32c(view[CHECKED + 4 : header.beginning], checked) != header.crc:
         raise DataError(path, "the CRC of its header is wrong", _REMEDY)
     entries = np.frombuffer(view, ENTRY, header.blocks, HEADER.size).reshape(-1, header.planes)
     sizes = entries["bytes"].astype(np.int64)
@@ -144,7 +164,19 @@ def open_packed(
     crcs = entries["crc32c"].astype(np.int64)
     table = _table(path, view, header)
     target = check_target(path, header.target)
-    return Packed(path, view, header.spec, header.slices, header.planes, table, target, starts, sizes, crcs)
+    return Packed(
+        path,
+        view,
+        header.spec,
+        header.slices,
+        header.planes,
+        table,
+        target,
+        header.crc_of_chunks,
+        starts,
+        sizes,
+        crcs,
+    )
 
 
 def read_slices(path: Path, first: int, stop: int, offset: int = 0) -> npt.NDArray[np.int16]:
@@ -172,7 +204,7 @@ def read_slices(path: Path, first: int, stop: int, offset: int = 0) -> npt.NDArr
             sizes=packed.sizes[chunks],
             crcs=packed.crcs[chunks],
         )
-    part.check()
+    part.check_each()
     counts = np.empty((len(part.starts) * header.slices, *header.spec.shape[1:]), np.int16)
     part.fill(counts, part.table)
     begin = chunks.start * header.slices
@@ -188,7 +220,8 @@ class Header(NamedTuple):
     rows: int
     table_bytes: int
     target: npt.NDArray[np.float32]
-    crc32c: int
+    crc_of_chunks: int
+    crc: int
 
     @property
     def blocks(self) -> int:
@@ -215,7 +248,8 @@ def read_header(path: Path, content: memoryview) -> Header:
         raise DataError(path, fault, f"this program reads version {VERSION}: convert the sample again")
     if len(content) < HEADER.size:
         raise DataError(path, f"is cut off after {len(content)} bytes", _REMEDY)
-    _, _, size, channels, slices, planes, rows, table_bytes, *target, crc = HEADER.unpack_from(content)
+    _, _, *numbers, of_chunks, crc = HEADER.unpack_from(content)
+    size, channels, slices, planes, rows, table_bytes, *target = numbers
     sound = (
         0 < size < 1 << 16
         and 0 < channels < 1 << 8
@@ -226,10 +260,9 @@ def read_header(path: Path, content: memoryview) -> Header:
         and rows * channels * 2 <= table_bytes * _MOST
     )
     if not sound:
-        numbers = f"{size}, {channels}, {slices}, {planes}, {rows}, {table_bytes}"
-        raise DataError(path, f"its header does not make sense ({numbers})", _REMEDY)
+        raise DataError(path, f"its header does not make sense ({numbers[:6]})", _REMEDY)
     found = np.array(target, np.float32)
-    return Header(SampleSpec(size, channels), slices, planes, rows, table_bytes, found, crc)
+    return Header(SampleSpec(size, channels), slices, planes, rows, table_bytes, found, of_chunks, crc)
 
 
 def _table(path: Path, content: memoryview, header: Header) -> npt.NDArray[np.int16]:

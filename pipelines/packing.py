@@ -10,7 +10,7 @@ import lz4.block
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.packed import ALIGN, ENTRY, HEADER, MAGIC, VERSION
+from pipelines.packed import ALIGN, CHECKED, ENTRY, HEADER, MAGIC, VERSION
 from pipelines.sample import Sample
 
 CHUNK_VOXELS = 65536
@@ -45,9 +45,10 @@ def encode(sample: Sample, *, level: int = LEVEL, slices: int | None = None) -> 
         [(len(block), crc32c.crc32c(whole)) for block, whole in zip(blocks, padded, strict=True)], ENTRY
     ).tobytes()
     fields = (MAGIC, VERSION, size, channels, slices, planes, len(table), len(packed_table))
-    header = HEADER.pack(*fields, *sample.target.tolist(), 0)[:-4]
-    rest = _pad(directory, len(header) + 4) + _pad(packed_table)
-    yield header + struct.pack("<I", crc32c.crc32c(rest, crc32c.crc32c(header))) + rest
+    header = HEADER.pack(*fields, *sample.target.tolist(), crc32c.crc32c(b"".join(padded)), 0)
+    rest = header[CHECKED + 4 :] + _pad(directory) + _pad(packed_table)
+    crc = crc32c.crc32c(rest, crc32c.crc32c(header[:CHECKED]))
+    yield header[:CHECKED] + struct.pack("<I", crc) + rest
     yield from padded
 
 
@@ -75,6 +76,6 @@ def _deflate(content: npt.NDArray[np.uint8], level: int) -> bytes:
     return bytes(lz4.block.compress(content.tobytes(), store_size=False, **mode))
 
 
-def _pad(content: bytes, start: int = 0) -> bytes:
-    """`content`, which begins at `start`, with zeros behind it to the next multiple of the alignment."""
-    return content + bytes(-(start + len(content)) % ALIGN)
+def _pad(content: bytes) -> bytes:
+    """`content` with zeros behind it to the next multiple of the alignment."""
+    return content + bytes(-len(content) % ALIGN)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +111,28 @@ def run(line: Sequence[str]) -> Done:
 def program(module: str, *arguments: object, ranks: int = 1) -> Done:
     """Run `python -m module arguments...` to its end, on `ranks` ranks."""
     return run(command(module, arguments, ranks))
+
+
+def started_by(pid: int) -> list[int]:
+    """The processes that `pid` has started, and theirs."""
+    text = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return [one for child in map(int, text.split()) for one in (child, *started_by(child))]
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Kill the processes `pids` (SIGKILL), those that are still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_until_gone(pids: Sequence[int], seconds: float = 30) -> None:
+    """Return once none of the processes `pids` is there; TimeoutError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"of the processes {pids} some are still there after {seconds} s")
+        time.sleep(0.01)
 
 
 def mounted(options: str, folder: Path, line: list[str]) -> list[str]:

@@ -59,14 +59,15 @@ def read(content: bytes) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]
     """(counts, target) of the packed sample `content`."""
     magic, version, n, c, s, p, r, t, *target = struct.unpack_from("<8s7I4f", content)
     assert (magic, version) == (b"CFPACKED", 1)
-    directory = np.frombuffer(content, "<u4", n // s * p * 2, 56).reshape(n // s, p, 2)
-    start = 56 + directory.nbytes
+    directory = np.frombuffer(content, "<u4", n // s * p * 2, 64).reshape(n // s, p, 2)
+    start = 64 + directory.nbytes
     start += -start % 16
     raw = np.frombuffer(lz4_inflate(content[start : start + t]), np.uint8).reshape(2, c, r).astype(np.int64)
     table = (raw[0] + 256 * raw[1]).T.astype(np.int16)
     start += t + -t % 16
-    covered = content[:52] + content[56:start]
-    assert struct.unpack_from("<I", content, 52)[0] == crc32c.crc32c(covered)
+    covered = content[:56] + content[60:start]
+    assert struct.unpack_from("<II", content, 52) == (crc32c.crc32c(content[start:]), crc32c.crc32c(covered))
+    assert content[60:64] == bytes(4)
     counts = np.empty((n // s, s * n * n, c), np.int16)
     for chunk in range(n // s):
         rows = np.zeros(s * n * n, np.int64)
@@ -100,9 +101,11 @@ def write(
     fields = (b"CFPACKED", version, size, 4, size // len(rows), 1, len(table), len(of_table))
     header = struct.pack("<8s7I4f", *fields, *target)
     directory = b"".join(struct.pack("<II", len(chunk), crc32c.crc32c(padded(chunk))) for chunk in chunks)
-    rest = padded(bytes(56) + directory)[56:] + padded(of_table)
+    behind = b"".join(map(padded, chunks))
+    header += struct.pack("<I", crc32c.crc32c(behind))
+    rest = bytes(4) + padded(directory) + padded(of_table)
     crc = struct.pack("<I", crc32c.crc32c(rest, crc32c.crc32c(header)))
-    return header + crc + rest + b"".join(map(padded, chunks))
+    return header + crc + rest + behind
 
 
 TABLE = [[0, 0, 0, 0], [1, 2, 3, 32767], [5, 6, 7, 8]]

@@ -177,7 +177,7 @@ def test_a_header_cannot_ask_for_more_memory_than_lz4_can_fill() -> None:
     # 40,000^3 voxels in one chunk of as many slices, and a checksum that says so.
     struct.pack_into("<I", content, 12, 40000)
     struct.pack_into("<I", content, 20, 40000)
-    end = 64 + len(packed_book.padded(packed_book.lz4_stored(bytes(24))))
-    struct.pack_into("<I", content, 52, crc32c.crc32c(bytes(content[:52] + content[56:end])))
+    end = 80 + len(packed_book.padded(packed_book.lz4_stored(bytes(24))))
+    struct.pack_into("<I", content, 56, crc32c.crc32c(bytes(content[:56] + content[60:end])))
     with pytest.raises(DataError, match="too short for what it should become"):
         read(bytes(content))

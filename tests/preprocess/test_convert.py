@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import random
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -21,10 +18,13 @@ from helpers import (
     can_mount,
     command,
     environment,
+    kill,
     mounted,
     program,
     run,
+    started_by,
     tiny_sample,
+    wait_until_gone,
     write_tiny,
 )
 from hypothesis import given, settings
@@ -282,22 +282,12 @@ def test_killed_at_any_moment(form: str, pattern: str, count: int, many: Path, t
             pass
         time.sleep(chance.uniform(0, 0.01))
         # mpirun and its ranks, or one of them, of which the others then hear.
-        processes = [running.pid, *_children(running.pid)]
-        for pid in chance.choice([processes, [chance.choice(processes)]]):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        processes = [running.pid, *started_by(running.pid)]
+        kill(chance.choice([processes, [chance.choice(processes)]]))
         running.wait(timeout=30)
-        deadline = time.monotonic() + 30
-        while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until_gone(processes)
         midway += 0 < len(list(target.glob(pattern))) < count
         done = program(CONVERT, *arguments)
         assert done.code == 0, done.err
         assert content(target) == undisturbed
     assert midway >= 10, f"only {midway} of 20 kills fell between the first file and the last"
-
-
-def _children(pid: int) -> list[int]:
-    """The processes that `pid` has started, and theirs."""
-    text = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-    return [one for child in map(int, text.split()) for one in (child, *_children(child))]
