@@ -36,7 +36,9 @@ def draw(results: Mapping[str, Mapping[str, Measured]], path: Path) -> None:
             medians = [spread.median for spread in spreads]
             errors = [[s.median - s.p10 for s in spreads], [s.p90 - s.median for s in spreads]]
             bars = axis.barh(names, medians, xerr=errors, color="#4878a8", ecolor="#808080")
-            axis.bar_label(bars, fmt=" %.3g", fontsize=8)
+            axis.bar_label(
+                bars, fmt=lambda value: f" {value:.0f}" if value >= 100 else f" {value:.3g}", fontsize=8
+            )
             axis.set_xlabel(label)
             axis.margins(x=0.15)
         axes[0].set_title(setting, loc="left", fontsize=10)

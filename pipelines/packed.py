@@ -25,7 +25,7 @@ from pipelines.sample import SampleSpec, check_target
 
 VERSION = 1
 MAGIC = b"CFPACKED"
-HEADER = struct.Struct("<8s7I4fII4x")
+HEADER = struct.Struct("<8s7I4fIII")
 CHECKED = 56
 """Where the CRC of the header stands, and so where what it covers is interrupted."""
 
@@ -248,7 +248,7 @@ def read_header(path: Path, content: memoryview) -> Header:
         raise DataError(path, fault, f"this program reads version {VERSION}: convert the sample again")
     if len(content) < HEADER.size:
         raise DataError(path, f"is cut off after {len(content)} bytes", _REMEDY)
-    _, _, *numbers, of_chunks, crc = HEADER.unpack_from(content)
+    _, _, *numbers, of_chunks, crc, rest = HEADER.unpack_from(content)
     size, channels, slices, planes, rows, table_bytes, *target = numbers
     sound = (
         0 < size < 1 << 16
@@ -258,6 +258,7 @@ def read_header(path: Path, content: memoryview) -> Header:
         and 0 < planes <= _PLANES
         and 0 < rows <= min(size**3, 1 << 8 * planes)
         and rows * channels * 2 <= table_bytes * _MOST
+        and rest == 0
     )
     if not sound:
         raise DataError(path, f"its header does not make sense ({numbers[:6]})", _REMEDY)

@@ -45,7 +45,7 @@ def encode(sample: Sample, *, level: int = LEVEL, slices: int | None = None) -> 
         [(len(block), crc32c.crc32c(whole)) for block, whole in zip(blocks, padded, strict=True)], ENTRY
     ).tobytes()
     fields = (MAGIC, VERSION, size, channels, slices, planes, len(table), len(packed_table))
-    header = HEADER.pack(*fields, *sample.target.tolist(), crc32c.crc32c(b"".join(padded)), 0)
+    header = HEADER.pack(*fields, *sample.target.tolist(), crc32c.crc32c(b"".join(padded)), 0, 0)
     rest = header[CHECKED + 4 :] + _pad(directory) + _pad(packed_table)
     crc = crc32c.crc32c(rest, crc32c.crc32c(header[:CHECKED]))
     yield header[:CHECKED] + struct.pack("<I", crc) + rest

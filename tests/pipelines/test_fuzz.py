@@ -1,7 +1,8 @@
 """Damaged files at random: the readers refuse them, or read what independent decoders read.
 
-The oracles are Python's gzip, numpy.load, and Google's protobuf with TensorFlow's message types.
-TFRecords get sound CRCs around damaged records, or the parser behind the CRC would see none.
+The oracles are Python's gzip, numpy.load, Google's protobuf with TensorFlow's message types, and
+`packed_book`. TFRecords and packed samples get sound CRCs around damage, or the parsers behind the
+CRCs would see none.
 FUZZ_SECONDS sets how long each kind of file is tried; 3 in `make test-all`.
 """
 
@@ -17,15 +18,20 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import crc32c
 import numpy as np
+import packed_book
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 from helpers import tiny_sample
 
 from pipelines.errors import DataError
 from pipelines.formats import FORMATS
+from pipelines.formats.packed import MEMBER
 from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.packing import encode
 from pipelines.sample import Sample
+from pipelines.shards import forget, write_shard
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
 
@@ -116,7 +122,8 @@ def fuzz(path: Path, write: Callable[[random.Random], Callable[[], Sample]]) -> 
     """Write files with `write` and read `path` until the time is up; how many were read, and refused."""
     chance, read, refused = random.Random(11), 0, 0
     deadline = time.monotonic() + SECONDS
-    form = next(FORMATS[name] for name in ("npy", "tfrecord") if path.name.endswith(FORMATS[name].suffix))
+    names = ("npy", "packed", "tfrecord")
+    form = next(FORMATS[name] for name in names if path.name.endswith(FORMATS[name].suffix))
     if "gzip" in path.name:
         form = FORMATS["tfrecord_gzip"]
     while time.monotonic() < deadline:
@@ -212,3 +219,38 @@ def test_npy_pairs(tmp_path: Path) -> None:
 
     read, refused = fuzz(path, write)
     assert read > 20 and refused > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_packed_samples_with_sound_checksums(tmp_path: Path) -> None:
+    whole, path = b"".join(encode(tiny_sample(1, size=4), slices=2)), tmp_path / "a.tar"
+
+    def write(chance: random.Random) -> Callable[[], Sample]:
+        content = with_checksums(mutated(whole, chance, near=160))
+        write_shard(path, [(f"a{MEMBER}", [content])])
+        forget()
+        return lambda: Sample(*packed_book.read(content))
+
+    read, refused = fuzz(path, write)
+    assert read > 20 and refused > 20
+
+
+def with_checksums(content: bytes) -> bytes:
+    """`content`, a packed sample, with whatever checksums its header leads one to expect."""
+    fixed = bytearray(content)
+    if len(content) < 64:
+        return content
+    size, _, slices, planes, _, table_bytes = struct.unpack_from("<6I", content, 12)
+    blocks = size // slices * planes if 0 < slices <= size < 1000 and planes < 5 else 0
+    if 64 + 8 * blocks > len(content):
+        return content
+    start = beginning = len(packed_book.padded(bytes(64 + 8 * blocks))) + -(-table_bytes // 16) * 16
+    for at in range(64, 64 + 8 * blocks, 8):
+        end = start + -(-int.from_bytes(content[at : at + 4], "little") // 16) * 16
+        struct.pack_into("<I", fixed, at + 4, crc32c.crc32c(content[start:end]))
+        start = end
+    struct.pack_into("<I", fixed, 52, crc32c.crc32c(content[beginning:]))
+    covered = bytes(fixed[:56]) + bytes(fixed[60:beginning])
+    struct.pack_into("<I", fixed, 56, crc32c.crc32c(covered))
+    return bytes(fixed)
