@@ -114,9 +114,12 @@ def program(module: str, *arguments: object, ranks: int = 1) -> Done:
 
 
 def started_by(pid: int) -> list[int]:
-    """The processes that `pid` has started, and theirs."""
-    text = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-    return [one for child in map(int, text.split()) for one in (child, *started_by(child))]
+    """The processes that `pid` has started, and theirs, as long as they are there."""
+    children: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            children += map(int, path.read_text().split())
+    return [one for child in children for one in (child, *started_by(child))]
 
 
 def kill(pids: Iterable[int]) -> None:

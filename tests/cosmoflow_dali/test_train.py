@@ -147,9 +147,10 @@ def test_kill_9_mid_epoch_and_resume_change_nothing(
     resume_to_the_end(run, config, undisturbed[network])
 
 
-def newest(run: Path) -> str:
-    """The name of the newest checkpoint of `run`, which tells its position; "" without one."""
-    return max((path.name for path in (run / "checkpoints").glob("epoch*.pt")), default="")
+def newest_epoch(run: Path) -> int:
+    """The epoch of the newest checkpoint of `run`, which its name tells; -1 without one."""
+    names = (path.name for path in (run / "checkpoints").glob("epoch*.pt"))
+    return max((int(name[5:10]) for name in names), default=-1)
 
 
 @pytest.mark.slow
@@ -159,14 +160,14 @@ def test_kill_9_at_ten_random_moments_changes_nothing(tiny: Path, tmp_path: Path
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert program(TRAIN, "--config", config, "--run-dir", whole).code == 0
     line = command(TRAIN, ["--config", config, "--run-dir", run, "--resume"])
-    for _ in range(10):
-        before, deadline = newest(run), time.monotonic() + 120
+    # Any moment of an epoch: between steps, in them, in an evaluation, in a write.
+    for epoch in sorted(rng.sample(range(58), 10)):
         process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-        # Once it has made some way, at any moment: between steps, in them, in an evaluation, in a write.
-        while newest(run) == before and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0.0, 0.6))
-        assert process.poll() is None, "the run is too short to be killed in"
+        deadline = time.monotonic() + 120
+        while newest_epoch(run) < epoch and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0.0, 0.05))
+        assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
         process.wait()
     resume_to_the_end(run, config, whole)
