@@ -18,11 +18,11 @@ from typing import Any, Literal, TypeAlias
 
 import yaml
 
+from cosmoflow_dali.engines import ComputeConfig
 from cosmoflow_dali.model import ReferenceConfig
 from cosmoflow_dali.networks import ModelConfig
 from cosmoflow_dali.optim import AdamConfig, SGDConfig
 from cosmoflow_dali.schedule import OneCycleConfig, StepDecayConfig
-from cosmoflow_dali.step import Precision
 from pipelines.config import LoaderConfig
 from pipelines.errors import ConfigError, DataError
 from preprocess.simulate import SimulateConfig
@@ -93,6 +93,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ReferenceConfig)
     optimizer: SGDConfig | AdamConfig = field(default_factory=SGDConfig)
     schedule: StepDecayConfig | OneCycleConfig = field(default_factory=StepDecayConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     log: LogConfig = field(default_factory=LogConfig)
     submission: SubmissionConfig = field(default_factory=SubmissionConfig)
     seed: int | None = None
@@ -102,7 +103,6 @@ class TrainConfig:
     target_mae: float | None = None
     baseline: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         if self.seed is not None and not 0 <= self.seed < 2**63:
@@ -118,6 +118,13 @@ class TrainConfig:
                 "optimizer.weight_decay",
                 decay,
                 f"cannot go together with model.dropout = {dropout}; set one of them to 0",
+            )
+        micro, batch = self.compute.micro_batch, self.loader.batch_size
+        if micro is not None and batch % micro:
+            raise ConfigError("compute.micro_batch", micro, f"must divide loader.batch_size = {batch}")
+        if micro is not None and not isinstance(self.model, ReferenceConfig):
+            raise ConfigError(
+                "compute.micro_batch", micro, "the open network normalises over its batch; leave it out"
             )
         simulate = self.data.simulate
         if simulate is not None and simulate.size != self.model.size:

@@ -17,11 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cosmoflow_dali.pooling import max_pool
+from cosmoflow_dali.blocks import LEAK, max_block
 from pipelines.errors import ConfigError, UserError
 from pipelines.sample import PARAMETERS, REDSHIFTS
 
-LEAK = 0.3
 OUTPUT_SCALE = 1.2
 """Outputs reach a little beyond the targets' range, where tanh is not yet flat."""
 
@@ -81,7 +80,7 @@ class CosmoFlow(nn.Module):
         """Targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
         hidden = volume
         for conv in self.convs:
-            hidden = max_pool(functional.leaky_relu(conv(hidden), LEAK))
+            hidden = max_block(hidden, conv.get_parameter("weight"), conv.get_parameter("bias"))
         # Keras flattens (D, H, W, C), so that the dense kernels mean the same here and there.
         hidden = hidden.permute(0, 2, 3, 4, 1).flatten(1)
         for dense in self.denses[:-1]:

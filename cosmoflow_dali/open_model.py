@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from cosmoflow_dali.model import LEAK, OUTPUT_SCALE
+from cosmoflow_dali.blocks import LEAK, mean_over_ranks, norm_block
+from cosmoflow_dali.model import OUTPUT_SCALE
 from pipelines.errors import ConfigError, DataError
 from pipelines.reader import Reader
 from pipelines.sample import PARAMETERS, REDSHIFTS
@@ -85,12 +86,19 @@ class OpenCosmoFlow(nn.Module):
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
         """Targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
-        hidden = (volume - self.input_mean) / self.input_std
+        hidden = torch.addcmul(-self.input_mean / self.input_std, volume, 1 / self.input_std)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            hidden = functional.leaky_relu(norm(conv(wrap(hidden))), LEAK)
-            hidden = functional.avg_pool3d(hidden, 2)
+            hidden = self._block(hidden, conv, norm)
         hidden = functional.leaky_relu(self.denses[0](hidden.mean(dim=(2, 3, 4))), LEAK)
         return OUTPUT_SCALE * torch.tanh(self.denses[1](hidden))
+
+    def _block(self, volume: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
+        assert isinstance(conv, nn.Conv3d) and isinstance(norm, BatchNorm)
+        if self.training and volume.device.type == "cpu":
+            pooled, mean, variance = norm_block(volume, conv.weight, norm.weight, norm.bias, norm.eps)
+            norm.remember(mean, variance, 8 * pooled.numel() // pooled.shape[1])
+            return pooled
+        return functional.avg_pool3d(functional.leaky_relu(norm(conv(wrap(volume))), LEAK), 2)
 
 
 class BatchNorm(nn.BatchNorm3d):
@@ -103,41 +111,38 @@ class BatchNorm(nn.BatchNorm3d):
         """`values` (B, C, D, H, W), normalised; equal batch sizes on all ranks."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(values)
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        size, axes = dist.get_world_size(), (0, 2, 3, 4)
-        mean = _mean_over_ranks(values.mean(axes, keepdim=True))
+        axes, shape = (0, 2, 3, 4), (1, -1, 1, 1, 1)
+        mean = _MeanOverRanks.apply(values.mean(axes, keepdim=True))
         centred = values - mean
-        variance = _mean_over_ranks(centred.square().mean(axes, keepdim=True))
-        count = size * values.numel() / values.shape[1]
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.flatten(), self.momentum)
-            self.running_var.lerp_(variance.flatten() * (count / (count - 1)), self.momentum)
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked += 1
-        shape = (1, -1, 1, 1, 1)
+        variance = _MeanOverRanks.apply(centred.square().mean(axes, keepdim=True))
+        self.remember(mean.flatten(), variance.flatten(), values.numel() // values.shape[1])
         scale = self.weight.reshape(shape) * torch.rsqrt(variance + self.eps)
         return centred * scale + self.bias.reshape(shape)
 
+    @torch.no_grad()
+    def remember(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+        """Take a global batch's statistics (C,), the variance biased, into the running ones.
 
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce, whose gradient is the all-reduce of the gradients."""
+        count: values of each channel on this rank.
+        """
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        count *= dist.get_world_size() if dist.is_initialized() else 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    """The mean over the ranks, whose gradient is the mean of the gradients."""
 
     @staticmethod
     def forward(context: object, value: torch.Tensor) -> torch.Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
+        return mean_over_ranks(value.clone())
 
     @staticmethod
     def backward(context: object, gradient: torch.Tensor) -> torch.Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
-
-
-def _mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    total: torch.Tensor = _SumOverRanks.apply(value)
-    return total / dist.get_world_size()
+        return mean_over_ranks(gradient.clone())
 
 
 def wrap(volume: torch.Tensor) -> torch.Tensor:

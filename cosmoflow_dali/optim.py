@@ -7,13 +7,18 @@ stands still; when it changes, scaling the buffers by old / new keeps lr b, and 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from pipelines.errors import ConfigError
+
+_BUILD_APEX = "the README tells how to build it from NVIDIA's source"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +26,14 @@ class SGDConfig:
     """SGD with Keras's momentum.
 
     weight_decay: L2 on the model's `decayed_parameters`, in PyTorch's units: Keras's l2 doubled.
+    implementation: "auto" is apex's FusedSGD on a GPU where NVIDIA's apex is installed, and torch's fused
+        SGD elsewhere.
     """
 
     kind: Literal["sgd"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
+    implementation: Literal["auto", "apex", "fused", "foreach"] = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -49,7 +57,10 @@ class AdamConfig:
 
 
 def build_optimizer(config: SGDConfig | AdamConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of `model`'s parameters; its rate is set for each step by `set_lr`."""
+    """The optimizer of `model`'s parameters, where they are; its rate is set for each step by `set_lr`.
+
+    ConfigError where the implementation that `config` names is not to be had.
+    """
     if isinstance(config, AdamConfig):
         first, second = config.betas
         return torch.optim.Adam(model.parameters(), betas=(first, second), fused=True)
@@ -60,8 +71,59 @@ def build_optimizer(config: SGDConfig | AdamConfig, model: nn.Module) -> torch.o
         {"params": rest, "weight_decay": 0.0},
         {"params": decayed, "weight_decay": config.weight_decay},
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, momentum=config.momentum, fused=True)
+    optimizer = _build_sgd(config, [group for group in groups if group["params"]], rest[0].device)
+    for parameter in model.parameters():
+        # torch's fused SGD takes a first step that the scaler skips for done, and then goes on from
+        # momentum that nobody has written.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """What `optimizer` is, for a person."""
+    name = type(optimizer).__name__
+    if type(optimizer).__module__.startswith("apex"):
+        return f"apex {name}"
+    how = "fused " if optimizer.defaults.get("fused") else "foreach "
+    return f"torch {how}{name}"
+
+
+def _build_sgd(
+    config: SGDConfig, groups: list[dict[str, Any]], device: torch.device
+) -> torch.optim.Optimizer:
+    """The best of the implementations that `config` allows and this machine has."""
+    kind, lr, momentum = config.implementation, 1e-3, config.momentum
+    if kind == "apex" or (kind == "auto" and device.type == "cuda"):
+        fused, reason = _apex_sgd(device)
+        if fused is not None:
+            return fused(groups, lr=lr, momentum=momentum)
+        if kind == "apex":
+            raise ConfigError("optimizer.implementation", kind, reason)
+    foreach = kind == "foreach"
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=not foreach, foreach=foreach)
+
+
+def _apex_sgd(device: torch.device) -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
+    """NVIDIA's FusedSGD; or None, and why."""
+    if device.type != "cuda":
+        return None, "apex works on GPUs alone; use auto, fused or foreach"
+    if importlib.util.find_spec("apex") is None:
+        return None, f"apex is not installed; {_BUILD_APEX}"
+    try:
+        # Built without its CUDA extensions it imports, and fails when it is made.
+        importlib.import_module("amp_C")
+        found: Callable[..., torch.optim.Optimizer] = importlib.import_module("apex.optimizers").FusedSGD
+    except (ImportError, AttributeError):
+        return None, f"the apex that is installed is not NVIDIA's, or lacks its kernels; {_BUILD_APEX}"
+    return found, ""
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load `state`, which may be that of another implementation of the same rule."""
+    own = [{**group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, mine in zip(optimizer.param_groups, own, strict=True):
+        group |= {key: mine[key] for key in mine.keys() & {"fused", "foreach", "capturable"}}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -43,6 +43,8 @@ _FREE = (
     "target_mae",
     "baseline",
     "device",
+    "compute.engine",
+    "optimizer.implementation",
 )
 """Settings, or their beginnings, that may change on resume: they move no weight."""
 

@@ -26,6 +26,7 @@ class Result:
     evaluation: of the weights at the end.
     skipped: how many damaged samples of each split were passed over.
     steps: of the whole run, whatever process made them.
+    computes: the optimizer, the engine and the precision.
     parameters: trainable weights of the network.
     wait_fractions: for each rank, the share of its training time spent waiting for data.
     seconds: by phase.
@@ -35,6 +36,7 @@ class Result:
     evaluation: Evaluation
     skipped: dict[str, int]
     steps: int
+    computes: str
     parameters: int
     wait_fractions: list[float]
     seconds: dict[str, float]
@@ -82,6 +84,7 @@ def finish(
         "steps": result.steps,
         "global_batch": global_batch,
         "ranks": world.size,
+        "computes": result.computes,
         "parameters": result.parameters,
         "samples_per_s": result.steps * global_batch / seconds["train"] if seconds["train"] else None,
         "data_wait_fraction": {

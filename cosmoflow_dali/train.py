@@ -22,6 +22,7 @@ from cosmoflow_dali.arguments import Arguments, parse
 from cosmoflow_dali.checkpoint import Checkpoint
 from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.log import Console, RunLogs
+from cosmoflow_dali.memory import keep_freed_memory
 from cosmoflow_dali.networks import build_model
 from cosmoflow_dali.open_model import OpenCosmoFlow, input_statistics
 from cosmoflow_dali.summary import Result, finish
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in arguments.notes:
             console.say(note)
         torch.set_num_threads(world.cores)
+        if device.type == "cpu":
+            keep_freed_memory()
         began_ms = round(1e3 * time.time())
         with world.connected(device):
             setup = world.on_root(lambda: _set_up(arguments, world, console))
@@ -162,6 +165,7 @@ def _train(
         mlperf.log_settings(logs.mlperf, config, world, seed=seed, samples=samples)
         logs.mlperf.end(constants.INIT_STOP)
         logs.mlperf.start(constants.RUN_START)
+    console.say(trainer.computes)
     seconds = setup.seconds | {"setup": time.perf_counter() - start}
     try:
         outcome = trainer.run()
@@ -180,6 +184,7 @@ def _train(
         evaluation=evaluation,
         skipped=trainer.skipped,
         steps=trainer.steps,
+        computes=trainer.computes,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         wait_fractions=world.gather(clock.total_waited / clock.total if clock.total else 0.0),
         seconds=seconds | trainer.seconds,

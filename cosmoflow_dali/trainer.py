@@ -20,17 +20,17 @@ import numpy.typing as npt
 import torch
 from mlperf_logging.mllog import constants
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cosmoflow_dali import symmetry
 from cosmoflow_dali.checkpoint import Checkpoint, Position
 from cosmoflow_dali.clock import Clock
 from cosmoflow_dali.config import TrainConfig, to_tree
+from cosmoflow_dali.engines import distribute, make_engine
 from cosmoflow_dali.evaluation import Evaluation, evaluate
 from cosmoflow_dali.log import Console, RunLogs
-from cosmoflow_dali.optim import build_optimizer, set_lr
+from cosmoflow_dali.optim import build_optimizer, describe, restore_optimizer, set_lr
 from cosmoflow_dali.schedule import lr_at
-from cosmoflow_dali.step import forward_backward, seed_step
+from cosmoflow_dali.step import autocast, make_scaler, seed_step, settle_float32
 from pipelines.dist import World
 from pipelines.errors import UserError
 from pipelines.loader import Loader
@@ -56,6 +56,7 @@ class Trainer:
 
     evaluation: the validation of the newest whole epoch of this process, or None.
     position: of the next sample to train on.
+    computes: the optimizer, the engine and the precision, for a person to read.
     skipped: how many damaged samples of each split this process has passed over.
     seconds: spent in "train" and "evaluate", over all processes that worked on this run.
     """
@@ -81,7 +82,11 @@ class Trainer:
         self._global_batch = config.loader.batch_size * world.size
         self._model = model.to(device)
         self._optimizer = build_optimizer(config.optimizer, self._model)
-        self._parallel: nn.Module = self._model
+        compute = config.compute
+        settle_float32(compute.precision)
+        self._scaler = make_scaler(compute.precision, device)
+        how = f"{compute.engine_on(device)} engine, {compute.precision} on {device.type}"
+        self.computes = f"{describe(self._optimizer)}, {how}"
         self.position = Position()
         self.seconds = {"train": 0.0, "evaluate": 0.0}
         self.evaluation: Evaluation | None = None
@@ -93,8 +98,10 @@ class Trainer:
         self._stop_asked = False
         if checkpoint is not None:
             self._restore(checkpoint)
-        if world.size > 1:
-            self._parallel = DistributedDataParallel(self._model)
+        self._parallel = distribute(self._model, compute, device, ranks=world.size)
+        self._gradients = make_engine(
+            self._parallel, compute, self._scaler, train.split.spec, config.loader.batch_size, device
+        )
 
     @property
     def steps(self) -> int:
@@ -118,7 +125,8 @@ class Trainer:
 
     def validate(self) -> Evaluation:
         """Score the model on the validation split; UserError where an answer is no number."""
-        return evaluate(self._model, self._validation, self._world, epoch=self.position.epoch)
+        with autocast(self._config.compute.precision, self._device):
+            return evaluate(self._model, self._validation, self._world, epoch=self.position.epoch)
 
     def _train_epoch(self) -> bool:
         """Train the rest of the current epoch; False if a signal cut it short."""
@@ -130,7 +138,8 @@ class Trainer:
         self._parallel.train()
         self.clock.reset()
         try:
-            batches = self.clock.waiting(self._world.alone(self._train.batches(epoch, first)))
+            loaded = self._train.batches(epoch, first, self._gradients.inputs)
+            batches = self.clock.waiting(self._world.alone(loaded))
             for step, batch in enumerate(batches, first):
                 self._step(epoch, step, batch)
                 self.position = Position(epoch, (step + 1) * self._global_batch)
@@ -161,9 +170,9 @@ class Trainer:
         if config.symmetries:
             turned = symmetry.apply(batch.volume, symmetry.draw(self._seed, epoch, step))
             batch = replace(batch, volume=turned)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = forward_backward(self._parallel, batch, config.precision)
-        self._optimizer.step()
+        loss = self._gradients(batch)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._window.append((loss, batch.index))
 
     def _compare_notes(self) -> bool:
@@ -272,6 +281,7 @@ class Trainer:
             position=self.position,
             model=self._model.state_dict(),
             optimizer=self._optimizer.state_dict(),
+            scaler=self._scaler.state_dict() or None,
             scores=self._scores,
             seconds=dict(self.seconds),
             logs=self._logs.lengths(),
@@ -279,7 +289,9 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._model.load_state_dict(checkpoint.model)
-        self._optimizer.load_state_dict(checkpoint.optimizer)
+        restore_optimizer(self._optimizer, checkpoint.optimizer)
+        if checkpoint.scaler is not None:
+            self._scaler.load_state_dict(checkpoint.scaler)
         self.position, self.seconds = checkpoint.position, dict(checkpoint.seconds)
         self._scores = checkpoint.scores
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -74,9 +74,12 @@ def test_every_gradient(keras: Arrays, batch: Batch) -> None:
     assert not gradients
 
 
-def test_four_momentum_steps_with_changing_rates(keras: Arrays, batch: Batch) -> None:
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_four_momentum_steps_with_changing_rates(
+    implementation: Literal["fused", "foreach"], keras: Arrays, batch: Batch
+) -> None:
     model = from_reference_weights(named(keras, "w/"))
-    optimizer = build_optimizer(SGDConfig(momentum=0.9), model)
+    optimizer = build_optimizer(SGDConfig(momentum=0.9, implementation=implementation), model)
     for lr, expected in zip(keras["step_lrs"], keras["step_losses"], strict=True):
         set_lr(optimizer, float(lr))
         optimizer.zero_grad()

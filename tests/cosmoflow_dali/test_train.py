@@ -30,11 +30,20 @@ def compliance(run: Path) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+RUNS: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "open": OPEN,
+    "bf16": {"compute": {"precision": "bf16"}},
+    "fp16": {"compute": {"precision": "fp16", "micro_batch": 2}, "optimizer": {"implementation": "foreach"}},
+}
+"""Runs by what they change."""
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A finished run of each network, and the configuration beside it."""
+    """Each of `RUNS`, finished, and the configuration beside it."""
     runs = {}
-    for name, changes in (("reference", {}), ("open", OPEN)):
+    for name, changes in RUNS.items():
         folder = tmp_path_factory.mktemp(name)
         config = config_file(folder / "config.yaml", tiny, **changes)
         line = command(TRAIN, ["--config", config, "--run-dir", folder / "run"])
@@ -58,6 +67,15 @@ def test_a_run_leaves_what_it_should(undisturbed: dict[str, Path]) -> None:
         assert evals[-1]["mae"] == summary["mae"]
         assert set(summary["mae_per_parameter"]) == {"Omega_m", "sigma_8", "n_s", "H_0"}
         assert 0 <= summary["data_wait_fraction"]["mean"] <= 1
+    computes = {
+        name: json.loads((run / "summary.json").read_text())["computes"] for name, run in undisturbed.items()
+    }
+    assert computes == {
+        "reference": "torch fused SGD, eager engine, fp32 on cpu",
+        "open": "torch fused Adam, eager engine, fp32 on cpu",
+        "bf16": "torch fused SGD, eager engine, bf16 on cpu",
+        "fp16": "torch foreach SGD, eager engine, fp16 on cpu",
+    }
 
 
 def test_the_mlperf_log_lacks_only_the_quality(undisturbed: dict[str, Path]) -> None:
@@ -133,18 +151,18 @@ def wait_for_step(run: Path, step: int) -> None:
     raise TimeoutError(f"no checkpoint of sample {step} in {run}")
 
 
-@pytest.mark.parametrize("network", ["reference", "open"])
+@pytest.mark.parametrize("name", RUNS)
 def test_kill_9_mid_epoch_and_resume_change_nothing(
-    network: str, tiny: Path, tmp_path: Path, undisturbed: dict[str, Path]
+    name: str, tiny: Path, tmp_path: Path, undisturbed: dict[str, Path]
 ) -> None:
-    config = config_file(tmp_path / "config.yaml", tiny, **(OPEN if network == "open" else {}))
+    config = config_file(tmp_path / "config.yaml", tiny, **RUNS[name])
     run = tmp_path / "run"
     line = command(TRAIN, ["--config", config, "--run-dir", run])
     process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     wait_for_step(run, 8)
     process.kill()
     process.wait()
-    resume_to_the_end(run, config, undisturbed[network])
+    resume_to_the_end(run, config, undisturbed[name])
 
 
 def newest_epoch(run: Path) -> int:

@@ -1,0 +1,190 @@
+"""How a step's gradients are computed: as written, replayed from a CUDA graph, or compiled.
+
+All engines call the same `forward_backward`; they differ in who launches its kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cosmoflow_dali.step import Precision, forward_backward, input_dtype
+from pipelines.errors import ConfigError
+from pipelines.sample import PARAMETERS, Batch, SampleSpec
+
+_WARM_UP = 11
+"""Steps before a capture: what torch's documentation asks for where ranks reduce gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeConfig:
+    """How a step computes.
+
+    precision: see `Precision`.
+    engine: "eager"; "graph", one CUDA graph of forward, backward and the ranks' exchange; "compile",
+        torch.compile; "auto" is graph on a GPU and eager on a CPU, where the others win nothing.
+    micro_batch: samples that are worked on at a time, to save memory; must divide loader.batch_size.
+    exchange: in what ranks exchange gradients.
+    """
+
+    precision: Precision = "fp32"
+    engine: Literal["auto", "eager", "graph", "compile"] = "auto"
+    micro_batch: int | None = None
+    exchange: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ConfigError("compute.micro_batch", self.micro_batch, "must be at least 1")
+
+    def engine_on(self, device: torch.device) -> str:
+        """Which engine that is on `device`; ConfigError where it cannot be."""
+        gpu = device.type == "cuda"
+        if self.engine == "auto":
+            return "graph" if gpu else "eager"
+        if self.engine != "eager" and not gpu:
+            raise ConfigError(
+                "compute.engine", self.engine, f"needs a GPU; on {device.type} use eager or auto"
+            )
+        return self.engine
+
+
+class Engine(Protocol):
+    """Leaves a batch's gradients in the model, and nothing of an earlier batch's.
+
+    inputs: where it reads its batches, for the loader to write into; None where it takes any.
+    """
+
+    inputs: Batch | None
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The loss, (), on the device."""
+
+
+def distribute(model: nn.Module, config: ComputeConfig, device: torch.device, *, ranks: int) -> nn.Module:
+    """`model` as the engine wants it: its gradients averaged over `ranks` while backward still runs."""
+    if config.engine_on(device) == "compile":
+        model = torch.compile(model)  # type: ignore[assignment]
+    if ranks == 1:
+        return model
+    # Made where a graph is captured, or its buckets' copies would stand in another stream.
+    with _side_stream(device):
+        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if config.exchange == "bf16":
+        parallel.register_comm_hook(None, lambda state, bucket: _exchange_in_bf16(bucket))
+    return parallel
+
+
+def _exchange_in_bf16(bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """DDP's hook for a bucket of gradients, half as long on the wire; torch's own asks for NCCL."""
+    gradients = bucket.buffer()
+    sent = gradients.to(torch.bfloat16).div_(dist.get_world_size())
+    work = dist.all_reduce(sent, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: gradients.copy_(done.value()[0]))
+
+
+def make_engine(
+    model: nn.Module,
+    config: ComputeConfig,
+    scaler: torch.amp.GradScaler,
+    spec: SampleSpec,
+    batch_size: int,
+    device: torch.device,
+) -> Engine:
+    """The engine of `config` for `model`, which `distribute` has made, and batches of `batch_size`."""
+
+    def gradients(batch: Batch) -> torch.Tensor:
+        return forward_backward(model, batch, config.precision, scaler, config.micro_batch)
+
+    if config.engine_on(device) != "graph":
+        return Eager(model, gradients)
+    size, channels = spec.size, spec.channels
+    volume = torch.zeros(
+        batch_size, size, size, size, channels, dtype=input_dtype(config.precision), device=device
+    )
+    target = torch.zeros(batch_size, len(PARAMETERS), device=device)
+    index = np.full(batch_size, -1)
+    return Graph(model, gradients, Batch(volume.permute(0, 4, 1, 2, 3), target, index))
+
+
+class Eager:
+    """Kernel by kernel, as torch is asked for them."""
+
+    inputs: Batch | None = None
+
+    def __init__(self, model: nn.Module, gradients: Callable[[Batch], torch.Tensor]) -> None:
+        self._model, self._gradients = model, gradients
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """See `Engine`."""
+        self._model.zero_grad(set_to_none=True)
+        return self._gradients(batch)
+
+
+class Graph:
+    """One CUDA graph, captured at the first batch and replayed from then on."""
+
+    def __init__(self, model: nn.Module, gradients: Callable[[Batch], torch.Tensor], inputs: Batch) -> None:
+        self.inputs: Batch | None = inputs
+        self._static = inputs
+        self._model, self._gradients = model, gradients
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._loss = torch.zeros(())
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """See `Engine`."""
+        for mine, given in ((self._static.volume, batch.volume), (self._static.target, batch.target)):
+            if given is not mine:
+                mine.copy_(given)
+        if self._graph is None:
+            self._graph = self._capture()
+        self._graph.replay()
+        # The next replay writes where this one has.
+        return self._loss.clone()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Record the step, and leave no trace: of what a step changes, only gradients are touched."""
+        device = self._static.volume.device
+        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        state = torch.cuda.get_rng_state(device)
+        with _side_stream(device):
+            for _ in range(_WARM_UP):
+                self._model.zero_grad(set_to_none=True)
+                self._gradients(self._static)
+        # Absent, they are made in the graph's own memory, and every replay writes them anew.
+        self._model.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        # DALI's threads ask for memory meanwhile, which a capture must not mind.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._loss = self._gradients(self._static)
+        with torch.no_grad():
+            for name, buffer in self._model.named_buffers():
+                buffer.copy_(buffers[name])
+        torch.cuda.set_rng_state(state, device)
+        return graph
+
+
+class _side_stream:  # noqa: N801 (a context manager)
+    """A stream beside the current one on a GPU, each waiting for the other; nothing on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._entered = torch.cuda.stream(self._stream)
+
+    def __enter__(self) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._entered.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.__exit__(*error)
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)

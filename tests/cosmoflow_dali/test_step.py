@@ -1,0 +1,163 @@
+"""A step's arithmetic at every precision, in parts and scaled; and its engines."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from helpers import config_file, program
+from left_behind import metrics
+
+from cosmoflow_dali import optim
+from cosmoflow_dali.config import resolve
+from cosmoflow_dali.engines import ComputeConfig
+from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
+from cosmoflow_dali.optim import SGDConfig, build_optimizer, restore_optimizer, set_lr
+from cosmoflow_dali.step import Precision, forward_backward, make_scaler
+from pipelines.errors import ConfigError
+from pipelines.sample import Batch
+
+CPU = torch.device("cpu")
+Implementation = Literal["fused", "foreach"]
+
+
+def network() -> CosmoFlow:
+    return CosmoFlow(ReferenceConfig(size=16, blocks=3, filters=4, dense=(16, 8), dropout=0.0), seed=1)
+
+
+def batch(size: int = 4) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    volume = torch.rand(size, 16, 16, 16, 4, generator=generator).permute(0, 4, 1, 2, 3)
+    return Batch(volume, torch.rand(size, 4, generator=generator), np.arange(size))
+
+
+def gradients(precision: Precision, **how: Any) -> tuple[float, torch.Tensor]:
+    """The loss, and all gradients in one line."""
+    model = network()
+    loss = forward_backward(model, batch(), precision, **how)
+    return loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("precision", "close"), [("tf32", 0.0), ("bf16", 0.1), ("fp16", 0.05)])
+def test_a_lower_precision_has_about_the_gradients_of_fp32(precision: Precision, close: float) -> None:
+    (loss, found), (exact_loss, exact) = gradients(precision), gradients("fp32")
+    # A CPU has no TF32, so there it is float32.
+    assert loss == pytest.approx(exact_loss, rel=close, abs=0)
+    assert ((found - exact).norm() / exact.norm()).item() <= close
+    assert found.dtype == torch.float32 and (precision == "tf32" or not torch.equal(found, exact))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(micro_batch: int) -> None:
+    (loss, found), (whole_loss, whole) = gradients("fp32", micro_batch=micro_batch), gradients("fp32")
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_the_scaler_scales_gradients_and_not_the_loss() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    (loss, found), (exact_loss, exact) = gradients("fp32", scaler=scaler), gradients("fp32")
+    assert loss == exact_loss
+    torch.testing.assert_close(found / 1024.0, exact, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+@pytest.mark.parametrize("overflows", [0, 2])
+def test_a_step_that_the_scaler_skips_leaves_no_trace(implementation: Implementation, overflows: int) -> None:
+    # Against a run in which that step was never tried. torch's fused SGD goes wrong at the first.
+    weights = []
+    for tries_it in (True, False):
+        model, scaler = network(), torch.amp.GradScaler("cpu", init_scale=8.0, backoff_factor=0.999999)
+        optimizer = build_optimizer(SGDConfig(implementation=implementation), model)
+        for step in range(4):
+            if step == overflows and not tries_it:
+                continue
+            set_lr(optimizer, 0.01)
+            optimizer.zero_grad()
+            forward_backward(model, batch(), "fp32", scaler)
+            if step == overflows:
+                model.convs[0].get_parameter("weight").grad[0, 0] = float("inf")  # type: ignore[index]
+            scaler.step(optimizer)
+            scaler.update()
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert weights[0].isfinite().all()
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
+
+
+def test_only_fp16_scales() -> None:
+    assert [make_scaler(each, CPU).is_enabled() for each in ("fp32", "tf32", "bf16", "fp16")] == [
+        False, False, False, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after"), [("fused", "foreach"), ("foreach", "fused")])
+def test_another_implementation_goes_on_with_the_momentum(
+    before: Implementation, after: Implementation
+) -> None:
+    models, optimizers = (network(), network()), []
+    for model in models:
+        optimizers.append(build_optimizer(SGDConfig(implementation=before), model))
+        set_lr(optimizers[-1], 0.01)
+        forward_backward(model, batch(), "fp32")
+        optimizers[-1].step()
+    other = build_optimizer(SGDConfig(implementation=after), models[1])
+    restore_optimizer(other, copy.deepcopy(optimizers[1].state_dict()))
+    assert bool(other.param_groups[0]["foreach"]) == (after == "foreach")
+    for optimizer in (optimizers[0], other):
+        set_lr(optimizer, 0.02)
+        optimizer.step()
+    for one, two in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_apex_is_refused_where_it_is_not_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="apex works on GPUs alone"):
+        build_optimizer(SGDConfig(implementation="apex"), network())
+    gpu = torch.device("cuda")
+    assert "not installed" in optim._apex_sgd(gpu)[1]
+    # What pip install apex brings is a web framework.
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    found, reason = optim._apex_sgd(gpu)
+    sys.modules.pop("apex", None)
+    assert found is None and "is not NVIDIA's" in reason
+
+
+@pytest.mark.parametrize("engine", ["graph", "compile"])
+def test_engines_that_need_a_gpu_are_refused_without(engine: Literal["graph", "compile"]) -> None:
+    with pytest.raises(ConfigError, match=f"compute.engine = '{engine}'.*needs a GPU"):
+        ComputeConfig(engine=engine).engine_on(CPU)
+    assert ComputeConfig().engine_on(CPU) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"compute": {"micro_batch": 0}}, "must be at least 1"),
+        ({"compute": {"micro_batch": 3}, "loader": {"batch_size": 4}}, "must divide loader.batch_size = 4"),
+        ({"compute": {"micro_batch": 1}, "model": {"kind": "open"}}, "normalises over its batch"),
+        ({"compute": {"precision": "fp8"}}, "must be one of fp32, tf32, fp16, bf16"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tree: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve(tree)
+
+
+def test_two_ranks_exchange_in_bf16_and_in_parts(tiny: Path, tmp_path: Path) -> None:
+    losses = {}
+    for name, compute in {"fp32": {}, "bf16": {"exchange": "bf16"}, "parts": {"micro_batch": 1}}.items():
+        config = config_file(
+            tmp_path / f"{name}.yaml", tiny, loader={"batch_size": 2}, compute=compute, epochs=2
+        )
+        done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / name, ranks=2)
+        assert done.code == 0, done.err
+        losses[name] = [line["loss"] for line in metrics(tmp_path / name) if line["kind"] == "step"]
+    assert losses["parts"] == pytest.approx(losses["fp32"], rel=1e-5)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=1e-2) and losses["bf16"] != losses["fp32"]
