@@ -8,6 +8,7 @@ for what another had begun, and nobody is timed on what lay ready.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -140,6 +141,26 @@ def save(name: str, options: Mapping[str, Any], results: Mapping[str, Any], fold
     path = folder / f"{time.strftime('%Y-%m-%dT%H%M%S')}_{name}.json"
     path.write_text(json.dumps(record, indent=2, default=asdict) + "\n")
     return path
+
+
+def positive(text: str) -> int:
+    """The whole number of at least 1 that an option gives."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
+
+
+def numbers(text: str) -> list[int]:
+    """Such numbers, by commas."""
+    return [positive(part) for part in text.split(",")]
+
+
+def among(text: str, known: Iterable[str]) -> list[str]:
+    """Words of `known`, by commas."""
+    parts = text.split(",")
+    if unknown := set(parts) - set(known):
+        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is none of {', '.join(known)}")
+    return parts
 
 
 def _at_rest() -> float:

@@ -19,7 +19,7 @@ import contextlib
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -201,17 +201,19 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data-dir", type=Path, help="where samples are kept (default: made, and removed)")
     parser.add_argument("--formats", type=_formats, default=list(FORMATS), help="of the loader, by commas")
-    parser.add_argument("--samples", type=_positive, default=8, help="in the set")
-    parser.add_argument("--steps", type=_positive, default=16, help="batches timed a turn")
+    parser.add_argument("--samples", type=harness.positive, default=8, help="in the set")
+    parser.add_argument("--steps", type=harness.positive, default=16, help="batches timed a turn")
     parser.add_argument("--size", type=int, default=128, choices=(32, 64, 128, 256), help="voxels an edge")
-    parser.add_argument("--batch-size", type=_numbers, default=[1], help="by commas")
-    parser.add_argument("--threads", type=_numbers, default=[2], help="of the readers, and of the decoder")
+    parser.add_argument("--batch-size", type=harness.numbers, default=[1], help="by commas")
+    parser.add_argument(
+        "--threads", type=harness.numbers, default=[2], help="of the readers, and of the decoder"
+    )
     parser.add_argument(
         "--storage", type=_storage, default=["cache"], help="cache, direct (O_DIRECT), or both"
     )
-    parser.add_argument("--rounds", type=_positive, default=7, help="turns of each contestant")
+    parser.add_argument("--rounds", type=harness.positive, default=7, help="turns of each contestant")
     parser.add_argument("--emulate", type=_seconds, help="h100, a100, or seconds of compute a step")
-    parser.add_argument("--accelerators", type=_positive, default=1, help="that are emulated")
+    parser.add_argument("--accelerators", type=harness.positive, default=1, help="that are emulated")
     parser.add_argument(
         "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
     )
@@ -219,16 +221,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.samples < max(options.batch_size):
         parser.error(f"--samples {options.samples} do not fill one batch of {max(options.batch_size)}")
     return options
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return int(text)
-
-
-def _numbers(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
 
 
 def _seconds(text: str) -> float:
@@ -239,18 +231,11 @@ def _seconds(text: str) -> float:
 
 
 def _formats(text: str) -> list[str]:
-    return _among(text, FORMATS)
+    return harness.among(text, FORMATS)
 
 
 def _storage(text: str) -> list[str]:
-    return _among(text, STORAGE)
-
-
-def _among(text: str, known: Iterable[str]) -> list[str]:
-    parts = text.split(",")
-    if unknown := set(parts) - set(known):
-        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is none of {', '.join(known)}")
-    return parts
+    return harness.among(text, STORAGE)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -274,7 +259,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
             show(setting, results[str(setting)])
     if options.output:
         path = harness.save("io_bench", vars(options), {"bars": BARS, **results}, options.output)
-        draw(results, path.with_suffix(".png"))
+        pictured = {
+            setting: {name: row.figures for name, row in rows.items()} for setting, rows in results.items()
+        }
+        draw(pictured, path.with_suffix(".png"))
         print("written to", path, "and", path.with_suffix(".png").name)
     return results
 

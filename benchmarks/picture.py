@@ -1,4 +1,4 @@
-"""The picture of a benchmark of the input stage."""
+"""The picture of a benchmark: how fast each contestant is, and what it costs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Protocol
 from benchmarks import harness
 
 
-class Measured(Protocol):
+class Figures(Protocol):
     """What is drawn of a contestant."""
 
     @property
-    def figures(self) -> harness.Summary:
-        """Its samples a second and its CPU time."""
+    def samples_per_s(self) -> harness.Spread:
+        """On the clock."""
+
+    @property
+    def cpu_ms(self) -> harness.Spread:
+        """Processor time a sample."""
 
 
-def draw(results: Mapping[str, Mapping[str, Measured]], path: Path) -> None:
+def draw(results: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
     """Bars of samples a second and of CPU time a sample, a row of them for each setting, at `path`."""
     import matplotlib
 
@@ -32,7 +36,7 @@ def draw(results: Mapping[str, Mapping[str, Measured]], path: Path) -> None:
         for axis, quantity, label in zip(
             axes, ("samples_per_s", "cpu_ms"), ("samples/s", "CPU ms a sample"), strict=True
         ):
-            spreads = [getattr(contestants[name].figures, quantity) for name in names]
+            spreads = [getattr(contestants[name], quantity) for name in names]
             medians = [spread.median for spread in spreads]
             errors = [[s.median - s.p10 for s in spreads], [s.p90 - s.median for s in spreads]]
             bars = axis.barh(names, medians, xerr=errors, color="#4878a8", ecolor="#808080")

@@ -1,0 +1,241 @@
+"""The compute stage alone: training steps on data that is already where it is computed on.
+
+    python benchmarks/compute_bench.py
+    python benchmarks/compute_bench.py --network open --size 32 --batch-size 16
+    python benchmarks/compute_bench.py --precision fp32,bf16 --engine eager,graph --batch-size 1,8 --output
+
+Each row is a way to take steps, in a process of its own; they take turns within one run. A step is
+forward, backward and update. `plain PyTorch` is what one writes down first: contiguous, float32, eager,
+torch.optim.SGD, default threads and memory. `the record's recipe` is what NVIDIA's MLPerf HPC v3.0
+submission does: fp16 autocast with a scaled loss, channels last, a CUDA graph, momentum SGD. The limits
+are measured in the same run: a large matrix product in the same precision, by the fastest library
+that torch has for it, and a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Also run as a file, from any folder.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import harness
+from benchmarks.picture import draw
+from benchmarks.recipes import Contestant, Layer, Recipe, copy_rate, matrix_rate, step_flops
+from cosmoflow_dali.engines import ComputeConfig
+from cosmoflow_dali.step import input_dtype, settle_float32
+
+PLAIN, RECORD = "plain PyTorch", "the record's recipe"
+
+BARS = {128: {"share_of_matrix": 0.62, "speed_of_plain": 1.35}, 32: {"speed_of_plain": 1.5}}
+"""What the project claims of float32 on a CPU, by size: at least so much of the matrix product's rate, and at
+least so many times the plain way's samples a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the machine does: operations a second of a matrix product, by precision, and bytes of a copy."""
+
+    matrix: dict[str, float]
+    copy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A row.
+
+    samples_per_s: of whole steps. forward_ms, cpu_ms: of the forward pass alone on the clock, and of whole
+    steps on all processors, a sample. tflops: operations that the network needs, a second.
+    share_of_matrix: of the rate of a matrix product in the same precision.
+    speed_of_plain, speed_of_record: samples a second over theirs.
+    peak: bytes. layers: each block of the network alone.
+    """
+
+    samples_per_s: harness.Spread
+    forward_ms: harness.Spread
+    cpu_ms: harness.Spread
+    tflops: float
+    share_of_matrix: float
+    speed_of_plain: harness.Spread
+    speed_of_record: harness.Spread | None
+    peak: int
+    layers: list[Layer]
+
+
+def recipes(options: argparse.Namespace, device: torch.device) -> list[Recipe]:
+    """Who takes part: those with names, and what the options span."""
+    gpu = device.type == "cuda"
+    found = []
+    for batch_size in options.batch_size:
+        named = ComputeConfig(engine="eager")
+        plain = Recipe(
+            _name(PLAIN, batch_size), batch_size, named, plain=True, layout="contiguous", optimizer="default"
+        )
+        found.append(plain)
+        if gpu:
+            compute = ComputeConfig(precision="fp16", engine="graph")
+            record = Recipe(_name(RECORD, batch_size), batch_size, compute, plain=True, optimizer="default")
+            found.append(record)
+        for precision, engine, optimizer in itertools.product(
+            options.precision or (["bf16"] if gpu else ["fp32"]), options.engine, options.optimizer
+        ):
+            compute = ComputeConfig(precision=precision, engine=engine)
+            title = f"{precision} {compute.engine_on(device)} {optimizer}"
+            found.append(Recipe(_name(title, batch_size), batch_size, compute, optimizer=optimizer))
+    return found
+
+
+def _name(title: str, batch_size: int) -> str:
+    return f"{title}, batch {batch_size}"
+
+
+def measure_limits(precisions: set[str], device: torch.device) -> Limits:
+    """The limits of `device`, before anybody else uses it."""
+    matrix = {}
+    for precision in sorted(precisions):
+        settle_float32(precision)  # type: ignore[arg-type]
+        matrix[precision] = matrix_rate(input_dtype(precision), device)  # type: ignore[arg-type]
+    return Limits(matrix, copy_rate(device))
+
+
+def run(options: argparse.Namespace, device: torch.device) -> tuple[Limits, dict[str, Result]]:
+    """All rows, in turns."""
+    everyone = recipes(options, device)
+    limits = measure_limits({recipe.compute.precision for recipe in everyone}, device)
+    flops = step_flops(options.network, options.size)
+    with contextlib.ExitStack() as stack:
+        contestants = {}
+        for recipe in everyone:
+            contestant = Contestant(recipe, options.network, options.size, str(device))
+            contestants[recipe.name] = stack.enter_context(contextlib.closing(contestant))
+        turns: dict[str, list[harness.Reading]] = {recipe.name: [] for recipe in everyone}
+        forwards: dict[str, list[float]] = {recipe.name: [] for recipe in everyone}
+        for _ in range(options.rounds):
+            for recipe in everyone:
+                wall, cpu, forward = contestants[recipe.name].turn(options.steps)
+                size = recipe.batch_size
+                turns[recipe.name].append(harness.Reading(wall / size, cpu / size))
+                forwards[recipe.name].append(1e3 * forward / size)
+        results = {}
+        for recipe in everyone:
+            mine = turns[recipe.name]
+            rate = harness.Spread.of(1 / reading.wall for reading in mine)
+            record = turns.get(_name(RECORD, recipe.batch_size))
+            results[recipe.name] = Result(
+                samples_per_s=rate,
+                forward_ms=harness.Spread.of(forwards[recipe.name]),
+                cpu_ms=harness.Spread.of(1e3 * reading.cpu for reading in mine),
+                tflops=1e-12 * flops * rate.median,
+                share_of_matrix=flops * rate.median / limits.matrix[recipe.compute.precision],
+                speed_of_plain=harness.ratio(turns[_name(PLAIN, recipe.batch_size)], mine, "wall"),
+                speed_of_record=harness.ratio(record, mine, "wall") if record else None,
+                peak=contestants[recipe.name].peak(),
+                layers=contestants[recipe.name].layers(),
+            )
+        if options.profile:
+            contestants[everyone[-1].name].profile(str(options.profile))
+    return limits, results
+
+
+def show(
+    options: argparse.Namespace, device: torch.device, limits: Limits, results: dict[str, Result]
+) -> None:
+    """Print the tables, medians and 10th to 90th percentiles over the rounds, and how the bars are met."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    flops = step_flops(options.network, options.size)
+    print(f"{options.network} network at {options.size}^3 on {where}, {1e-9 * flops:.1f} GFLOP a sample")
+    for precision, rate in limits.matrix.items():
+        print(f"limit: matrix product {precision} {1e-12 * rate:.3f} TFLOP/s")
+    print(f"limit: copy {1e-9 * limits.copy:.1f} GB/s, read and written")
+    print(
+        f"{'':32} {'samples/s':>22} {'forward ms':>11} {'CPU ms':>8} {'TFLOP/s':>8} {'of limit':>8}"
+        f" {'peak GB':>8} {'/ plain':>16} {'/ record':>8}"
+    )
+    for name, row in results.items():
+        record = f"{row.speed_of_record.median:8.2f}" if row.speed_of_record else f"{'':8}"
+        print(
+            f"{name:32} {_text(row.samples_per_s, 1):>22} {row.forward_ms.median:11.2f}"
+            f" {row.cpu_ms.median:8.1f} {row.tflops:8.3f} {row.share_of_matrix:8.1%} {1e-9 * row.peak:8.2f}"
+            f" {_text(row.speed_of_plain, 2):>16} {record}"
+        )
+    for name, row in results.items():
+        if row.layers:
+            print(f"{name}, its blocks alone, forward and backward:")
+        for layer in row.layers:
+            rate = 1e9 * layer.gflop / (1e-3 * layer.ms)
+            precision = next((each for each in limits.matrix if name.startswith(each)), "fp32")
+            share, copying = rate / limits.matrix.get(precision, rate), layer.bytes_moved / limits.copy
+            print(
+                f"  {layer.name} {layer.ms:9.2f} ms: {layer.gflop:6.1f} GFLOP at {1e-12 * rate:.3f} TFLOP/s,"
+                f" {share:.0%} of the limit; {layer.bytes_moved / 1e6:.0f} MB, {1e3 * copying:.2f} ms by copy"
+            )
+    if device.type == "cpu":
+        _show_bars(options.size, results)
+
+
+def _show_bars(size: int, results: dict[str, Result]) -> None:
+    for name, row in results.items():
+        for quantity, bar in BARS.get(size, {}).items() if name.startswith("fp32") else ():
+            value = getattr(row, quantity)
+            value = value if isinstance(value, float) else value.median
+            print(f"{name}: {quantity} {value:.2f}; claimed of float32 on a CPU: at least {bar:g}")
+
+
+def _text(spread: harness.Spread, digits: int) -> str:
+    return f"{spread.median:.{digits}f} ({spread.p10:.{digits}f}-{spread.p90:.{digits}f})"
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--network", choices=("reference", "open"), default="reference")
+    parser.add_argument("--size", type=int, default=128, choices=(16, 32, 64, 128), help="voxels an edge")
+    parser.add_argument("--batch-size", type=harness.numbers, default=[1], help="by commas")
+    parser.add_argument("--precision", type=_among("fp32", "tf32", "fp16", "bf16"), help="by commas")
+    parser.add_argument("--engine", type=_among("auto", "eager", "graph", "compile"), default=["auto"])
+    parser.add_argument("--optimizer", type=_among("auto", "apex", "fused", "foreach"), default=["auto"])
+    parser.add_argument("--steps", type=harness.positive, default=3, help="a turn")
+    parser.add_argument("--rounds", type=harness.positive, default=7, help="turns of each row")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--profile", type=Path, help="write a trace of the last row's steps here")
+    parser.add_argument(
+        "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
+    )
+    return parser.parse_args(argv)
+
+
+def _among(*known: str) -> Any:
+    def parse(text: str) -> list[str]:
+        return harness.among(text, known)
+
+    return parse
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
+    """The command line; what was measured, by row."""
+    options = _options(argv)
+    gpu = options.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    limits, results = run(options, device)
+    show(options, device, limits, results)
+    if options.output:
+        record = {"limits": limits, "bars": BARS, **results}
+        path = harness.save("compute_bench", vars(options), record, options.output)
+        title = f"{options.network} network, {options.size}^3"
+        draw({title: results}, path.with_suffix(".png"))
+        print("written to", path, "and", path.with_suffix(".png").name)
+    return results
+
+
+if __name__ == "__main__":
+    main()

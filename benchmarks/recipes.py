@@ -1,0 +1,305 @@
+"""Who takes part in the benchmark of the compute stage: each a process of its own, that waits for its turn.
+
+Separate processes, because a recipe decides about the C library's memory, about threads and about what
+float32 is to a GPU; and because the memory that a process has taken at most is then its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from cosmoflow_dali.blocks import LEAK, max_block, plain_max_block
+from cosmoflow_dali.engines import ComputeConfig, distribute, make_engine
+from cosmoflow_dali.memory import keep_freed_memory
+from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
+from cosmoflow_dali.networks import build_model
+from cosmoflow_dali.open_model import OpenConfig, OpenCosmoFlow
+from cosmoflow_dali.optim import SGDConfig, build_optimizer, set_lr
+from cosmoflow_dali.step import autocast, input_dtype, make_scaler, settle_float32
+from pipelines.sample import Batch, SampleSpec
+
+Network = Literal["reference", "open"]
+Turn = tuple[float, float, float]
+"""Of a turn: seconds on the clock, of processors, and of the forward pass alone on the clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A way to take training steps.
+
+    plain: torch's own modules and defaults, laid out as `layout` says; otherwise this project's.
+    compute: precision and engine.
+    optimizer: "default" is torch.optim.SGD as it comes; the others see `SGDConfig.implementation`.
+    """
+
+    name: str
+    batch_size: int
+    compute: ComputeConfig
+    plain: bool = False
+    layout: Literal["channels_last", "contiguous"] = "channels_last"
+    optimizer: Literal["default", "auto", "apex", "fused", "foreach"] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A convolution block alone, forward and backward: milliseconds, and what it computes and moves at least.
+
+    bytes_moved: input and output of the block once forward, and both with their gradients backward.
+    """
+
+    name: str
+    ms: float
+    gflop: float
+    bytes_moved: float
+
+
+class PlainReference(CosmoFlow):
+    """The reference network as one writes it down first."""
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        """See `CosmoFlow.forward`."""
+        hidden = volume
+        for conv in self.convs:
+            hidden = functional.max_pool3d(functional.leaky_relu(conv(hidden), LEAK), 2)
+        hidden = hidden.permute(0, 2, 3, 4, 1).flatten(1)
+        for dense in self.denses[:-1]:
+            hidden = functional.leaky_relu(dense(hidden), LEAK)
+            hidden = functional.dropout(hidden, self.config.dropout, self.training)
+        return 1.2 * torch.tanh(self.denses[-1](hidden))
+
+
+class PlainOpen(OpenCosmoFlow):
+    """The open network as one writes it down first."""
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        """See `OpenCosmoFlow.forward`."""
+        hidden = (volume - self.input_mean) / self.input_std
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            wrapped = functional.pad(hidden, (1,) * 6, mode="circular")
+            hidden = functional.avg_pool3d(functional.leaky_relu(norm(conv(wrapped)), LEAK), 2)
+        hidden = functional.leaky_relu(self.denses[0](hidden.mean(dim=(2, 3, 4))), LEAK)
+        return 1.2 * torch.tanh(self.denses[1](hidden))
+
+
+def shape_of(network: Network, size: int) -> ReferenceConfig | OpenConfig:
+    """The network's configuration at `size`: the benchmark's own at 128, fewer and narrower blocks below."""
+    if network == "open":
+        return OpenConfig(size=size)
+    if size >= 64:
+        return ReferenceConfig(size=size)
+    return ReferenceConfig(size=size, blocks=4, filters=8, dropout=0.0)
+
+
+class Contestant:
+    """A recipe's process, which takes steps when it is asked to."""
+
+    def __init__(self, recipe: Recipe, network: Network, size: int, device: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        arguments = (theirs, recipe, network, size, device)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self._ours.recv()
+
+    def turn(self, steps: int) -> Turn:
+        """Take `steps` steps."""
+        self._ours.send(steps)
+        return self._ours.recv()
+
+    def peak(self) -> int:
+        """Bytes that the steps have taken at most: of the GPU, or of the process beyond its start."""
+        self._ours.send("peak")
+        return self._ours.recv()
+
+    def layers(self) -> list[Layer]:
+        """Its convolution blocks, each alone."""
+        self._ours.send("layers")
+        return self._ours.recv()
+
+    def profile(self, path: str) -> None:
+        """Write a trace of three steps to `path`, for chrome://tracing or perfetto."""
+        self._ours.send(("profile", path))
+        self._ours.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self._ours.send("end")
+        self._process.join()
+
+
+def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, where: str) -> None:
+    device = torch.device(where)
+    if not recipe.plain and device.type == "cpu":
+        keep_freed_memory()
+    settle_float32(recipe.compute.precision)
+    start = _most_memory()
+    step, forward, model, batch = _prepare(recipe, network, size, device)
+    for _ in range(3):
+        step()
+    requests.send("ready")
+    while (request := requests.recv()) != "end":
+        if request == "layers":
+            requests.send(list(_layers(model, batch, recipe)))
+        elif request == "peak":
+            gpu = device.type == "cuda"
+            requests.send(torch.cuda.max_memory_allocated() if gpu else _most_memory() - start)
+        elif isinstance(request, tuple):
+            with torch.profiler.profile(record_shapes=True) as trace:
+                for _ in range(3):
+                    step()
+                _wait(device)
+            trace.export_chrome_trace(request[1])
+            requests.send("written")
+        else:
+            wall, cpu = _timed(step, request, device)
+            with torch.no_grad():
+                alone, _ = _timed(forward, max(1, request // 2), device)
+            requests.send((wall / request, cpu / request, alone / max(1, request // 2)))
+
+
+def _prepare(
+    recipe: Recipe, network: Network, size: int, device: torch.device
+) -> tuple[Callable[[], None], Callable[[], torch.Tensor], nn.Module, Batch]:
+    """A whole step, a forward pass, the model and the resident batch."""
+    shape = shape_of(network, size)
+    model: nn.Module = build_model(shape, seed=0)
+    if recipe.plain:
+        model = PlainOpen(shape) if isinstance(shape, OpenConfig) else PlainReference(shape)
+    layout = torch.channels_last_3d if recipe.layout == "channels_last" else torch.contiguous_format
+    model = model.to(device).to(memory_format=layout).train()  # type: ignore[call-overload]
+    # Logarithms of counts: half of them zeros.
+    generator = torch.Generator().manual_seed(1)
+    volume = torch.rand(recipe.batch_size, size, size, size, 4, generator=generator).sub_(0.5).clamp_(0)
+    volume = volume.permute(0, 4, 1, 2, 3).contiguous(memory_format=layout)
+    if not recipe.plain:
+        volume = volume.to(input_dtype(recipe.compute.precision))
+    target = torch.rand(recipe.batch_size, 4, generator=generator)
+    batch = Batch(volume.to(device), target.to(device), np.arange(recipe.batch_size))
+    scaler = make_scaler(recipe.compute.precision, device)
+    optimizer = (
+        torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        if recipe.optimizer == "default"
+        else build_optimizer(SGDConfig(implementation=recipe.optimizer), model)
+    )
+    parallel = distribute(model, recipe.compute, device, ranks=1)
+    spec = SampleSpec(size)
+    gradients = make_engine(parallel, recipe.compute, scaler, spec, recipe.batch_size, device)
+
+    if gradients.inputs is not None:
+        gradients.inputs.volume.copy_(batch.volume)
+        gradients.inputs.target.copy_(batch.target)
+        batch = gradients.inputs
+
+    def step() -> None:
+        gradients(batch)
+        if recipe.optimizer != "default":
+            set_lr(optimizer, 1e-3)
+        scaler.step(optimizer)
+        scaler.update()
+
+    def forward() -> torch.Tensor:
+        with autocast(recipe.compute.precision, device):
+            answer: torch.Tensor = model(batch.volume)
+        return answer
+
+    return step, forward, model, batch
+
+
+def _layers(model: nn.Module, batch: Batch, recipe: Recipe) -> Iterator[Layer]:
+    """Each block of the reference network alone, on input of the right shape."""
+    if not isinstance(model, CosmoFlow):
+        return
+    block = plain_max_block if recipe.plain else max_block
+    volume, device = batch.volume, batch.volume.device
+    for number, conv in enumerate(model.convs):
+        weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
+        given = torch.rand_like(volume).requires_grad_(number > 0)
+        with autocast(recipe.compute.precision, device):
+            made = block(given, weight, bias)
+        gradient = torch.rand_like(made)
+
+        def both(
+            given: torch.Tensor = given,
+            weight: torch.Tensor = weight,
+            bias: torch.Tensor = bias,
+            gradient: torch.Tensor = gradient,
+        ) -> None:
+            with autocast(recipe.compute.precision, device):
+                made = block(given, weight, bias)
+            wanted = [each for each in (given, weight, bias) if each.requires_grad]
+            torch.autograd.grad(made, wanted, gradient)
+
+        both()
+        wall = min(_timed(both, 2, device)[0] / 2 for _ in range(3))
+        products = 27 * weight.shape[1] * weight.shape[0] * given[0, 0].numel() * given.shape[0]
+        passes = 3 if number else 2
+        moved = given.nbytes * (3 if number else 2) + 2 * made.nbytes
+        yield Layer(f"block {number + 1}", 1e3 * wall, 2e-9 * products * passes, moved)
+        volume = made.detach()
+
+
+def _most_memory() -> int:
+    """The most bytes that this process has had in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def _timed(act: Callable[[], object], times: int, device: torch.device) -> tuple[float, float]:
+    """Seconds on the clock and of processors for `times` calls."""
+    _wait(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(times):
+        act()
+    _wait(device)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of a large matrix product in `dtype`, the best of six, and of two libraries.
+
+    A convolution with a kernel of one voxel is a matrix product too: on a CPU oneDNN's, where torch
+    otherwise asks MKL, which is slow on processors that are not Intel's.
+    """
+    size = 8192 if device.type == "cuda" else 4096
+    a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
+    voxels, kernel = a.T.reshape(1, size, 16, 16, size // 256), b.reshape(size, size, 1, 1, 1)
+    voxels = voxels.contiguous(memory_format=torch.channels_last_3d)
+    ways = [lambda: a @ b, lambda: functional.conv3d(voxels, kernel)]
+    best = min(_timed(way, 1, device)[0] for way in ways for _ in range(6))
+    return 2.0 * size**3 / best
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a copy of 1 GiB reads and writes, the best of five."""
+    source, target = (torch.zeros(1 << 28, device=device) for _ in range(2))
+    best = min(_timed(lambda: target.copy_(source), 1, device)[0] for _ in range(6))
+    return 2.0 * source.nbytes / best
+
+
+def step_flops(network: Network, size: int) -> float:
+    """Operations of a training step of one sample, as torch's own counter counts them."""
+    shape = shape_of(network, size)
+    model = build_model(shape, seed=0).to("meta")
+    volume = torch.empty(1, 4, size, size, size, device="meta")
+    with FlopCounterMode(display=False) as counter, contextlib.suppress(NotImplementedError):
+        model(volume).sum().backward()
+    return float(counter.get_total_flops())

@@ -1,0 +1,58 @@
+"""The compute benchmark: its rows compute the same, operations are counted right, a result is kept."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import compute_bench
+from benchmarks.recipes import PlainOpen, PlainReference, step_flops
+from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
+from cosmoflow_dali.open_model import OpenConfig, OpenCosmoFlow
+
+FLAGS = ["--size", "16", "--batch-size", "2", "--steps", "2", "--rounds", "2", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("network", ["reference", "open"])
+def test_every_row_is_measured_and_the_result_is_kept(
+    network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.json"
+    flags = [*FLAGS, "--network", network, "--precision", "fp32,bf16", "--profile", str(trace)]
+    rows = compute_bench.main([*flags, "--output", str(tmp_path)])
+    names = ["plain PyTorch, batch 2", "fp32 eager auto, batch 2", "bf16 eager auto, batch 2"]
+    assert list(rows) == names
+    printed = capsys.readouterr().out
+    for name, row in rows.items():
+        assert row.samples_per_s.median > 0 and row.cpu_ms.median > 0 and row.forward_ms.median > 0
+        assert row.share_of_matrix > 0 and row.peak > 0 and name in printed
+        assert len(row.layers) == (4 if network == "reference" else 0)
+    assert rows[names[0]].speed_of_plain.median == 1.0
+    (path,) = tmp_path.glob("*compute_bench.json")
+    kept = json.loads(path.read_text())["results"]
+    assert kept.keys() == {"limits", "bars", *names} and path.with_suffix(".png").stat().st_size > 1000
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_the_plain_networks_are_the_same_networks() -> None:
+    volume = torch.rand(2, 4, 16, 16, 16)
+    shape = ReferenceConfig(size=16, blocks=3, filters=4, dense=(16, 8), dropout=0.0)
+    torch.testing.assert_close(PlainReference(shape, 3)(volume), CosmoFlow(shape, 3)(volume))
+    for mode in (True, False):
+        ours, plain = (kind(OpenConfig(size=16), 3).train(mode) for kind in (OpenCosmoFlow, PlainOpen))
+        torch.testing.assert_close(plain(volume), ours(volume))
+
+
+def test_operations_are_those_of_the_convolutions_and_dense_layers() -> None:
+    # 27 products and as many sums for each output of a convolution; forward, and twice that backward but
+    # for the first block, whose input needs no gradient.
+    widths, size, expected = (4, 32, 64, 128, 256, 512), 128, 0.0
+    for block, (a, b) in enumerate(itertools.pairwise(widths)):
+        expected += 2 * 27 * a * b * (size >> block) ** 3 * (3 if block else 2)
+    expected += 3 * 2 * (512 * 64 * 128 + 128 * 64 + 64 * 4)
+    assert step_flops("reference", 128) == pytest.approx(expected)
+    assert expected == pytest.approx(190e9, rel=0.02)
