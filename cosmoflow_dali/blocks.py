@@ -31,7 +31,7 @@ def max_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) ->
     empty, so the two rules part by percents. Each voxel takes the slope of LeakyReLU at the maximum.
     """
     if volume.device.type == "cpu":
-        arguments = _cast(volume, kernel, bias)
+        arguments = cast(volume, kernel, bias)
         with torch.autocast("cpu", enabled=False):
             pooled: torch.Tensor = _MaxBlock.apply(*arguments)
         return pooled
@@ -76,7 +76,7 @@ def norm_block(
     (B, c, D, H, W) to (B, C, D/2, H/2, W/2), all three edges even; and the mean and the variance
     (biased), (C,) each, over the global batch: ranks have equal batches and share their sums.
     """
-    arguments = _cast(volume, kernel)
+    arguments = cast(volume, kernel)
     with torch.autocast("cpu", enabled=False):
         pooled, mean, variance = _NormBlock.apply(*arguments, scale, shift, eps)
     return pooled, mean, variance
@@ -143,11 +143,12 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`tensors` in the dtype in which autocast convolves, if it is on."""
-    if not torch.is_autocast_enabled("cpu"):
+def cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`tensors` in the dtype in which autocast convolves on their device, if it is on."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
         return tensors
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cosmoflow_dali.model import CosmoFlow
 from cosmoflow_dali.step import Precision, forward_backward, input_dtype
 from pipelines.errors import ConfigError
 from pipelines.sample import PARAMETERS, Batch, SampleSpec
@@ -32,12 +33,14 @@ class ComputeConfig:
         torch.compile; "auto" is graph on a GPU and eager on a CPU, where the others win nothing.
     micro_batch: samples that are worked on at a time, to save memory; must divide loader.batch_size.
     exchange: in what ranks exchange gradients.
+    first_block: "triton" computes the reference network's first block in one kernel, on a GPU.
     """
 
     precision: Precision = "fp32"
     engine: Literal["auto", "eager", "graph", "compile"] = "auto"
     micro_batch: int | None = None
     exchange: Literal["fp32", "bf16"] = "fp32"
+    first_block: Literal["plain", "triton"] = "plain"
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -69,6 +72,11 @@ class Engine(Protocol):
 
 def distribute(model: nn.Module, config: ComputeConfig, device: torch.device, *, ranks: int) -> nn.Module:
     """`model` as the engine wants it: its gradients averaged over `ranks` while backward still runs."""
+    if config.first_block == "triton":
+        if not isinstance(model, CosmoFlow) or device.type != "cuda":
+            reason = f"is for the reference network on a GPU, not {type(model).__name__} on {device.type}"
+            raise ConfigError("compute.first_block", config.first_block, reason)
+        model.fuse_first_block()
     if config.engine_on(device) == "compile":
         model = torch.compile(model)  # type: ignore[assignment]
     if ranks == 1:

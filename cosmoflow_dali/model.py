@@ -6,7 +6,7 @@ answer is 1.2 tanh (mlcommons/hpc cosmoflow/models/cosmoflow.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -64,6 +64,7 @@ class CosmoFlow(nn.Module):
         """Glorot-uniform kernels drawn from `seed`, biases zero, as Keras begins."""
         super().__init__()
         self.config = config
+        self._first_block: Callable[..., torch.Tensor] = max_block
         widths = [len(REDSHIFTS), *(config.filters * 2**block for block in range(config.blocks))]
         self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, padding=1) for a, b in pairwise(widths))
         features = widths[-1] * (config.size // 2**config.blocks) ** 3
@@ -79,14 +80,27 @@ class CosmoFlow(nn.Module):
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
         """Targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
         hidden = volume
-        for conv in self.convs:
-            hidden = max_block(hidden, conv.get_parameter("weight"), conv.get_parameter("bias"))
+        for number, conv in enumerate(self.convs):
+            block = max_block if number else self._first_block
+            hidden = block(hidden, conv.get_parameter("weight"), conv.get_parameter("bias"))
         # Keras flattens (D, H, W, C), so that the dense kernels mean the same here and there.
         hidden = hidden.permute(0, 2, 3, 4, 1).flatten(1)
         for dense in self.denses[:-1]:
             hidden = functional.leaky_relu(dense(hidden), LEAK)
             hidden = functional.dropout(hidden, self.config.dropout, self.training)
         return OUTPUT_SCALE * torch.tanh(self.denses[-1](hidden))
+
+    def fuse_first_block(self) -> None:
+        """Compute the first block in one kernel of Triton; ConfigError where that cannot be."""
+        kernel = self.convs[0].get_parameter("weight")
+        try:
+            from cosmoflow_dali.first_block import first_block, fits
+        except ImportError as error:
+            raise ConfigError("compute.first_block", "triton", "Triton is not installed") from error
+        if not fits(torch.empty(1, len(REDSHIFTS), 2, 2, 2), kernel):
+            reason = f"takes a power of two of at least 16 filters, and there are {len(kernel)}"
+            raise ConfigError("compute.first_block", "triton", reason)
+        self._first_block = first_block
 
     def decayed_parameters(self) -> list[nn.Parameter]:
         """What weight decay works on: the kernels of the hidden dense layers."""

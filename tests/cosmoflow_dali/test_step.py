@@ -120,7 +120,7 @@ def test_apex_is_refused_where_it_is_not_to_be_had(tmp_path: Path, monkeypatch: 
         build_optimizer(SGDConfig(implementation="apex"), network())
     gpu = torch.device("cuda")
     assert "not installed" in optim._apex_sgd(gpu)[1]
-    # What pip install apex brings is a web framework.
+    # What `pip install apex` brings has the name alone.
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,0 +1,83 @@
+"""The first block's kernel against torch in float64; in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Read when Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from cosmoflow_dali.blocks import plain_max_block
+from cosmoflow_dali.first_block import first_block, fits
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(1, 2, 2, 2), (2, 4, 6, 8), (1, 8, 8, 8), (3, 2, 4, 10)]
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Of the largest value: sums in float32 of rounded products, and the result's own rounding."""
+
+
+def inputs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(dtype).to(DEVICE)
+
+    batch, *edges = shape
+    volume = draw(batch, *edges, 4).permute(0, 4, 1, 2, 3)
+    # Half of a volume's voxels are empty, so that maxima tie.
+    volume = volume.clamp_min(0)
+    return [volume, draw(filters, 4, 3, 3, 3).requires_grad_(), draw(filters).requires_grad_()]
+
+
+# Triton's interpreter has no products of bfloat16.
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("filters", [16, 32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_are_torchs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> None:
+    volume, kernel, bias = inputs(shape, filters, dtype)
+    assert fits(volume, kernel)
+    exact = [each.detach().double().requires_grad_(each.requires_grad) for each in (volume, kernel, bias)]
+    ours, truth = first_block(volume, kernel, bias), plain_max_block(*exact)
+    assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last_3d)
+    close = ROUNDING[dtype]
+    torch.testing.assert_close(ours.double(), truth, rtol=close, atol=close * truth.abs().max().item())
+    gradient = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    found = torch.autograd.grad(ours, (kernel, bias), gradient)
+    wanted = torch.autograd.grad(truth, exact[1:], gradient.double())
+    for one, other in zip(found, wanted, strict=True):
+        # A rounding may make another voxel the maximum, and move that cell's whole gradient.
+        assert ((one.double() - other).norm() / other.norm()).item() < (1e-5 if close == 1e-5 else 0.1)
+
+
+def test_of_equal_voxels_the_first_gets_the_gradient() -> None:
+    volume = torch.zeros(1, 4, 2, 2, 2, device=DEVICE).to(memory_format=torch.channels_last_3d)
+    kernel = torch.zeros(16, 4, 3, 3, 3, device=DEVICE, requires_grad=True)
+    first_block(volume + 1, kernel, torch.ones(16, device=DEVICE)).sum().backward()
+    assert kernel.grad is not None
+    # Seen from the cell's first voxel, the volume lies to the right: of each axis' three taps the last two.
+    expected = torch.zeros(3, 3, 3, device=DEVICE)
+    expected[1:, 1:, 1:] = 1
+    torch.testing.assert_close(kernel.grad[3, 2], expected)
+
+
+def test_what_is_no_number_is_not_hidden() -> None:
+    volume, kernel, bias = inputs((1, 4, 4, 4), 16, torch.float32)
+    volume = volume.clone()
+    volume[0, 1, 2, 3, 0] = float("nan")
+    found, truth = first_block(volume, kernel, bias), plain_max_block(volume, kernel, bias)
+    assert torch.equal(found.isnan(), truth.isnan()) and found.isnan().any()
+
+
+def test_what_does_not_fit_is_told() -> None:
+    volume, kernel, _ = inputs((1, 4, 4, 4), 16, torch.float32)
+    assert not fits(volume.clone().requires_grad_(), kernel)
+    assert (
+        not fits(volume[:, :, :3], kernel) and not fits(volume, kernel[:12]) and not fits(volume, kernel[:8])
+    )
+    assert not fits(volume[:, :2], kernel[:, :2])
