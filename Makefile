@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 # A process a core, each with whole test modules, so that what a module's tests share is made once.
 PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help setup train test test-all lint clean
+.PHONY: help setup train test test-all gpu-check lint clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,9 @@ test: setup ## Run the tests that need no GPU, no SLURM and little time.
 
 test-all: setup ## Run all tests; those whose hardware is not there say that they are skipped.
 	$(PYTEST) $(ARGS)
+
+gpu-check: ## Check a GPU with the Python that is there, without a set-up, in eight minutes.
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 lint: setup ## Run ruff and mypy.
 	$(RUN) -m ruff check .

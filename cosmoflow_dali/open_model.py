@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,12 @@ from torch.nn import functional
 from cosmoflow_dali.blocks import LEAK, mean_over_ranks, norm_block
 from cosmoflow_dali.model import OUTPUT_SCALE
 from pipelines.errors import ConfigError, DataError
-from pipelines.reader import Reader
 from pipelines.sample import PARAMETERS, REDSHIFTS
 from pipelines.transforms import transform
+
+if TYPE_CHECKING:
+    # The network itself needs none of what reads samples.
+    from pipelines.reader import Reader
 
 _STATISTICS_SAMPLES = 128
 

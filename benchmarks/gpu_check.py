@@ -1,0 +1,160 @@
+"""What a machine with a GPU makes of this project, in eight minutes and without a set-up: `make gpu-check`.
+
+Runs the tests marked gpu, both benchmarks in short form, and 200 steps of training, each in a process of
+its own, with whatever this Python has. What a part lacks is named, and the part is left out. Everything
+that was said and measured goes to a dated folder in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+# Also run as a file, from any folder.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import harness
+from cosmoflow_dali import machine
+
+ROOT = harness.RESULTS.parent.parent
+
+_READS = ("nvidia.dali", "crc32c", "isal", "lz4", "zlib_ng")
+"""What reading samples takes."""
+
+_TRAINS = (*_READS, "yaml", "mlperf_logging", "tqdm")
+
+# The project's own settings ask for plugins that this Python need not have.
+_PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib", "-c", os.devnull]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A command, what it needs beside torch and numpy, and how many seconds it may take."""
+
+    name: str
+    needs: tuple[str, ...]
+    arguments: list[str]
+    seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a part: "passed", "failed", "timed out" or "left out", and why."""
+
+    name: str
+    outcome: str
+    reason: str
+    seconds: float
+
+
+def parts(folder: Path, scratch: Path) -> list[Part]:
+    """All parts; the seconds add up to less than eight minutes."""
+    tests = ROOT / "tests"
+    compute = [str(tests / "cosmoflow_dali" / f"test_{name}.py") for name in ("engines", "first_block")]
+    data = str(tests / "pipelines" / "test_decoders.py")
+    common = ["--rootdir", str(ROOT), "-o", f"pythonpath={ROOT} {tests}"]
+    bench = ["--rounds", "3", "--output", str(folder)]
+    train = ["--config", str(scratch / "train.yaml"), "--run-dir", str(folder / "run")]
+    return [
+        Part("tests of the compute stage", ("pytest", "triton"), [*_PYTEST, *common, *compute], 150),
+        Part("tests of the data path", ("pytest", *_READS), [*_PYTEST, *common, data], 90),
+        Part("compute_bench", (), ["benchmarks/compute_bench.py", "--batch-size", "1,8", *bench], 90),
+        Part("io_bench", _READS, ["benchmarks/io_bench.py", "--formats", "npy,packed", *bench], 60),
+        Part("200 steps of training", _TRAINS, ["-m", "cosmoflow_dali.train", *train], 80),
+    ]
+
+
+def missing(needs: Sequence[str]) -> list[str]:
+    """Those of `needs` that cannot be imported here."""
+    return [name for name in needs if not _there(name)]
+
+
+def _there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def run(part: Part, folder: Path) -> Outcome:
+    """Run `part`, its words to a file in `folder`."""
+    if lacks := missing(part.needs):
+        return Outcome(part.name, "left out", "this Python lacks " + ", ".join(lacks), 0.0)
+    start = time.monotonic()
+    with open(folder / f"{part.name.replace(' ', '_')}.txt", "wb") as words:
+        try:
+            done = subprocess.run(
+                [sys.executable, *part.arguments],
+                cwd=ROOT,
+                stdout=words,
+                stderr=subprocess.STDOUT,
+                timeout=part.seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome(part.name, "timed out", f"after {part.seconds} s", time.monotonic() - start)
+    reason = f"exit status {done.returncode}" if done.returncode else ""
+    return Outcome(part.name, "failed" if reason else "passed", reason, time.monotonic() - start)
+
+
+def write_config(scratch: Path) -> None:
+    """The training's configuration: the reference network on universes that it simulates, 200 steps."""
+    tree = {
+        "data": {
+            "dir": str(scratch / "data"),
+            "simulate": {"train": 200, "validation": 32, "size": 32, "voxel": 4.0, "steps": 4},
+        },
+        "loader": {"batch_size": 4},
+        "model": {"size": 32, "blocks": 4, "filters": 16, "dropout": 0.0},
+        "compute": {"precision": "bf16"},
+        "epochs": 4,
+        "shuffle": True,
+        "device": "cuda",
+    }
+    # JSON is YAML.
+    (scratch / "train.yaml").write_text(json.dumps(tree))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 1 where a part failed or there is no GPU."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="where the dated folder is made")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("error: torch sees no CUDA GPU here; `make test-all` is what runs without one", file=sys.stderr)
+        return 1
+    folder = options.output / f"{time.strftime('%Y-%m-%dT%H%M%S')}_gpu_check"
+    folder.mkdir(parents=True)
+    outcomes = []
+    with tempfile.TemporaryDirectory() as scratch:
+        write_config(Path(scratch))
+        for part in parts(folder, Path(scratch)):
+            outcomes.append(run(part, folder))
+            last = outcomes[-1]
+            print(f"{last.name:28} {last.outcome:9} {last.seconds:5.0f} s  {last.reason}", flush=True)
+    record = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": machine.versions(),
+        "hardware": machine.hardware(),
+        "parts": [asdict(outcome) for outcome in outcomes],
+    }
+    (folder / "gpu_check.json").write_text(json.dumps(record, indent=2) + "\n")
+    print("written to", folder)
+    return int(any(outcome.outcome in ("failed", "timed out") for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
