@@ -1,7 +1,7 @@
 """Who takes part in the benchmark of the compute stage: each a process of its own, that waits for its turn.
 
-Separate processes, because a recipe decides about the C library's memory, about threads and about what
-float32 is to a GPU; and because the memory that a process has taken at most is then its own.
+Separate processes, because a recipe decides about pages of memory and about what float32 is to a GPU; and
+because the memory that a process has taken at most is then its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cosmoflow_dali.blocks import LEAK, max_block, plain_max_block
 from cosmoflow_dali.engines import ComputeConfig, distribute, make_engine
-from cosmoflow_dali.memory import keep_freed_memory
+from cosmoflow_dali.memory import use_huge_pages
 from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
 from cosmoflow_dali.networks import build_model
 from cosmoflow_dali.open_model import OpenConfig, OpenCosmoFlow
@@ -144,7 +144,7 @@ class Contestant:
 def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, where: str) -> None:
     device = torch.device(where)
     if not recipe.plain and device.type == "cpu":
-        keep_freed_memory()
+        use_huge_pages()
     settle_float32(recipe.compute.precision)
     start = _most_memory()
     step, forward, model, batch = _prepare(recipe, network, size, device)

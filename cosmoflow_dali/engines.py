@@ -34,6 +34,7 @@ class ComputeConfig:
     micro_batch: samples that are worked on at a time, to save memory; must divide loader.batch_size.
     exchange: in what ranks exchange gradients.
     first_block: "triton" computes the reference network's first block in one kernel, on a GPU.
+    nvtx: mark forward, backward, update and every operation for Nsight, on a GPU; costs time.
     """
 
     precision: Precision = "fp32"
@@ -41,6 +42,7 @@ class ComputeConfig:
     micro_batch: int | None = None
     exchange: Literal["fp32", "bf16"] = "fp32"
     first_block: Literal["plain", "triton"] = "plain"
+    nvtx: bool = False
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -49,6 +51,8 @@ class ComputeConfig:
     def engine_on(self, device: torch.device) -> str:
         """Which engine that is on `device`; ConfigError where it cannot be."""
         gpu = device.type == "cuda"
+        if self.nvtx and not gpu:
+            raise ConfigError("compute.nvtx", self.nvtx, f"is for GPUs; leave it out on {device.type}")
         if self.engine == "auto":
             return "graph" if gpu else "eager"
         if self.engine != "eager" and not gpu:

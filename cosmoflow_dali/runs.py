@@ -44,6 +44,7 @@ _FREE = (
     "baseline",
     "device",
     "compute.engine",
+    "compute.nvtx",
     "optimizer.implementation",
 )
 """Settings, or their beginnings, that may change on resume: they move no weight."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from pipelines.plan import derive_seed
 from pipelines.sample import Batch
@@ -67,10 +68,11 @@ def forward_backward(
         part = slice(first, first + (micro_batch or size))
         waits = isinstance(model, DistributedDataParallel) and first != parts[-1]
         with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with autocast(precision, batch.volume.device):
+            with record_function("forward"), autocast(precision, batch.volume.device):
                 prediction = model(batch.volume[part])
-            loss = functional.mse_loss(prediction.float(), batch.target[part]) / len(parts)
-            (loss if scaler is None else scaler.scale(loss)).backward()
+                loss = functional.mse_loss(prediction.float(), batch.target[part]) / len(parts)
+            with record_function("backward"):
+                (loss if scaler is None else scaler.scale(loss)).backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 

@@ -22,7 +22,7 @@ from cosmoflow_dali.arguments import Arguments, parse
 from cosmoflow_dali.checkpoint import Checkpoint
 from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.log import Console, RunLogs
-from cosmoflow_dali.memory import keep_freed_memory
+from cosmoflow_dali.memory import use_huge_pages
 from cosmoflow_dali.networks import build_model
 from cosmoflow_dali.open_model import OpenCosmoFlow, input_statistics
 from cosmoflow_dali.summary import Result, finish
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.say(note)
         torch.set_num_threads(world.cores)
         if device.type == "cpu":
-            keep_freed_memory()
+            use_huge_pages()
         began_ms = round(1e3 * time.time())
         with world.connected(device):
             setup = world.on_root(lambda: _set_up(arguments, world, console))

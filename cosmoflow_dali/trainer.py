@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from mlperf_logging.mllog import constants
 from torch import nn
+from torch.autograd.profiler import emit_nvtx
+from torch.profiler import record_function
 
 from cosmoflow_dali import symmetry
 from cosmoflow_dali.checkpoint import Checkpoint, Position
@@ -112,16 +114,20 @@ class Trainer:
         """Train to the target, the last epoch, or a signal."""
         earlier = {number: signal.signal(number, self._ask_to_stop) for number in STOP_SIGNALS}
         try:
-            while not self._reached():
-                if self.position.epoch == self._config.epochs:
-                    return Outcome.FINISHED
-                if not self._train_epoch():
-                    return Outcome.STOPPED
-                self._end_epoch()
-            return Outcome.REACHED
+            with emit_nvtx(enabled=self._config.compute.nvtx):
+                return self._epochs()
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+
+    def _epochs(self) -> Outcome:
+        while not self._reached():
+            if self.position.epoch == self._config.epochs:
+                return Outcome.FINISHED
+            if not self._train_epoch():
+                return Outcome.STOPPED
+            self._end_epoch()
+        return Outcome.REACHED
 
     def validate(self) -> Evaluation:
         """Score the model on the validation split; UserError where an answer is no number."""
@@ -171,8 +177,9 @@ class Trainer:
             turned = symmetry.apply(batch.volume, symmetry.draw(self._seed, epoch, step))
             batch = replace(batch, volume=turned)
         loss = self._gradients(batch)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        with record_function("update"):
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
         self._window.append((loss, batch.index))
 
     def _compare_notes(self) -> bool:

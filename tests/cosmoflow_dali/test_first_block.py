@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-# Read when Triton is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from cosmoflow_dali.blocks import plain_max_block
 from cosmoflow_dali.first_block import first_block, fits

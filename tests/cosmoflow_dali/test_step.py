@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from helpers import config_file, program
+from helpers import config_file, program, run
 from left_behind import metrics
 
 from cosmoflow_dali import optim
@@ -134,6 +134,38 @@ def test_engines_that_need_a_gpu_are_refused_without(engine: Literal["graph", "c
     with pytest.raises(ConfigError, match=f"compute.engine = '{engine}'.*needs a GPU"):
         ComputeConfig(engine=engine).engine_on(CPU)
     assert ComputeConfig().engine_on(CPU) == "eager"
+    with pytest.raises(ConfigError, match=r"compute.nvtx = True.*is for GPUs"):
+        ComputeConfig(nvtx=True).engine_on(CPU)
+
+
+def test_a_profiler_sees_the_steps_parts() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        forward_backward(network(), batch(), "fp32", micro_batch=2)
+    counts = {event.key: event.count for event in trace.key_averages()}
+    assert (counts["forward"], counts["backward"]) == (2, 2)
+
+
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the kernel has no transparent huge pages"
+)
+def test_large_tensors_lie_in_huge_pages() -> None:
+    program = """
+import resource, sys, torch
+from cosmoflow_dali.memory import use_huge_pages
+if sys.argv[1] == "huge":
+    use_huge_pages()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.ones(1 << 25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    huge, small = (int(run([sys.executable, "-c", program, pages]).out) for pages in ("huge", "small"))
+    # A fault for each page of 3 x 128 MB. The kernel may run short of huge ones.
+    assert small > 90_000 or "[always]" in PAGES.read_text()
+    assert huge < 30_000
 
 
 @pytest.mark.parametrize(
