@@ -29,8 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
+from benchmarks.limits import copy_rate, matrix_rate, step_flops
 from benchmarks.picture import draw
-from benchmarks.recipes import Contestant, Layer, Recipe, copy_rate, matrix_rate, step_flops
+from benchmarks.recipes import Contestant, Layer, Recipe
 from cosmoflow_dali.engines import ComputeConfig
 from cosmoflow_dali.step import input_dtype, settle_float32
 

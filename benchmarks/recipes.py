@@ -6,7 +6,6 @@ because the memory that a process has taken at most is then its own.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 from cosmoflow_dali.blocks import LEAK, max_block, plain_max_block
 from cosmoflow_dali.engines import ComputeConfig, distribute, make_engine
@@ -165,9 +163,9 @@ def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, wh
             trace.export_chrome_trace(request[1])
             requests.send("written")
         else:
-            wall, cpu = _timed(step, request, device)
+            wall, cpu = timed(step, request, device)
             with torch.no_grad():
-                alone, _ = _timed(forward, max(1, request // 2), device)
+                alone, _ = timed(forward, max(1, request // 2), device)
             requests.send((wall / request, cpu / request, alone / max(1, request // 2)))
 
 
@@ -244,7 +242,7 @@ def _layers(model: nn.Module, batch: Batch, recipe: Recipe) -> Iterator[Layer]:
             torch.autograd.grad(made, wanted, gradient)
 
         both()
-        wall = min(_timed(both, 2, device)[0] / 2 for _ in range(3))
+        wall = min(timed(both, 2, device)[0] / 2 for _ in range(3))
         products = 27 * weight.shape[1] * weight.shape[0] * given[0, 0].numel() * given.shape[0]
         passes = 3 if number else 2
         moved = given.nbytes * (3 if number else 2) + 2 * made.nbytes
@@ -258,7 +256,7 @@ def _most_memory() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
-def _timed(act: Callable[[], object], times: int, device: torch.device) -> tuple[float, float]:
+def timed(act: Callable[[], object], times: int, device: torch.device) -> tuple[float, float]:
     """Seconds on the clock and of processors for `times` calls."""
     _wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -271,35 +269,3 @@ def _timed(act: Callable[[], object], times: int, device: torch.device) -> tuple
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a large matrix product in `dtype`, the best of six, and of two libraries.
-
-    A convolution with a kernel of one voxel is a matrix product too: on a CPU oneDNN's, where torch
-    otherwise asks MKL, which is slow on processors that are not Intel's.
-    """
-    size = 8192 if device.type == "cuda" else 4096
-    a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
-    voxels, kernel = a.T.reshape(1, size, 16, 16, size // 256), b.reshape(size, size, 1, 1, 1)
-    voxels = voxels.contiguous(memory_format=torch.channels_last_3d)
-    ways = [lambda: a @ b, lambda: functional.conv3d(voxels, kernel)]
-    best = min(_timed(way, 1, device)[0] for way in ways for _ in range(6))
-    return 2.0 * size**3 / best
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second that a copy of 1 GiB reads and writes, the best of five."""
-    source, target = (torch.zeros(1 << 28, device=device) for _ in range(2))
-    best = min(_timed(lambda: target.copy_(source), 1, device)[0] for _ in range(6))
-    return 2.0 * source.nbytes / best
-
-
-def step_flops(network: Network, size: int) -> float:
-    """Operations of a training step of one sample, as torch's own counter counts them."""
-    shape = shape_of(network, size)
-    model = build_model(shape, seed=0).to("meta")
-    volume = torch.empty(1, 4, size, size, size, device="meta")
-    with FlopCounterMode(display=False) as counter, contextlib.suppress(NotImplementedError):
-        model(volume).sum().backward()
-    return float(counter.get_total_flops())

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import compute_bench
-from benchmarks.recipes import PlainOpen, PlainReference, step_flops
+from benchmarks.limits import step_flops
+from benchmarks.recipes import PlainOpen, PlainReference
 from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
 from cosmoflow_dali.open_model import OpenConfig, OpenCosmoFlow
 

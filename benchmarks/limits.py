@@ -1,0 +1,42 @@
+"""What bounds the compute stage: what a machine does a second, and how much of it a step takes."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.recipes import Network, shape_of, timed
+from cosmoflow_dali.networks import build_model
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of a large matrix product in `dtype`, the best of six, and of two libraries.
+
+    A convolution with a kernel of one voxel is a matrix product too: on a CPU oneDNN's, where torch
+    otherwise asks MKL, which is slow on processors that are not Intel's.
+    """
+    size = 8192 if device.type == "cuda" else 4096
+    a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
+    voxels, kernel = a.T.reshape(1, size, 16, 16, size // 256), b.reshape(size, size, 1, 1, 1)
+    voxels = voxels.contiguous(memory_format=torch.channels_last_3d)
+    ways = [lambda: a @ b, lambda: functional.conv3d(voxels, kernel)]
+    best = min(timed(way, 1, device)[0] for way in ways for _ in range(6))
+    return 2.0 * size**3 / best
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a copy of 1 GiB reads and writes, the best of five."""
+    source, target = (torch.zeros(1 << 28, device=device) for _ in range(2))
+    best = min(timed(lambda: target.copy_(source), 1, device)[0] for _ in range(6))
+    return 2.0 * source.nbytes / best
+
+
+def step_flops(network: Network, size: int) -> float:
+    """Operations of a training step of one sample, as torch's own counter counts them."""
+    shape = shape_of(network, size)
+    model = build_model(shape, seed=0).to("meta")
+    volume = torch.empty(1, 4, size, size, size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(volume).sum().backward()
+    return float(counter.get_total_flops())
