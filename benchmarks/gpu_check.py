@@ -65,11 +65,12 @@ def parts(folder: Path, scratch: Path) -> list[Part]:
     data = str(tests / "pipelines" / "test_decoders.py")
     common = ["--rootdir", str(ROOT), "-o", f"pythonpath={ROOT} {tests}"]
     bench = ["--rounds", "3", "--output", str(folder)]
+    grid = ["--batch-size", "1,8", "--engine", "eager,graph"]
     train = ["--config", str(scratch / "train.yaml"), "--run-dir", str(folder / "run")]
     return [
         Part("tests of the compute stage", ("pytest", "triton"), [*_PYTEST, *common, *compute], 150),
         Part("tests of the data path", ("pytest", *_READS), [*_PYTEST, *common, data], 90),
-        Part("compute_bench", (), ["benchmarks/compute_bench.py", "--batch-size", "1,8", *bench], 90),
+        Part("compute_bench", (), ["benchmarks/compute_bench.py", *grid, *bench], 90),
         Part("io_bench", _READS, ["benchmarks/io_bench.py", "--formats", "npy,packed", *bench], 60),
         Part("200 steps of training", _TRAINS, ["-m", "cosmoflow_dali.train", *train], 80),
     ]
@@ -117,7 +118,7 @@ def write_config(scratch: Path) -> None:
         },
         "loader": {"batch_size": 4},
         "model": {"size": 32, "blocks": 4, "filters": 16, "dropout": 0.0},
-        "compute": {"precision": "bf16"},
+        "compute": {"precision": "bf16", "engine": "graph"},
         "epochs": 4,
         "shuffle": True,
         "device": "cuda",

@@ -29,8 +29,8 @@ class ComputeConfig:
     """How a step computes.
 
     precision: see `Precision`.
-    engine: "eager"; "graph", one CUDA graph of forward, backward and the ranks' exchange; "compile",
-        torch.compile; "auto" is graph on a GPU and eager on a CPU, where the others win nothing.
+    engine: "eager"; "graph", one CUDA graph of forward, backward and the ranks' exchange, and "compile",
+        torch.compile, both on a GPU; "auto" is eager, until a GPU has shown what the others win.
     micro_batch: samples that are worked on at a time, to save memory; must divide loader.batch_size.
     exchange: in what ranks exchange gradients.
     first_block: "triton" computes the reference network's first block in one kernel, on a GPU.
@@ -53,9 +53,9 @@ class ComputeConfig:
         gpu = device.type == "cuda"
         if self.nvtx and not gpu:
             raise ConfigError("compute.nvtx", self.nvtx, f"is for GPUs; leave it out on {device.type}")
-        if self.engine == "auto":
-            return "graph" if gpu else "eager"
-        if self.engine != "eager" and not gpu:
+        if self.engine in ("auto", "eager"):
+            return "eager"
+        if not gpu:
             raise ConfigError(
                 "compute.engine", self.engine, f"needs a GPU; on {device.type} use eager or auto"
             )
