@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Which DALI, by CUDA version: cuda12 or cuda13.
 DALI ?= cuda12
 ARGS ?=
+# For the interpreter, where torch is a CPU build; a CUDA build has brought the one that it wants.
+TRITON := triton==3.9.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 # A process a core, each with whole test modules, so that what a module's tests share is made once.
@@ -20,6 +22,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),mpi,dev]'
+	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet $(TRITON)
 	touch $@
 
 train: setup ## Train; ARGS="--config configs/NAME.yaml ..." changes what.
