@@ -1,0 +1,411 @@
+"""What a submission reports of logs, and that no log which should not count does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import ROOT, Done, config_file, program, write_tiny
+
+from cosmoflow_dali.results import main
+
+START = 1_695_000_000
+SETTINGS: dict[str, Any] = {
+    "submission_benchmark": "cosmoflow",
+    "submission_org": "Somebody",
+    "submission_division": "closed",
+    "submission_status": "onprem",
+    "submission_platform": "64 boxes [new]",
+    "number_of_nodes": 64,
+    "accelerators_per_node": 8,
+    "train_samples": 524288,
+    "eval_samples": 65536,
+    "global_batch_size": 512,
+    "opt_name": "sgd",
+    "opt_base_learning_rate": 0.024,
+    "opt_learning_rate_warmup_epochs": 6,
+    "opt_learning_rate_warmup_factor": 4.0,
+    "opt_learning_rate_decay_boundary_epochs": [20, 22],
+    "opt_learning_rate_decay_factor": [0.5, 0.25],
+    "dropout": 0.0,
+    "opt_weight_decay": 0.02,
+}
+
+
+def log(
+    path: Path,
+    *,
+    seed: int,
+    start: float = START,
+    seconds: float = 120,
+    errors: Sequence[float] = (0.3, 0.2, 0.12),
+    training: Sequence[float] = (5.12,),
+    behind: Sequence[float] = (),
+    staging: float | None = None,
+    status: str = "success",
+    **settings: object,
+) -> Path:
+    """A log of a run that began at `start` and took `seconds`, at `path`.
+
+    errors: of its epochs, and `behind` of those that follow run_stop, which take ten times as long.
+    training: seconds of each epoch's training, in turn.
+    staging: seconds, which end 1 s before run_start.
+    """
+    lines: list[str] = []
+
+    def event(at: float, key: str, value: object = None, **metadata: object) -> None:
+        line = {"namespace": "", "time_ms": round(at * 1000), "event_type": "", "key": key, "value": value}
+        metadata = {"file": "cosmoflow_dali/train.py", "lineno": 1} | metadata
+        lines.append(":::MLLOG " + json.dumps(line | {"metadata": metadata}))
+
+    def epochs(at: float, first: int, errors: Sequence[float], slower: float) -> None:
+        for epoch, error in enumerate(errors, first):
+            end = at + slower * training[epoch % len(training)]
+            for key, moment in (("epoch_start", at), ("eval_start", end), ("eval_stop", end + 0.4)):
+                event(moment, key, epoch_num=epoch)
+            event(end + 0.4, "eval_error", error, epoch_num=epoch)
+            event(end + 0.4, "epoch_stop", epoch_num=epoch)
+            at = end + 0.4
+
+    for key in ("cache_clear", "init_start"):
+        event(start - 400, key)
+    for key, value in {**SETTINGS, "seed": seed, **settings}.items():
+        event(start - 399, key, value)
+    if staging is not None:
+        event(start - 1 - staging, "staging_start")
+        event(start - 1, "staging_stop")
+    event(start - 1, "init_stop")
+    event(start, "run_start")
+    epochs(start, 1, errors, 1)
+    event(start + seconds, "run_stop", status=status)
+    epochs(start + seconds, len(errors) + 1, behind, 10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+MINUTES = (2.5, 2.1, 3.9, 2.2, 2.3, 1.0, 2.4, 2.6, 2.7, 2.8)
+MIDDLE = 2.45
+"""(2.1 + 2.2 + 2.3 + 2.4 + 2.5 + 2.6 + 2.7 + 2.8) / 8: those minutes without 1.0 and 3.9."""
+
+
+def ten(folder: Path, changes: Mapping[int, dict[str, Any]] | None = None, **settings: object) -> Path:
+    """Ten runs, one after the other, of 23 epochs, which took `MINUTES`; `changes` by run on top."""
+    for index, minutes in enumerate(MINUTES):
+        asked: dict[str, Any] = {
+            "seed": index,
+            "start": START + 1000 * index,
+            "seconds": 60 * minutes,
+            "errors": [0.3] * 22 + [0.12],
+            **settings,
+        }
+        log(folder / f"result_{index}.txt", **(asked | (changes or {}).get(index, {})))
+    return folder
+
+
+@pytest.fixture
+def results(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[Done, dict[str, Any]]]:
+    """Runs the program on its arguments; how it ended and, if it came so far, its figures."""
+
+    def run(*arguments: object) -> tuple[Done, dict[str, Any]]:
+        figures = tmp_path / "figures.json"
+        try:
+            code = main([*map(str, arguments), "--json", str(figures)])
+        except SystemExit as stop:
+            assert isinstance(stop.code, int)
+            code = stop.code
+        said = capsys.readouterr()
+        found = json.loads(figures.read_text()) if figures.exists() else {}
+        return Done(code, said.out, said.err), found
+
+    return run
+
+
+Results = Callable[..., tuple[Done, dict[str, Any]]]
+
+
+def row(done: Done, name: str) -> str:
+    """The table's line of the log `name`."""
+    return next(line for line in done.out.splitlines() if line.startswith(name + " "))
+
+
+def test_a_strong_result_is_the_mean_of_the_middle_eight(results: Results, tmp_path: Path) -> None:
+    picture = tmp_path / "runs.png"
+    done, figures = results(ten(tmp_path / "logs", staging=13), "--plot", picture)
+    assert (done.code, done.err) == (0, "")
+    (result,) = figures["results"]
+    assert result["scaling"] == "strong"
+    assert result["time_to_train"] == pytest.approx(MIDDLE)
+    assert (result["mean_epochs"], result["mean_staging"]) == (23, pytest.approx(13))
+    # 524,288 samples in 5.12 s on 512 accelerators.
+    assert result["mean_rate"] == pytest.approx(200)
+    assert result["time_to_train_all"] is None and result["models_per_minute"] is None
+    assert [run["seed"] for run in figures["logs"]] == list(range(10))
+    assert row(done, "result_0.txt").split() == [
+        "result_0.txt", "passes", "2.500", "23", "200.0", "13.0", "512", "0", "converged",
+    ]  # fmt: skip
+    assert "10 of 10" in done.out and " 2.45 " in done.out and "published: NVIDIA v3.0" in done.out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_weak_result_is_the_models_by_the_time_of_all(results: Results, tmp_path: Path) -> None:
+    # The last to end is the 11th: it starts 10 s behind the first and takes 755 s, so all take 765 s.
+    for index in range(59):
+        log(
+            tmp_path / "logs" / f"result_{index}.txt",
+            seed=index,
+            start=START + index,
+            seconds=755 if index == 10 else 600,
+            staging=250 + index,
+            training=(73.0,),
+            errors=[0.3] * 6 + [0.12],
+            number_of_nodes=4,
+            global_batch_size=32,
+        )
+    done, figures = results(tmp_path / "logs", "--plot", tmp_path / "runs.png")
+    assert (done.code, done.err) == (0, "")
+    (result,) = figures["results"]
+    assert (result["scaling"], result["at_once"]) == ("weak", 59)
+    assert result["time_to_train_all"] == pytest.approx(12.75)
+    assert result["models_per_minute"] == pytest.approx(4.6275, abs=1e-4)
+    # The slowest is dropped, and so is a fastest one, which is like the others.
+    assert result["time_to_train"] == pytest.approx(10)
+    assert "59 x 32 = 1888" in done.out and " 4.63" in done.out
+
+
+def test_a_folder_called_strong_holds_runs_that_may_overlap(results: Results, tmp_path: Path) -> None:
+    ten(tmp_path / "logs" / "strong", {index: {"start": START + index} for index in range(10)})
+    _, figures = results(tmp_path / "logs")
+    (result,) = figures["results"]
+    assert (result["scaling"], result["at_once"]) == ("strong", 10)
+    assert result["time_to_train"] == pytest.approx(MIDDLE) and result["models_per_minute"] is None
+
+
+def test_what_is_behind_run_stop_does_not_count(results: Results, tmp_path: Path) -> None:
+    log(tmp_path / "logs" / "good.log", seed=1, behind=[0.11] * 5)
+    log(tmp_path / "logs" / "late.log", seed=2, start=START + 1000, errors=[0.3, 0.2], behind=[0.12])
+    done, figures = results(tmp_path / "logs")
+    assert done.code == 1
+    good, late = figures["logs"]
+    assert (good["counts"], good["epochs"]) == (True, 3)
+    assert good["rate"] == pytest.approx(200)
+    # The compliance checker itself looks at all lines.
+    assert (late["counts"], late["epochs"], late["complaints"]) == (False, None, [])
+    assert "did not converge: its best error is 0.2000" in row(done, "late.log")
+
+
+def test_a_slow_start_and_a_stall_do_not_change_the_rate(results: Results, tmp_path: Path) -> None:
+    log(tmp_path / "logs" / "a.log", seed=1, errors=[0.3] * 6 + [0.1], training=[5.12] * 5 + [75.0, 7.0])
+    _, figures = results(tmp_path / "logs")
+    assert figures["logs"][0]["rate"] == pytest.approx(200)
+
+
+def test_a_launchers_prefixes_and_other_lines_do_not_matter(results: Results, tmp_path: Path) -> None:
+    plain = log(tmp_path / "plain.log", seed=1)
+    text = "".join(f"12: {line}\n12: step 7, loss 0.3\n" for line in plain.read_text().splitlines())
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "slurm-17.out").write_text("starting\n" + text)
+    (tmp_path / "logs" / "notes.txt").write_text("no log at all\n")
+    done, figures = results(tmp_path / "logs")
+    assert done.code == 0, done.err
+    assert [(run["name"], run["minutes"]) for run in figures["logs"]] == [("slurm-17.out", 2)]
+
+
+def cut(path: Path) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:40])
+
+
+def twice(path: Path) -> None:
+    path.write_text(2 * path.read_text())
+
+
+def reworded(old: str, new: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    return change
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut off": (cut, "is cut off: has no run_stop"),
+    "empty": (lambda path: path.write_text(""), "holds no whole line of MLPerf's"),
+    "garbage": (lambda path: path.write_bytes(bytes(range(256)) * 9), "holds no whole line of MLPerf's"),
+    "half a line": (lambda path: path.write_text(":::MLLOG {"), "holds no whole line of MLPerf's"),
+    "no event": (lambda path: path.write_text(":::MLLOG 5\n"), "has a line that is no event"),
+    "odd key": (reworded('"seed"', '["seed"]'), "has a line that is no event"),
+    "odd value": (reworded("0.12,", '"low",'), "did not converge"),
+    "no number": (reworded("0.12,", "NaN,"), "did not converge"),
+    "aborted": (reworded('"success"', '"aborted"'), "the run ended with the status aborted"),
+    "two runs": (twice, "holds 2 runs or ranks"),
+    "other benchmark": (reworded('"cosmoflow"', '"deepcam"'), "is of deepcam, not of cosmoflow"),
+    "nobody's": (reworded("submission_benchmark", "benchmark"), "does not say of which benchmark"),
+    "not started": (reworded('"run_start"', '"began"'), "has no run_start"),
+    "backwards": (reworded(str((START + 1120) * 1000), str(START * 1000)), "not later than its run_start"),
+    "no time": (reworded(f'"time_ms": {(START + 1120) * 1000}', '"time_ms": NaN'), "has no run_stop"),
+    "not compliant": (reworded('"sgd"', '"adam"'), "does not count"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_log_is_named_and_does_not_count(kind: str, results: Results, tmp_path: Path) -> None:
+    spoil, fault = BAD[kind]
+    log(tmp_path / "logs" / "good" / "mlperf.log", seed=1)
+    spoil(log(tmp_path / "logs" / "bad" / "mlperf.log", seed=2, start=START + 1000))
+    done, figures = results(tmp_path / "logs")
+    assert done.code == 1
+    assert done.err == ("error: 1 of 2 logs do not count, such as bad/mlperf.log; see the table\n")
+    assert fault in row(done, "bad/mlperf.log")
+    assert row(done, "good/mlperf.log").endswith("converged")
+    assert [run["counts"] for run in figures["logs"]] == [False, True]
+    assert sum(result["at_once"] for result in figures["results"]) == 1
+
+
+def test_what_fails_compliance_is_told(results: Results, tmp_path: Path) -> None:
+    log(tmp_path / "logs" / "result_0.txt", seed=1, opt_name="adam")
+    done, _ = results(tmp_path / "logs")
+    assert done.code == 1
+    assert row(done, "result_0.txt").split()[1] == "fails"
+    (told,) = (line for line in done.out.splitlines() if "fails compliance" in line)
+    assert "'opt_name'" in told and "failed test:  v['value'] in ['sgd', 'SGD'] " in told
+
+
+def test_a_copy_of_a_log_counts_once(results: Results, tmp_path: Path) -> None:
+    original = log(tmp_path / "logs" / "result_0.txt", seed=1, behind=[0.11])
+    shorter = original.read_text().splitlines()[:-1]
+    (tmp_path / "logs" / "result_1.txt").write_text("".join(f"0: {line}\n" for line in shorter))
+    done, figures = results(tmp_path / "logs")
+    assert done.code == 1
+    assert row(done, "result_1.txt").endswith("the same run as result_0.txt")
+    assert [result["runs"] for result in figures["results"]] == [["result_0.txt"]]
+
+
+def test_one_run_that_fails_is_the_slowest_and_two_leave_no_result(results: Results, tmp_path: Path) -> None:
+    for failed, middle in (([0], (MIDDLE * 8 - 2.5 + 3.9) / 8), ([0, 3], None)):
+        folder = tmp_path / f"{len(failed)} failed"
+        ten(folder, {index: {"errors": [0.3]} for index in failed})
+        done, figures = results(folder)
+        assert done.code == 1
+        (result,) = figures["results"]
+        assert result["time_to_train"] == (middle and pytest.approx(middle))
+        assert f"runs that count: {10 - len(failed)}; a submission has 10" in done.out
+
+
+def test_what_a_user_can_cause_is_one_line(results: Results, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        ((tmp_path / "empty",), "holds no MLPerf log"),
+        ((tmp_path / "missing",), "is no folder"),
+        ((tmp_path, "--plots"), "unrecognized arguments"),
+        ((), "required: LOGDIR"),
+    ):
+        done, _ = results(*arguments)
+        assert done.code == 1 and done.out == ""
+        assert done.err.startswith("error: ") and done.err.count("\n") == 1 and words in done.err
+
+
+def test_a_log_of_this_trainer_counts(results: Results, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=8, validation=4)
+    # Targets so small that the untrained network's answer is within the benchmark's quality.
+    for label in data.glob("*/*_label.npy"):
+        np.save(label, np.load(label) * np.float32(0.01))
+    config = config_file(tmp_path / "c.yaml", data, target_mae=0.124, epochs=9)
+    trained = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "runs" / "one")
+    assert trained.code == 0, trained.err
+    done, figures = results(tmp_path / "runs")
+    assert done.code == 0, done.out + done.err
+    (run,) = figures["logs"]
+    summary = json.loads((tmp_path / "runs" / "one" / "summary.json").read_text())
+    assert (run["name"], run["seed"], run["epochs"]) == ("one/mlperf.log", 5, summary["epochs"])
+    assert run["system"]["accelerators_per_node"] == 1 and run["rate"] > 0
+    assert (ROOT / run["source"]).is_file()
+
+
+@pytest.fixture
+def submission(results: Results, tmp_path: Path) -> Callable[..., tuple[Done, Path]]:
+    """Lays a submission of a folder of logs out; how that ended, and the folder."""
+
+    def run(logs: Path) -> tuple[Done, Path]:
+        folder = tmp_path / "laid [out]"
+        done, _ = results(logs, "--submission", folder)
+        return done, folder
+
+    return run
+
+
+Submit = Callable[[Path], tuple[Done, Path]]
+
+
+def test_a_submission_passes_the_official_checkers(submission: Submit, tmp_path: Path) -> None:
+    done, folder = submission(ten(tmp_path / "logs"))
+    assert (done.code, done.err) == (0, ""), done.out
+    place = "results/64_boxes_new/strong/cosmoflow"
+    for verdict in (
+        "package checker, .: passes",
+        f"seed checker, {place}: passes",
+        f"reference-convergence checker, {place}: passes",
+    ):
+        assert verdict in done.out
+    laid = sorted(path.name for path in (folder / place).glob("*.txt"))
+    assert laid == [f"result_{index}.txt" for index in range(10)]
+    assert (folder / place / "result_3.txt").read_text() == (tmp_path / "logs" / "result_3.txt").read_text()
+    system = json.loads((folder / "systems" / "64_boxes_new.json").read_text())
+    told = {key: value for key, value in system.items() if value}
+    assert told == {
+        "submitter": "Somebody",
+        "division": "closed",
+        "status": "onprem",
+        "system_name": "64_boxes_new",
+        "number_of_nodes": "64",
+        "accelerators_per_node": "8",
+    }
+    assert len(system) > 30
+    assert all(field in done.out for field, value in system.items() if not value)
+    code = folder / "benchmarks" / "cosmoflow" / "implementations" / "cosmoflow-dali"
+    assert (code / "cosmoflow_dali" / "train.py").is_file() and (code / "pyproject.toml").is_file()
+    again, _ = submission(tmp_path / "logs")
+    assert again.code == 1 and "is not empty; name a new folder" in again.err
+
+
+def test_the_checkers_refusals_are_told(submission: Submit, tmp_path: Path) -> None:
+    fast = [0.3] * 19 + [0.12]
+    logs = ten(tmp_path / "logs", {9: {"seed": 8}}, errors=fast)
+    done, _ = submission(logs)
+    assert done.code == 1 and done.err.endswith("3 checkers refuse it; see what they say\n")
+    assert "result_8.txt and result_9.txt share the seed 8" in done.out
+    for words in ("package checker, .: fails", "logs seed 8", "these runs took 20.0000"):
+        assert words in done.out
+
+
+def test_an_open_submission_is_not_asked_about_convergence(submission: Submit, tmp_path: Path) -> None:
+    done, _ = submission(ten(tmp_path / "logs", submission_division="open", errors=[0.12]))
+    assert done.code == 0, done.out + done.err
+    assert "reference convergence is asked of the closed division alone" in done.out
+
+
+@pytest.mark.parametrize("what", ["submission_org", "submission_division", "global_batch_size"])
+def test_logs_of_two_submissions_are_refused(what: str, submission: Submit, tmp_path: Path) -> None:
+    other = {"submission_org": "Else", "submission_division": "open", "global_batch_size": 64}[what]
+    settings: dict[str, Any] = {what: other}
+    log(tmp_path / "logs" / "a.log", seed=1)
+    log(tmp_path / "logs" / "b.log", seed=2, start=START + 1000, **settings)
+    done, folder = submission(tmp_path / "logs")
+    assert done.code == 1 and done.err.count("\n") == 1
+    assert "at a time" in done.err
+    assert not folder.exists()
+
+
+def test_the_runs_of_another_program_come_without_code(submission: Submit, tmp_path: Path) -> None:
+    logs = ten(tmp_path / "logs")
+    for path in logs.iterdir():
+        path.write_text(path.read_text().replace("cosmoflow_dali/train.py", "/opt/main.py"))
+    done, folder = submission(logs)
+    assert done.code == 0, done.out + done.err
+    assert "another program made these logs" in done.out
+    assert list((folder / "benchmarks" / "cosmoflow" / "implementations").iterdir()) == []
