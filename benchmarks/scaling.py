@@ -1,0 +1,206 @@
+"""How training scales: step time, staging, time to train and cost on N nodes, from measured stages.
+
+    python benchmarks/scaling.py --nodes 4 64 1250 --system h100
+
+The model (scaling_model.py) takes one published run of each chip and software as its calibration, and
+has to predict the others of that chip and software; see published.py. The same model then says what N nodes
+take. `--system measured` takes the newest figures of this project's own compute stage instead of a
+published run, on H100 nodes; options replace single figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# Also run as a file, from any folder.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import harness
+from benchmarks import scaling_model as model
+from benchmarks.published import BAR, NVIDIA, ROWS, Check, calibrated, calibration, check, gradients
+from benchmarks.scaling_model import Break, Forecast, Gradients, Job, Machine, Outlook, Stages
+from pipelines.errors import ConfigError, UserError
+
+SYSTEMS = {"h100": ("H100", NVIDIA), "a100": ("A100", NVIDIA), "measured": ("H100", NVIDIA)}
+"""The family that is calibrated for each."""
+
+_FIGURES = {
+    "compute-ms": "forward and backward of a sample on a GPU, ms; a third of it is an evaluation's",
+    "decode-ms": "processor time of a sample from file to batch, ms",
+    "disk": "what a node's disk gives and takes, GB/s",
+    "file-system": "what the shared file system gives to all nodes, GB/s",
+    "network": "what a GPU sends to other nodes, GB/s",
+    "latency": "what a message to another node waits, us",
+    "price": "of a GPU hour, in any money",
+}
+"""Options that replace single figures."""
+
+
+def kept(name: str) -> Iterator[Mapping[str, Any]]:
+    """Rows of benchmark `name` at 128^3 in the reference network, by their names, the newest result first."""
+    for path in sorted(harness.RESULTS.glob(f"*_{name}.json"), reverse=True):
+        record = json.loads(path.read_text())
+        options = record["options"]
+        if options["size"] == 128 and options.get("network", "reference") == "reference":
+            yield record["results"]
+
+
+def own_compute() -> Stages:
+    """The fastest of this project's own rows in the newest result of the compute stage."""
+    for rows in kept("compute_bench"):
+        own = [row for name, row in rows.items() if name.startswith(("fp32", "tf32", "fp16", "bf16"))]
+        if own:
+            best = max(own, key=lambda row: row["samples_per_s"]["median"])
+            return Stages(1 / best["samples_per_s"]["median"], best["forward_ms"]["median"] / 1e3)
+    remedy = "no result of compute_bench.py at 128^3 is kept: run it with --output, or give --compute-ms"
+    raise ConfigError("--system", "measured", remedy)
+
+
+def own_decode() -> float:
+    """Seconds of a processor for a packed sample, in the newest result of the input stage that has it."""
+    for settings in kept("io_bench"):
+        for name, rows in settings.items():
+            if name.startswith("batch") and "packed" in rows:
+                return rows["packed"]["figures"]["cpu_ms"]["median"] / 1e3
+    remedy = "no packed row of io_bench.py at 128^3 is kept: run it with --output, or give this option"
+    raise ConfigError("--decode-ms", None, remedy)
+
+
+def system(options: argparse.Namespace, sent: Gradients) -> tuple[Machine, Stages]:
+    """The machine and the stages that the options ask for."""
+    machine, stages = calibrated(calibration(*SYSTEMS[options.system]), sent)
+    if options.compute_ms is not None:
+        stages = Stages(options.compute_ms / 1e3, (1 - model.BACKWARD) * options.compute_ms / 1e3)
+    elif options.system == "measured":
+        stages = own_compute()
+    decode = own_decode() if options.decode_ms is None else options.decode_ms / 1e3
+    given = {
+        "disk": (options.disk, 1e9),
+        "file_system": (options.file_system, 1e9),
+        "network": (options.network, 1e9),
+        "latency": (options.latency, 1e-6),
+    }
+    changes = {name: value * unit for name, (value, unit) in given.items() if value is not None}
+    return replace(machine, **changes), replace(stages, decode=decode, read=model.PACKED)
+
+
+def show_checks(checks: Sequence[Check]) -> None:
+    """Print each row beside its prediction."""
+    print(
+        "errors in %: of samples/s had they stayed as calibrated, and as predicted; of the minutes to train"
+    )
+    print("with the epochs that the row took, and with MLPerf's mean for its batch; of staging alone")
+    print(f"{'':47} samples/s  stayed   pred.     min     own    mean staging")
+    for each in checks:
+        row = each.row
+        print(f"{row.name:47} {row.rate:9.1f}", end=" ")
+        if row.calibrates:
+            alone = sum((other.chip, other.stack) == (row.chip, row.stack) for other in ROWS) == 1
+            print("calibration" + ", and no other row to check it with" * alone)
+            continue
+        print(_percent(each.flat_error, each.rate_error), f"{row.minutes:7.2f}", end=" ")
+        print(_percent(each.train_error, each.table_error, each.staging_error))
+        if row.beyond:
+            print(f"    its minutes are beyond the model: {row.beyond}")
+    said = "met" if all(each.met for each in checks if not each.row.calibrates) else "missed"
+    print("claimed of samples/s, and of minutes with a row's own epochs but for those beyond the model:")
+    print(f"off by at most {BAR:.0%}, which is {said}")
+
+
+def show_outlooks(outlooks: Sequence[Outlook], price: float | None) -> None:
+    """Print what each number of nodes can do."""
+    print("one model, as fast as it goes")
+    print(" nodes  GPUs batch epochs  step ms all-reduce samples/s stage s  train min   GPU h  bound by")
+    for each in outlooks:
+        one, job = each.one, each.one_job
+        print(
+            f"{each.nodes:6} {one.gpus:5} {job.batch:5} {job.epochs:6.1f} {1e3 * one.step:8.2f}"
+            f" {1e3 * one.exposed:10.2f} {one.rate:9.1f} {one.staging:7.0f} {one.train / 60:10.2f}"
+            f" {one.gpu_hours:7.1f}  {one.bound}{_cost(one.gpu_hours, price)}"
+        )
+    print("models side by side, in batches that take the fewest epochs")
+    print(" nodes models  GPUs stage s  train min   models/h GPU h each")
+    for each in outlooks:
+        many, models = each.many, each.many_job.models
+        hourly = 3600 * models / (many.staging + many.train)
+        print(
+            f"{each.nodes:6} {models:6} {many.gpus:5} {many.staging:7.0f} {many.train / 60:10.2f}"
+            f" {hourly:10.1f} {many.gpu_hours:10.1f}{_cost(many.gpu_hours, price)}"
+        )
+
+
+def show_breaks(found: Sequence[Break], widest: Forecast) -> None:
+    """Print what has ended scaling by as many GPUs as `widest` has, and what comes later."""
+    print(
+        f"\none model on {widest.gpus:,} GPUs, did such batches converge: {widest.steps:,} steps an epoch of"
+        f" {1e3 * widest.step:.2f} ms, {widest.exposed / widest.step:.0%} of it the all-reduce"
+    )
+    print(f"what breaks first on the way to {widest.gpus:,} GPUs:")
+    for each in found:
+        yet = "not yet: " if each.gpus >= widest.gpus else ""
+        print(f"  {yet}{each.name}, beyond {each.gpus:,.0f} GPUs: {each.why}")
+
+
+def _percent(*errors: float) -> str:
+    return " ".join(f"{100 * error:+7.1f}" for error in errors)
+
+
+def _cost(hours: float, price: float | None) -> str:
+    return "" if price is None else f", {hours * price:,.2f} in money"
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = [1, 4, 16, 64, 256, 1250]
+    parser.add_argument("--nodes", type=harness.positive, nargs="+", default=default, metavar="N")
+    parser.add_argument("--system", choices=SYSTEMS, default="h100")
+    for name, text in _FIGURES.items():
+        parser.add_argument(f"--{name}", type=float, help=text)
+    parser.add_argument(
+        "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
+    )
+    options = parser.parse_args(argv)
+    for name in _FIGURES:
+        value = getattr(options, name.replace("-", "_"))
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name}", value, "must be above 0; leave it out for the system's own figure")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> tuple[list[Check], list[Outlook], list[Break]]:
+    """The command line: how the rows are met, what the nodes can do, and what breaks first."""
+    options = _options(argv)
+    sent = gradients()
+    checks = [check(row, sent) for row in ROWS]
+    machine, stages = system(options, sent)
+    outlooks = [model.outlook(machine, stages, sent, nodes) for nodes in options.nodes]
+    found = model.breaks(machine, stages, sent)
+    show_checks(checks)
+    print(
+        f"\n{options.system}: a sample takes a GPU {1e3 * stages.compute:.2f} ms to train on and"
+        f" {1e3 * stages.forward:.2f} ms to evaluate, and a processor {1e3 * stages.decode:.1f} ms to decode"
+    )
+    show_outlooks(outlooks, options.price)
+    nodes = max(options.nodes)
+    alone = Job(nodes, nodes * machine.gpus, max(model.EPOCHS.values()))
+    show_breaks(found, model.forecast(machine, stages, sent, alone))
+    if options.output:
+        figures = {"machine": machine, "stages": stages}
+        record = {"checks": checks, **figures, "outlooks": outlooks, "breaks": found}
+        print("written to", harness.save("scaling", vars(options), record, options.output))
+    return checks, outlooks, found
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
