@@ -5,7 +5,8 @@ All engines call the same `forward_backward`; they differ in who launches its ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -133,9 +134,16 @@ class Eager:
 
     def __init__(self, model: nn.Module, gradients: Callable[[Batch], torch.Tensor]) -> None:
         self._model, self._gradients = model, gradients
+        self._settled = not isinstance(model, DistributedDataParallel)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """See `Engine`."""
+        if not self._settled:
+            # Behind its first backward DDP regroups the gradients, and with the group the order changes in
+            # which three ranks or more are summed: a resumed run would round its first step otherwise.
+            with _without_trace(self._model, batch.volume.device):
+                self._gradients(batch)
+            self._settled = True
         self._model.zero_grad(set_to_none=True)
         return self._gradients(batch)
 
@@ -162,25 +170,31 @@ class Graph:
         return self._loss.clone()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Record the step, and leave no trace: of what a step changes, only gradients are touched."""
+        """Record the step."""
         device = self._static.volume.device
-        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        state = torch.cuda.get_rng_state(device)
-        with _side_stream(device):
-            for _ in range(_WARM_UP):
-                self._model.zero_grad(set_to_none=True)
-                self._gradients(self._static)
-        # Absent, they are made in the graph's own memory, and every replay writes them anew.
-        self._model.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        # DALI's threads ask for memory meanwhile, which a capture must not mind.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._loss = self._gradients(self._static)
-        with torch.no_grad():
-            for name, buffer in self._model.named_buffers():
-                buffer.copy_(buffers[name])
-        torch.cuda.set_rng_state(state, device)
+        with _without_trace(self._model, device):
+            with _side_stream(device):
+                for _ in range(_WARM_UP):
+                    self._model.zero_grad(set_to_none=True)
+                    self._gradients(self._static)
+            # Absent, they are made in the graph's own memory, and every replay writes them anew.
+            self._model.zero_grad(set_to_none=True)
+            # DALI's threads ask for memory meanwhile, which a capture must not mind.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._loss = self._gradients(self._static)
         return graph
+
+
+@contextmanager
+def _without_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Steps in the body change gradients, and nothing else that the model or the random state remembers."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 class _side_stream:  # noqa: N801 (a context manager)

@@ -79,7 +79,8 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
     model.eval()
     table: torch.Tensor | None = None
     with torch.no_grad():
-        for batch in world.alone(loader.batches(epoch)):
+        loaded = world.timely(loader.batches(epoch), "waiting for a validation sample")
+        for batch in world.alone(loaded):
             if table is None:
                 # Whether a sample was seen, what the network made of it, and its target.
                 shape = loader.split.total, 3, len(PARAMETERS)

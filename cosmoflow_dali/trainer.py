@@ -145,7 +145,8 @@ class Trainer:
         self.clock.reset()
         try:
             loaded = self._train.batches(epoch, first, self._gradients.inputs)
-            batches = self.clock.waiting(self._world.alone(loaded))
+            timely = self._world.timely(loaded, "waiting for a training sample")
+            batches = self.clock.waiting(self._world.alone(timely))
             for step, batch in enumerate(batches, first):
                 self._step(epoch, step, batch)
                 self.position = Position(epoch, (step + 1) * self._global_batch)
@@ -279,7 +280,7 @@ class Trainer:
     def _save(self) -> None:
         if not self._world.is_root:
             return
-        Checkpoint(
+        state = Checkpoint(
             config=to_tree(self._config),
             seed=self._seed,
             global_batch=self._global_batch,
@@ -292,7 +293,9 @@ class Trainer:
             scores=self._scores,
             seconds=dict(self.seconds),
             logs=self._logs.lengths(),
-        ).save(self._folder / "checkpoints")
+        )
+        with self._world.busy("writing a checkpoint"):
+            state.save(self._folder / "checkpoints")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._model.load_state_dict(checkpoint.model)

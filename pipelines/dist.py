@@ -12,14 +12,16 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from pipelines.errors import ConfigError, UserError
-from pipelines.rendezvous import integer, meeting_place
+from pipelines.rendezvous import integer, meeting_place, open_store
+from pipelines.watch import Member, Warden, Watch
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,9 @@ _TIMEOUT = timedelta(minutes=30)
 
 _GRACE_SECONDS = 2.0
 
+_watch: Watch | None = None
+"""Of this process, while its ranks are connected."""
+
 
 class _Launcher(NamedTuple):
     """The variables in which a launcher tells a process its place."""
@@ -41,6 +46,15 @@ class _Launcher(NamedTuple):
     size: str
     local_rank: str
     local_size: str
+
+    def place(self, environ: Mapping[str, str]) -> World:
+        """The world that these variables describe, which are there; ConfigError where they make no sense."""
+        rank, size = integer(environ, self.rank), integer(environ, self.size)
+        if not rank < size:
+            raise ConfigError(self.rank, rank, f"must be below {self.size} = {size}")
+        # SLURM writes "4(x2),3" for two nodes of four tasks and one of three.
+        text = environ.get(self.local_size, "1").split("(")[0].split(",")[0]
+        return World(rank, size, integer(environ, self.local_rank), int(text), self.name)
 
 
 # Innermost first: an mpirun or torchrun inside a SLURM step sees the step's variables too.
@@ -54,7 +68,21 @@ _LAUNCHERS = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     _Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    # MPICH's, Intel's and Cray's; srun sets the first two as well.
+    _Launcher("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
+
+
+def _check_nesting(launcher: _Launcher, world: World, outer: _Launcher, around: World) -> None:
+    """ConfigError unless `outer` can have started `launcher`, once for each task, or says the same."""
+    each, rest = divmod(world.size, around.size)
+    # An mpirun in a SLURM step has daemons for its tasks, in numbers of its own.
+    if world.launcher != "mpirun" and (rest or world.rank // each != around.rank):
+        raise ConfigError(
+            f"{launcher.rank} and {launcher.size}",
+            f"{world.rank} and {world.size}",
+            f"{outer.rank} and {outer.size} are {around.rank} and {around.size}: unset those that are stale",
+        )
 
 
 def available_cores() -> int:
@@ -87,16 +115,16 @@ class World:
     @staticmethod
     def detect(environ: Mapping[str, str] = os.environ) -> World:
         """The world that the launcher's variables in `environ` describe; alone without any."""
-        for launcher in _LAUNCHERS:
-            if launcher.rank in environ and launcher.size in environ:
-                rank, size = integer(environ, launcher.rank), integer(environ, launcher.size)
-                local_rank = integer(environ, launcher.local_rank)
-                # SLURM writes "4(x2),3" for two nodes of four tasks and one of three.
-                text = environ.get(launcher.local_size, "1").split("(")[0].split(",")[0]
-                if not 0 <= rank < size:
-                    raise ConfigError(launcher.rank, rank, f"must be below {launcher.size} = {size}")
-                return World(rank, size, local_rank, int(text), launcher.name)
-        return World()
+        told = [
+            (launcher, launcher.place(environ))
+            for launcher in _LAUNCHERS
+            if launcher.rank in environ and launcher.size in environ
+        ]
+        if not told:
+            return World()
+        for outer in told[1:]:
+            _check_nesting(*told[0], *outer)
+        return told[0][1]
 
     @property
     def cores(self) -> int:
@@ -142,20 +170,35 @@ class World:
         if self.size == 1:
             yield
             return
-        import torch
-        import torch.distributed as dist
-
-        cuda = device is not None and device.type == "cuda"
         one_node = self.local_size == self.size
-        address, port = meeting_place(
-            self.launcher, os.environ, rank=self.rank, size=self.size, one_node=one_node
-        )
+        meeting = meeting_place(self.launcher, os.environ, rank=self.rank, size=self.size, one_node=one_node)
         if one_node and "lo" in (name for _, name in socket.if_nameindex()):
             # One node: gloo need not find out which of its interfaces others can reach.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        global _watch
+        # Before torch comes, which takes its time: a rank that dies meanwhile is missed at once.
+        if self.is_root:
+            _watch = warden = Warden(meeting, self.size)
+        else:
+            # Where rank 0 has gone, one rank a node says so.
+            speaks = self.local_rank == (1 if self.node == 0 else 0)
+            try:
+                _watch = member = Member(meeting, self.rank, self.size, speaks=speaks)
+            except UserError as error:
+                raise (RankError(self, error) if speaks else error) from error
+        import torch
+        import torch.distributed as dist
+
+        if self.is_root:
+            store = open_store(meeting.address, 0, serves=True, size=self.size, seconds=meeting.seconds)
+            warden.begin(str(store.port))
+        else:
+            port = int(member.begin())
+            store = open_store(meeting.address, port, size=self.size, seconds=meeting.seconds)
+        cuda = device is not None and device.type == "cuda"
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            init_method=f"tcp://{address}:{port}",
+            store=store,
             rank=self.rank,
             world_size=self.size,
             timeout=_TIMEOUT,
@@ -166,6 +209,8 @@ class World:
         yield
         # Left out on an error on purpose: there the peers may be gone, and waiting for them hangs.
         dist.destroy_process_group()
+        _watch.end()
+        _watch = None
 
     def leave(self, status: int) -> NoReturn:
         """End this process with `status`, once all else is done."""
@@ -173,6 +218,8 @@ class World:
             sys.exit(status)
         # Where ranks have met, gloo's threads are still there: they outlive even destroy_process_group.
         # One that lets go of a tensor while the interpreter tidies up aborts the process.
+        if _watch is not None and status == 0:
+            _watch.end()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -221,6 +268,20 @@ class World:
         except UserError as error:
             raise RankError(self, error) from error
 
+    def timely(self, items: Iterable[T], what: str) -> Iterator[T]:
+        """`items`, each of which ought to come soon; a rank that is stuck at one is told of as `what`."""
+        iterator = iter(items)
+        while True:
+            with self.busy(what):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+    def busy(self, what: str) -> AbstractContextManager[None]:
+        """While the body runs this rank is about `what`, which the watch tells of if it takes too long."""
+        return _watch.busy(what) if _watch is not None else nullcontext()
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over the ranks, in place."""
         if self.size > 1:
@@ -246,22 +307,39 @@ def report_errors(world: World) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        known = not isinstance(error, RankError)
         # A fault that all ranks know of needs telling once.
-        if world.is_root or isinstance(error, RankError):
+        if world.is_root or not known:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        _part(str(error), known=known)
+        if known and not world.is_root:
             # A launcher ends all ranks when the first one fails: let rank 0 be heard before.
             time.sleep(_GRACE_SECONDS)
         world.leave(1)
     except OSError as error:
         # A file system that has gone, a right that was taken away: it says which file.
         print(f"error: {RankError(world, UserError(str(error)))}", file=sys.stderr, flush=True)
+        _part(str(error), known=False)
         world.leave(1)
-    except RuntimeError as error:
-        if world.size == 1 or not _lost_contact(error):
+    except Exception as error:
+        if world.size == 1:
             raise
-        print(f"rank {world.rank} of {world.size}: another rank has gone; leaving", file=sys.stderr)
+        if _lost_contact(error):
+            # Another rank has gone, and the watch finds out which.
+            if _watch is not None:
+                _watch.await_word()
+            print(f"error: rank {world.rank} of {world.size}: another rank has gone", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            print(f"error: rank {world.rank} of {world.size}: {error}", file=sys.stderr)
+            _part(str(error), known=False)
         world.leave(1)
+
+
+def _part(reason: str, *, known: bool) -> None:
+    """Tell the others that this rank leaves, for a `reason` that it has told, and they may have `known`."""
+    if _watch is not None:
+        _watch.part(reason, known=known)
 
 
 def _lost_contact(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -152,3 +153,62 @@ def mounted(options: str, folder: Path, line: list[str]) -> list[str]:
 def can_mount() -> bool:
     """Whether `mounted` works here."""
     return run(mounted("size=1m", Path("/mnt"), ["true"])).code == 0
+
+
+class Ranks:
+    """A program on ranks that are plain processes: a launcher that does not clean up by itself.
+
+    processes: by rank. Use as a context; none outlives it.
+    """
+
+    def __init__(self, line: Sequence[str], ranks: Sequence[int], size: int, **variables: str) -> None:
+        """Start the command `line` as the `ranks` of `size`, with `variables` in their environment.
+
+        With a `size` of 1 it is told of no rank: a launcher may be the command.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+
+        def place(rank: int) -> dict[str, str]:
+            return {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(self.port),
+            }
+
+        self.processes = {
+            rank: subprocess.Popen(
+                line,
+                cwd=ROOT,
+                env=environment() | (place(rank) if size > 1 else {}) | variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in ranks
+        }
+
+    def end(self, seconds: float, *but: int) -> tuple[set[int], str]:
+        """The exit statuses of all ranks `but` these, and what they said, once they have ended.
+
+        TimeoutExpired where that takes more than `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        done = {
+            process: process.communicate(timeout=max(deadline - time.monotonic(), 0.1))
+            for rank, process in self.processes.items()
+            if rank not in but
+        }
+        return {process.returncode for process in done}, "".join(out + err for out, err in done.values())
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.communicate()
