@@ -5,7 +5,14 @@ DALI ?= cuda12
 ARGS ?=
 # For the interpreter, where torch is a CPU build; a CUDA build has brought the one that it wants.
 TRITON := triton==3.9.0
+NODES ?=
+HOSTFILE ?=
+LOCAL ?=
 VENV := .venv
+TRAINER := cosmoflow_dali.train
+ifneq ($(NODES),)
+TRAINER := cosmoflow_dali.launch --nodes $(NODES) $(if $(HOSTFILE),--hostfile $(HOSTFILE)) $(if $(LOCAL),--local) --
+endif
 RUN := $(VENV)/bin/python
 # A process a core, each with whole test modules, so that what a module's tests share is made once.
 PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
@@ -25,8 +32,8 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet $(TRITON)
 	touch $@
 
-train: setup ## Train; ARGS="--config configs/NAME.yaml ..." changes what.
-	$(RUN) -m cosmoflow_dali.train $(ARGS)
+train: setup ## Train; ARGS="--config configs/NAME.yaml ..." changes what, NODES=16 where (HOSTFILE=FILE, LOCAL=1).
+	$(RUN) -m $(TRAINER) $(ARGS)
 
 test: setup ## Run the tests that need no GPU, no SLURM and little time.
 	$(PYTEST) -m "not gpu and not slurm and not slow" $(ARGS)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
+
+import yaml
 
 from cosmoflow_dali import runs
 from cosmoflow_dali.config import DEFAULT, TrainConfig, read_yaml, resolve
@@ -36,6 +38,9 @@ class Arguments:
 
     name: of the configuration, for a run folder that nobody has named.
     notes: lines to print about how the configuration came to be.
+    caches_cleared: whether somebody has cleared the page caches just before.
+    instances: into how many models, side by side, the job's ranks are split.
+    staged_since: when a job step before this program began to stage its data, in Unix ms, or None.
     """
 
     config: TrainConfig
@@ -43,6 +48,9 @@ class Arguments:
     run_dir: Path | None
     resume: bool
     notes: list[str]
+    instances: int = 1
+    caches_cleared: bool = False
+    staged_since: int | None = None
 
 
 def parse(argv: Sequence[str] | None) -> Arguments:
@@ -57,8 +65,37 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     flags: dict[str, Any] = {key: values[flag] for flag, key in _KEYS.items() if values[flag] is not None}
     if "data.dir" in flags:
         flags["data.dir"] = str(flags["data.dir"])
+    flags |= dict(map(_setting, values["set"]))
     config, notes = resolve(read_yaml(path), flags)
-    return Arguments(config, path.stem, run_dir, resume, notes)
+    since, cleared = values["staged_since"], values["caches_cleared"]
+    if since is not None and config.data.stage is None:
+        raise ConfigError("--staged-since", since, "nothing is staged without data.stage.dir")
+    instances = values["instances"]
+    if instances > 1 and run_dir is None:
+        raise ConfigError("--instances", instances, "also give --run-dir, which will have a folder for each")
+    return Arguments(config, path.stem, run_dir, resume, notes, instances, cleared, since)
+
+
+def of_model(arguments: Arguments, model: int) -> Arguments:
+    """`arguments` for the model number `model`, from 0, of their `instances`."""
+    if arguments.instances == 1:
+        return arguments
+    config, folder = arguments.config, arguments.run_dir
+    assert folder is not None
+    if config.seed is not None:
+        config = replace(config, seed=config.seed + model)
+    return replace(arguments, config=config, run_dir=folder / str(model + 1))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """The key and the value of `KEY=VALUE`, the value read as YAML."""
+    key, separator, value = text.partition("=")
+    try:
+        if not separator:
+            raise ValueError("no =")
+        return key, yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError("--set", text, "expected KEY=VALUE, such as loader.threads=4") from error
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -114,6 +151,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="holds train/ and validation/")
     parser.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-TIME)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting of the configuration, such as loader.threads=4; may be given again",
+    )
+    parser.add_argument(
+        "--instances",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split the ranks into N models, in folders 1 to N of --run-dir, with seeds in a row",
+    )
+    parser.add_argument(
+        "--caches-cleared", action="store_true", help="log that the page caches were cleared for this run"
+    )
+    parser.add_argument(
+        "--staged-since",
+        type=int,
+        metavar="MS",
+        help="log that staging began then (Unix ms), in a job step before this one",
     )
     parser.add_argument(
         "--resume",

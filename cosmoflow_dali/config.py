@@ -80,6 +80,7 @@ class TrainConfig:
     """Everything that decides a run.
 
     seed: at least 0; None is drawn at the start, and shared and logged.
+    global_batch: samples a step on all ranks, which the learning rates were tuned for; None for any.
     epochs: passes over the training split.
     shuffle: a new order of all training samples each epoch, instead of file order.
     symmetries: turn each global batch by one of the cube's 48 symmetries.
@@ -97,6 +98,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     submission: SubmissionConfig = field(default_factory=SubmissionConfig)
     seed: int | None = None
+    global_batch: int | None = None
     epochs: int = 50
     shuffle: bool = False
     symmetries: bool = False

@@ -20,9 +20,9 @@ from pipelines.dist import World
 from preprocess.staging import Staged
 
 
-def log_init_start(log: MLLogger, began_ms: int) -> None:
-    """The run began to set itself up at `began_ms` (Unix time). This program clears no cache itself."""
-    log.event(constants.CACHE_CLEAR, value=False, time_ms=began_ms)
+def log_init_start(log: MLLogger, began_ms: int, *, caches_cleared: bool) -> None:
+    """The run began to set itself up at `began_ms` (Unix time); page caches were cleared for it, or not."""
+    log.event(constants.CACHE_CLEAR, value=caches_cleared, time_ms=began_ms)
     log.start(constants.INIT_START, time_ms=began_ms)
 
 

@@ -106,9 +106,17 @@ def check_data(
     config: TrainConfig, checkpoint: Checkpoint | None, ranks: int, train: Split, validation: Split
 ) -> None:
     """UserError unless the splits fit the network, the ranks, and the run that `checkpoint` is of."""
+    batch, wanted = config.loader.batch_size, config.global_batch
+    if wanted is not None and wanted != batch * ranks:
+        raise ConfigError(
+            "global_batch",
+            wanted,
+            f"{ranks} ranks with loader.batch_size {batch} make {batch * ranks}, and the learning rates are "
+            "meant for this; change the ranks or --batch-size",
+        )
     plan_epoch(
         len(train),
-        global_batch=config.loader.batch_size * ranks,
+        global_batch=batch * ranks,
         seed=0,
         epoch=0,
         shuffle=False,

@@ -18,7 +18,7 @@ import torch
 from mlperf_logging.mllog import constants
 
 from cosmoflow_dali import mlperf, runs
-from cosmoflow_dali.arguments import Arguments, parse
+from cosmoflow_dali.arguments import Arguments, of_model, parse
 from cosmoflow_dali.checkpoint import Checkpoint
 from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.log import Console, RunLogs
@@ -34,7 +34,7 @@ from pipelines.loader import Loader
 from pipelines.plan import Shard
 from pipelines.reader import Reader
 from preprocess.simulate import SETTINGS, make_dataset
-from preprocess.staging import StageConfig, describe, stage
+from preprocess.staging import describe, stage
 
 EX_TEMPFAIL = 75
 
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = World.detect()
     with report_errors(world):
         arguments = parse(argv)
+        world = world.split(arguments.instances)
+        arguments = of_model(arguments, world.model)
         device = world.device(arguments.config.device)
         console = Console(speaks=world.is_root)
         for note in arguments.notes:
@@ -64,12 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(world.cores)
         if device.type == "cpu":
             use_huge_pages()
-        began_ms = round(1e3 * time.time())
+        began_ms = arguments.staged_since or round(1e3 * time.time())
         with world.connected(device):
             setup = world.on_root(lambda: _set_up(arguments, world, console))
             lengths = setup.checkpoint.logs if setup.checkpoint else None
             with RunLogs(setup.folder if world.is_root else None, lengths) as logs:
-                result = _train(setup, world, device, logs, console, began_ms)
+                if setup.checkpoint is None:
+                    mlperf.log_init_start(logs.mlperf, began_ms, caches_cleared=arguments.caches_cleared)
+                if setup.config.data.stage is not None:
+                    setup = _stage(setup, world, logs, console, arguments.staged_since)
+                result = _train(setup, world, device, logs, console)
         if result is None:
             console.say(f"stopped by a signal; go on with --run-dir {setup.folder} --resume")
             return EX_TEMPFAIL
@@ -110,15 +116,10 @@ def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
 
 
 def _train(
-    setup: Setup, world: World, device: torch.device, logs: RunLogs, console: Console, began_ms: int
+    setup: Setup, world: World, device: torch.device, logs: RunLogs, console: Console
 ) -> Result | None:
     """Build everything and train, every rank taking part; None where a signal stopped it."""
     config, seed, checkpoint = setup.config, setup.seed, setup.checkpoint
-    if checkpoint is None:
-        mlperf.log_init_start(logs.mlperf, began_ms)
-    stages = config.data.stage
-    if stages is not None:
-        setup = _stage(setup, stages, world, logs, console)
     start = time.perf_counter()
     model = build_model(config.model, seed)
     if isinstance(model, OpenCosmoFlow) and checkpoint is None:
@@ -191,16 +192,20 @@ def _train(
     )
 
 
-def _stage(setup: Setup, config: StageConfig, world: World, logs: RunLogs, console: Console) -> Setup:
-    """`setup` with both splits on each node's own disk, every rank taking part."""
-    start = time.perf_counter()
+def _stage(setup: Setup, world: World, logs: RunLogs, console: Console, since: int | None) -> Setup:
+    """`setup` with both splits on each node's own disk, every rank taking part.
+
+    since: when a job step before this program began with that, in Unix ms, or None.
+    """
+    config, began = setup.config.data.stage, since or round(1e3 * time.time())
+    assert config is not None
     fresh = setup.checkpoint is None
     if fresh:
-        logs.mlperf.start("staging_start")
+        logs.mlperf.start("staging_start", time_ms=began)
     root = config.folder
     train, of_train = stage(setup.train, root / "train", config, world)
     validation, of_validation = stage(setup.validation, root / "validation", config, world)
-    seconds = time.perf_counter() - start
+    seconds = time.time() - 1e-3 * began
     if fresh:
         mlperf.log_staging(logs.mlperf, seconds, (of_train, of_validation))
     for split, staged in ((train, of_train), (validation, of_validation)):

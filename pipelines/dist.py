@@ -104,6 +104,8 @@ class World:
     rank, size: place and number of processes in the whole run.
     local_rank, local_size: the same on this node; `local_rank` picks the GPU.
     launcher: "torchrun", "mpirun", "srun" or "none".
+    model, models: which of how many worlds this is that the job's ranks were split into.
+    before, beside: ranks of other models on this node: those that stand before this one's, and all.
     """
 
     rank: int = 0
@@ -111,6 +113,10 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     launcher: str = "none"
+    model: int = 0
+    models: int = 1
+    before: int = 0
+    beside: int = 0
 
     @staticmethod
     def detect(environ: Mapping[str, str] = os.environ) -> World:
@@ -126,11 +132,40 @@ class World:
             _check_nesting(*told[0], *outer)
         return told[0][1]
 
+    def split(self, models: int) -> World:
+        """This rank's world where all ranks are split into `models` worlds, ranks in a row.
+
+        ConfigError unless each has as many ranks, on whole nodes or in whole parts of one.
+        """
+        if models == 1:
+            return self
+        if models < 1 or self.size % models:
+            raise ConfigError("--instances", models, f"does not share out the {self.size} ranks")
+        if self.launcher == "srun":
+            raise ConfigError("--instances", models, "is not for srun, where run.sub has NUM_INSTANCES=N")
+        each = self.size // models
+        local = min(each, self.local_size)
+        if each % local or self.local_size % local:
+            said = f"gives each {each} ranks, which do not fit nodes of {self.local_size}"
+            raise ConfigError("--instances", models, said)
+        place = self.local_rank % local
+        return World(
+            self.rank % each,
+            each,
+            place,
+            local,
+            self.launcher,
+            model=self.rank // each,
+            models=models,
+            before=self.local_rank - place,
+            beside=self.local_size - local,
+        )
+
     @property
     def cores(self) -> int:
         """Cores for this rank: those that the launcher has bound it to, or its share of the node's."""
-        cores = available_cores()
-        return max(1, cores // self.local_size if cores >= self.local_size else 1)
+        cores, ranks = available_cores(), self.local_size + self.beside
+        return max(1, cores // ranks if cores >= ranks else 1)
 
     @property
     def nodes(self) -> int:
@@ -156,13 +191,14 @@ class World:
             return torch.device("cpu")
         if gpus == 0:
             raise ConfigError("device", kind, "no GPU is visible here; use device: cpu or auto")
-        if self.local_rank >= gpus:
+        index = self.before + self.local_rank
+        if index >= gpus:
             raise ConfigError(
                 "device",
                 kind,
-                f"{self.local_size} ranks on this node but {gpus} GPUs; start one rank a GPU",
+                f"{self.local_size + self.beside} ranks on this node but {gpus} GPUs; start one rank a GPU",
             )
-        return torch.device("cuda", self.local_rank)
+        return torch.device("cuda", index)
 
     @contextmanager
     def connected(self, device: torch.device | None = None) -> Iterator[None]:

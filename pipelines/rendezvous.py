@@ -46,16 +46,23 @@ def integer(environ: Mapping[str, str], name: str, default: int = 0) -> int:
 
 
 def meeting_place(
-    launcher: str, environ: Mapping[str, str], *, rank: int, size: int, one_node: bool
+    launcher: str,
+    environ: Mapping[str, str],
+    *,
+    rank: int,
+    size: int,
+    one_node: bool,
+    model: int = 0,
+    models: int = 1,
 ) -> Meeting:
-    """Where the `size` ranks that `launcher` has started meet.
+    """Where the `size` ranks of one of the `models` that `launcher` has started meet.
 
     Called by all of them; `one_node` says that they are on one. ConfigError where it is not to be found.
     """
     seconds = float(integer(environ, PATIENCE, 50))
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return _by_torchrun(environ, rank, one_node, seconds)
-    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
+        return _by_torchrun(environ, rank, one_node, model, seconds)
+    if models == 1 and "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
         address, port = environ["MASTER_ADDR"], integer(environ, "MASTER_PORT")
         return Meeting(address, (port,), f"{address}:{port}", seconds)
     if launcher == "srun":
@@ -64,10 +71,10 @@ def meeting_place(
         address = environ.get("MASTER_ADDR") or ("127.0.0.1" if one_node else _first_node(environ))
         return Meeting(address, _ports(key), key, seconds)
     if launcher == "mpirun" and one_node and "PMIX_NAMESPACE" in environ:
-        key = f"pmix {environ['PMIX_NAMESPACE']}"
+        key = f"pmix {environ['PMIX_NAMESPACE']} {model}"
         return Meeting("127.0.0.1", _ports(key), key, seconds)
     if launcher == "mpirun":
-        return _by_mpi(rank, size, one_node, seconds)
+        return _by_mpi(rank, size, one_node, model, models, seconds)
     raise ConfigError(
         "MASTER_ADDR",
         None,
@@ -109,11 +116,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _by_torchrun(environ: Mapping[str, str], rank: int, one_node: bool, seconds: float) -> Meeting:
+def _by_torchrun(
+    environ: Mapping[str, str], rank: int, one_node: bool, model: int, seconds: float
+) -> Meeting:
     """Through the store of torchrun's agents, which hold MASTER_PORT themselves."""
     store = open_store(environ["MASTER_ADDR"], integer(environ, "MASTER_PORT"), seconds=seconds)
     # The store outlives the ranks: after a restart they meet anew.
-    name = f"meeting/{environ.get('TORCHELASTIC_RUN_ID')}/{environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    run, attempt = (environ.get(f"TORCHELASTIC_{what}") for what in ("RUN_ID", "RESTART_COUNT"))
+    name = f"meeting/{run}/{attempt}/{model}"
     if rank == 0:
         host = "127.0.0.1" if one_node else socket.getfqdn()
         store.set(name, f"{host} {_free_port()}")
@@ -121,7 +131,7 @@ def _by_torchrun(environ: Mapping[str, str], rank: int, one_node: bool, seconds:
     return Meeting(address, (int(port),), name, seconds)
 
 
-def _by_mpi(rank: int, size: int, one_node: bool, seconds: float) -> Meeting:
+def _by_mpi(rank: int, size: int, one_node: bool, model: int, models: int, seconds: float) -> Meeting:
     try:
         from mpi4py import rc
 
@@ -138,16 +148,16 @@ def _by_mpi(rank: int, size: int, one_node: bool, seconds: float) -> Meeting:
     alarm.daemon = True
     alarm.start()
     MPI.Init()
-    if MPI.COMM_WORLD.size != size:
+    if MPI.COMM_WORLD.size != size * models:
         raise ConfigError(
             "mpi4py",
             MPI.COMM_WORLD.size,
-            f"mpirun started {size} ranks, so mpi4py was built for another MPI than this mpirun",
+            f"mpirun started {size * models} ranks, so mpi4py was built for another MPI than this mpirun",
         )
     meeting = None
     if rank == 0:
         meeting = "127.0.0.1" if one_node else socket.getfqdn(), _free_port()
-    address, port = MPI.COMM_WORLD.bcast(meeting)
+    address, port = MPI.COMM_WORLD.allgather(meeting)[model * size]
     alarm.cancel()
     # MPI has done its part. Finalising at exit would make a rank that fails wait for the others,
     # who wait for it.

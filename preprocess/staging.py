@@ -70,8 +70,11 @@ class StageConfig:
 
     @property
     def folder(self) -> Path:
-        """`dir` on this node."""
-        return Path(os.path.expandvars(self.dir))
+        """`dir` on this node; ConfigError where it names an environment variable that is not set there."""
+        folder = os.path.expandvars(self.dir)
+        if "$" in folder:
+            raise ConfigError("stage.dir", self.dir, "names an environment variable that is not set")
+        return Path(folder)
 
     def teams(self, nodes: int, models: int = 1) -> list[list[int]]:
         """The nodes that have the same samples, for each share, of `nodes` that train `models` side by side.

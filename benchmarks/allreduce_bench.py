@@ -1,0 +1,121 @@
+"""The all-reduce alone: whether the ranks' network is what it should be, before a run depends on it.
+
+    mpirun -n 8 python benchmarks/allreduce_bench.py
+    srun -N 16 --ntasks-per-node 8 python benchmarks/allreduce_bench.py
+
+All ranks sum float32 tensors of a few sizes, the reference network's gradients among them, over NCCL on
+GPUs and gloo elsewhere. Rank 0 prints the time and the bus bandwidth by NCCL's own definition
+(nccl-tests, doc/PERFORMANCE.md): bytes / seconds * 2 (n - 1) / n, which on a ring is what each rank's
+link carries, whatever the number of ranks. Every sum is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Also run as a file, from any folder.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks import harness
+from cosmoflow_dali.model import ReferenceConfig
+from cosmoflow_dali.networks import build_model
+from pipelines.dist import World, report_errors
+from pipelines.errors import ConfigError, UserError
+
+_LARGE = 160 * 10**6
+"""Bytes at which bandwidth is all that counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """An all-reduce of `bytes` bytes: milliseconds, and the bus bandwidth in GB/s."""
+
+    bytes: int
+    milliseconds: harness.Spread
+    bus: harness.Spread
+
+
+def gradient_bytes() -> int:
+    """Bytes of the reference network's gradients in float32."""
+    model = build_model(ReferenceConfig(), 0)
+    return 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def reduce(world: World, device: torch.device, size: int, rounds: int) -> Reduced:
+    """Have all ranks sum `size` bytes, `rounds` times; UserError where a sum is wrong."""
+    count = size // 4
+    seconds = []
+    for warm in [False] * 3 + [True] * rounds:
+        tensor = torch.full((count,), float(world.rank + 1), device=device)
+        _finish(device)
+        start = time.perf_counter()
+        world.sum(tensor)
+        _finish(device)
+        if warm:
+            seconds.append(time.perf_counter() - start)
+        expected = world.size * (world.size + 1) / 2
+        if not bool((tensor == expected).all()):
+            raise UserError(
+                f"the all-reduce of {size} bytes is wrong on rank {world.rank}: expected {expected}"
+            )
+    factor = 2 * (world.size - 1) / world.size
+    return Reduced(
+        size,
+        harness.Spread.of(1e3 * each for each in seconds),
+        harness.Spread.of(1e-9 * 4 * count * factor / each for each in seconds),
+    )
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Reduced]:
+    """The command line; what was measured on this rank."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bytes", type=int, nargs="+", help="sizes (default: the gradients', and 160 MB)")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
+    )
+    options = parser.parse_args(argv)
+    world = World.detect()
+    results: list[Reduced] = []
+    with report_errors(world):
+        sizes = options.bytes or [gradient_bytes(), _LARGE]
+        if min(sizes) < 4 or options.rounds < 1:
+            raise ConfigError("--bytes", sizes, "expected at least 4, and at least one of the --rounds")
+        device = world.device(options.device)
+        with world.connected(device):
+            results = [reduce(world, device, size, options.rounds) for size in sizes]
+        if world.is_root:
+            print(f"{world.size} ranks on {world.nodes} nodes, {device.type}")
+            for result in results:
+                took, bus = result.milliseconds, result.bus
+                print(
+                    f"{result.bytes / 1e6:9.2f} MB  {took.median:8.3f} ms ({took.p10:.3f}-{took.p90:.3f})  "
+                    f"bus {bus.median:7.2f} GB/s ({bus.p10:.2f}-{bus.p90:.2f})"
+                )
+            if options.output:
+                settings = vars(options) | {"ranks": world.size, "nodes": world.nodes}
+                print(
+                    "written to",
+                    harness.save("allreduce_bench", settings, {"sizes": results}, options.output),
+                )
+    return results
+
+
+if __name__ == "__main__":
+    main()
+    World.detect().leave(0)

@@ -1,0 +1,8 @@
+# shellcheck shell=bash
+# 64 nodes of DGXH100 with 8 GPUs of one sample a step each; configs/submission_dgxh100_64x8x1.yaml tells what to expect.
+export DGXSYSTEM=DGXH100_64x8x1
+export DGXNNODES="${DGXNODES:-64}"
+export CONFIG_FILE=submission_dgxh100_64x8x1
+export WALLTIME="${WALLTIME:-00:30:00}"
+# shellcheck source=configs/config_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"

@@ -1,0 +1,100 @@
+"""`make train NODES=...` and what each of its ways starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, config_file, environment, write_tiny
+
+SBATCH = """#!/bin/bash
+printf '%s\\n' "$@" "nodes=$DGXNNODES" "in=$PWD" >> "$SBATCH_LOG"
+[[ -n "${REFUSED:-}" ]] && { echo "sbatch: error: no such partition" >&2; exit 1; }
+echo "4711;cluster"
+"""
+
+
+def make_train(tmp_path: Path, *variables: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """`make train` with a stand-in for sbatch alone on the path beside what make needs."""
+    given = {"PATH": f"{tmp_path}:{Path('/usr/bin')}:/bin", "SBATCH_LOG": str(tmp_path / "sbatch.log")}
+    return subprocess.run(
+        ["make", "--silent", "--old-file", ".venv/.done", "train", *variables],
+        cwd=ROOT,
+        env=environment() | given | environ,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path) -> Path:
+    program = tmp_path / "sbatch"
+    program.write_text(SBATCH)
+    program.chmod(0o755)
+    return tmp_path
+
+
+def test_where_slurm_is_the_job_is_submitted_and_told_of(sbatch: Path) -> None:
+    done = make_train(sbatch, "NODES=16", "ARGS=--epochs 2", WALLTIME="00:10:00", DGXNODES="3")
+    assert done.returncode == 0, done.stderr
+    asked = (sbatch / "sbatch.log").read_text().splitlines()
+    assert asked == [
+        "--parsable", "--nodes=16", "--output=slurm-%j.out", "--time=00:10:00", "run.sub", "--epochs", "2",
+        "nodes=16", f"in={ROOT}",
+    ]  # fmt: skip
+    for words in ("job 4711 on 16 nodes", "slurm-4711.out", "scancel --signal=TERM 4711", "scancel 4711"):
+        assert words in done.stdout
+
+
+def test_a_job_that_slurm_refuses_is_no_success(sbatch: Path) -> None:
+    done = make_train(sbatch, "NODES=2", REFUSED="1")
+    assert (
+        done.returncode != 0 and "no such partition" in done.stderr and "sbatch ended with 1" in done.stderr
+    )
+
+
+@pytest.mark.skipif(
+    any((Path(folder) / "sbatch").exists() for folder in ("/usr/bin", "/bin")),
+    reason="SLURM is installed here",
+)
+def test_without_slurm_the_ways_are_told(tmp_path: Path) -> None:
+    done = make_train(tmp_path, "NODES=2")
+    assert done.returncode != 0
+    assert "there is no sbatch here" in done.stderr and "HOSTFILE" in done.stderr and "LOCAL=1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (["NODES=0"], "--nodes"),
+        (["NODES=3", "HOSTFILE={hosts}"], "names 2 hosts"),
+        (["NODES=2", "HOSTFILE=/none/such"], "/none/such"),
+        (["NODES=2", "HOSTFILE={hosts}", "LOCAL=1"], "choose one"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(variables: list[str], said: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# the first rack\na slots=8\nb slots=8\n")
+    done = make_train(tmp_path, *(variable.format(hosts=hosts) for variable in variables))
+    assert done.returncode != 0 and done.stderr.startswith("error: ") and said in done.stderr
+
+
+@pytest.mark.parametrize("way", ["LOCAL=1", "HOSTFILE={hosts}"])
+def test_ranks_are_started(way: str, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=4, validation=2)
+    config = config_file(tmp_path / "config.yaml", data, loader={"batch_size": 1}, epochs=1)
+    hosts = tmp_path / "hosts"
+    # One host that plays two, so that no ssh is needed.
+    hosts.write_text("localhost\n")
+    nodes = "2" if way == "LOCAL=1" else "1"
+    arguments = f"ARGS=--config {config} --run-dir {tmp_path}/run"
+    done = make_train(
+        tmp_path, f"NODES={nodes}", way.format(hosts=hosts), arguments, DGXNGPU="2", PATH=os.environ["PATH"]
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2
