@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 # A process a core, each with whole test modules, so that what a module's tests share is made once.
 PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help setup train test test-all gpu-check lint clean
+.PHONY: help setup train test test-all gpu-check lint image clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -44,10 +44,15 @@ test-all: setup ## Run all tests; those whose hardware is not there say that the
 gpu-check: ## Check a GPU with the Python that is there, without a set-up, in eight minutes.
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
-lint: setup ## Run ruff and mypy.
+lint: setup ## Check Python, shell scripts and the Dockerfile.
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/shellcheck --external-sources *.sub *.sh .ci/run configs/*.sh
+	$(VENV)/bin/hadolint Dockerfile
+
+image: ## Build the container image cosmoflow-dali, on NVIDIA's PyTorch image.
+	docker build --tag cosmoflow-dali .
 
 clean: ## Remove what the tools made; data/ and runs/ stay.
 	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -17,12 +17,13 @@ import contextlib
 import json
 import os
 import resource
+import selectors
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from pipelines.errors import UserError
@@ -116,7 +117,8 @@ class Warden(Watch):
         self._meeting = meeting
         _allow_files(size + 256)
         self._door: socket.socket | None = _listen(meeting, size)
-        self._strangers: list[Connection] = []
+        self._listening = selectors.DefaultSelector()
+        self._listening.register(self._door, selectors.EVENT_READ)
         self._lines: dict[int, _Line] = {}
         self._last_came = time.monotonic()
         self._complete = threading.Event()
@@ -149,27 +151,26 @@ class Warden(Watch):
         time.sleep(0.1)
 
     def _attend(self) -> None:
+        judged = time.monotonic()
         while not self._ended.is_set():
-            lines = {line.connection: rank for rank, line in self._lines.items() if not line.over}
-            door = [self._door] if self._door else []
-            for ready in wait([*door, *self._strangers, *lines], 1.0):
-                if not isinstance(ready, Connection):
+            for key, _ in self._listening.select(1.0):
+                if key.fileobj is self._door:
                     self._open()
-                elif ready in lines:
-                    self._hear(lines[ready])
-                else:
-                    self._admit(ready)
-            self._judge()
+                elif isinstance(key.fileobj, Connection):
+                    self._admit(key.fileobj) if key.data is None else self._hear(key.data)
+            if time.monotonic() - judged > 1.0:
+                self._judge()
+                judged = time.monotonic()
 
     def _open(self) -> None:
         assert self._door is not None
         with contextlib.suppress(OSError):
             taken, _ = self._door.accept()
-            self._strangers.append(Connection(taken.detach()))
+            self._listening.register(Connection(taken.detach()), selectors.EVENT_READ)
 
     def _admit(self, stranger: Connection) -> None:
         """Let `stranger` in if it is one of this run's ranks."""
-        self._strangers.remove(stranger)
+        self._listening.unregister(stranger)
         try:
             hello = _receive(stranger)
             if hello["key"] != self._meeting.key or not 0 < hello["rank"] < self._size:
@@ -182,8 +183,10 @@ class Warden(Watch):
         if rank in self._lines and self._lines[rank].name != name:
             self._condemn(f"{self._lines[rank].name} and {name} both say that they are rank {rank}")
         self._lines[rank] = _Line(stranger, name)
+        self._listening.register(stranger, selectors.EVENT_READ, rank)
         self._last_came = time.monotonic()
         if len(self._lines) == self._size - 1 and self._door:
+            self._listening.unregister(self._door)
             self._door.close()
             self._door = None
             self._complete.set()
@@ -192,23 +195,31 @@ class Warden(Watch):
         line = self._lines[rank]
         try:
             message = _receive(line.connection)
-            line.heard = time.monotonic()
-            with self._lock:
-                _send(line.connection, {})
         except (OSError, ValueError):
-            line.over = True
+            self._close(line)
             if self._door:
                 # It may come again; if it has died, it is missed when the roll is called.
                 del self._lines[rank]
             elif line.parted is None and not self._ended.is_set():
                 self._condemn(f"{line.name} has died without a word (killed, out of memory, its node lost?)")
             return
+        line.heard = time.monotonic()
         if "end" in message:
-            line.over = True
+            self._close(line)
         elif "parted" in message:
             line.parted = message["parted"], message["known"]
         elif message.get("stuck"):
             self._condemn(f"{line.name} {message['stuck']} (does a file system hang?)")
+        else:
+            # An answer that does not arrive is no news: the line's end comes as such.
+            with self._lock, contextlib.suppress(OSError):
+                _send(line.connection, {})
+
+    def _close(self, line: _Line) -> None:
+        line.over = True
+        self._listening.unregister(line.connection)
+        with self._lock:
+            line.connection.close()
 
     def _judge(self) -> None:
         """End the run if somebody has fallen silent, is stuck, has left, or does not come."""

@@ -258,6 +258,79 @@ def test_two_ranks_give_the_losses_of_one(network: str, tiny: Path, tmp_path: Pa
     assert losses[1] == pytest.approx(losses[0], abs=tolerance)
 
 
+def test_models_side_by_side_are_the_runs_that_they_are_alone(tiny: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path / "config.yaml", tiny, loader={"batch_size": 2}, epochs=2)
+    both = tmp_path / "both"
+    done = program(TRAIN, "--config", config, "--run-dir", both, "--instances", 2, ranks=4)
+    assert done.code == 0, done.err
+    for model in range(2):
+        lone = tmp_path / f"lone{model}"
+        done = program(TRAIN, "--config", config, "--run-dir", lone, "--seed", 5 + model, ranks=2)
+        assert done.code == 0, done.err
+        run = both / str(model + 1)
+        assert metrics(run) == metrics(lone) and same_weights(run, lone)
+
+
+def test_three_ranks_resume_to_the_same_bits(tmp_path: Path) -> None:
+    # With more than two, the order in which gradients are summed decides their last bits.
+    data = write_tiny(tmp_path / "data", train=12, validation=4)
+    config = config_file(tmp_path / "config.yaml", data, loader={"batch_size": 1})
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert program(TRAIN, "--config", config, "--run-dir", whole, ranks=3).code == 0
+    assert program(TRAIN, "--config", config, "--run-dir", run, "--epochs", 2, ranks=3).code == 0
+    done = program(TRAIN, "--config", config, "--run-dir", run, "--resume", ranks=3)
+    assert done.code == 0, done.err
+    assert metrics(run) == metrics(whole) and same_weights(run, whole)
+
+
+def test_a_global_batch_that_is_named_is_kept_or_the_run_is_refused(tiny: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path / "config.yaml", tiny, global_batch=8)
+    done = program(TRAIN, "--config", config, "--run-dir", tmp_path / "run")
+    assert (
+        done.code == 1
+        and "global_batch" in done.err
+        and "1 ranks with loader.batch_size 4 make 4" in done.err
+    )
+    done = program(TRAIN, "--config", config, "--run-dir", tmp_path / "run", "--batch-size", 8, "--epochs", 1)
+    assert done.code == 0, done.err
+
+
+def test_what_the_launch_tells_reaches_the_log(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=4, validation=2, form="tfrecord")
+    config = config_file(tmp_path / "config.yaml", data, epochs=1)
+    flags = ["--set", f"data.stage.dir={tmp_path}/node", "--set", "submission.org=us", "--caches-cleared"]
+    began = round(1e3 * time.time()) - 60_000
+    line = ["--config", config, "--run-dir", tmp_path / "run", *flags, "--staged-since", began]
+    done = program(TRAIN, *line)
+    assert done.code == 0, done.err
+    lines = (tmp_path / "run" / "mlperf.log").read_text().splitlines()
+    events = {event["key"]: event for event in (json.loads(one.removeprefix(":::MLLOG ")) for one in lines)}
+    assert events["cache_clear"]["value"] is True and events["submission_org"]["value"] == "us"
+    assert events["staging_start"]["time_ms"] == began
+    assert 60 < events["staging_stop"]["metadata"]["staging_duration"] < 300
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--set", "loader.threads"], "expected KEY=VALUE"),
+        (["--set", "loader.thread=2"], "did you mean threads"),
+        (["--set", "loader={"], "--set"),
+        (["--staged-since", "5"], "nothing is staged"),
+        (["--instances", "2"], "--run-dir"),
+        (["--instances", "2", "--run-dir", "/tmp/none"], "does not share out the 1 ranks"),
+        (["--set", "data.stage.dir=$NONE_SUCH/x"], "not set"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(
+    flags: list[str], said: str, tiny: Path, tmp_path: Path
+) -> None:
+    config = config_file(tmp_path / "config.yaml", tiny)
+    where = [] if "--run-dir" in flags or "--instances" in flags else ["--run-dir", str(tmp_path / "run")]
+    done = program(TRAIN, "--config", config, *where, *flags)
+    assert done.code == 1 and done.err.count("error: ") == 1 and said in done.err, done.err
+
+
 def test_resume_on_other_ranks_keeps_the_global_batch_or_is_refused(tiny: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path / "c.yaml", tiny, epochs=1)
     run = tmp_path / "run"

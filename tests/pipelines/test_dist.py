@@ -12,6 +12,7 @@ from helpers import ROOT, environment, mpirun, run
 
 from pipelines.dist import World
 from pipelines.errors import UserError
+from pipelines.rendezvous import meeting_place
 
 OMPI = {
     "OMPI_COMM_WORLD_RANK": "5",
@@ -26,6 +27,7 @@ SRUN = {
     "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
     "SLURM_NTASKS": "11",
 }
+Place = dict[str, str]
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
@@ -46,6 +48,66 @@ def test_a_batch_script_without_srun_is_alone() -> None:
 
 def test_mpirun_inside_a_slurm_step_counts() -> None:
     assert World.detect(SRUN | OMPI).launcher == "mpirun"
+
+
+def test_other_mpis_count() -> None:
+    hydra = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+    assert World.detect(hydra) == World(5, 8, 1, 4, "mpirun")
+    # srun --mpi=pmi2 sets some of these beside its own.
+    assert World.detect(SRUN | {"PMI_RANK": "9", "PMI_SIZE": "11"}).launcher == "srun"
+
+
+def test_a_torchrun_on_each_task_of_srun_counts() -> None:
+    inner = {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8"}
+    outer = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    assert World.detect(inner | outer) == World(13, 16, 5, 8, "torchrun")
+
+
+@pytest.mark.parametrize(
+    ("stale", "outer"),
+    [
+        (TORCHRUN, OMPI),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, SRUN),
+        ({"RANK": "0", "WORLD_SIZE": "16"}, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}),
+    ],
+)
+def test_launchers_that_contradict_each_other_are_refused(stale: Place, outer: Place) -> None:
+    with pytest.raises(UserError, match=f"RANK and WORLD_SIZE .* {next(iter(outer))} and .* stale"):
+        World.detect(stale | outer)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n[07-09,12],login", "n07"), ("r[1-3]n[4,6]-ib", "r1n4-ib"), ("a,b[1-2]", "a")],
+)
+def test_the_first_of_slurms_nodes(nodes: str, first: str) -> None:
+    environ = {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"}
+    meeting = meeting_place("srun", environ, rank=0, size=2, one_node=False)
+    assert meeting.address == first
+    other = meeting_place("srun", environ | {"SLURM_STEP_ID": "2"}, rank=0, size=2, one_node=False)
+    assert other.key != meeting.key and other.ports != meeting.ports
+
+
+def test_ranks_are_split_among_models() -> None:
+    # Eight ranks on two nodes, into models of two nodes, of one, and of half a node.
+    ranks = [World(rank, 8, rank % 4, 4, "mpirun") for rank in range(8)]
+    assert [rank.split(1) for rank in ranks] == ranks
+    halves = [rank.split(2) for rank in ranks]
+    assert [(one.model, one.rank, one.size, one.local_rank, one.nodes) for one in halves] == [
+        (rank // 4, rank % 4, 4, rank % 4, 1) for rank in range(8)
+    ]
+    pairs = [rank.split(4) for rank in ranks]
+    assert [(one.model, one.rank, one.local_size) for one in pairs] == [(r // 2, r % 2, 2) for r in range(8)]
+    # Each keeps its own GPU, and its share of the node's cores.
+    assert [one.before + one.local_rank for one in pairs] == [0, 1, 2, 3] * 2
+    assert {one.local_size + one.beside for one in pairs} == {4}
+    for models in (3, 16, 0):
+        with pytest.raises(UserError, match=f"--instances .*{models}"):
+            ranks[0].split(models)
+    with pytest.raises(UserError, match="do not fit nodes of 4"):
+        World(0, 12, 0, 4, "mpirun").split(2)
+    with pytest.raises(UserError, match="NUM_INSTANCES"):
+        World(0, 8, 0, 4, "srun").split(2)
 
 
 @pytest.mark.parametrize(("name", "value"), [("RANK", "3"), ("RANK", "-1"), ("WORLD_SIZE", "three")])
@@ -79,13 +141,9 @@ with world.connected(torch.device("cpu")):
 """
 
 
-def test_ranks_that_srun_starts_meet(tmp_path: Path) -> None:
-    # What srun sets, and the one SLURM program that is asked, stand in for a cluster.
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text("#!/bin/sh\necho 127.0.0.1\n")
-    scontrol.chmod(0o755)
+def test_ranks_that_srun_starts_meet() -> None:
+    # What srun sets stands in for a cluster.
     shared = {
-        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_STEP_NODELIST": "node[1]",
