@@ -31,11 +31,11 @@ T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others: long enough for rank 0 to simulate a data set."""
 
-
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 5.0
+"""How long ranks that never met let rank 0 speak, before they leave for what all of them know."""
 
 _watch: Watch | None = None
-"""Of this process, while its ranks are connected."""
+"""Of this process, from when its ranks are connected."""
 
 
 class _Launcher(NamedTuple):
@@ -246,16 +246,28 @@ class World:
         # Left out on an error on purpose: there the peers may be gone, and waiting for them hangs.
         dist.destroy_process_group()
         _watch.end()
-        _watch = None
 
     def leave(self, status: int) -> NoReturn:
-        """End this process with `status`, once all else is done."""
+        """End this process with `status`, which all ranks end with; rank 0 has told the reason of a fault."""
+        if _watch is None:
+            if status != 0 and not self.is_root:
+                time.sleep(_GRACE_SECONDS)
+        elif status == 0:
+            _watch.end()
+        else:
+            # A launcher ends all ranks when the first one fails, whatever they were about to say.
+            _watch.outlast_root()
+        self._exit(status)
+
+    def leave_first(self) -> NoReturn:
+        """End this process with status 1, for a reason that this rank has told."""
+        self._exit(1)
+
+    def _exit(self, status: int) -> NoReturn:
         if self.size == 1:
             sys.exit(status)
         # Where ranks have met, gloo's threads are still there: they outlive even destroy_process_group.
         # One that lets go of a tensor while the interpreter tidies up aborts the process.
-        if _watch is not None and status == 0:
-            _watch.end()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -348,15 +360,14 @@ def report_errors(world: World) -> Iterator[None]:
         if world.is_root or not known:
             print(f"error: {error}", file=sys.stderr, flush=True)
         _part(str(error), known=known)
-        if known and not world.is_root:
-            # A launcher ends all ranks when the first one fails: let rank 0 be heard before.
-            time.sleep(_GRACE_SECONDS)
+        if not known:
+            world.leave_first()
         world.leave(1)
     except OSError as error:
         # A file system that has gone, a right that was taken away: it says which file.
         print(f"error: {RankError(world, UserError(str(error)))}", file=sys.stderr, flush=True)
         _part(str(error), known=False)
-        world.leave(1)
+        world.leave_first()
     except Exception as error:
         if world.size == 1:
             raise
@@ -369,7 +380,7 @@ def report_errors(world: World) -> Iterator[None]:
             traceback.print_exc()
             print(f"error: rank {world.rank} of {world.size}: {error}", file=sys.stderr)
             _part(str(error), known=False)
-        world.leave(1)
+        world.leave_first()
 
 
 def _part(reason: str, *, known: bool) -> None:

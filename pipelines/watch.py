@@ -35,6 +35,9 @@ BEAT, SILENCE, STALL = 2.0, 40.0, 300.0
 _LEEWAY = 6.0
 """Seconds for ranks to leave by themselves, once one has left for what all of them may know."""
 
+_FAREWELL = 15.0
+"""Seconds for rank 0 to say why all leave, and to be gone; more than _LEEWAY."""
+
 _ANSWER = 15.0
 """Seconds for whoever listens at a port to say that it is rank 0."""
 
@@ -70,7 +73,11 @@ class Watch:
         self._thread.join(SILENCE + 4 * BEAT)
 
     def end(self) -> None:
-        """All has gone well, and the ranks part."""
+        """All has gone well, and the ranks part; nothing where they have."""
+        raise NotImplementedError
+
+    def outlast_root(self) -> None:
+        """Wait, behind `part` or `end`, until rank 0's process has ended, which takes it moments."""
         raise NotImplementedError
 
     def _attend(self) -> None:
@@ -138,9 +145,13 @@ class Warden(Watch):
 
     def end(self) -> None:
         """See `Watch`."""
-        self._ended.set()
-        self._tell({"end": True})
-        self._thread.join(2 * BEAT)
+        if not self._ended.is_set():
+            self._ended.set()
+            self._tell({"end": True})
+            self._thread.join(2 * BEAT)
+
+    def outlast_root(self) -> None:
+        """See `Watch`; rank 0 does not wait for itself."""
 
     def _tell(self, message: dict[str, Any]) -> None:
         with self._lock:
@@ -196,7 +207,10 @@ class Warden(Watch):
         try:
             message = _receive(line.connection)
         except (OSError, ValueError):
-            self._close(line)
+            line.over = True
+            self._listening.unregister(line.connection)
+            with self._lock:
+                line.connection.close()
             if self._door:
                 # It may come again; if it has died, it is missed when the roll is called.
                 del self._lines[rank]
@@ -205,7 +219,9 @@ class Warden(Watch):
             return
         line.heard = time.monotonic()
         if "end" in message:
-            self._close(line)
+            # The line stays open: its end tells that this process has gone.
+            line.over = True
+            self._listening.unregister(line.connection)
         elif "parted" in message:
             line.parted = message["parted"], message["known"]
         elif message.get("stuck"):
@@ -214,12 +230,6 @@ class Warden(Watch):
             # An answer that does not arrive is no news: the line's end comes as such.
             with self._lock, contextlib.suppress(OSError):
                 _send(line.connection, {})
-
-    def _close(self, line: _Line) -> None:
-        line.over = True
-        self._listening.unregister(line.connection)
-        with self._lock:
-            line.connection.close()
 
     def _judge(self) -> None:
         """End the run if somebody has fallen silent, is stuck, has left, or does not come."""
@@ -276,8 +286,17 @@ class Member(Watch):
 
     def end(self) -> None:
         """See `Watch`."""
-        self._ended.set()
-        self._say({"end": True})
+        if not self._ended.is_set():
+            self._ended.set()
+            self._say({"end": True})
+
+    def outlast_root(self) -> None:
+        """See `Watch`."""
+        deadline = time.monotonic() + _FAREWELL
+        self._thread.join(2 * BEAT)
+        with contextlib.suppress(OSError, ValueError):
+            while self._connection.poll(max(0.0, deadline - time.monotonic())):
+                _receive(self._connection)
 
     def _go(self, meeting: Meeting) -> Connection:
         hello = {"key": meeting.key, "rank": self._rank, "name": self._name}

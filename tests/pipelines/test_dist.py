@@ -206,6 +206,23 @@ with report_errors(world), world.connected(torch.device("cpu")):
     assert "Traceback" not in done.err
 
 
+def test_what_rank_0_has_to_say_is_heard_before_a_launcher_ends_it() -> None:
+    program = """
+import sys, time
+from pipelines.dist import World
+
+world = World.detect()
+with world.connected():
+    pass
+if world.is_root:
+    time.sleep(4)
+    print("the reason", file=sys.stderr)
+world.leave(75)
+"""
+    done = run([*mpirun(3), sys.executable, "-c", program])
+    assert done.code == 75 and "the reason" in done.err
+
+
 def test_a_collective_that_ends_late_does_not_abort_a_rank_that_leaves() -> None:
     # Rank 0 is late, so that rank 1's gloo lets go of its tensors while rank 1 is on its way out.
     program = """

@@ -211,3 +211,24 @@ def test_a_rank_killed_or_frozen_at_a_random_moment(launcher: str, tmp_path: Pat
         for thread in both:
             thread.join()
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again_that_goes_on_exactly(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=12, validation=4)
+    changes = {"loader": {"batch_size": 1}, "log": {"every": 1, "checkpoint_every": 2}}
+    config = config_file(tmp_path / "config.yaml", data, epochs=60, **changes)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    train = ["-m", "cosmoflow_dali.train", "--config", str(config), "--run-dir"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    done = run([*line, *train, str(whole)])
+    assert done.code == 0, done.err
+    with Ranks([*line, "--max-restarts", "1", *train, str(folder), "--resume"], [0], 1) as agent:
+        deadline = time.monotonic() + 120
+        while not any((folder / "checkpoints").glob("epoch00005_*.pt")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        run(["kill", "-KILL", str(started_by(agent.processes[0].pid)[1])])
+        statuses, words = agent.end(200)
+    assert statuses == {0}, words
+    assert "going on with" in words and metrics(folder) == metrics(whole)
