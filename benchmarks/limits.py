@@ -10,13 +10,17 @@ from benchmarks.recipes import Network, shape_of, timed
 from cosmoflow_dali.networks import build_model
 
 
+MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}
+"""Rows and columns of the matrices whose product is measured, by kind of device."""
+
+
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of a large matrix product in `dtype`, the best of six, and of two libraries.
 
     A convolution with a kernel of one voxel is a matrix product too: on a CPU oneDNN's, where torch
     otherwise asks MKL, which is slow on processors that are not Intel's.
     """
-    size = 8192 if device.type == "cuda" else 4096
+    size = MATRIX_SIZE[device.type]
     a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
     voxels, kernel = a.T.reshape(1, size, 16, 16, size // 256), b.reshape(size, size, 1, 1, 1)
     voxels = voxels.contiguous(memory_format=torch.channels_last_3d)
