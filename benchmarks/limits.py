@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.recipes import Network, shape_of, timed
 from cosmoflow_dali.networks import build_model
 
-
 MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}
 """Rows and columns of the matrices whose product is measured, by kind of device."""
 
