@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import io
 import os
 import signal
 import socket
@@ -13,6 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import yaml
@@ -110,8 +113,23 @@ def run(line: Sequence[str]) -> Done:
 
 
 def program(module: str, *arguments: object, ranks: int = 1) -> Done:
-    """Run `python -m module arguments...` to its end, on `ranks` ranks."""
-    return run(command(module, arguments, ranks))
+    """Run `python -m module arguments...` to its end, on `ranks` ranks; a lone one in this process.
+
+    Torch takes seconds to start. What has to be a process of its own is for `command` and `run`.
+    """
+    if ranks > 1:
+        return run(command(module, arguments, ranks))
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            status = importlib.import_module(module).main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+    return Done(status, out.getvalue(), err.getvalue())
 
 
 def started_by(pid: int) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from helpers import OPEN, ROOT, Done, command, config_file, environment, program, write_tiny
+from helpers import run as started
 from left_behind import metrics, same_weights
 
 TRAIN = "cosmoflow_dali.train"
@@ -46,8 +47,8 @@ def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for name, changes in RUNS.items():
         folder = tmp_path_factory.mktemp(name)
         config = config_file(folder / "config.yaml", tiny, **changes)
-        line = command(TRAIN, ["--config", config, "--run-dir", folder / "run"])
-        subprocess.run(line, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=240)
+        done = program(TRAIN, "--config", config, "--run-dir", folder / "run")
+        assert done.code == 0, done.err
         runs[name] = folder / "run"
     return runs
 
@@ -231,7 +232,8 @@ def test_a_damaged_newest_checkpoint_falls_back(
     middle = len(content) // 2
     content[middle : middle + 256] = bytes(byte ^ 1 for byte in content[middle : middle + 256])
     newest.write_bytes(content)
-    done = program(TRAIN, "--run-dir", run, "--resume")
+    # A process of its own, where a warning is printed.
+    done = started(command(TRAIN, ["--run-dir", run, "--resume"]))
     assert done.code == 0, done.err
     assert newest.name in done.err and "falling back" in done.err
     assert same_weights(run, undisturbed["reference"])
@@ -258,6 +260,7 @@ def test_two_ranks_give_the_losses_of_one(network: str, tiny: Path, tmp_path: Pa
     assert losses[1] == pytest.approx(losses[0], abs=tolerance)
 
 
+@pytest.mark.slow
 def test_models_side_by_side_are_the_runs_that_they_are_alone(tiny: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path / "config.yaml", tiny, loader={"batch_size": 2}, epochs=2)
     both = tmp_path / "both"
@@ -271,6 +274,7 @@ def test_models_side_by_side_are_the_runs_that_they_are_alone(tiny: Path, tmp_pa
         assert metrics(run) == metrics(lone) and same_weights(run, lone)
 
 
+@pytest.mark.slow
 def test_three_ranks_resume_to_the_same_bits(tmp_path: Path) -> None:
     # With more than two, the order in which gradients are summed decides their last bits.
     data = write_tiny(tmp_path / "data", train=12, validation=4)
