@@ -6,24 +6,22 @@ The layout is what mlperf_logging.package_checker looks for: results/SYSTEM/stro
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mlperf_logging.package_checker.seed_checker import SeedChecker
-from mlperf_logging.rcp_checker import rcp_checker
-from mlperf_logging.system_desc_checker import system_desc_checker
-
-from cosmoflow_dali.mlperf_logs import BENCHMARK, RULESET, USAGE, Run, heard
+from cosmoflow_dali.mlperf_checkers import (
+    Verdict,
+    check_convergence,
+    check_package,
+    check_seeds,
+    missing_fields,
+)
+from cosmoflow_dali.mlperf_logs import BENCHMARK, Run
 from cosmoflow_dali.scores import Result
 from pipelines.errors import AccessError, DataError, UserError
 from pipelines.files import read_file, write_chunks
@@ -33,21 +31,6 @@ _CODE = (
     "cosmoflow_dali", "pipelines", "preprocess", "configs", "pyproject.toml", "constraints.txt", "Makefile",
     "Dockerfile", "init_datasets.sub", "run.sub", "run_and_time.sh", "README.md", "LICENSE",
 )  # fmt: skip
-_SUCCESS = "PACKAGE CHECKER FOUND NO ERRORS"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What one checker says.
-
-    of: the folder below the submission's that it looked at.
-    says: its reasons, a line each.
-    """
-
-    checker: str
-    of: str
-    passed: bool
-    says: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +61,13 @@ def write_submission(folder: Path, results: Sequence[Result]) -> Submission:
         runs = result.runs if result.scaling == "strong" else result.counted
         for number, run in enumerate(runs):
             write_chunks(_made(folder / place) / f"result_{number}.txt", read_file(run.path))
-        verdicts.append(_check_seeds(folder, place))
+        verdicts.append(check_seeds(folder, place))
         if result.system.division == "closed":
-            verdicts.append(_check_convergence(folder, place))
+            verdicts.append(check_convergence(folder, place))
         else:
             notes.append(f"{place}: reference convergence is asked of the closed division alone")
     notes += _add_code(folder, [run for result in results for run in result.runs])
-    return Submission((_check_package(folder), *verdicts), tuple(notes))
+    return Submission((check_package(folder), *verdicts), tuple(notes))
 
 
 def _refuse(folder: Path, results: Sequence[Result]) -> None:
@@ -143,12 +126,7 @@ def _describe(folder: Path, name: str, results: Sequence[Result]) -> list[str]:
     }
     path = _made(folder / "systems") / f"{name}.json"
     write_chunks(path, json.dumps(description).encode())
-    # The names of the fields stand in the checker alone, which tells the ones that are missing.
-    with heard() as records:
-        system_desc_checker.check_system_desc(str(path), USAGE, RULESET)
-    missing = [
-        field for record in records for field in re.findall(r"Missing field ([\w-]+)", record.getMessage())
-    ]
+    missing = missing_fields(path)
     description |= dict.fromkeys(missing, "")
     write_chunks(path, json.dumps(description, indent=4).encode() + b"\n")
     return missing
@@ -168,53 +146,3 @@ def _add_code(folder: Path, runs: Sequence[Run]) -> list[str]:
         elif (_ROOT / part).is_file():
             shutil.copy(_ROOT / part, target / part)
     return [f"{target.relative_to(folder)}: a person has to add the configuration that ran"]
-
-
-def _check_package(folder: Path) -> Verdict:
-    # As a program of its own and inside the folder, whose name might read as a pattern. It exits with 0
-    # whatever it finds, so that its words are all there is to go by.
-    line = [sys.executable, "-m", "mlperf_logging.package_checker", ".", USAGE, RULESET]
-    done = subprocess.run(
-        [*line, "--log_output", os.devnull], cwd=folder, capture_output=True, text=True, check=False
-    )
-    *_, last = done.stderr.splitlines() or [""]
-    if done.returncode:
-        return Verdict("package checker", ".", False, (f"it breaks off: {last}",))
-    errors = re.findall(r"^ERROR - *(.*)", done.stderr, re.MULTILINE)
-    return Verdict("package checker", ".", _SUCCESS in done.stderr, tuple(errors))
-
-
-def _check_seeds(folder: Path, place: Path) -> Verdict:
-    logs = sorted(map(str, (folder / place).iterdir()))
-    with heard() as records, warnings.catch_warnings():
-        # It warns of a log with more than one seed, which the rules allow.
-        warnings.simplefilter("ignore")
-        passed = SeedChecker(RULESET).check_seeds(logs)
-    errors = (record.getMessage().strip() for record in records if record.levelname == "ERROR")
-    return Verdict("seed checker", str(place), passed, tuple(errors))
-
-
-def _check_convergence(folder: Path, place: Path) -> Verdict:
-    """Compare the epochs that the runs took with the reference's, as the package checker does."""
-    checker = "reference-convergence checker"
-    with heard() as records, warnings.catch_warnings():
-        # Of fewer than three runs it takes a mean of none.
-        warnings.simplefilter("ignore")
-        try:
-            passed, message, factor = rcp_checker.check_directory(
-                glob.escape(str(folder / place)), USAGE, RULESET, False, False, rcp_pass="pruned_rcps"
-            )
-        except Exception as error:
-            # It takes it for granted that a log has what the compliance checker asks for.
-            return Verdict(checker, str(place), False, (f"it breaks off: {error!r}",))
-    says = [message]
-    for record in records:
-        args: Any = record.args
-        if record.msg.startswith(" RCP Record"):
-            mean, least = args["RCP Mean"], args["Min Epochs"]
-            says.append(f"the reference took {mean:.4f} epochs on average, the least allowed is {least:.4f}")
-        elif record.msg.startswith(" Submission mean epochs: "):
-            says.append(f"these runs took {args[0]:.4f}")
-    if passed and factor > 1:
-        says.append(f"as they took fewer than the reference, their time is multiplied by {factor:.4f}")
-    return Verdict(checker, str(place), bool(passed), tuple(says))
