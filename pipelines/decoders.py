@@ -22,10 +22,10 @@ from pipelines.dataset import Split
 from pipelines.footprint import READ_AHEAD, host_ahead
 from pipelines.formats import Payload
 from pipelines.formats.packed import PackedFormat
-from pipelines.graph import build_counts_graph, define_packed_graph
+from pipelines.graph import define_counts_graph, define_packed_graph
 from pipelines.packed import Packed
 from pipelines.sample import SampleSpec
-from pipelines.transforms import LOGS
+from pipelines.transforms import table_of
 
 Source = Callable[[], Sequence[Payload]]
 """Hands out the next batch of payloads."""
@@ -84,7 +84,7 @@ class CountsDecoder(_DaliDecoder):
             return [payload.counts for payload in source()]  # type: ignore[union-attr]
 
         self._fence = _Fence(device)
-        self._pipeline = build_counts_graph(
+        self._pipeline = define_counts_graph(
             counts,
             batch_size=config.batch_size,
             threads=config.threads,
@@ -92,6 +92,7 @@ class CountsDecoder(_DaliDecoder):
             device_id=device.index if device.type == "cuda" else None,
             apply_log=config.apply_log,
         )
+        self._pipeline.build()
 
     def run(self, into: torch.Tensor | None) -> torch.Tensor:
         """See `Decoder`."""
@@ -120,6 +121,7 @@ class HostDecoder:
     def __init__(self, source: Source, spec: SampleSpec, config: LoaderConfig) -> None:
         self.ahead = host_ahead(config)
         self._source, self._apply_log = source, config.apply_log
+        self._table = table_of(apply_log=config.apply_log)
         buffers = [torch.empty(config.batch_size, *spec.shape) for _ in range(self.ahead + 1)]
         # Torch gives way to other threads in every call, so that those made here cost nothing later.
         self._buffers = itertools.cycle(
@@ -151,10 +153,8 @@ class HostDecoder:
     def _decode(self, payload: Payload, out: npt.NDArray[np.float32]) -> None:
         """Write the volume (D, H, W, C) of `payload` into `out`."""
         packed: Packed = payload.packed  # type: ignore[union-attr]
-        if self._apply_log:
-            packed.fill(out, np.take(LOGS, packed.table))
-        else:
-            packed.fill(out, packed.table.astype(np.float32))
+        packed.fill(out, np.take(self._table, packed.table))
+        if not self._apply_log:
             out /= out.mean(dtype=np.float64).astype(np.float32)
 
 
@@ -212,7 +212,7 @@ PackedArrays = tuple[list[npt.NDArray[Any]], ...]
 
 
 def arrays_of(batch: Sequence[Packed]) -> PackedArrays:
-    """`batch` as the packed graph takes it, each table with a row of -1 behind it, whose values are NaN."""
+    """`batch` as the packed graph takes it, each table with a row of -1 behind it: NaN to be."""
     columns = []
     for packed in batch:
         first = int(packed.starts[0, 0])

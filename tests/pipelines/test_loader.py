@@ -224,17 +224,18 @@ def test_a_file_that_vanishes_is_named(roots: dict[str, Path], tmp_path: Path) -
             rows(batches.batches(0))
 
 
+@pytest.mark.parametrize("apply_log", [True, False])
 def test_a_count_below_zero_becomes_no_number_and_is_explained(
-    roots: dict[str, Path], tmp_path: Path
+    apply_log: bool, roots: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(roots["npy"], tmp_path / "data")
-    with loader(tmp_path / "data", shuffle=False, batch_size=1) as batches:
+    with loader(tmp_path / "data", shuffle=False, batch_size=1, apply_log=apply_log) as batches:
         good = batches.split.read(5)
-        bad = Sample(np.where(np.arange(4) == 2, np.int16(-1), good.counts), good.target)
+        bad = Sample(np.where(np.arange(4) == 2, np.int16(-30000), good.counts), good.target)
         FORMATS["npy"].write(batches.split.root, batches.split.stem(5), bad)
         for index, volume, _ in rows(batches.batches(0)):
             assert np.isnan(volume).any() == (index == 5)
-        with pytest.raises(DataError, match="a count is -1"):
+        with pytest.raises(DataError, match="a count is -30000"):
             batches.explain(np.array([4, 5, -1]))
         batches.explain(np.array([4, 6, -1]))
 
