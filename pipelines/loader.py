@@ -6,6 +6,7 @@ ready as any other. A loader's whole position is (epoch, step): nothing of a dec
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,10 +19,12 @@ import torch
 from pipelines.config import LoaderConfig
 from pipelines.dataset import Split
 from pipelines.decoders import Finish, make_decoder
-from pipelines.formats import Payload
+from pipelines.formats import CountsPayload, Payload
+from pipelines.formats.packed import PackedFormat, payload_of
+from pipelines.packing import encode
 from pipelines.plan import Indices, Ragged, Shard, plan_epoch
 from pipelines.reader import Reader
-from pipelines.sample import Batch
+from pipelines.sample import PARAMETERS, Batch, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +142,20 @@ class Loader:
 
     def _read(self, index: int, finish: Finish) -> tuple[int, Payload]:
         """In a reader thread: which sample was read for `index`, and its payload."""
-        # A row that only fills the batch up reads the first sample.
-        read, payload = self._reader.payload(max(index, 0))
+        read, payload = self._reader.payload(index) if index >= 0 else (index, self._filling)
         finish(payload)
         return read, payload
+
+    @functools.cached_property
+    def _filling(self) -> Payload:
+        """What stands in a row that only fills the batch up: one particle in every voxel.
+
+        No sample of the split, which may be a share that has none.
+        """
+        sample = Sample(np.ones(self.split.spec.shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
+        if self.split.form == PackedFormat.name:
+            return payload_of(self.split.root, b"".join(encode(sample)), self.split.spec, whole=False)
+        return CountsPayload(sample.counts, sample.target)
 
     def _batch(self, epoch: int, step: int, into: Batch | None) -> Batch:
         """The output for `step` of `epoch`; what was in flight for an earlier position is passed over."""

@@ -15,7 +15,7 @@ import torch
 from helpers import DATA, write_tiny
 
 from pipelines.config import LoaderConfig
-from pipelines.dataset import open_split
+from pipelines.dataset import Share, Split, open_split
 from pipelines.errors import ConfigError, DataError, UserError
 from pipelines.formats import FORMATS
 from pipelines.loader import Loader
@@ -36,7 +36,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @contextmanager
 def loader(
-    root: Path,
+    data: Path | Split,
     *,
     batch_size: int = 2,
     shard: Shard = Shard(),  # noqa: B008  (it is frozen)
@@ -46,7 +46,7 @@ def loader(
     **config: Any,
 ) -> Iterator[Loader]:
     made = Loader(
-        open_split(root, "train"),
+        open_split(data, "train") if isinstance(data, Path) else data,
         LoaderConfig(batch_size=batch_size, **config),
         shard=shard,
         seed=seed,
@@ -171,6 +171,21 @@ def test_filling_rows_are_marked_and_come_last(roots: dict[str, Path]) -> None:
         *full, last = [batch.index.tolist() for batch in batches.batches(0)]
     assert full == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert last == [8, 9, 10, -1]
+
+
+@pytest.mark.parametrize("apply_log", [True, False])
+@pytest.mark.parametrize("form", ["npy", "packed"])
+def test_a_share_of_no_samples_takes_part_in_every_step(
+    form: str, apply_log: bool, roots: dict[str, Path]
+) -> None:
+    nothing = np.arange(0)
+    whole = open_split(roots[form], "validation")
+    with loader(
+        whole.take(nothing, Share(nothing, count=3, total=2, seed=None)), ragged="pad", apply_log=apply_log
+    ) as batches:
+        for epoch in (0, 1):
+            (batch,) = batches.batches(epoch)
+            assert batch.index.tolist() == [-1, -1] and batch.volume.isfinite().all()
 
 
 def test_the_network_gets_a_channels_last_view(roots: dict[str, Path]) -> None:
