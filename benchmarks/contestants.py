@@ -23,7 +23,6 @@ from pipelines.dataset import Split
 from pipelines.formats.tfrecord import encode_example, frame
 from pipelines.loader import Loader
 from pipelines.plan import Shard, plan_epoch
-from pipelines.sample import Batch
 
 Item = tuple[torch.Tensor, npt.NDArray[np.float32]]
 
@@ -40,26 +39,19 @@ def touch(volume: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def loading(split: Split, config: LoaderConfig, device: str) -> Iterator[Iterator[Batch]]:
-    """The batches of the project's loader, epoch after epoch."""
+def ours(split: Split, config: LoaderConfig, device: str = "cpu") -> Iterator[Iterator[int]]:
+    """The project's loader, targets and all, epoch after epoch."""
     loader = Loader(
         split, config, shard=Shard(), seed=0, shuffle=True, ragged="drop", device=torch.device(device)
     )
-    with contextlib.closing(loader):
-        yield itertools.chain.from_iterable(map(loader.batches, itertools.count()))
 
-
-@contextlib.contextmanager
-def ours(split: Split, config: LoaderConfig, device: str = "cpu") -> Iterator[Iterator[int]]:
-    """The project's loader, targets and all."""
-
-    def deliver(batches: Iterator[Batch]) -> Iterator[int]:
-        for batch in batches:
+    def deliver() -> Iterator[int]:
+        for batch in itertools.chain.from_iterable(map(loader.batches, itertools.count())):
             touch(batch.volume)
             yield len(batch.volume)
 
-    with loading(split, config, device) as batches:
-        yield deliver(batches)
+    with contextlib.closing(loader):
+        yield deliver()
 
 
 def dali_numpy(split: Split, batch_size: int, threads: int) -> Generator[int, None, None]:

@@ -115,7 +115,7 @@ def run(
         of = {NPY_PLAIN: "npy", GZIP_PLAIN: PUBLISHED, FLOOR: "npy"}
         contestants = {}
         for form, device in itertools.product(forms, _devices()):
-            name = form if device == "cpu" else f"{form}, GPU"
+            name = _on(form, device)
             contestants[name] = stack.enter_context(ours(splits[form], setting.config, device))
             of[name] = form
         for form in dict.fromkeys(of.values()):
@@ -147,6 +147,11 @@ def run(
 
 def _limit(form: str) -> str:
     return f"limit of {form}"
+
+
+def _on(form: str, device: str) -> str:
+    """What a row of `form` is called."""
+    return form if device == "cpu" else f"{form}, GPU"
 
 
 def _devices() -> list[str]:
@@ -211,7 +216,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--storage", type=_storage, default=["cache"], help="cache, direct (O_DIRECT), or both"
     )
-    parser.add_argument("--rounds", type=harness.positive, default=7, help="turns of each contestant")
+    parser.add_argument(
+        "--rounds",
+        type=harness.positive,
+        default=7,
+        help="turns of each contestant; with --emulate, one turn of four times as many batches in all",
+    )
     parser.add_argument("--emulate", type=_seconds, help="h100, a100, or seconds of compute a step")
     parser.add_argument("--accelerators", type=harness.positive, default=1, help="that are emulated")
     parser.add_argument(
@@ -272,11 +282,19 @@ def _emulate(
 ) -> dict[str, dict[str, Utilisation]]:
     found: dict[str, dict[str, Utilisation]] = {}
     for setting in settings:
-        seconds, steps = options.emulate * setting.batch_size, max(options.steps, 4) * 16
+        seconds, steps = options.emulate * setting.batch_size, 4 * options.steps * options.rounds
         print(setting)
         found[str(setting)] = {
-            form: emulate(split, setting.config, seconds, accelerators=options.accelerators, steps=steps)
+            _on(form, device): emulate(
+                split,
+                setting.config,
+                seconds,
+                device=device,
+                accelerators=options.accelerators,
+                steps=steps,
+            )
             for form, split in splits.items()
+            for device in _devices()
         }
         show_utilisation(found[str(setting)], seconds)
     if options.output:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import contestants, harness, io_bench, samples
+from benchmarks import contestants, emulation, harness, io_bench, samples
 from pipelines.config import LoaderConfig
 from pipelines.formats import FORMATS
 from pipelines.formats.tfrecord import encode_example, frame
@@ -108,6 +108,24 @@ def test_utilisation_is_that_of_accelerators_that_compute_for_so_long(
     assert "passes at 70%" in capsys.readouterr().out
     ((_, results),) = io_bench.main([*flags, "--emulate", "0.00001"]).items()
     assert results["packed"].mean < 0.5
+
+
+def test_an_accelerator_that_is_killed_is_named_and_nobody_waits_for_it(data: Path) -> None:
+    (split,) = samples.make_splits(data, ["npy"], samples=3, size=32).values()
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + 60
+        while len(multiprocessing.active_children()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (one,) = (child for child in multiprocessing.active_children() if child.name == "accelerator 1")
+        one.kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(RuntimeError, match="emulated accelerator 1 ended with exit status -9"):
+        emulation.emulate(split, LoaderConfig(), 0.01, device="cpu", accelerators=2, steps=1)
+    killer.join()
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
