@@ -91,7 +91,8 @@ class Loader:
     @property
     def skipped(self) -> dict[str, str]:
         """The faults of the samples that this loader has passed over so far, by path."""
-        return self._reader.skipped
+        # A copy: reader threads go on writing there.
+        return dict(self._reader.skipped)
 
     def batches(self, epoch: int, first_step: int = 0, into: Batch | None = None) -> Iterator[Batch]:
         """The batches of `epoch` from `first_step` on; with `into`, each copied into its tensors.
