@@ -41,6 +41,36 @@ def define_counts_graph(
     return samples()
 
 
+def define_files_graph(
+    files: Sequence[str],
+    *,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+    device_id: int | None,
+    apply_log: bool,
+) -> Any:
+    """A pipeline, not yet built, of the counts in the .npy `files`, in their order, over and over.
+
+    DALI reads them itself: for a GPU `device_id` into its memory, by GPUDirect Storage where there is
+    that. It puts out what `define_counts_graph`'s does.
+    """
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+        exec_dynamic=False,
+    )
+    def samples() -> Any:
+        counts = fn.readers.numpy(device="cpu" if device_id is None else "gpu", files=files)
+        return transform_node(counts, apply_log=apply_log)
+
+    return samples()
+
+
 def define_packed_graph(
     source: Callable[[], tuple[Sequence[Any], ...]],
     *,

@@ -82,7 +82,7 @@ class Loader:
         self._reading: deque[_Planned] = deque()
         self._running: deque[_Planned] = deque()
         self._readers = ThreadPoolExecutor(config.threads, thread_name_prefix="reader")
-        self._decoder = make_decoder(split, self._feed, config, device)
+        self._decoder = make_decoder(split, self._feed, self._rows_from, config, device)
 
     def __len__(self) -> int:
         """Steps an epoch, the same on every rank."""
@@ -100,8 +100,7 @@ class Loader:
         A batch holds until the next one is asked for. DataError names a sample that cannot be read.
         """
         if (epoch, first_step) != self._next:
-            self._stream = self._steps_from(epoch, first_step)
-            self._drop_reading()
+            self._seek(epoch, first_step)
         for step in range(first_step, self._steps):
             self._next = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
             yield self._batch(epoch, step, into)
@@ -116,18 +115,24 @@ class Loader:
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._decoder.close()
 
-    def _drop_reading(self) -> None:
-        """Have nothing on its way any more."""
+    def _seek(self, epoch: int, step: int) -> None:
+        """Go on from there; what is on its way now is not to come."""
+        self._stream = self._steps_from(epoch, step)
         wait([payload for planned in self._reading for payload in planned.payloads if not payload.cancel()])
         self._reading.clear()
-        self._decoder.forget()
+        self._decoder.seek(epoch, step)
+
+    def _rows_from(self, epoch: int, step: int) -> Iterator[Indices]:
+        """This shard's samples, (steps, B), of the rest of that epoch, then of each one after it."""
+        while True:
+            yield self._shard.of(self._plan(epoch))[step:]
+            epoch, step = epoch + 1, 0
 
     def _steps_from(self, epoch: int, step: int) -> Iterator[tuple[int, int, Indices]]:
         """(epoch, step, this shard's samples) from there on, without end."""
-        while True:
-            rows = self._shard.of(self._plan(epoch))
-            for at in range(step, self._steps):
-                yield epoch, at, rows[at]
+        for rows in self._rows_from(epoch, step):
+            for at, row in enumerate(rows, step):
+                yield epoch, at, row
             epoch, step = epoch + 1, 0
 
     def _feed(self) -> list[Payload]:
@@ -170,8 +175,8 @@ class Loader:
         try:
             return self._decoder.run(into)
         except RuntimeError:
-            # DALI's errors name no file; reading the same samples on the host does.
-            for planned in self._running:
+            # DALI's errors name no file; reading the same samples on the host does. It may be ahead.
+            for planned in (*self._running, *self._reading):
                 self.explain(planned.index)
             raise
 

@@ -17,8 +17,8 @@ from packed_book import TABLE
 
 from pipelines.config import LoaderConfig
 from pipelines.dataset import open_split
-from pipelines.decoders import arrays_of, gather
 from pipelines.errors import DataError
+from pipelines.gather import arrays_of, gather
 from pipelines.graph import define_packed_graph
 from pipelines.loader import Loader
 from pipelines.packed import Packed, open_packed
