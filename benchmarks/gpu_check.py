@@ -62,14 +62,14 @@ def parts(folder: Path, scratch: Path) -> list[Part]:
     """All parts; the seconds add up to less than eight minutes."""
     tests = ROOT / "tests"
     compute = [str(tests / "cosmoflow_dali" / f"test_{name}.py") for name in ("engines", "first_block")]
-    data = str(tests / "pipelines" / "test_decoders.py")
+    data = [str(tests / "pipelines" / f"test_{name}.py") for name in ("decoders", "loader")]
     common = ["--rootdir", str(ROOT), "-o", f"pythonpath={ROOT} {tests}"]
     bench = ["--rounds", "3", "--output", str(folder)]
     grid = ["--batch-size", "1,8", "--engine", "eager,graph"]
     train = ["--config", str(scratch / "train.yaml"), "--run-dir", str(folder / "run")]
     return [
         Part("tests of the compute stage", ("pytest", "triton"), [*_PYTEST, *common, *compute], 150),
-        Part("tests of the data path", ("pytest", *_READS), [*_PYTEST, *common, data], 90),
+        Part("tests of the data path", ("pytest", *_READS), [*_PYTEST, *common, *data], 90),
         Part("compute_bench", (), ["benchmarks/compute_bench.py", *grid, *bench], 90),
         Part("io_bench", _READS, ["benchmarks/io_bench.py", "--formats", "npy,packed", *bench], 60),
         Part("200 steps of training", _TRAINS, ["-m", "cosmoflow_dali.train", *train], 80),
