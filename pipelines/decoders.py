@@ -223,9 +223,8 @@ class DeviceDecoder(_DaliDecoder):
         super().__init__(config, device)
         self._source, self._apply_log = source, config.apply_log
         self._volume = torch.empty(config.batch_size, *spec.shape, device=device).permute(0, 4, 1, 2, 3)
-        # Of the batches inside the pipeline: the bytes that a row's number has in each sample, and
-        # the arrays, which DALI reads where they are.
-        self._inside: deque[tuple[list[int], PackedArrays]] = deque()
+        # Of the batches inside the pipeline: the samples, and their arrays, which DALI reads where they are.
+        self._inside: deque[tuple[list[Packed], PackedArrays]] = deque()
         self._pipeline = define_packed_graph(self._arrays, **self._settings)
         self._pipeline.build()
 
@@ -234,13 +233,14 @@ class DeviceDecoder(_DaliDecoder):
         self._fence.wait()
         volume = self._volume if into is None else into
         blocks, tables = self._pipeline.run()
-        planes, _ = self._inside.popleft()
-        for row, count in enumerate(planes):
+        batch, _ = self._inside.popleft()
+        for row, packed in enumerate(batch):
             gather(
                 torch.utils.dlpack.from_dlpack(blocks[row]),
                 torch.utils.dlpack.from_dlpack(tables[row]),
-                count,
                 volume[row].permute(1, 2, 3, 0),
+                planes=packed.planes,
+                total=packed.total,
                 by_mean=not self._apply_log,
             )
         self._fence.set()
@@ -249,7 +249,7 @@ class DeviceDecoder(_DaliDecoder):
     def _arrays(self) -> PackedArrays:
         packed: list[Packed] = [payload.packed for payload in self._source()]  # type: ignore[union-attr]
         arrays = arrays_of(packed)
-        self._inside.append(([sample.planes for sample in packed], arrays))
+        self._inside.append((packed, arrays))
         return arrays
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.packed import Packed
+from pipelines.packed import TOTAL, Packed
 
 PackedArrays = tuple[list[npt.NDArray[Any]], ...]
 """What the packed graph takes of a batch: see `define_packed_graph`."""
@@ -33,14 +33,24 @@ def arrays_of(batch: Sequence[Packed]) -> PackedArrays:
 
 
 def gather(
-    blocks: torch.Tensor, table: torch.Tensor, planes: int, out: torch.Tensor, *, by_mean: bool
+    blocks: torch.Tensor,
+    table: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: int,
+    total: int,
+    by_mean: bool,
 ) -> None:
     """Write each voxel's values into `out` (D, H, W, C), of any floating dtype, contiguous.
 
     blocks: (chunks * planes, voxels of a chunk) uint8, the inflated blocks. table: (rows + 1, C)
     float32, whose last row is NaN: what a voxel gets whose row is not in the table, so that damage is
-    noticed and nothing is read out of bounds. by_mean: divide by the mean of all values.
+    noticed and nothing is read out of bounds. planes, total: see `Packed`; all voxels get NaN where the
+    bytes have another total, as DALI does not tell of a block that is none or is too short. by_mean:
+    divide by the mean of all values.
     """
+    found = blocks.sum(dtype=torch.int64) % TOTAL
+    table = torch.where(found == total, table, torch.nan)
     parts = blocks.view(-1, planes, blocks.shape[-1])
     rows = parts[:, 0].long()
     for plane in range(1, planes):

@@ -36,14 +36,14 @@ def packed(sample: Sample) -> Packed:
 def as_on_a_device(one: Packed, dtype: torch.dtype, *, apply_log: bool) -> torch.Tensor:
     """What `DeviceDecoder` makes of `one`: the arrays it sends, inflated by another LZ4, then its gather."""
     (blocks,), (starts,), (sizes,), (voxels,), (table,) = arrays_of([one])
-    inflated = [
-        np.frombuffer(packed_book.lz4_inflate(blocks[start : start + size].tobytes()), np.uint8)
-        for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
-    ]
-    assert {len(block) for block in inflated} == {int(voxels[0])}
+    # What DALI does not find in a block is zero.
+    chunks = torch.zeros(len(starts), int(voxels[0]), dtype=torch.uint8)
+    for chunk, start, size in zip(chunks, starts.tolist(), sizes.tolist(), strict=True):
+        block = packed_book.lz4_inflate(blocks[start : start + size].tobytes())
+        chunk[: len(block)] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
     out = torch.zeros(one.spec.shape, dtype=dtype)
-    chunks = torch.from_numpy(np.stack(inflated))
-    gather(chunks, looked_up(table, apply_log=apply_log), one.planes, out, by_mean=not apply_log)
+    values, by_mean = looked_up(table, apply_log=apply_log), not apply_log
+    gather(chunks, values, out, planes=one.planes, total=one.total, by_mean=by_mean)
     return out
 
 
@@ -86,12 +86,18 @@ def test_a_row_beyond_the_table_is_no_number_and_nothing_else_is_read(apply_log:
     assert found[[0, 1, 2, 4, 6, 7]].tolist() == [pytest.approx(row) for row in expected.tolist()]
 
 
+@pytest.mark.parametrize("apply_log", [True, False])
+def test_a_block_that_is_too_short_makes_no_number_of_its_sample(apply_log: bool) -> None:
+    found = as_on_a_device(open_packed(Path("a.packed"), TOO_SHORT), torch.float32, apply_log=apply_log)
+    assert found.isnan().all()
+
+
 def test_the_gather_writes_into_memory_of_either_layout() -> None:
     blocks = torch.randint(0, 3, (2, 4), dtype=torch.uint8)
     table = torch.tensor([*TABLE, [0, 0, 0, 0]], dtype=torch.float32)
     last, first = torch.zeros(2, 2, 2, 4), torch.zeros(4, 2, 2, 2).permute(1, 2, 3, 0)
     for out in (last, first):
-        gather(blocks, table, 1, out, by_mean=False)
+        gather(blocks, table, out, planes=1, total=int(blocks.sum()), by_mean=False)
         assert torch.equal(out.reshape(8, 4), table[blocks.view(8).long()])
 
 
@@ -107,10 +113,13 @@ def test_the_graph_can_be_defined_and_serialised_without_a_gpu(apply_log: bool) 
     assert b"decoders__Inflate" in serialised and b"LookupTable" in serialised
 
 
-def damaged(root: Path) -> Path:
-    """A packed data set whose sample 3 has a row that is not in its table, with sound checksums."""
+ROW_BEYOND = packed_book.write(TABLE, [[0, 1, 2, 1], [2, 3, 0, 1]], size=2)
+TOO_SHORT = packed_book.write(TABLE, [[0, 1, 2, 1], [2, 2, 0]], size=2, total=9)
+
+
+def damaged(root: Path, content: bytes = ROW_BEYOND) -> Path:
+    """A packed data set whose sample 3 is `content`, damaged but for its checksums."""
     write_tiny(root, train=6, validation=1, form="packed", size=2)
-    content = packed_book.write(TABLE, [[0, 1, 2, 1], [2, 3, 0, 1]], size=2)
     name = "universe_0003_000"
     write_shard(root / "train" / f"{name}.tar", [(f"{name}.packed", [content])])
     return root / "train" / f"{name}.tar" / f"{name}.packed"
@@ -166,11 +175,17 @@ def test_on_a_gpu_batches_are_those_of_the_host(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("apply_log", [True, False])
-def test_on_a_gpu_a_row_beyond_the_table_becomes_no_number(apply_log: bool, tmp_path: Path) -> None:
-    damaged(tmp_path)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(ROW_BEYOND, "chunk 1 has the row 3"), (TOO_SHORT, "plane 0 of chunk 1 inflates to 3 bytes, not 4")],
+)
+def test_on_a_gpu_damage_becomes_no_number(
+    content: bytes, said: str, apply_log: bool, tmp_path: Path
+) -> None:
+    damaged(tmp_path, content)
     batches = loader(tmp_path, "cuda:0", batch_size=6, apply_log=apply_log)
     (batch,) = batches.batches(0)
     assert batch.volume.isnan().flatten(1).any(1).tolist() == [False, False, False, True, False, False]
-    with pytest.raises(DataError, match="chunk 1 has the row 3"):
+    with pytest.raises(DataError, match=said):
         batches.explain(batch.index)
     batches.close()
