@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import mmap
 import multiprocessing
 import threading
 import time
@@ -79,11 +80,22 @@ def test_all_contestants_deliver_the_same_logarithms(data: Path, monkeypatch: py
     published = splits["tfrecord_gzip"]
     check(contestants.plain_loader(contestants.PlainNpy(splits["npy"]), splits["npy"], 1))
     check(contestants.plain_loader(contestants.PlainGzip(published), published, 1))
-    check(contestants.dali_numpy(splits["npy"], 1, threads=2))
+    for direct in (False, True):
+        check(contestants.dali_numpy(splits["npy"], 1, threads=2, direct=direct))
     for split in splits.values():
         for direct in (False, True):
             with contestants.ours(split, LoaderConfig(direct_io=direct)) as batches:
                 check(batches)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(("offset", "length"), [(0, 10_000), (512, 7_000), (4096, 4096), (9_000, 1_000)])
+def test_the_limit_reads_what_it_should(offset: int, length: int, direct: bool, tmp_path: Path) -> None:
+    content = np.random.default_rng(1).bytes(10_000)
+    (tmp_path / "a").write_bytes(content)
+    into = mmap.mmap(-1, 4 * 4096)
+    contestants._read(tmp_path / "a", offset, length, into, direct=direct)
+    assert into[offset % 4096 :][:length] == content[offset : offset + length]
 
 
 def test_samples_are_the_same_every_time_and_compressed_as_published() -> None:
