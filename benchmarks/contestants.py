@@ -1,6 +1,6 @@
 """Who takes part in the benchmark of the input stage: endless iterators, an item for each batch delivered.
 
-All deliver (B, 4, size, size, size) float32 logarithms in the same shuffled order.
+All deliver (B, 4, size, size, size) float32 logarithms, in an order that is shuffled the same way.
 """
 
 from __future__ import annotations

@@ -107,6 +107,17 @@ def test_samples_are_the_same_every_time_and_compressed_as_published() -> None:
     assert gzip.decompress(samples.compressed(sample)) == frame(encode_example(sample))
 
 
+def test_an_interrupted_set_is_not_taken_for_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(FORMATS["npy"], "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            samples.make_splits(tmp_path, ["npy"], samples=2, size=32)
+    (split,) = samples.make_splits(tmp_path, ["npy"], samples=2, size=32).values()
+    assert len(split) == 2 and [path.name for path in split.root.parent.iterdir()] == ["npy"]
+
+
 @pytest.mark.parametrize("accelerators", [1, 2])
 def test_utilisation_is_that_of_accelerators_that_compute_for_so_long(
     accelerators: int, data: Path, capsys: pytest.CaptureFixture[str]
