@@ -222,9 +222,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, help="a folder of samples in any format (default: simulated)")
-    parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--samples", type=harness.positive, default=3)
     parser.add_argument("--size", type=int, default=128, choices=(32, 64, 128, 256), help="of simulated ones")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=harness.positive, default=5)
     parser.add_argument(
         "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
     )

@@ -1,6 +1,6 @@
 """Who takes part in the benchmark of the input stage: endless iterators, an item for each batch delivered.
 
-All deliver (B, 4, size, size, size) float32 logarithms in the same shuffled order.
+All deliver (B, 4, size, size, size) float32 logarithms, in an order that is shuffled the same way.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import gzip
 import itertools
+import mmap
+import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,9 @@ from pipelines.dataset import Split
 from pipelines.formats.tfrecord import encode_example, frame
 from pipelines.loader import Loader
 from pipelines.plan import Shard, plan_epoch
-from pipelines.sample import Batch
+
+_BLOCK = 4096
+"""What O_DIRECT reads multiples of, whatever the disk."""
 
 Item = tuple[torch.Tensor, npt.NDArray[np.float32]]
 
@@ -40,32 +45,28 @@ def touch(volume: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def loading(split: Split, config: LoaderConfig, device: str) -> Iterator[Iterator[Batch]]:
-    """The batches of the project's loader, epoch after epoch."""
+def ours(split: Split, config: LoaderConfig, device: str = "cpu") -> Iterator[Iterator[int]]:
+    """The project's loader, targets and all, epoch after epoch."""
     loader = Loader(
         split, config, shard=Shard(), seed=0, shuffle=True, ragged="drop", device=torch.device(device)
     )
-    with contextlib.closing(loader):
-        yield itertools.chain.from_iterable(map(loader.batches, itertools.count()))
 
-
-@contextlib.contextmanager
-def ours(split: Split, config: LoaderConfig, device: str = "cpu") -> Iterator[Iterator[int]]:
-    """The project's loader, targets and all."""
-
-    def deliver(batches: Iterator[Batch]) -> Iterator[int]:
-        for batch in batches:
+    def deliver() -> Iterator[int]:
+        for batch in itertools.chain.from_iterable(map(loader.batches, itertools.count())):
             touch(batch.volume)
             yield len(batch.volume)
 
-    with loading(split, config, device) as batches:
-        yield deliver(batches)
+    with contextlib.closing(loader):
+        yield deliver()
 
 
-def dali_numpy(split: Split, batch_size: int, threads: int) -> Generator[int, None, None]:
+def dali_numpy(
+    split: Split, batch_size: int, threads: int, *, direct: bool = False
+) -> Generator[int, None, None]:
     """DALI's own reader of the same .npy files, and the table of logarithms; without targets.
 
-    Its list of files is fixed, so it repeats the order of the first epoch.
+    Its list of files is fixed, so it repeats the order of the first epoch. `direct` reads past the page
+    cache.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -80,7 +81,7 @@ def dali_numpy(split: Split, batch_size: int, threads: int) -> Generator[int, No
         exec_dynamic=False,
     )
     def samples() -> Any:
-        counts = fn.readers.numpy(files=files)
+        counts = fn.readers.numpy(files=files, dont_use_mmap=direct, use_o_direct=direct)
         values = np.log1p(keys).astype(np.float32).tolist()
         return fn.lookup_table(counts, keys=keys.tolist(), values=values, dtype=types.FLOAT)
 
@@ -134,24 +135,23 @@ def plain_loader(dataset: Dataset[Item], split: Split, batch_size: int) -> Gener
         yield len(volume)
 
 
-def limit(split: Split, batch_size: int, threads: int) -> Generator[int, None, None]:
+def limit(split: Split, batch_size: int, threads: int, *, direct: bool = False) -> Generator[int, None, None]:
     """The least that `split`'s bytes cost here: `threads` read each sample's, and copy a ready volume of it.
 
-    Reading is from the page cache into memory that is used again, copying a memcpy.
+    Reading is from the page cache, or with `direct` past it, into memory that is used again; copying
+    is a memcpy.
     """
     ready = torch.zeros(split.spec.shape)
     buffers = itertools.cycle([torch.zeros(batch_size, *split.spec.shape) for _ in range(3)])
-    read = [np.zeros(bytes_read(split).max(), np.uint8) for _ in range(3 * batch_size)]
-    scratch = itertools.cycle(read)
+    # Maps, since O_DIRECT wants memory that starts where a page does.
+    room = int(bytes_read(split).max()) + 2 * _BLOCK
+    scratch = itertools.cycle([mmap.mmap(-1, room) for _ in range(3 * batch_size)])
 
-    def move(index: int, out: torch.Tensor, room: npt.NDArray[np.uint8]) -> None:
-        at = 0
+    def move(index: int, out: torch.Tensor, into: mmap.mmap) -> None:
         for path in split.files(index):
             offset = int(split.extents.offsets[index]) if split.extents else 0
             length = int(split.extents.lengths[index]) if split.extents else path.stat().st_size
-            with open(path, "rb", buffering=0) as file:
-                file.seek(offset)
-                at += file.readinto(room[at : at + length].data)
+            _read(path, offset, length, into, direct=direct)
         np.copyto(out.numpy(), ready.numpy())
 
     ahead: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
@@ -167,6 +167,21 @@ def limit(split: Split, batch_size: int, threads: int) -> Generator[int, None, N
                 future.result()
             touch(out.permute(0, 4, 1, 2, 3))
             yield batch_size
+
+
+def _read(path: Path, offset: int, length: int, into: mmap.mmap, *, direct: bool) -> None:
+    """Read whole blocks around those bytes of the file at `path`."""
+    start = offset // _BLOCK * _BLOCK
+    end = -(-(offset + length) // _BLOCK) * _BLOCK
+    flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
+    descriptor = os.open(path, flags)
+    try:
+        filled = 0
+        with memoryview(into) as view:
+            while start + filled < offset + length:
+                filled += os.preadv(descriptor, [view[filled : end - start]], start + filled)
+    finally:
+        os.close(descriptor)
 
 
 def bytes_read(split: Split) -> npt.NDArray[np.int64]:

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Barrier
 
+import torch
+
 from benchmarks import harness
-from benchmarks.contestants import loading
+from benchmarks.contestants import ours
 from pipelines.config import LoaderConfig
 from pipelines.dataset import Split
 
@@ -45,22 +50,32 @@ class Utilisation:
 
 
 def emulate(
-    split: Split, config: LoaderConfig, seconds: float, *, accelerators: int, steps: int
+    split: Split, config: LoaderConfig, seconds: float, *, device: str, accelerators: int, steps: int
 ) -> Utilisation:
-    """Run `steps` steps on each of `accelerators` that take `seconds` a batch, each a process of its own."""
+    """Run `steps` steps on each of `accelerators` that take `seconds` a batch, each a process of its own.
+
+    device: "cpu", or "cuda:0": those behind the first then take the GPUs that are there, in turn.
+    RuntimeError, and all are stopped, where one of them fails or is killed.
+    """
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(accelerators), context.SimpleQueue()
     # Every process reads all of the samples: what they read at a time is what counts.
     processes = [
-        context.Process(target=_accelerator, args=(split, config, seconds, steps, barrier, answers))
-        for _ in range(accelerators)
+        context.Process(
+            name=f"accelerator {number}",
+            target=_accelerator,
+            args=(split, config, seconds, _place(device, number), steps, barrier, answers),
+        )
+        for number in range(accelerators)
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise RuntimeError("an emulated accelerator failed; its error stands above")
+    try:
+        _wait_for(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     found = [answers.get() for _ in processes]
     samples = steps * config.batch_size
     return Utilisation(
@@ -71,15 +86,31 @@ def emulate(
     )
 
 
+def _place(device: str, number: int) -> str:
+    return device if device == "cpu" else f"{device}:{number % torch.cuda.device_count()}"
+
+
+def _wait_for(processes: Sequence[SpawnProcess]) -> None:
+    """Return once all have ended well; one that has not would keep the others waiting for ever."""
+    running = {process.sentinel: process for process in processes}
+    while running:
+        for sentinel in wait(list(running)):
+            process = running.pop(sentinel)  # type: ignore[arg-type]
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"emulated {process.name} ended with exit status {process.exitcode}")
+
+
 def _accelerator(
     split: Split,
     config: LoaderConfig,
     seconds: float,
+    device: str,
     steps: int,
     barrier: Barrier,
     answers: multiprocessing.SimpleQueue[tuple[float, float]],
 ) -> None:
-    with loading(split, config, "cpu") as batches:
+    with ours(split, config, device) as batches:
         for _ in range(_LEAD):
             next(batches)
         barrier.wait()

@@ -1,6 +1,6 @@
 """What a machine with a GPU makes of this project, in eight minutes and without a set-up: `make gpu-check`.
 
-Runs the tests marked gpu, both benchmarks in short form, and 200 steps of training, each in a process of
+Runs the tests marked gpu, benchmarks in short form, and 200 steps of training, each in a process of
 its own, with whatever this Python has. What a part lacks is named, and the part is left out. Everything
 that was said and measured goes to a dated folder in benchmarks/results.
 """
@@ -62,17 +62,28 @@ def parts(folder: Path, scratch: Path) -> list[Part]:
     """All parts; the seconds add up to less than eight minutes."""
     tests = ROOT / "tests"
     compute = [str(tests / "cosmoflow_dali" / f"test_{name}.py") for name in ("engines", "first_block")]
-    data = str(tests / "pipelines" / "test_decoders.py")
+    data = [
+        str(tests / name)
+        for name in (
+            "pipelines/test_decoders.py",
+            "pipelines/test_loader.py",
+            "benchmarks/test_inflate_bench.py",
+        )
+    ]
+    samples = scratch / "samples"
     common = ["--rootdir", str(ROOT), "-o", f"pythonpath={ROOT} {tests}"]
     bench = ["--rounds", "3", "--output", str(folder)]
     grid = ["--batch-size", "1,8", "--engine", "eager,graph"]
+    io = ["--formats", "npy,packed", "--samples", "8", "--data-dir", str(samples)]
+    inflate = ["--data", str(samples / "8x128" / "packed")]
     train = ["--config", str(scratch / "train.yaml"), "--run-dir", str(folder / "run")]
     return [
-        Part("tests of the compute stage", ("pytest", "triton"), [*_PYTEST, *common, *compute], 150),
-        Part("tests of the data path", ("pytest", *_READS), [*_PYTEST, *common, data], 90),
-        Part("compute_bench", (), ["benchmarks/compute_bench.py", *grid, *bench], 90),
-        Part("io_bench", _READS, ["benchmarks/io_bench.py", "--formats", "npy,packed", *bench], 60),
-        Part("200 steps of training", _TRAINS, ["-m", "cosmoflow_dali.train", *train], 80),
+        Part("tests of the compute stage", ("pytest", "triton"), [*_PYTEST, *common, *compute], 140),
+        Part("tests of the data path", ("pytest", *_READS), [*_PYTEST, *common, *data], 100),
+        Part("compute_bench", (), ["benchmarks/compute_bench.py", *grid, *bench], 80),
+        Part("io_bench", _READS, ["benchmarks/io_bench.py", *io, *bench], 60),
+        Part("inflate_bench", _READS, ["benchmarks/inflate_bench.py", *inflate, *bench], 30),
+        Part("200 steps of training", _TRAINS, ["-m", "cosmoflow_dali.train", *train], 70),
     ]
 
 

@@ -36,7 +36,7 @@ from benchmarks.picture import draw
 from benchmarks.samples import make_splits
 from pipelines.config import LoaderConfig
 from pipelines.dataset import Split
-from pipelines.footprint import host_bytes
+from pipelines.footprint import device_bytes, host_bytes
 from pipelines.formats import FORMATS
 
 FLOOR, NPY_PLAIN, GZIP_PLAIN = "DALI numpy reader", "DataLoader of npy", "DataLoader of gzip"
@@ -80,7 +80,8 @@ class Result:
 
     figures: see `harness.Summary`.
     bytes_read: from files, a sample.
-    memory: what its buffers take on the host, in bytes, by `pipelines.footprint`; 0 for others' ways.
+    memory: what it holds on the device that it loads for, in bytes, by `pipelines.footprint`; 0 for
+        others' ways.
     plain, limit: who stands for these, by name.
     cpu_of_floor, cpu_of_limit: its CPU time a sample over theirs, so below 1 is less.
     speed_of_plain: its samples a second over the plain way's, so above 1 is faster.
@@ -102,7 +103,7 @@ def run(
     splits: dict[str, Split], forms: Sequence[str], setting: Setting, steps: int, rounds: int
 ) -> dict[str, Result]:
     """One contest of `forms` at `setting`: `rounds` rounds, `steps` batches a turn."""
-    batch_size, threads = setting.batch_size, setting.threads
+    batch_size, threads, direct = setting.batch_size, setting.threads, setting.config.direct_io
     with contextlib.ExitStack() as stack:
         plain = {
             NPY_PLAIN: plain_loader(PlainNpy(splits["npy"]), splits["npy"], batch_size),
@@ -113,15 +114,17 @@ def run(
             # Its workers are forks, which are best made before there are threads.
             next(batches)
         of = {NPY_PLAIN: "npy", GZIP_PLAIN: PUBLISHED, FLOOR: "npy"}
-        contestants = {}
+        contestants, held = {}, {}
         for form, device in itertools.product(forms, _devices()):
-            name = form if device == "cpu" else f"{form}, GPU"
+            name = _on(form, device)
             contestants[name] = stack.enter_context(ours(splits[form], setting.config, device))
             of[name] = form
+            on_host = device == "cpu"
+            held[name] = (host_bytes if on_host else device_bytes)(splits[form], setting.config)
         for form in dict.fromkeys(of.values()):
-            contestants[_limit(form)] = limit(splits[form], batch_size, threads)
+            contestants[_limit(form)] = limit(splits[form], batch_size, threads, direct=direct)
             of[_limit(form)] = form
-        contestants[FLOOR] = dali_numpy(splits["npy"], batch_size, threads)
+        contestants[FLOOR] = dali_numpy(splits["npy"], batch_size, threads, direct=direct)
         for name in (FLOOR, *map(_limit, set(of.values()))):
             stack.enter_context(contextlib.closing(contestants[name]))  # type: ignore[type-var]
         contestants |= plain
@@ -134,7 +137,7 @@ def run(
         results[name] = Result(
             figures=harness.summarise(each, split.spec.bytes),
             bytes_read=float(bytes_read(split).mean()),
-            memory=host_bytes(split, setting.config) if name in forms else 0,
+            memory=held.get(name, 0),
             plain=first,
             limit=least,
             cpu_of_floor=harness.ratio(each, readings[FLOOR], "cpu"),
@@ -147,6 +150,11 @@ def run(
 
 def _limit(form: str) -> str:
     return f"limit of {form}"
+
+
+def _on(form: str, device: str) -> str:
+    """What a row of `form` is called."""
+    return form if device == "cpu" else f"{form}, GPU"
 
 
 def _devices() -> list[str]:
@@ -170,6 +178,8 @@ def show(setting: Setting, results: dict[str, Result]) -> None:
             f" {_text(result.speed_of_plain, 1):>16} {result.cpu_saving.median:13.1f}"
         )
     print(f"floor: {FLOOR}; plain: {NPY_PLAIN} for npy, {GZIP_PLAIN} for the others; medians (p10-p90)")
+    if setting.config.direct_io:
+        print("the plain ways read from the page cache all the same, as one would write them first")
     for form, bars in BARS.items():
         if form not in results:
             continue
@@ -211,7 +221,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--storage", type=_storage, default=["cache"], help="cache, direct (O_DIRECT), or both"
     )
-    parser.add_argument("--rounds", type=harness.positive, default=7, help="turns of each contestant")
+    parser.add_argument(
+        "--rounds",
+        type=harness.positive,
+        default=7,
+        help="turns of each contestant; with --emulate, one turn of four times as many batches in all",
+    )
     parser.add_argument("--emulate", type=_seconds, help="h100, a100, or seconds of compute a step")
     parser.add_argument("--accelerators", type=harness.positive, default=1, help="that are emulated")
     parser.add_argument(
@@ -272,11 +287,19 @@ def _emulate(
 ) -> dict[str, dict[str, Utilisation]]:
     found: dict[str, dict[str, Utilisation]] = {}
     for setting in settings:
-        seconds, steps = options.emulate * setting.batch_size, max(options.steps, 4) * 16
+        seconds, steps = options.emulate * setting.batch_size, 4 * options.steps * options.rounds
         print(setting)
         found[str(setting)] = {
-            form: emulate(split, setting.config, seconds, accelerators=options.accelerators, steps=steps)
+            _on(form, device): emulate(
+                split,
+                setting.config,
+                seconds,
+                device=device,
+                accelerators=options.accelerators,
+                steps=steps,
+            )
             for form, split in splits.items()
+            for device in _devices()
         }
         show_utilisation(found[str(setting)], seconds)
     if options.output:

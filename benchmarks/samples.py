@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -42,8 +43,12 @@ def make_splits(root: Path, forms: Sequence[str], samples: int, size: int) -> di
     for form in forms:
         folder = root / f"{samples}x{size}" / form
         if not folder.exists():
-            folder.mkdir(parents=True)
-            _write(folder, form, [(_stem(index), simulated(index, size)) for index in range(samples)])
+            # Under another name until it is whole: who is interrupted leaves no set that looks like one.
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write(partial, form, [(_stem(index), simulated(index, size)) for index in range(samples)])
+            partial.rename(folder)
         for file in folder.iterdir():
             file.read_bytes()
         splits[form] = open_folder(folder)

@@ -47,6 +47,7 @@ class Checkpoint:
     scores: the newest validation scores and the residuals' root mean squares, or None.
     seconds: training time so far, by phase.
     division: into what shares the nodes had divided the data; the plan needs this too.
+    skipped: the paths of the damaged samples of each split that were passed over so far.
     logs: bytes that belong to this state, by log file name; what lies behind them came later.
     """
 
@@ -61,6 +62,7 @@ class Checkpoint:
     scores: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     division: str = "one share"
+    skipped: dict[str, list[str]] = field(default_factory=dict)
     logs: dict[str, int] = field(default_factory=dict)
 
     def save(self, directory: Path) -> Path:

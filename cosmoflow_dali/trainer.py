@@ -1,8 +1,9 @@
 """The training loop: batches in, a trained network and its logs out.
 
 Everything the ranks must agree on is settled at one place, `_compare_notes`, every `log.every`
-steps: the mean loss, whether it is a number, and whether somebody asked to stop. Between these
-places a step never waits for the device or for another rank, but for the gradients.
+steps: the mean loss, whether it is a number, whether somebody has passed over a damaged sample, and
+whether somebody asked to stop. Between these places a step never waits for the device or for another
+rank, but for the gradients.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ class Trainer:
     evaluation: the validation of the newest whole epoch of this process, or None.
     position: of the next sample to train on.
     computes: the optimizer, the engine and the precision, for a person to read.
-    skipped: how many damaged samples of each split this process has passed over.
     seconds: spent in "train" and "evaluate", over all processes that worked on this run.
     """
 
@@ -93,8 +93,7 @@ class Trainer:
         self.seconds = {"train": 0.0, "evaluate": 0.0}
         self.evaluation: Evaluation | None = None
         self.clock = Clock()
-        self.skipped = {"train": 0, "validation": 0}
-        self._told: set[str] = set()
+        self._skipped: dict[str, list[str]] = {"train": [], "validation": []}
         self._scores: dict[str, Any] | None = None
         self._window: list[tuple[torch.Tensor, npt.NDArray[np.int64]]] = []
         self._stop_asked = False
@@ -109,6 +108,11 @@ class Trainer:
     def steps(self) -> int:
         """Steps done since the beginning of the run."""
         return self.position.epoch * len(self._train) + self.position.samples // self._global_batch
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many damaged samples of each split were passed over since the beginning of the run."""
+        return {split: len(paths) for split, paths in self._skipped.items()}
 
     def run(self) -> Outcome:
         """Train to the target, the last epoch, or a signal."""
@@ -185,9 +189,11 @@ class Trainer:
 
     def _compare_notes(self) -> bool:
         """Log the steps since the last time; whether any rank was asked to stop."""
-        losses, stop = [loss for loss, _ in self._window], torch.tensor(float(self._stop_asked))
-        notes = torch.stack([*losses, stop.to(self._device)]).double()
-        *means, stops = (self._world.sum(notes) / self._world.size).tolist()
+        losses, own = [loss for loss, _ in self._window], (self._stop_asked, self._has_skipped_more())
+        notes = torch.stack([*losses, *torch.tensor(own, dtype=torch.float32).to(self._device)]).double()
+        *means, stops, news = (self._world.sum(notes) / self._world.size).tolist()
+        if news:
+            self._tell_of_skipped()
         self._refuse_nan(means)
         seconds, waited = self.clock.read()
         self.seconds["train"] += seconds
@@ -254,7 +260,7 @@ class Trainer:
                 "mae": self.evaluation.mae,
                 "mse": self.evaluation.mse,
                 "mae_per_parameter": self.evaluation.mae_per_parameter,
-                "skipped_samples": dict(self.skipped),
+                "skipped_samples": self.skipped,
             }
         )
         each = ", ".join(f"{name} {mae:.3f}" for name, mae in self.evaluation.mae_per_parameter.items())
@@ -264,13 +270,17 @@ class Trainer:
         self.position = Position(self.position.epoch + 1)
         self._save()
 
+    def _has_skipped_more(self) -> bool:
+        """Whether this rank has passed over training samples that nobody has told of."""
+        return bool(self._train.skipped.keys() - set(self._skipped["train"]))
+
     def _tell_of_skipped(self) -> None:
         """Name each sample that some rank has passed over, once, and count it."""
         for split, loader in (("train", self._train), ("validation", self._validation)):
+            told = self._skipped[split]
             for faults in self._world.gather(loader.skipped):
-                for path in sorted(faults.keys() - self._told):
-                    self._told.add(path)
-                    self.skipped[split] += 1
+                for path in sorted(faults.keys() - set(told)):
+                    told.append(path)
                     self._console.say(f"skipped {faults[path]}")
 
     def _reached(self) -> bool:
@@ -292,6 +302,7 @@ class Trainer:
             scaler=self._scaler.state_dict() or None,
             scores=self._scores,
             seconds=dict(self.seconds),
+            skipped=self._skipped,
             logs=self._logs.lengths(),
         )
         with self._world.busy("writing a checkpoint"):
@@ -304,6 +315,7 @@ class Trainer:
             self._scaler.load_state_dict(checkpoint.scaler)
         self.position, self.seconds = checkpoint.position, dict(checkpoint.seconds)
         self._scores = checkpoint.scores
+        self._skipped |= checkpoint.skipped
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_asked = True

@@ -18,6 +18,7 @@ class LoaderConfig:
     apply_log: give the network log(count + 1); without it, the counts divided by their mean.
     direct_io: read files past the page cache, where the file system lets it: for data sets that do
         not fit there, and would only drive out what does.
+    gpu_direct: have DALI read npy files into the GPU's memory (GPUDirect Storage), past the host's.
     on_bad_sample: what to do about a sample that is damaged; see `Reader`. Training takes the next
         sound one in its place, validation leaves it out of the score.
     """
@@ -27,9 +28,16 @@ class LoaderConfig:
     prefetch: int = 2
     apply_log: bool = True
     direct_io: bool = False
+    gpu_direct: bool = False
     on_bad_sample: OnBadSample = "fail"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loader.{name}", getattr(self, name), "must be at least 1")
+        if self.gpu_direct and self.on_bad_sample == "skip":
+            raise ConfigError(
+                "loader.gpu_direct", True, "cannot skip damaged samples: set on_bad_sample: fail"
+            )
+        if self.gpu_direct and self.direct_io:
+            raise ConfigError("loader.gpu_direct", True, "reads past the page cache anyway: drop direct_io")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import mmap
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,16 +20,23 @@ import torch
 
 from pipelines.config import LoaderConfig
 from pipelines.dataset import Split
+from pipelines.errors import ConfigError
 from pipelines.footprint import READ_AHEAD, host_ahead
-from pipelines.formats import Payload
+from pipelines.formats import CountsPayload, Payload
+from pipelines.formats.npy import Npy
 from pipelines.formats.packed import PackedFormat
-from pipelines.graph import build_counts_graph, define_packed_graph
+from pipelines.gather import PackedArrays, arrays_of, gather
+from pipelines.graph import define_counts_graph, define_files_graph, define_packed_graph
 from pipelines.packed import Packed
+from pipelines.plan import Indices
 from pipelines.sample import SampleSpec
-from pipelines.transforms import LOGS
+from pipelines.transforms import table_of
 
 Source = Callable[[], Sequence[Payload]]
 """Hands out the next batch of payloads."""
+
+Rows = Callable[[int, int], Iterator[Indices]]
+"""The samples, (steps, B), from (epoch, step) to the end of that epoch, then of each one after it."""
 
 Finish = Callable[[Payload], object]
 """What a reader thread is to do with a payload that it has read."""
@@ -45,8 +53,8 @@ class Decoder(Protocol):
     def admit(self) -> Sequence[Finish]:
         """For a batch that is about to be read: what is to be done with each of its payloads."""
 
-    def forget(self) -> None:
-        """Batches that were admitted are not to come: nobody works on them any more."""
+    def seek(self, epoch: int, step: int) -> None:
+        """The next batch is that one: those that were admitted are not to come, and nobody works on them."""
 
     def run(self, into: torch.Tensor | None) -> torch.Tensor:
         """The next batch, (B, C, D, H, W) in channels-last memory; with `into`, there.
@@ -59,42 +67,35 @@ class Decoder(Protocol):
 
 
 class _DaliDecoder:
-    """What has a pipeline of DALI, which asks for payloads itself and does everything with them."""
+    """What has a pipeline of DALI, which does everything with the payloads and works ahead."""
 
     ahead = READ_AHEAD
+    _pipeline: Any
 
-    def __init__(self, config: LoaderConfig) -> None:
+    def __init__(self, config: LoaderConfig, device: torch.device) -> None:
         self._nothing: Sequence[Finish] = [lambda payload: None] * config.batch_size
+        self._fence = _Fence(device)
+        self._settings: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "threads": config.threads,
+            "prefetch": config.prefetch,
+            "device_id": device.index if device.type == "cuda" else None,
+            "apply_log": config.apply_log,
+        }
 
     def admit(self) -> Sequence[Finish]:
         """See `Decoder`."""
         return self._nothing
 
-    def forget(self) -> None:
+    def seek(self, epoch: int, step: int) -> None:
+        """See `Decoder`; what the pipeline has asked for comes, and is passed over."""
+
+    def close(self) -> None:
         """See `Decoder`."""
+        self._pipeline = None
 
-
-class CountsDecoder(_DaliDecoder):
-    """Counts through DALI's graph, on the CPU or on a GPU."""
-
-    def __init__(self, source: Source, config: LoaderConfig, device: torch.device) -> None:
-        super().__init__(config)
-
-        def counts() -> list[npt.NDArray[np.int16]]:
-            return [payload.counts for payload in source()]  # type: ignore[union-attr]
-
-        self._fence = _Fence(device)
-        self._pipeline = build_counts_graph(
-            counts,
-            batch_size=config.batch_size,
-            threads=config.threads,
-            prefetch=config.prefetch,
-            device_id=device.index if device.type == "cuda" else None,
-            apply_log=config.apply_log,
-        )
-
-    def run(self, into: torch.Tensor | None) -> torch.Tensor:
-        """See `Decoder`."""
+    def _counts(self, into: torch.Tensor | None) -> torch.Tensor:
+        """The next batch of a pipeline that puts out volumes."""
         self._fence.wait()
         (output,) = self._pipeline.run()
         volume = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 4, 1, 2, 3)
@@ -105,9 +106,67 @@ class CountsDecoder(_DaliDecoder):
         self._fence.set()
         return volume
 
-    def close(self) -> None:
+
+class CountsDecoder(_DaliDecoder):
+    """Counts through DALI's graph, on the CPU or on a GPU."""
+
+    def __init__(self, source: Source, config: LoaderConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+
+        def counts() -> list[npt.NDArray[np.int16]]:
+            return [payload.counts for payload in source()]  # type: ignore[union-attr]
+
+        self._fetches: Sequence[Finish] = [_fetch] * config.batch_size
+        self._pipeline = define_counts_graph(counts, **self._settings)
+        self._pipeline.build()
+
+    def admit(self) -> Sequence[Finish]:
         """See `Decoder`."""
-        self._pipeline = None
+        return self._fetches
+
+    def run(self, into: torch.Tensor | None) -> torch.Tensor:
+        """See `Decoder`."""
+        return self._counts(into)
+
+
+def _fetch(payload: Payload) -> None:
+    """Have the kernel fetch a mapped file before DALI's threads come to it."""
+    if isinstance(payload, CountsPayload) and payload.mapped is not None:
+        payload.mapped.madvise(mmap.MADV_WILLNEED)
+
+
+class FilesDecoder(_DaliDecoder):
+    """Counts of .npy files that DALI reads itself, on a GPU past the host's memory.
+
+    The payloads have told that headers and targets are sound; nobody touches their counts. A list of
+    files is fixed in DALI, so that a pipeline is built for every epoch.
+    """
+
+    def __init__(
+        self, split: Split, source: Source, rows: Rows, config: LoaderConfig, device: torch.device
+    ) -> None:
+        super().__init__(config, device)
+        self.ahead = READ_AHEAD + config.prefetch
+        self._split, self._source, self._rows = split, source, rows
+        self.seek(0, 0)
+
+    def seek(self, epoch: int, step: int) -> None:
+        """See `Decoder`."""
+        self._epochs, self._steps = self._rows(epoch, step), 0
+
+    def run(self, into: torch.Tensor | None) -> torch.Tensor:
+        """See `Decoder`."""
+        self._source()
+        if not self._steps:
+            rows = next(self._epochs)
+            # A row that only fills the batch up reads the first sample.
+            files = [str(self._split.path(max(index, 0))) for index in rows.ravel().tolist()]
+            self._fence.wait()
+            self._pipeline = define_files_graph(files, **self._settings)
+            self._pipeline.build()
+            self._steps = len(rows)
+        self._steps -= 1
+        return self._counts(into)
 
 
 class HostDecoder:
@@ -120,6 +179,7 @@ class HostDecoder:
     def __init__(self, source: Source, spec: SampleSpec, config: LoaderConfig) -> None:
         self.ahead = host_ahead(config)
         self._source, self._apply_log = source, config.apply_log
+        self._table = table_of(apply_log=config.apply_log)
         buffers = [torch.empty(config.batch_size, *spec.shape) for _ in range(self.ahead + 1)]
         # Torch gives way to other threads in every call, so that those made here cost nothing later.
         self._buffers = itertools.cycle(
@@ -134,7 +194,7 @@ class HostDecoder:
         self._admitted.append(volume)
         return [functools.partial(self._decode, out=out) for out in buffer]
 
-    def forget(self) -> None:
+    def seek(self, epoch: int, step: int) -> None:
         """See `Decoder`."""
         self._admitted.clear()
 
@@ -151,10 +211,8 @@ class HostDecoder:
     def _decode(self, payload: Payload, out: npt.NDArray[np.float32]) -> None:
         """Write the volume (D, H, W, C) of `payload` into `out`."""
         packed: Packed = payload.packed  # type: ignore[union-attr]
-        if self._apply_log:
-            packed.fill(out, np.take(LOGS, packed.table))
-        else:
-            packed.fill(out, packed.table.astype(np.float32))
+        packed.fill(out, np.take(self._table, packed.table))
+        if not self._apply_log:
             out /= out.mean(dtype=np.float64).astype(np.float32)
 
 
@@ -162,21 +220,12 @@ class DeviceDecoder(_DaliDecoder):
     """Packed samples on a GPU: DALI inflates them there, and torch gathers each voxel's values."""
 
     def __init__(self, source: Source, spec: SampleSpec, config: LoaderConfig, device: torch.device) -> None:
-        super().__init__(config)
+        super().__init__(config, device)
         self._source, self._apply_log = source, config.apply_log
-        self._fence = _Fence(device)
         self._volume = torch.empty(config.batch_size, *spec.shape, device=device).permute(0, 4, 1, 2, 3)
-        # Of the batches inside the pipeline: the bytes that a row's number has in each sample, and
-        # the arrays, which DALI reads where they are.
-        self._inside: deque[tuple[list[int], PackedArrays]] = deque()
-        self._pipeline = define_packed_graph(
-            self._arrays,
-            batch_size=config.batch_size,
-            threads=config.threads,
-            prefetch=config.prefetch,
-            device_id=device.index,
-            apply_log=config.apply_log,
-        )
+        # Of the batches inside the pipeline: the samples, and their arrays, which DALI reads where they are.
+        self._inside: deque[tuple[list[Packed], PackedArrays]] = deque()
+        self._pipeline = define_packed_graph(self._arrays, **self._settings)
         self._pipeline.build()
 
     def run(self, into: torch.Tensor | None) -> torch.Tensor:
@@ -184,77 +233,50 @@ class DeviceDecoder(_DaliDecoder):
         self._fence.wait()
         volume = self._volume if into is None else into
         blocks, tables = self._pipeline.run()
-        planes, _ = self._inside.popleft()
-        for row, count in enumerate(planes):
+        batch, _ = self._inside.popleft()
+        for row, packed in enumerate(batch):
             gather(
                 torch.utils.dlpack.from_dlpack(blocks[row]),
                 torch.utils.dlpack.from_dlpack(tables[row]),
-                count,
                 volume[row].permute(1, 2, 3, 0),
+                planes=packed.planes,
+                total=packed.total,
                 by_mean=not self._apply_log,
             )
         self._fence.set()
         return volume
 
-    def close(self) -> None:
-        """See `Decoder`."""
-        self._pipeline = None
-
     def _arrays(self) -> PackedArrays:
         packed: list[Packed] = [payload.packed for payload in self._source()]  # type: ignore[union-attr]
         arrays = arrays_of(packed)
-        self._inside.append(([sample.planes for sample in packed], arrays))
+        self._inside.append((packed, arrays))
         return arrays
 
 
-PackedArrays = tuple[list[npt.NDArray[Any]], ...]
-"""What the packed graph takes of a batch: see `define_packed_graph`."""
+def make_decoder(
+    split: Split, source: Source, rows: Rows, config: LoaderConfig, device: torch.device
+) -> Decoder:
+    """What decodes the samples of `split` for `device`, as they come from `source`, in the order of `rows`.
 
-
-def arrays_of(batch: Sequence[Packed]) -> PackedArrays:
-    """`batch` as the packed graph takes it, each table with a row of -1 behind it, whose values are NaN."""
-    columns = []
-    for packed in batch:
-        first = int(packed.starts[0, 0])
-        columns.append(
-            (
-                np.frombuffer(packed.content, np.uint8)[first:],
-                (packed.starts.ravel() - first).astype(np.int32),
-                packed.sizes.ravel().astype(np.int32),
-                np.array([packed.voxels], np.int32),
-                np.pad(packed.table, ((0, 1), (0, 0)), constant_values=-1),
-            )
-        )
-    return tuple(map(list, zip(*columns, strict=True)))
-
-
-def gather(
-    blocks: torch.Tensor, table: torch.Tensor, planes: int, out: torch.Tensor, *, by_mean: bool
-) -> None:
-    """Write each voxel's values into `out` (D, H, W, C), of any floating dtype, contiguous.
-
-    blocks: (chunks * planes, voxels of a chunk) uint8, the inflated blocks. table: (rows + 1, C)
-    float32, whose last row is NaN: what a voxel gets whose row is not in the table, so that damage is
-    noticed and nothing is read out of bounds. by_mean: divide by the mean of all values.
+    ConfigError where `config` asks for what that format or that device cannot have.
     """
-    parts = blocks.view(-1, planes, blocks.shape[-1])
-    rows = parts[:, 0].long()
-    for plane in range(1, planes):
-        rows |= parts[:, plane].long() << 8 * plane
-    rows = rows.view(-1).clamp_(max=len(table) - 1)
-    if by_mean:
-        times = torch.bincount(rows, minlength=len(table))[:-1].double()
-        table = table / (times @ table[:-1].double()).sum().div(rows.numel() * table.shape[-1]).float()
-    torch.index_select(table.to(out.dtype), 0, rows, out=out.view(-1, table.shape[-1]))
-
-
-def make_decoder(split: Split, source: Source, config: LoaderConfig, device: torch.device) -> Decoder:
-    """What decodes the samples of `split` for `device`, as they come from `source`."""
+    if config.gpu_direct:
+        _check_direct(split, device)
+        # What fills up the steps of a share without samples is in no file.
+        if len(split):
+            return FilesDecoder(split, source, rows, config, device)
     if split.form != PackedFormat.name:
         return CountsDecoder(source, config, device)
     if device.type == "cuda":
         return DeviceDecoder(source, split.spec, config, device)
     return HostDecoder(source, split.spec, config)
+
+
+def _check_direct(split: Split, device: torch.device) -> None:
+    if split.form != Npy.name:
+        raise ConfigError("loader.gpu_direct", True, f"takes npy samples, and {split.root} has {split.form}")
+    if device.type != "cuda":
+        raise ConfigError("loader.gpu_direct", True, "takes samples to a GPU, and there is none to train on")
 
 
 class _Fence:

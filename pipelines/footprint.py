@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipelines.config import LoaderConfig
 from pipelines.dataset import Split
+from pipelines.formats.npy import Npy
 from pipelines.formats.packed import PackedFormat
 from pipelines.packed import TOGETHER
 from pipelines.packing import slices_of
@@ -14,29 +15,50 @@ READ_AHEAD = 2
 _CHUNK_SCRATCH = 2 + 2 + 8
 """Bytes that a decoding thread needs for each voxel that it decodes at a time."""
 
+_GATHER_SCRATCH = 8 + 8
+"""Bytes that a GPU needs for each voxel of the sample that it gathers."""
+
+_ROWS = 1 << 16
+"""Of a sample's table; one with more has more than the two byte planes that are reckoned with."""
+
 
 def host_ahead(config: LoaderConfig) -> int:
     """Batches of packed samples on their way on a host: a sample for each thread, and prefetch ready ones."""
     return config.prefetch + -(-config.threads // config.batch_size)
 
 
-def host_bytes(split: Split, config: LoaderConfig) -> int:
-    """Bytes of host memory that a loader of `split` on the CPU holds once it is under way.
+def host_bytes(split: Split, config: LoaderConfig, device: str = "cpu") -> int:
+    """Bytes of host memory that a loader of `split` for a `device` of that kind holds once it is under way.
 
-    Volumes are batches being made, ready or in use. Of packed samples, those have payloads too; of
-    others, as many again as are read before DALI asks for them. Files that are mapped are the
-    kernel's, not counted.
+    Volumes, on the CPU, are batches being made, ready or in use. Of packed samples, those have
+    payloads too; of others, as many again as are read before DALI asks for them. Files that are
+    mapped are the kernel's, not counted.
     """
-    volume = 2 * split.spec.bytes
-    if split.form == PackedFormat.name and split.extents:
+    volume, size = 2 * split.spec.bytes, split.spec.size
+    packed = split.form == PackedFormat.name
+    if packed and device == "cpu":
         batches = host_ahead(config) + 1
-        payloads = config.batch_size * batches * int(split.extents.lengths.max())
-        size = split.spec.size
         voxels = max(TOGETHER, slices_of(size) * size**2)
         scratch = config.threads * _CHUNK_SCRATCH * min(voxels, size**3)
-        return config.batch_size * batches * volume + payloads + scratch
+        return config.batch_size * batches * (volume + _longest(split)) + scratch
     batches = config.prefetch + 1
-    volumes = config.batch_size * batches * volume
-    if split.form == "npy" and not config.direct_io:
+    volumes = config.batch_size * batches * volume if device == "cpu" else 0
+    if split.form == Npy.name and not config.direct_io and config.on_bad_sample == "fail":
         return volumes
-    return volumes + config.batch_size * (batches + READ_AHEAD + 1) * split.spec.bytes
+    payload = _longest(split) if packed else split.spec.bytes
+    return volumes + config.batch_size * (batches + READ_AHEAD + 1) * payload
+
+
+def device_bytes(split: Split, config: LoaderConfig) -> int:
+    """Bytes of GPU memory that a loader of `split` holds there: the batch in use, and what DALI has ready."""
+    volume, voxels = 2 * split.spec.bytes, split.spec.size**3
+    if split.form != PackedFormat.name:
+        return config.batch_size * (volume + config.prefetch * (split.spec.bytes + volume))
+    table = min(voxels, _ROWS) * split.spec.channels * (2 + 4)
+    ready = _longest(split) + 2 * voxels + table
+    return config.batch_size * (volume + config.prefetch * ready) + _GATHER_SCRATCH * voxels
+
+
+def _longest(split: Split) -> int:
+    """Bytes of the longest packed sample."""
+    return int(split.extents.lengths.max(initial=0)) if split.extents else 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipelines.transforms import transform_node
+from pipelines.transforms import lookup_node, transform_node
 
 
-def build_counts_graph(
+def define_counts_graph(
     source: Callable[[], Sequence[Any]],
     *,
     batch_size: int,
@@ -17,9 +17,9 @@ def build_counts_graph(
     device_id: int | None,
     apply_log: bool,
 ) -> Any:
-    """A built pipeline whose every run takes a batch of counts, (D, H, W, C) int16 each, from `source`.
+    """A pipeline, not yet built, that takes a batch of counts from `source`, (D, H, W, C) int16 each.
 
-    It puts out (batch_size, D, H, W, C) float32 on GPU `device_id`, or on the CPU for None.
+    Its every run puts out (batch_size, D, H, W, C) float32 on GPU `device_id`, or on the CPU for None.
     """
     from nvidia.dali import fn, pipeline_def
 
@@ -38,9 +38,37 @@ def build_counts_graph(
             counts = counts.gpu()
         return transform_node(counts, apply_log=apply_log)
 
-    pipeline = samples()
-    pipeline.build()
-    return pipeline
+    return samples()
+
+
+def define_files_graph(
+    files: Sequence[str],
+    *,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+    device_id: int | None,
+    apply_log: bool,
+) -> Any:
+    """A pipeline, not yet built, of the counts in the .npy `files`, in their order, over and over.
+
+    DALI reads them itself: for a GPU `device_id` into its memory, by GPUDirect Storage where there is
+    that. It puts out what `define_counts_graph`'s does.
+    """
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+        exec_dynamic=False,
+    )
+    def samples() -> Any:
+        counts = fn.readers.numpy(device="cpu" if device_id is None else "gpu", files=files)
+        return transform_node(counts, apply_log=apply_log)
+
+    return samples()
 
 
 def define_packed_graph(
@@ -57,8 +85,8 @@ def define_packed_graph(
     Its every run takes of each sample, from `source`: the bytes of its LZ4 blocks (uint8), where in
     them each starts, how long each is, how long each becomes (int32; one for all), and its table
     (rows, C) of counts (int16). It puts out the blocks inflated, (blocks, voxels) uint8, and the
-    table's values (rows, C) float32: logarithms, or the counts. With a `device_id` of None it can be
-    serialised, but not be built: DALI inflates on GPUs only.
+    table's values (rows, C) float32: logarithms, or the counts, and NaN of -1. With a `device_id` of
+    None it can be serialised, but not be built: DALI inflates on GPUs only.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -86,8 +114,6 @@ def define_packed_graph(
             shape=voxels,
             dtype=types.UINT8,
         )
-        counts = table.gpu()
-        values = transform_node(counts, apply_log=True) if apply_log else fn.cast(counts, dtype=types.FLOAT)
-        return planes, values
+        return planes, lookup_node(table.gpu(), apply_log=apply_log)
 
     return samples()

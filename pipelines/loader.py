@@ -6,6 +6,7 @@ ready as any other. A loader's whole position is (epoch, step): nothing of a dec
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,10 +19,12 @@ import torch
 from pipelines.config import LoaderConfig
 from pipelines.dataset import Split
 from pipelines.decoders import Finish, make_decoder
-from pipelines.formats import Payload
+from pipelines.formats import CountsPayload, Payload
+from pipelines.formats.packed import PackedFormat, payload_of
+from pipelines.packing import encode
 from pipelines.plan import Indices, Ragged, Shard, plan_epoch
 from pipelines.reader import Reader
-from pipelines.sample import Batch
+from pipelines.sample import PARAMETERS, Batch, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Loader:
         self._reading: deque[_Planned] = deque()
         self._running: deque[_Planned] = deque()
         self._readers = ThreadPoolExecutor(config.threads, thread_name_prefix="reader")
-        self._decoder = make_decoder(split, self._feed, config, device)
+        self._decoder = make_decoder(split, self._feed, self._rows_from, config, device)
 
     def __len__(self) -> int:
         """Steps an epoch, the same on every rank."""
@@ -88,7 +91,8 @@ class Loader:
     @property
     def skipped(self) -> dict[str, str]:
         """The faults of the samples that this loader has passed over so far, by path."""
-        return self._reader.skipped
+        # A copy: reader threads go on writing there.
+        return dict(self._reader.skipped)
 
     def batches(self, epoch: int, first_step: int = 0, into: Batch | None = None) -> Iterator[Batch]:
         """The batches of `epoch` from `first_step` on; with `into`, each copied into its tensors.
@@ -96,8 +100,7 @@ class Loader:
         A batch holds until the next one is asked for. DataError names a sample that cannot be read.
         """
         if (epoch, first_step) != self._next:
-            self._stream = self._steps_from(epoch, first_step)
-            self._drop_reading()
+            self._seek(epoch, first_step)
         for step in range(first_step, self._steps):
             self._next = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
             yield self._batch(epoch, step, into)
@@ -112,18 +115,24 @@ class Loader:
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._decoder.close()
 
-    def _drop_reading(self) -> None:
-        """Have nothing on its way any more."""
+    def _seek(self, epoch: int, step: int) -> None:
+        """Go on from there; what is on its way now is not to come."""
+        self._stream = self._steps_from(epoch, step)
         wait([payload for planned in self._reading for payload in planned.payloads if not payload.cancel()])
         self._reading.clear()
-        self._decoder.forget()
+        self._decoder.seek(epoch, step)
+
+    def _rows_from(self, epoch: int, step: int) -> Iterator[Indices]:
+        """This shard's samples, (steps, B), of the rest of that epoch, then of each one after it."""
+        while True:
+            yield self._shard.of(self._plan(epoch))[step:]
+            epoch, step = epoch + 1, 0
 
     def _steps_from(self, epoch: int, step: int) -> Iterator[tuple[int, int, Indices]]:
         """(epoch, step, this shard's samples) from there on, without end."""
-        while True:
-            rows = self._shard.of(self._plan(epoch))
-            for at in range(step, self._steps):
-                yield epoch, at, rows[at]
+        for rows in self._rows_from(epoch, step):
+            for at, row in enumerate(rows, step):
+                yield epoch, at, row
             epoch, step = epoch + 1, 0
 
     def _feed(self) -> list[Payload]:
@@ -139,10 +148,20 @@ class Loader:
 
     def _read(self, index: int, finish: Finish) -> tuple[int, Payload]:
         """In a reader thread: which sample was read for `index`, and its payload."""
-        # A row that only fills the batch up reads the first sample.
-        read, payload = self._reader.payload(max(index, 0))
+        read, payload = self._reader.payload(index) if index >= 0 else (index, self._filling)
         finish(payload)
         return read, payload
+
+    @functools.cached_property
+    def _filling(self) -> Payload:
+        """What stands in a row that only fills the batch up: one particle in every voxel.
+
+        No sample of the split, which may be a share that has none.
+        """
+        sample = Sample(np.ones(self.split.spec.shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
+        if self.split.form == PackedFormat.name:
+            return payload_of(self.split.root, b"".join(encode(sample)), self.split.spec, whole=False)
+        return CountsPayload(sample.counts, sample.target)
 
     def _batch(self, epoch: int, step: int, into: Batch | None) -> Batch:
         """The output for `step` of `epoch`; what was in flight for an earlier position is passed over."""
@@ -156,8 +175,8 @@ class Loader:
         try:
             return self._decoder.run(into)
         except RuntimeError:
-            # DALI's errors name no file; reading the same samples on the host does.
-            for planned in self._running:
+            # DALI's errors name no file; reading the same samples on the host does. It may be ahead.
+            for planned in (*self._running, *self._reading):
                 self.explain(planned.index)
             raise
 

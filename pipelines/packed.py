@@ -23,11 +23,14 @@ import numpy.typing as npt
 from pipelines.errors import AccessError, DataError
 from pipelines.sample import SampleSpec, check_target
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"CFPACKED"
 HEADER = struct.Struct("<8s7I4fIII")
 CHECKED = 56
 """Where the CRC of the header stands, and so where what it covers is interrupted."""
+
+TOTAL = 1 << 32
+"""The sum of all inflated bytes is kept modulo this."""
 
 ENTRY = np.dtype([("bytes", "<u4"), ("crc32c", "<u4")])
 ALIGN = 16
@@ -53,6 +56,7 @@ class Packed:
     table: (rows, C) int16, the different voxels.
     target: (4,) float32.
     crc: the CRC-32C of all chunks, one behind the other.
+    total: the sum of the bytes that all chunks inflate to, modulo TOTAL.
     starts, sizes, crcs: (chunks, planes) int64, of each LZ4 block: where it starts in `content`, its
         length without padding, and the CRC-32C of it with padding.
     """
@@ -65,6 +69,7 @@ class Packed:
     table: npt.NDArray[np.int16]
     target: npt.NDArray[np.float32]
     crc: int
+    total: int
     starts: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
     crcs: npt.NDArray[np.int64]
@@ -73,6 +78,17 @@ class Packed:
     def voxels(self) -> int:
         """Of a chunk."""
         return self.slices * self.spec.size**2
+
+    def counts(self) -> npt.NDArray[np.int16]:
+        """All of the sample, (D, H, W, C); DataError names whatever is not as it was packed."""
+        self.check()
+        counts = np.empty(self.spec.shape, np.int16)
+        self.fill(counts, self.table)
+        inflated = (self._plane(chunk, plane) for chunk, plane in np.ndindex(self.sizes.shape))
+        total = sum(int(np.frombuffer(block, np.uint8).sum(dtype=np.uint64)) for block in inflated)
+        if total % TOTAL != self.total:
+            raise DataError(self.path, "its chunks inflate to other bytes than were packed", _REMEDY)
+        return counts
 
     def fill(self, out: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
         """Write `values` (rows, C) of each voxel's row into `out` (D, H, W, C), both contiguous.
@@ -173,6 +189,7 @@ def open_packed(
         table,
         target,
         header.crc_of_chunks,
+        header.total,
         starts,
         sizes,
         crcs,
@@ -222,6 +239,7 @@ class Header(NamedTuple):
     target: npt.NDArray[np.float32]
     crc_of_chunks: int
     crc: int
+    total: int
 
     @property
     def blocks(self) -> int:
@@ -248,7 +266,7 @@ def read_header(path: Path, content: memoryview) -> Header:
         raise DataError(path, fault, f"this program reads version {VERSION}: convert the sample again")
     if len(content) < HEADER.size:
         raise DataError(path, f"is cut off after {len(content)} bytes", _REMEDY)
-    _, _, *numbers, of_chunks, crc, rest = HEADER.unpack_from(content)
+    _, _, *numbers, of_chunks, crc, total = HEADER.unpack_from(content)
     size, channels, slices, planes, rows, table_bytes, *target = numbers
     sound = (
         0 < size < 1 << 16
@@ -258,12 +276,12 @@ def read_header(path: Path, content: memoryview) -> Header:
         and 0 < planes <= _PLANES
         and 0 < rows <= min(size**3, 1 << 8 * planes)
         and rows * channels * 2 <= table_bytes * _MOST
-        and rest == 0
     )
     if not sound:
         raise DataError(path, f"its header does not make sense ({numbers[:6]})", _REMEDY)
     found = np.array(target, np.float32)
-    return Header(SampleSpec(size, channels), slices, planes, rows, table_bytes, found, of_chunks, crc)
+    spec = SampleSpec(size, channels)
+    return Header(spec, slices, planes, rows, table_bytes, found, of_chunks, crc, total)
 
 
 def _table(path: Path, content: memoryview, header: Header) -> npt.NDArray[np.int16]:

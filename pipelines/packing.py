@@ -10,7 +10,7 @@ import lz4.block
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.packed import ALIGN, CHECKED, ENTRY, HEADER, MAGIC, VERSION
+from pipelines.packed import ALIGN, CHECKED, ENTRY, HEADER, MAGIC, TOTAL, VERSION
 from pipelines.sample import Sample
 
 CHUNK_VOXELS = 65536
@@ -45,7 +45,8 @@ def encode(sample: Sample, *, level: int = LEVEL, slices: int | None = None) -> 
         [(len(block), crc32c.crc32c(whole)) for block, whole in zip(blocks, padded, strict=True)], ENTRY
     ).tobytes()
     fields = (MAGIC, VERSION, size, channels, slices, planes, len(table), len(packed_table))
-    header = HEADER.pack(*fields, *sample.target.tolist(), crc32c.crc32c(b"".join(padded)), 0, 0)
+    sums = crc32c.crc32c(b"".join(padded)), 0, int(chunks.sum(dtype=np.uint64)) % TOTAL
+    header = HEADER.pack(*fields, *sample.target.tolist(), *sums)
     rest = header[CHECKED + 4 :] + _pad(directory) + _pad(packed_table)
     crc = crc32c.crc32c(rest, crc32c.crc32c(header[:CHECKED]))
     yield header[:CHECKED] + struct.pack("<I", crc) + rest

@@ -16,6 +16,14 @@ from pipelines.sample import COUNT_LIMIT
 LOGS = np.log1p(np.arange(COUNT_LIMIT), dtype=np.float64).astype(np.float32)
 """log(count + 1) of every count, rounded from double precision."""
 
+COUNTS = np.arange(COUNT_LIMIT, dtype=np.float32)
+"""Every count as it is."""
+
+
+def table_of(*, apply_log: bool) -> npt.NDArray[np.float32]:
+    """What becomes of each count, before anything is divided by a mean: float32 (COUNT_LIMIT,)."""
+    return LOGS if apply_log else COUNTS
+
 
 def transform(counts: npt.NDArray[np.int16], *, apply_log: bool) -> npt.NDArray[np.float32]:
     """What the network sees of `counts` (D, H, W, C): float32 of that shape."""
@@ -23,21 +31,27 @@ def transform(counts: npt.NDArray[np.int16], *, apply_log: bool) -> npt.NDArray[
     return np.log1p(values) if apply_log else values / values.mean(dtype=np.float64).astype(np.float32)
 
 
-def transform_node(counts: Any, *, apply_log: bool) -> Any:
-    """The same of the DALI node `counts`, on the device that it is on.
+def lookup_node(counts: Any, *, apply_log: bool) -> Any:
+    """The DALI node `counts` by `table_of`, on the device that it is on.
 
-    Every int16 has its logarithm in a table: a fifth of the cost of casting and taking it. What is
-    not in the table, a count below zero, becomes NaN, so that it cannot pass for a sample.
+    That costs a fifth of casting and taking the logarithm. What is not in the table, a count below
+    zero, becomes NaN, so that it cannot pass for a sample.
     """
     from nvidia.dali import fn, types
 
-    if not apply_log:
-        values = fn.cast(counts, dtype=types.FLOAT)
-        return values / fn.reductions.mean(values)
+    table = table_of(apply_log=apply_log)
     return fn.lookup_table(
         counts,
-        keys=list(range(len(LOGS))),
-        values=LOGS.tolist(),
+        keys=list(range(len(table))),
+        values=table.tolist(),
         default_value=float("nan"),
         dtype=types.FLOAT,
     )
+
+
+def transform_node(counts: Any, *, apply_log: bool) -> Any:
+    """`transform` of the DALI node `counts`; NaN where a count is below zero, as is the mean of such."""
+    from nvidia.dali import fn
+
+    values = lookup_node(counts, apply_log=apply_log)
+    return values if apply_log else values / fn.reductions.mean(values)

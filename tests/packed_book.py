@@ -58,7 +58,7 @@ def padded(content: bytes) -> bytes:
 def read(content: bytes) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]]:
     """(counts, target) of the packed sample `content`."""
     magic, version, n, c, s, p, r, t, *target = struct.unpack_from("<8s7I4f", content)
-    assert (magic, version) == (b"CFPACKED", 1)
+    assert (magic, version) == (b"CFPACKED", 2)
     directory = np.frombuffer(content, "<u4", n // s * p * 2, 64).reshape(n // s, p, 2)
     start = 64 + directory.nbytes
     start += -start % 16
@@ -67,7 +67,7 @@ def read(content: bytes) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]
     start += t + -t % 16
     covered = content[:56] + content[60:start]
     assert struct.unpack_from("<II", content, 52) == (crc32c.crc32c(content[start:]), crc32c.crc32c(covered))
-    assert content[60:64] == bytes(4)
+    total = 0
     counts = np.empty((n // s, s * n * n, c), np.int16)
     for chunk in range(n // s):
         rows = np.zeros(s * n * n, np.int64)
@@ -77,9 +77,11 @@ def read(content: bytes) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]
             assert crc == crc32c.crc32c(content[start:end])
             block = lz4_inflate(content[start : start + length])
             rows += np.frombuffer(block, np.uint8).astype(np.int64) << 8 * plane
+            total += sum(block)
             start = end
         counts[chunk] = table[rows]
     assert start == len(content)
+    assert struct.unpack_from("<I", content, 60) == (total % 2**32,)
     return counts.reshape(n, n, n, c), np.array(target, np.float32)
 
 
@@ -88,11 +90,15 @@ def write(
     rows: list[list[int]],
     *,
     size: int,
-    version: int = 1,
+    version: int = 2,
     target: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4),
     lengthen: bytes = b"",
+    total: int | None = None,
 ) -> bytes:
-    """A packed sample with a chunk of one plane for each of `rows`; with `lengthen` behind the last one."""
+    """A packed sample with a chunk of one plane for each of `rows`; with `lengthen` behind the last one.
+
+    total: what it says to be the sum of their bytes, if not that.
+    """
     raw = np.array(table, np.int64)
     planes = np.stack([raw & 255, raw >> 8 & 255]).transpose(0, 2, 1).astype(np.uint8)
     of_table = lz4_stored(planes.tobytes())
@@ -103,7 +109,8 @@ def write(
     directory = b"".join(struct.pack("<II", len(chunk), crc32c.crc32c(padded(chunk))) for chunk in chunks)
     behind = b"".join(map(padded, chunks))
     header += struct.pack("<I", crc32c.crc32c(behind))
-    rest = bytes(4) + padded(directory) + padded(of_table)
+    total = sum(map(sum, rows)) + sum(lengthen) if total is None else total
+    rest = struct.pack("<I", total) + padded(directory) + padded(of_table)
     crc = struct.pack("<I", crc32c.crc32c(rest, crc32c.crc32c(header)))
     return header + crc + rest + behind
 

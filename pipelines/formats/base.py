@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
@@ -17,12 +18,14 @@ from pipelines.sample import Sample, SampleSpec
 class CountsPayload(NamedTuple):
     """What a reader thread hands to the pipeline of one sample, and the target, which stays on the host.
 
-    counts: (D, H, W, C) int16, which may be a view of a mapped file.
+    counts: (D, H, W, C) int16.
     target: (4,) float32.
+    mapped: the file that the counts are a view of, of which no page has been asked for; or None.
     """
 
     counts: npt.NDArray[np.int16]
     target: npt.NDArray[np.float32]
+    mapped: mmap.mmap | None = None
 
 
 Payload: TypeAlias = CountsPayload | PackedPayload

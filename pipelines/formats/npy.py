@@ -54,8 +54,8 @@ class Npy:
     def payload(self, path: Path, spec: SampleSpec, *, whole: bool = False) -> CountsPayload:
         """The sample, its counts where the kernel keeps the file: mapped, not copied.
 
-        DALI's threads take the pages as they come to them, and the kernel has been told to fetch
-        them. Counts below zero are left to the graph's table to find, but with `whole`.
+        DALI's threads take the pages as they come to them. Counts below zero are left to the graph's
+        table to find, but with `whole`.
         """
         if whole:
             sample = self.read(path, spec)
@@ -71,11 +71,10 @@ class Npy:
         if header.shape != spec.shape or header.dtype != np.int16:
             # Reading it whole says in full what is wrong.
             self.read(path, spec)
-        if isinstance(mapped, mmap.mmap):
-            mapped.madvise(mmap.MADV_WILLNEED)
         counts = np.frombuffer(mapped, np.int16, offset=header.length).reshape(header.shape)
         label = _label(path)
-        return CountsPayload(counts, check_target(label, parse_npy(label, read_file(label))))
+        target = check_target(label, parse_npy(label, read_file(label)))
+        return CountsPayload(counts, target, mapped if isinstance(mapped, mmap.mmap) else None)
 
 
 def write_npy(path: Path, array: npt.NDArray[Any]) -> Written:

@@ -42,10 +42,7 @@ class PackedFormat:
     def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
         """The sample in the member `contents[".packed"]`; all checksums are compared."""
         packed = open_packed(path, contents[MEMBER], spec)
-        packed.check()
-        counts = np.empty(packed.spec.shape, np.int16)
-        packed.fill(counts, packed.table)
-        return Sample(counts, packed.target)
+        return Sample(packed.counts(), packed.target)
 
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
         """The one sample in the shard at `path`."""
@@ -60,9 +57,10 @@ class PackedFormat:
 def payload_of(path: Path, content: bytes, spec: SampleSpec, *, whole: bool) -> PackedPayload:
     """That of the sample in `content`, a member's bytes; see `Format.payload`."""
     packed = open_packed(path, content, spec)
-    packed.check()
     if whole:
-        packed.fill(np.empty(spec.shape, np.int16), packed.table)
+        packed.counts()
+    else:
+        packed.check()
     return PackedPayload(packed, packed.target)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import mmap
 import multiprocessing
 import threading
 import time
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import contestants, harness, io_bench, samples
+from benchmarks import contestants, emulation, harness, io_bench, samples
 from pipelines.config import LoaderConfig
 from pipelines.formats import FORMATS
 from pipelines.formats.tfrecord import encode_example, frame
@@ -79,11 +80,22 @@ def test_all_contestants_deliver_the_same_logarithms(data: Path, monkeypatch: py
     published = splits["tfrecord_gzip"]
     check(contestants.plain_loader(contestants.PlainNpy(splits["npy"]), splits["npy"], 1))
     check(contestants.plain_loader(contestants.PlainGzip(published), published, 1))
-    check(contestants.dali_numpy(splits["npy"], 1, threads=2))
+    for direct in (False, True):
+        check(contestants.dali_numpy(splits["npy"], 1, threads=2, direct=direct))
     for split in splits.values():
         for direct in (False, True):
             with contestants.ours(split, LoaderConfig(direct_io=direct)) as batches:
                 check(batches)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(("offset", "length"), [(0, 10_000), (512, 7_000), (4096, 4096), (9_000, 1_000)])
+def test_the_limit_reads_what_it_should(offset: int, length: int, direct: bool, tmp_path: Path) -> None:
+    content = np.random.default_rng(1).bytes(10_000)
+    (tmp_path / "a").write_bytes(content)
+    into = mmap.mmap(-1, 4 * 4096)
+    contestants._read(tmp_path / "a", offset, length, into, direct=direct)
+    assert into[offset % 4096 :][:length] == content[offset : offset + length]
 
 
 def test_samples_are_the_same_every_time_and_compressed_as_published() -> None:
@@ -93,6 +105,17 @@ def test_samples_are_the_same_every_time_and_compressed_as_published() -> None:
     assert not np.array_equal(samples.simulated(2, 32).counts, sample.counts)
     np.testing.assert_allclose(sample.counts.mean(axis=(0, 1, 2)), 1.0, rtol=1e-6)
     assert gzip.decompress(samples.compressed(sample)) == frame(encode_example(sample))
+
+
+def test_an_interrupted_set_is_not_taken_for_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(FORMATS["npy"], "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            samples.make_splits(tmp_path, ["npy"], samples=2, size=32)
+    (split,) = samples.make_splits(tmp_path, ["npy"], samples=2, size=32).values()
+    assert len(split) == 2 and [path.name for path in split.root.parent.iterdir()] == ["npy"]
 
 
 @pytest.mark.parametrize("accelerators", [1, 2])
@@ -108,6 +131,24 @@ def test_utilisation_is_that_of_accelerators_that_compute_for_so_long(
     assert "passes at 70%" in capsys.readouterr().out
     ((_, results),) = io_bench.main([*flags, "--emulate", "0.00001"]).items()
     assert results["packed"].mean < 0.5
+
+
+def test_an_accelerator_that_is_killed_is_named_and_nobody_waits_for_it(data: Path) -> None:
+    (split,) = samples.make_splits(data, ["npy"], samples=3, size=32).values()
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + 60
+        while len(multiprocessing.active_children()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (one,) = (child for child in multiprocessing.active_children() if child.name == "accelerator 1")
+        one.kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(RuntimeError, match="emulated accelerator 1 ended with exit status -9"):
+        emulation.emulate(split, LoaderConfig(), 0.01, device="cpu", accelerators=2, steps=1)
+    killer.join()
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(

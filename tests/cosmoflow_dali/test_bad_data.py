@@ -12,6 +12,9 @@ import pytest
 import torch
 from helpers import ROOT, command, config_file, program, run, write_tiny
 
+from cosmoflow_dali import train
+from cosmoflow_dali.trainer import Trainer
+
 CULPRIT = "universe_0003_000"
 
 
@@ -194,6 +197,29 @@ def test_bad_samples_are_skipped_counted_and_named_where_that_is_asked_for(
         if record["kind"] == "eval"
     ]
     assert [record["skipped_samples"] for record in evaluations] == [{"train": 1, "validation": 1}] * 2
+
+
+def test_a_skipped_sample_is_told_of_before_the_epoch_ends_and_remembered_by_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run_dir = write_tiny(tmp_path / "data", train=16, validation=1), tmp_path / "run"
+    bad = data / "train" / f"{CULPRIT}_data.npy"
+    _truncate(bad)
+    changes = {"loader": {"batch_size": 4, "on_bad_sample": "skip"}, "epochs": 1}
+    config = config_file(tmp_path / "c.yaml", data, **changes)
+
+    def die(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_end_epoch", die)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(["--config", str(config), "--run-dir", str(run_dir)])
+    assert capsys.readouterr().err.count(f"skipped {bad}") == 1
+    assert train.main(["--run-dir", str(run_dir), "--resume"]) == 0
+    assert f"skipped {bad}" not in capsys.readouterr().err
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["skipped_samples"] == {"train": 1, "validation": 0}
 
 
 def test_a_folder_of_bad_samples_is_not_skipped(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def checkpoint(epoch: int = 0, samples: int = 8) -> Checkpoint:
         },
         scores={"mae": 0.5, "residual_rms": {"Omega_m": 0.6}},
         seconds={"train": 1.5},
+        skipped={"train": ["a.npy"], "validation": []},
         logs={"metrics.jsonl": 12},
     )
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import packed_book
 import pytest
 import torch
 from helpers import write_tiny
+from nvidia.dali import fn, pipeline_def
 from packed_book import TABLE
 
 from pipelines.config import LoaderConfig
 from pipelines.dataset import open_split
-from pipelines.decoders import arrays_of, gather
 from pipelines.errors import DataError
+from pipelines.gather import arrays_of, gather
 from pipelines.graph import define_packed_graph
 from pipelines.loader import Loader
 from pipelines.packed import Packed, open_packed
@@ -23,7 +26,7 @@ from pipelines.packing import encode
 from pipelines.plan import Shard
 from pipelines.sample import Batch, Sample
 from pipelines.shards import write_shard
-from pipelines.transforms import LOGS, transform
+from pipelines.transforms import lookup_node, transform
 
 
 def packed(sample: Sample) -> Packed:
@@ -33,18 +36,28 @@ def packed(sample: Sample) -> Packed:
 def as_on_a_device(one: Packed, dtype: torch.dtype, *, apply_log: bool) -> torch.Tensor:
     """What `DeviceDecoder` makes of `one`: the arrays it sends, inflated by another LZ4, then its gather."""
     (blocks,), (starts,), (sizes,), (voxels,), (table,) = arrays_of([one])
-    inflated = [
-        np.frombuffer(packed_book.lz4_inflate(blocks[start : start + size].tobytes()), np.uint8)
-        for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
-    ]
-    assert {len(block) for block in inflated} == {int(voxels[0])}
-    missing = table < 0
-    values = LOGS[np.where(missing, 0, table)] if apply_log else table.astype(np.float32)
-    values = np.where(missing, np.float32("nan"), values)
+    # What DALI does not find in a block is zero.
+    chunks = torch.zeros(len(starts), int(voxels[0]), dtype=torch.uint8)
+    for chunk, start, size in zip(chunks, starts.tolist(), sizes.tolist(), strict=True):
+        block = packed_book.lz4_inflate(blocks[start : start + size].tobytes())
+        chunk[: len(block)] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
     out = torch.zeros(one.spec.shape, dtype=dtype)
-    chunks = torch.from_numpy(np.stack(inflated))
-    gather(chunks, torch.from_numpy(values), one.planes, out, by_mean=not apply_log)
+    values, by_mean = looked_up(table, apply_log=apply_log), not apply_log
+    gather(chunks, values, out, planes=one.planes, total=one.total, by_mean=by_mean)
     return out
+
+
+def looked_up(table: npt.NDArray[np.int16], *, apply_log: bool) -> torch.Tensor:
+    """What the packed graph's other half makes of `table`, by DALI."""
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, exec_dynamic=False)  # type: ignore[untyped-decorator]
+    def half() -> Any:
+        return lookup_node(fn.external_source(source=lambda: [table], batch=True), apply_log=apply_log)
+
+    pipeline = half()
+    pipeline.build()
+    (values,) = pipeline.run()
+    return torch.utils.dlpack.from_dlpack(values.as_tensor())[0].clone()
 
 
 @pytest.mark.parametrize("apply_log", [True, False])
@@ -62,11 +75,21 @@ def test_the_device_gathers_what_the_host_does(name: str, dtype: torch.dtype, ap
         torch.testing.assert_close(found.float(), expected, rtol=resolution, atol=0)
 
 
-def test_a_row_beyond_the_table_is_no_number_and_nothing_else_is_read(tmp_path: Path) -> None:
-    one = open_packed(tmp_path, packed_book.write(TABLE, [[0, 1, 2, 3], [2, 255, 0, 1]], size=2))
-    found = as_on_a_device(one, torch.float32, apply_log=True).view(8, 4)
+@pytest.mark.parametrize("apply_log", [True, False])
+def test_a_row_beyond_the_table_is_no_number_and_nothing_else_is_read(apply_log: bool) -> None:
+    rows = [[0, 1, 2, 3], [2, 255, 0, 1]]
+    one = open_packed(Path("a.packed"), packed_book.write(TABLE, rows, size=2))
+    found = as_on_a_device(one, torch.float32, apply_log=apply_log).view(8, 4)
     assert found.isnan().all(1).tolist() == [False, False, False, True, False, True, False, False]
-    assert found[7].tolist() == pytest.approx(np.log1p(TABLE[1]).tolist())
+    counts = np.array(TABLE)[[0, 1, 2, 2, 0, 1]]
+    expected = np.log1p(counts) if apply_log else counts / (counts.sum() / 32)
+    assert found[[0, 1, 2, 4, 6, 7]].tolist() == [pytest.approx(row) for row in expected.tolist()]
+
+
+@pytest.mark.parametrize("apply_log", [True, False])
+def test_a_block_that_is_too_short_makes_no_number_of_its_sample(apply_log: bool) -> None:
+    found = as_on_a_device(open_packed(Path("a.packed"), TOO_SHORT), torch.float32, apply_log=apply_log)
+    assert found.isnan().all()
 
 
 def test_the_gather_writes_into_memory_of_either_layout() -> None:
@@ -74,7 +97,7 @@ def test_the_gather_writes_into_memory_of_either_layout() -> None:
     table = torch.tensor([*TABLE, [0, 0, 0, 0]], dtype=torch.float32)
     last, first = torch.zeros(2, 2, 2, 4), torch.zeros(4, 2, 2, 2).permute(1, 2, 3, 0)
     for out in (last, first):
-        gather(blocks, table, 1, out, by_mean=False)
+        gather(blocks, table, out, planes=1, total=int(blocks.sum()), by_mean=False)
         assert torch.equal(out.reshape(8, 4), table[blocks.view(8).long()])
 
 
@@ -87,14 +110,16 @@ def test_the_graph_can_be_defined_and_serialised_without_a_gpu(apply_log: bool) 
         source, batch_size=2, threads=1, prefetch=1, device_id=None, apply_log=apply_log
     )
     serialised = graph.serialize()
-    assert b"decoders__Inflate" in serialised
-    assert (b"LookupTable" in serialised) == apply_log
+    assert b"decoders__Inflate" in serialised and b"LookupTable" in serialised
 
 
-def damaged(root: Path) -> Path:
-    """A packed data set whose sample 3 has a row that is not in its table, with sound checksums."""
+ROW_BEYOND = packed_book.write(TABLE, [[0, 1, 2, 1], [2, 3, 0, 1]], size=2)
+TOO_SHORT = packed_book.write(TABLE, [[0, 1, 2, 1], [2, 2, 0]], size=2, total=9)
+
+
+def damaged(root: Path, content: bytes = ROW_BEYOND) -> Path:
+    """A packed data set whose sample 3 is `content`, damaged but for its checksums."""
     write_tiny(root, train=6, validation=1, form="packed", size=2)
-    content = packed_book.write(TABLE, [[0, 1, 2, 1], [2, 3, 0, 1]], size=2)
     name = "universe_0003_000"
     write_shard(root / "train" / f"{name}.tar", [(f"{name}.packed", [content])])
     return root / "train" / f"{name}.tar" / f"{name}.packed"
@@ -149,11 +174,18 @@ def test_on_a_gpu_batches_are_those_of_the_host(
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_row_beyond_the_table_becomes_no_number(tmp_path: Path) -> None:
-    damaged(tmp_path)
-    batches = loader(tmp_path, "cuda:0", batch_size=6)
+@pytest.mark.parametrize("apply_log", [True, False])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(ROW_BEYOND, "chunk 1 has the row 3"), (TOO_SHORT, "plane 0 of chunk 1 inflates to 3 bytes, not 4")],
+)
+def test_on_a_gpu_damage_becomes_no_number(
+    content: bytes, said: str, apply_log: bool, tmp_path: Path
+) -> None:
+    damaged(tmp_path, content)
+    batches = loader(tmp_path, "cuda:0", batch_size=6, apply_log=apply_log)
     (batch,) = batches.batches(0)
     assert batch.volume.isnan().flatten(1).any(1).tolist() == [False, False, False, True, False, False]
-    with pytest.raises(DataError, match="chunk 1 has the row 3"):
+    with pytest.raises(DataError, match=said):
         batches.explain(batch.index)
     batches.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ import torch
 from helpers import DATA, write_tiny
 
 from pipelines.config import LoaderConfig
-from pipelines.dataset import open_split
+from pipelines.dataset import Share, Split, open_split
+from pipelines.decoders import FilesDecoder
 from pipelines.errors import ConfigError, DataError, UserError
 from pipelines.formats import FORMATS
 from pipelines.loader import Loader
@@ -36,23 +38,24 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @contextmanager
 def loader(
-    root: Path,
+    data: Path | Split,
     *,
     batch_size: int = 2,
     shard: Shard = Shard(),  # noqa: B008  (it is frozen)
     shuffle: bool = True,
     ragged: Ragged = "drop",
     seed: int = 9,
+    device: str = "cpu",
     **config: Any,
 ) -> Iterator[Loader]:
     made = Loader(
-        open_split(root, "train"),
+        open_split(data, "train") if isinstance(data, Path) else data,
         LoaderConfig(batch_size=batch_size, **config),
         shard=shard,
         seed=seed,
         shuffle=shuffle,
         ragged=ragged,
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
     try:
         yield made
@@ -66,7 +69,7 @@ Row = tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]]
 def rows(batches: Iterator[Batch]) -> list[Row]:
     """(sample, volume (C, D, H, W), target) of every row, copied out."""
     return [
-        (int(index), volume.numpy().copy(), target.numpy().copy())
+        (int(index), volume.cpu().numpy().copy(), target.cpu().numpy().copy())
         for batch in batches
         for index, volume, target in zip(batch.index, batch.volume, batch.target, strict=True)
     ]
@@ -75,6 +78,14 @@ def rows(batches: Iterator[Batch]) -> list[Row]:
 def same(one: list[Row], other: list[Row]) -> bool:
     return len(one) == len(other) and all(
         a[0] == b[0] and np.array_equal(a[1], b[1]) and np.array_equal(a[2], b[2])
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def close(one: list[Row], other: list[Row]) -> bool:
+    """The same, but for how a GPU rounds a quotient."""
+    return len(one) == len(other) and all(
+        a[0] == b[0] and np.allclose(a[1], b[1], rtol=2e-7, atol=0) and np.array_equal(a[2], b[2])
         for a, b in zip(one, other, strict=True)
     )
 
@@ -139,6 +150,71 @@ def test_ranks_share_the_epoch_between_them(ranks: int, roots: dict[str, Path]) 
     assert sorted(index for index, _, _ in seen if index >= 0) == list(range(SAMPLES))
 
 
+@pytest.mark.parametrize("device", [pytest.param("cpu"), pytest.param("cuda:0", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("apply_log", [True, False])
+def test_dali_reads_the_same_files_in_the_same_order(
+    apply_log: bool, device: str, roots: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen(batches: Loader) -> list[list[Row]]:
+        # An epoch that is left behind, two whole ones, back into the first, and over its end.
+        left = rows(itertools.islice(batches.batches(1), 2))
+        return [left, *(rows(batches.batches(*place)) for place in ((0, 0), (1, 0), (0, 3), (1, 0)))]
+
+    settings: tuple[dict[str, Any], ...] = (
+        {"shard": Shard(1, 2), "batch_size": 1},
+        {"ragged": "pad", "batch_size": 3},
+    )
+    for options in settings:
+        with loader(roots["npy"], apply_log=apply_log, **options) as batches:
+            expected = seen(batches)
+        with monkeypatch.context() as patched:
+            patched.setattr("pipelines.loader.make_decoder", FilesDecoder)
+            with loader(roots["npy"], apply_log=apply_log, device=device, **options) as batches:
+                found = seen(batches)
+        for one, other in zip(found, expected, strict=True):
+            real = [row for row in one if row[0] >= 0], [row for row in other if row[0] >= 0]
+            assert len(one) == len(other) > 0 and close(*real)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_an_option(roots: dict[str, Path]) -> None:
+    with loader(roots["npy"]) as batches:
+        expected = rows(batches.batches(0))
+    with loader(roots["npy"], gpu_direct=True, device="cuda:0") as batches:
+        assert close(rows(batches.batches(0)), expected)
+
+
+def test_a_file_that_dali_cannot_read_is_named_though_it_reads_ahead(
+    roots: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.loader.make_decoder", FilesDecoder)
+    shutil.copytree(roots["npy"], tmp_path / "data")
+    with loader(tmp_path / "data", shuffle=False, batch_size=1) as batches:
+        culprit = batches.split.path(3)
+        culprit.write_bytes(culprit.read_bytes()[:-100])
+        with pytest.raises(DataError, match=culprit.name):
+            rows(batches.batches(0))
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "fault"),
+    [
+        ("npy", {}, "takes samples to a GPU, and there is none"),
+        ("packed", {}, "takes npy samples, and .* has packed"),
+        ("npy", {"on_bad_sample": "skip"}, "cannot skip damaged samples"),
+        ("npy", {"direct_io": True}, "reads past the page cache anyway"),
+    ],
+)
+def test_direct_reading_that_cannot_be_is_refused_by_name(
+    form: str, options: dict[str, Any], fault: str, roots: dict[str, Path]
+) -> None:
+    with (
+        pytest.raises(ConfigError, match=f"loader.gpu_direct = True: {fault}"),
+        loader(roots[form], gpu_direct=True, **options),
+    ):
+        pass
+
+
 def test_two_ranks_make_up_the_batches_of_one(roots: dict[str, Path]) -> None:
     with loader(roots["npy"], batch_size=4) as batches:
         whole = [rows(iter([batch])) for batch in batches.batches(1)]
@@ -171,6 +247,21 @@ def test_filling_rows_are_marked_and_come_last(roots: dict[str, Path]) -> None:
         *full, last = [batch.index.tolist() for batch in batches.batches(0)]
     assert full == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert last == [8, 9, 10, -1]
+
+
+@pytest.mark.parametrize("apply_log", [True, False])
+@pytest.mark.parametrize("form", ["npy", "packed"])
+def test_a_share_of_no_samples_takes_part_in_every_step(
+    form: str, apply_log: bool, roots: dict[str, Path]
+) -> None:
+    nothing = np.arange(0)
+    whole = open_split(roots[form], "validation")
+    with loader(
+        whole.take(nothing, Share(nothing, count=3, total=2, seed=None)), ragged="pad", apply_log=apply_log
+    ) as batches:
+        for epoch in (0, 1):
+            (batch,) = batches.batches(epoch)
+            assert batch.index.tolist() == [-1, -1] and batch.volume.isfinite().all()
 
 
 def test_the_network_gets_a_channels_last_view(roots: dict[str, Path]) -> None:
@@ -224,17 +315,18 @@ def test_a_file_that_vanishes_is_named(roots: dict[str, Path], tmp_path: Path) -
             rows(batches.batches(0))
 
 
+@pytest.mark.parametrize("apply_log", [True, False])
 def test_a_count_below_zero_becomes_no_number_and_is_explained(
-    roots: dict[str, Path], tmp_path: Path
+    apply_log: bool, roots: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(roots["npy"], tmp_path / "data")
-    with loader(tmp_path / "data", shuffle=False, batch_size=1) as batches:
+    with loader(tmp_path / "data", shuffle=False, batch_size=1, apply_log=apply_log) as batches:
         good = batches.split.read(5)
-        bad = Sample(np.where(np.arange(4) == 2, np.int16(-1), good.counts), good.target)
+        bad = Sample(np.where(np.arange(4) == 2, np.int16(-30000), good.counts), good.target)
         FORMATS["npy"].write(batches.split.root, batches.split.stem(5), bad)
         for index, volume, _ in rows(batches.batches(0)):
             assert np.isnan(volume).any() == (index == 5)
-        with pytest.raises(DataError, match="a count is -1"):
+        with pytest.raises(DataError, match="a count is -30000"):
             batches.explain(np.array([4, 5, -1]))
         batches.explain(np.array([4, 6, -1]))
 

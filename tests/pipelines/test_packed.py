@@ -122,12 +122,12 @@ def test_no_byte_can_change_and_no_end_can_be_missing() -> None:
     ("content", "said"),
     [
         (
-            build(TABLE, [[0] * 8], size=2, version=2),
-            "version 2; this program reads version 1",
+            build(TABLE, [[0] * 8], size=2, version=1),
+            "version 1; this program reads version 2",
         ),
         (
             build(TABLE, [[0] * 8], size=2, version=0),
-            "version 0; this program reads version 1",
+            "version 0; this program reads version 2",
         ),
         (
             build(TABLE, [[0] * 7 + [3]], size=2),
@@ -141,6 +141,10 @@ def test_no_byte_can_change_and_no_end_can_be_missing() -> None:
         (
             build(TABLE, [[0] * 8], size=2, lengthen=b"\0"),
             "plane 0 of chunk 0 is no LZ4 block of 8 bytes",
+        ),
+        (
+            build(TABLE, [[0, 1] * 4], size=2, total=5),
+            "its chunks inflate to other bytes than were packed",
         ),
         (build([[0, 0, 0, -1]], [[0] * 8], size=2), "a count is -1"),
         (

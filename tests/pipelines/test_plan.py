@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pipelines.errors import UserError
 from pipelines.plan import Indices, Shard, derive_seed, plan_epoch
 
-SAMPLES, RANKS, BATCH = st.integers(1, 300), st.integers(1, 7), st.integers(1, 5)
+SAMPLES, BATCH = st.integers(1, 300) | st.integers(1, 20_000), st.integers(1, 5)
+RANKS = st.integers(1, 7) | st.integers(1, 4096) | st.just(4096)
 
 
 def plan(samples: int, global_batch: int, *, epoch: int = 0, seed: int = 3, shuffle: bool = True) -> Indices:
@@ -44,9 +45,9 @@ def test_dropped_no_sample_comes_twice_and_less_than_a_step_is_left_out(
     assert set(read.tolist()) <= set(range(samples))
 
 
-@given(SAMPLES, st.sampled_from([1, 2, 3, 4, 6]), st.integers(0, 5))
+@given(SAMPLES, st.sampled_from([1, 2, 3, 4, 6, 4096]), st.integers(0, 5))
 def test_the_ranks_together_read_what_one_would(samples: int, ranks: int, epoch: int) -> None:
-    whole = plan(samples, 12, epoch=epoch)
+    whole = plan(samples, max(12, ranks), epoch=epoch)
     shares = [Shard(rank, ranks).of(whole) for rank in range(ranks)]
     np.testing.assert_array_equal(np.concatenate(shares, axis=1), whole)
 

@@ -1,0 +1,79 @@
+"""What the device's way of packed samples must reach, where there is a device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import inflate_bench, samples
+from pipelines.config import LoaderConfig
+from pipelines.decoders import DeviceDecoder
+from pipelines.loader import Loader
+from pipelines.plan import Shard
+
+
+@pytest.mark.gpu
+def test_every_chunk_and_batch_is_measured(tmp_path: Path) -> None:
+    flags = ["--size", "32", "--samples", "2", "--chunk-kib", "1,8,32", "--batch-size", "1,4"]
+    results = inflate_bench.main([*flags, "--steps", "3", "--rounds", "2", "--output", str(tmp_path)])
+    assert list(results) == [f"{kib} KiB, batch {batch}" for kib in (1, 8, 32) for batch in (1, 4)]
+    assert all(rate.p10 > 0 for rate in results.values())
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["results"].keys() == results.keys()
+
+
+def event() -> torch.cuda.Event:
+    """One that the GPU has come to when all it was asked for so far is done."""
+    made = torch.cuda.Event(enable_timing=True)
+    made.record()
+    return made
+
+
+@pytest.mark.gpu
+def test_a_step_of_a_thousand_samples_a_second_never_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (split,) = samples.make_splits(tmp_path, ["packed"], samples=4, size=128).values()
+    torch.cuda._sleep(10**6)
+    start = event()
+    torch.cuda._sleep(10**8)
+    end = event()
+    torch.cuda.synchronize()
+    cycles_of_4_ms = int(4 * 10**8 / start.elapsed_time(end))
+    loader = Loader(
+        split,
+        LoaderConfig(batch_size=4, threads=8, prefetch=3),
+        shard=Shard(),
+        seed=0,
+        shuffle=True,
+        ragged="drop",
+        device=torch.device("cuda:0"),
+    )
+    assert isinstance(loader._decoder, DeviceDecoder)
+    run, ready, done = loader._decoder._pipeline.run, [], []
+
+    def watched() -> object:
+        blocks = run()
+        ready.append(event())
+        return blocks
+
+    monkeypatch.setattr(loader._decoder._pipeline, "run", watched)
+    for epoch in range(520):
+        for _ in loader.batches(epoch):
+            torch.cuda._sleep(cycles_of_4_ms)
+            done.append(event())
+    torch.cuda.synchronize()
+    loader.close()
+    # How long the GPU had nothing to do between a step and its next one's data; the first ones warm up.
+    idle = sum(before.elapsed_time(there) for before, there in zip(done[19:-1], ready[20:], strict=True))
+    assert idle < 0.02 * done[19].elapsed_time(done[-1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        inflate_bench.main([])
+    assert "no CUDA GPU" in capsys.readouterr().err
