@@ -33,7 +33,8 @@ from pipelines.dataset import open_split
 from pipelines.dist import World
 from pipelines.files import read_file
 from pipelines.formats import FORMATS
-from preprocess.staging import StageConfig, of_place, share_of, to_read
+from preprocess.relay import of_place, to_read
+from preprocess.staging import StageConfig, share_of
 
 STAGE = "preprocess.stage"
 
@@ -287,7 +288,7 @@ def test_a_node_without_room_is_told_before_anything_is_copied(tmp_path: Path) -
     line = command(STAGE, ["-i", data, "-o", tmp_path / "disk"])
     done = run(mounted("size=200k", tmp_path / "disk", line))
     assert done.code == 1
-    assert "bytes free on" in done.err and "294912 are to come" in done.err and "Traceback" not in done.err
+    assert "bytes free on" in done.err and "409600 are to come" in done.err and "Traceback" not in done.err
     assert done.out == ""
 
 
