@@ -132,9 +132,7 @@ def test_a_folder_of_another_source_is_not_emptied(tmp_path: Path) -> None:
     assert len(open_folder(target)) == 4
 
 
-def test_a_universe_cut_in_part_can_be_taken_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_universe_cut_in_part_can_be_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(1)
     for index in range(9):
         path = tmp_path / "in" / "u" / f"v{index}.hdf5"
