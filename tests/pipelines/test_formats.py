@@ -261,3 +261,15 @@ def test_a_folder_that_cannot_be_synced_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "fsync", fail_on_folders)
     with pytest.raises(DataError, match=r"a_label\.npy: cannot be written \(Input/output error\)"):
         FORMATS["npy"].write(tmp_path, "a", tiny_sample(1))
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_a_large_sample_comes_back(form: str, tmp_path: Path) -> None:
+    # Beyond 1 MiB, past the page cache.
+    sample = tiny_sample(1, size=80)
+    written = FORMATS[form].write(tmp_path, "a", sample)
+    for file in written:
+        assert (len(content := file.path.read_bytes()), crc32c.crc32c(content)) == (file.bytes, file.crc32c)
+    found = read_sample(tmp_path / f"a{FORMATS[form].suffix}")
+    np.testing.assert_array_equal(found.counts, sample.counts)
+    np.testing.assert_array_equal(found.target, sample.target)

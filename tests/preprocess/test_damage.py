@@ -19,6 +19,8 @@ from pipelines.sample import Sample
 from preprocess.convert import order_conversion
 from preprocess.produce import produce
 
+pytestmark = pytest.mark.usefixtures("here")
+
 STEM = "universe_0001_000"
 SAMPLE = tiny_sample(1)
 EXAMPLE = encode_example(SAMPLE)

@@ -21,6 +21,8 @@ from preprocess.output import Journal
 from preprocess.prepare import main as prepare
 from preprocess.produce import Produced, produce
 
+pytestmark = pytest.mark.usefixtures("here")
+
 
 def converted(source: Path, target: Path, to: str, a_shard: int = 2) -> Produced:
     """The samples in `source` as `to` in `target`, by this process alone."""
