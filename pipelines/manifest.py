@@ -51,8 +51,8 @@ class Part(NamedTuple):
         """The inverse; ValueError or TypeError for anything else."""
         suffix, length, crc, *more = line
         (found,) = more or [()]
-        members = tuple(Member(str(name), int(offset), int(size)) for name, offset, size in found)
-        return Part(str(suffix), int(length), int(crc, 16), members)
+        members = tuple(Member(str(name), _count(offset), _count(size)) for name, offset, size in found)
+        return Part(str(suffix), _count(length), int(crc, 16), members)
 
 
 class Source(NamedTuple):
@@ -182,6 +182,13 @@ class Manifest:
         if len({entry.stem for entry in entries}) != len(entries):
             raise DataError(path, "has a sample twice", _REMEDY)
         return manifest
+
+
+def _count(value: Any) -> int:
+    """`value` as a number of bytes; ValueError, TypeError or OverflowError for what is none."""
+    if not 0 <= (count := int(value)) < 1 << 63:
+        raise ValueError(f"{count} bytes")
+    return count
 
 
 _REMEDY = "convert again, or write it anew with python -m preprocess.verify --write"

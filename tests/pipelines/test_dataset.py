@@ -11,6 +11,7 @@ from pipelines.dataset import open_folder, open_split, read_sample
 from pipelines.errors import DataError
 from pipelines.formats import FORMATS
 from pipelines.lists import Listed, read_list, write_list
+from pipelines.manifest import Entry, Manifest
 from pipelines.sample import SampleSpec
 
 
@@ -98,3 +99,15 @@ def test_two_kinds_of_tfrecord_in_one_folder_are_refused(tmp_path: Path) -> None
 def test_a_name_of_no_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no known format"):
         read_sample(tmp_path / "a.hdf5")
+
+
+@pytest.mark.parametrize("number", [-1, 10**30])
+def test_numbers_that_no_file_has_are_refused(number: int, tmp_path: Path) -> None:
+    written = FORMATS["packed"].write(tmp_path, "a", tiny_sample(1))
+    for wrong in (
+        [file._replace(bytes=number) for file in written],
+        [file._replace(members=tuple(m._replace(offset=number) for m in file.members)) for file in written],
+    ):
+        Manifest("packed", SampleSpec(16), (Entry.of("a", wrong),)).save(tmp_path)
+        with pytest.raises(DataError, match="is no line of a manifest"):
+            open_folder(tmp_path)
