@@ -202,9 +202,10 @@ def _stage(setup: Setup, world: World, logs: RunLogs, console: Console, since: i
     fresh = setup.checkpoint is None
     if fresh:
         logs.mlperf.start("staging_start", time_ms=began)
-    root = config.folder
-    train, of_train = stage(setup.train, root / "train", config, world)
-    validation, of_validation = stage(setup.validation, root / "validation", config, world)
+    splits, trusted = {"train": setup.train, "validation": setup.validation}, since is not None
+    (train, of_train), (validation, of_validation) = stage(
+        splits, config.folder, config, world, trusted=trusted
+    )
     seconds = time.time() - 1e-3 * began
     if fresh:
         mlperf.log_staging(logs.mlperf, seconds, (of_train, of_validation))

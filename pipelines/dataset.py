@@ -193,9 +193,18 @@ def open_folder(folder: Path) -> Split:
 
 
 def of_shards(folder: Path, shards: Iterable[tuple[str, Sequence[Member]]], spec: SampleSpec) -> Split:
-    """The samples of `spec` in the `shards` of `folder`, each with its members."""
+    """The samples of `spec` in the `shards` of `folder`, each with its members.
+
+    DataError where two have the same name.
+    """
     forget()
     found = [(f"{name}/{member.name}", member) for name, members in shards for member in members]
+    first: dict[str, str] = {}
+    for name, member in found:
+        stem = member.name.rpartition("/")[2]
+        if stem in first:
+            raise DataError(folder / name, f"has the same name as {first[stem]}", "keep one of them")
+        first[stem] = name
     places = np.array([member[1:] for _, member in found], np.int64).reshape(-1, 2)
     extents = Extents(places[:, 0], places[:, 1])
     return Split(folder, PackedFormat.name, tuple(name for name, _ in found), spec, extents)

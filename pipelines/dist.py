@@ -309,6 +309,28 @@ class World:
                 raise first
         return result  # type: ignore[return-value]
 
+    def scatter(self, make: Callable[[], list[T]]) -> T:
+        """What `make` returns on rank 0 for this rank, by rank; a UserError there is raised on every rank."""
+        shares: list[T] = []
+        self.on_root(lambda: shares.extend(make()))
+        if self.size == 1:
+            return shares[0]
+        import torch.distributed as dist
+
+        mine: list[T | None] = [None]
+        dist.scatter_object_list(mine, shares if self.is_root else None, src=0)
+        return mine[0]  # type: ignore[return-value]
+
+    def gather_to_root(self, value: T) -> list[T]:
+        """Every rank's `value`, by rank, on rank 0; nothing on the others."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[T] = [value] * self.size if self.is_root else []
+        dist.gather_object(value, values if self.is_root else None, dst=0)
+        return values
+
     def alone(self, items: Iterable[T]) -> Iterator[T]:
         """`items`; a UserError among them is one that only this rank knows of, and is raised as such."""
         try:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from pipelines.errors import AccessError
 
 TEMPORARY = ".tmp"
 """The suffix of a file that is being written; one that is left over is safe to remove."""
+
+_TEMPORARY = re.compile(rf"\.(.+)\.\d+{re.escape(TEMPORARY)}")
+"""Its name, with the one that it is to get."""
 
 
 _LARGE, _SCRATCH, _PIECE = 1 << 20, 1 << 20, 1 << 18
@@ -66,11 +70,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise AccessError.writing(path, error) from error
         raise
     # The rename lives in the directory, which has its own place on the disk.
-    descriptor = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise AccessError.writing(path, error) from error
 
 
 def write_chunks(path: Path, *chunks: bytes | memoryview) -> Written:
@@ -158,13 +165,14 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what writers that were killed have left in `folder`; none may be at work there."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if is_temporary(entry.name):
+            if final_name(entry.name):
                 os.unlink(entry.path)
 
 
-def is_temporary(name: str) -> bool:
-    """Whether `name` is one that `write_atomically` gives to a file that is not whole."""
-    return name.startswith(".") and name.endswith(TEMPORARY)
+def final_name(name: str) -> str | None:
+    """The name for which `name` stands until the file is whole, if `write_atomically` gave it one."""
+    found = _TEMPORARY.fullmatch(name)
+    return found and found[1]
 
 
 @contextlib.contextmanager

@@ -27,11 +27,11 @@ def read_list(path: Path) -> tuple[Listed, ...]:
     """The lines of the list at `path`, without empty ones; DataError where one is not as above."""
     listed = []
     for line in read_file(path).decode(errors="replace").split("\n"):
-        name, _, length = line.strip().partition(" ")
-        if length and not length.strip().isdecimal():
-            raise DataError(path, f"has the line {line.strip()!r}", "expected a name, and its bytes if any")
-        if name:
-            listed.append(Listed(name, int(length) if length else None))
+        # A name may have blanks in it, and ends as those of samples do.
+        name, _, length = line.rstrip().rpartition(" ")
+        sized = bool(name) and length.isascii() and length.isdecimal()
+        if line.strip():
+            listed.append(Listed(name.rstrip(), int(length)) if sized else Listed(line.rstrip()))
     if len({entry.name for entry in listed}) != len(listed):
         raise DataError(path, "lists a file twice", "write the list anew")
     return tuple(listed)

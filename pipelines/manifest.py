@@ -1,23 +1,26 @@
 """What a folder of samples holds, in one file: names, lengths and checksums.
 
-`manifest.jsonl` lies in the folder. Its first line is an object: `manifest` (the version, 1),
+`manifest.jsonl` lies in the folder. Its first line is an object: `manifest` (the version, 2),
 `format` (a key of FORMATS), `size` and `channels` (the shape of every sample), `samples` (how many
 there are). Then one array for each sample, or for each shard of packed ones, in order:
 
-    ["univ_000", [["_label.npy", 144, "0e8bb71c"], ["_data.npy", 16777344, "9d4bd0a1"]], [2829480, 1699]]
+    ["univ_000", [["_label.npy", 144, "0e8bb71c"], ["_data.npy", 16777344, "9d4bd0a1"]], [2829480, "1f6c..."]]
 
 the stem; for each of its files the end of the name, the length in bytes, and the CRC-32C of the
 content in hexadecimal, and of a shard its members, each with its name, where it starts and how long
-it is; and, for what was made from other files, their length in bytes and time of last change in ns,
-else null. Whoever opens the folder reads this one file and lists
-nothing, which is what half a million files on a parallel file system ask for.
+it is; and, for what was made from other files, their length in bytes and a digest of their names,
+lengths and times of last change, else null. (Version 1 had the latest of the times in its place,
+which matches no digest: samples of that kind are read, and made again by a conversion.) Whoever opens
+the folder reads this one file and lists nothing, which is what half a million files on a parallel
+file system ask for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +30,7 @@ from pipelines.files import Member, Written, read_file, write_chunks
 from pipelines.sample import SampleSpec
 
 MANIFEST = "manifest.jsonl"
-_VERSION = 1
+_VERSION, _READABLE = 2, (1, 2)
 
 
 class Part(NamedTuple):
@@ -48,24 +51,34 @@ class Part(NamedTuple):
         """The inverse; ValueError or TypeError for anything else."""
         suffix, length, crc, *more = line
         (found,) = more or [()]
-        members = tuple(Member(str(name), int(offset), int(size)) for name, offset, size in found)
-        return Part(str(suffix), int(length), int(crc, 16), members)
+        members = tuple(Member(str(name), _count(offset), _count(size)) for name, offset, size in found)
+        return Part(str(suffix), _count(length), int(crc, 16), members)
 
 
 class Source(NamedTuple):
-    """What tells whether the file that a sample was made from has changed since."""
+    """What tells whether the files that an entry was made from have changed since.
+
+    bytes: of all files. digest: of all that was asked of them, in hexadecimal.
+    """
 
     bytes: int
-    mtime_ns: int
+    digest: str
 
     @staticmethod
-    def of(paths: Iterable[Path]) -> Source:
-        """Of the files `paths` together; AccessError where one is not there."""
+    def of(
+        names: Iterable[str], paths: Iterable[Path], stat: Callable[[Path], os.stat_result] = os.stat
+    ) -> Source:
+        """Of what is known as `names`, in this order, in the files `paths`, of each of which `stat` is asked.
+
+        AccessError where one is not there.
+        """
         try:
-            found = [os.stat(path) for path in paths]
+            found = [(path.name, stat(path)) for path in paths]
         except OSError as error:
             raise AccessError.reading(error.filename, error) from error
-        return Source(sum(file.st_size for file in found), max(file.st_mtime_ns for file in found))
+        told = [list(names), [(name, file.st_size, file.st_mtime_ns) for name, file in found]]
+        digest = hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
+        return Source(sum(file.st_size for _, file in found), digest)
 
 
 class Entry(NamedTuple):
@@ -98,7 +111,10 @@ class Entry(NamedTuple):
         read = tuple(map(Part.from_json, parts))
         if not isinstance(stem, str) or "/" in stem or any("/" in part.suffix for part in read):
             raise ValueError("a name that is none")
-        return Entry(stem, read, Source(*map(int, source)) if source else None)
+        if source is not None:
+            length, digest = source
+            source = Source(int(length), str(digest))
+        return Entry(stem, read, source)
 
     def files(self, folder: Path) -> Iterator[tuple[Path, Part]]:
         """Each file's path, if it is in `folder`, with what stands here of it."""
@@ -149,8 +165,8 @@ class Manifest:
         try:
             header, *lines = read_file(path).decode().splitlines()
             fields = json.loads(header)
-            if fields["manifest"] != _VERSION:
-                raise DataError(path, f"has version {fields['manifest']}", f"this program reads {_VERSION}")
+            if fields["manifest"] not in _READABLE:
+                raise DataError(path, f"has version {fields['manifest']}", f"this program reads {_READABLE}")
             entries.extend(Entry.from_json(json.loads(line)) for line in lines)
             manifest = Manifest(
                 str(fields["format"]),
@@ -166,6 +182,13 @@ class Manifest:
         if len({entry.stem for entry in entries}) != len(entries):
             raise DataError(path, "has a sample twice", _REMEDY)
         return manifest
+
+
+def _count(value: Any) -> int:
+    """`value` as a number of bytes; ValueError, TypeError or OverflowError for what is none."""
+    if not 0 <= (count := int(value)) < 1 << 63:
+        raise ValueError(f"{count} bytes")
+    return count
 
 
 _REMEDY = "convert again, or write it anew with python -m preprocess.verify --write"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
 from pipelines.dataset import Split
@@ -15,7 +16,7 @@ OnBadSample: TypeAlias = Literal["fail", "skip"]
 _Read = TypeVar("_Read")
 
 _IN_A_ROW = 16
-"""Damaged samples one behind the other that are passed over; more are no accident."""
+"""Files one behind the other of which no sample is sound that are passed over; as many are no accident."""
 
 
 class Reader:
@@ -41,16 +42,21 @@ class Reader:
     def payload(self, index: int) -> tuple[int, Payload]:
         """Sample `index` for the pipeline, or where it is passed over the next sound one: which, and it.
 
-        DataError where too many in a row are damaged.
+        DataError where there is none in too many files in a row.
         """
-        for step in range(min(_IN_A_ROW, len(self.split))):
-            candidate = (index + step) % len(self.split)
+        passed, files = 0, set[Path]()
+        while passed < len(self.split):
+            candidate = (index + passed) % len(self.split)
+            files.add(self.split.files(candidate)[-1])
+            if len(files) > _IN_A_ROW:
+                break
             payload = self._unless_damaged(candidate, self._payload)
             if payload is not None:
                 return candidate, payload
+            passed += 1
         raise DataError(
             self.split.path(index),
-            f"and the {_IN_A_ROW - 1} samples behind it are damaged",
+            f"and the {passed - 1} samples behind it are damaged",
             "see what has become of the folder: python -m preprocess.verify",
         )
 

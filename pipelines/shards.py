@@ -66,6 +66,9 @@ def read_members(path: Path) -> tuple[Member, ...]:
                     fault = f"is no whole tar: at byte {at}, {error}"
                     raise DataError(path, fault, _REMEDY) from error
                 end = at + _BLOCK + entry.size
+                if entry.size < 0:
+                    fault = f"is no whole tar: at byte {at}, a member of {entry.size} bytes"
+                    raise DataError(path, fault, _REMEDY)
                 if end > length:
                     raise DataError(path, f"is cut off in {entry.name}", _REMEDY)
                 if entry.isreg():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pipelines.dataset import Split, of_shards
 from pipelines.errors import DataError
 from pipelines.files import Written, read_file
 from pipelines.formats import FORMATS
-from pipelines.formats.packed import PackedFormat, sample_members
+from pipelines.formats.packed import MEMBER, PackedFormat, sample_members
 from pipelines.manifest import Entry, Part
 from pipelines.sample import Sample, SampleSpec
 
@@ -46,19 +46,19 @@ class Check:
         wanted = [part.suffix for part in expected.parts] if expected else form.parts
         missing = (folder / (stem + part) for part in wanted if part not in there)
         faults = [("files", f"{path}: is not there; convert it again") for path in missing]
-        entry, samples = None, []
+        entry, split, samples = None, None, []
         try:
-            entry = self._entry(stem, there)
+            contents = {part: read_file(folder / (stem + part)) for part in there}
+            entry = self._entry(stem, contents)
             if expected:
                 faults += _against(folder, expected, entry)
             split = None if faults else self._split(entry)
         except DataError as error:
             faults.append(("content", str(error)))
-            split = None
         if split:
             for index in range(len(split)):
                 try:
-                    sample = split.read(index)
+                    sample = form.parse(split.path(index), _of(split, index, contents), split.spec)
                 except DataError as error:
                     faults.append(("content", str(error)))
                 else:
@@ -66,10 +66,13 @@ class Check:
                     samples.append((split.stem(index), _identity(sample), sample.target.tolist()))
         return {"faults": faults, "entry": entry.to_json() if entry else None, "samples": samples}
 
-    def _entry(self, stem: str, suffixes: Sequence[str]) -> Entry:
-        """What the files of `stem` with these ends of their names are."""
+    def _entry(self, stem: str, contents: Mapping[str, bytes]) -> Entry:
+        """What the files of `stem` are, whose `contents` these are by the ends of their names."""
         folder = Path(self.folder)
-        written = [_checksummed(folder / (stem + suffix)) for suffix in suffixes]
+        written = [
+            Written(folder / (stem + suffix), len(content), crc32c.crc32c(content))
+            for suffix, content in contents.items()
+        ]
         if self.form == PackedFormat.name:
             shards = (file.path.suffix == PackedFormat.suffix for file in written)
             written = [
@@ -86,9 +89,12 @@ class Check:
         return Split(folder, self.form, (entry.stem + FORMATS[self.form].suffix,), spec)
 
 
-def _checksummed(path: Path) -> Written:
-    content = read_file(path)
-    return Written(path, len(content), crc32c.crc32c(content))
+def _of(split: Split, index: int, contents: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The contents of sample `index` among those of the files that it is in, as `Format.parse` takes them."""
+    if not split.extents:
+        return {kind: contents[kind] for kind in split.kinds}
+    start, length = int(split.extents.offsets[index]), int(split.extents.lengths[index])
+    return {MEMBER: contents[PackedFormat.suffix][start : start + length]}
 
 
 def _of_target(path: Path, sample: Sample) -> Iterator[tuple[str, str]]:

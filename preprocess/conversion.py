@@ -55,7 +55,7 @@ class Conversion:
             yield stem, write_shard(target / (stem + SHARD), _members(split))
 
         files = dict.fromkeys(path for index in range(len(split)) for path in split.files(index))
-        return make_entries(target, Source.of(files), wanted, shard if self.sharded else samples)
+        return make_entries(target, Source.of(split.names, files), wanted, shard if self.sharded else samples)
 
     def _split(self, lines: Sequence[Line]) -> Split:
         names, offsets, lengths = zip(*lines, strict=True)

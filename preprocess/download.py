@@ -33,22 +33,15 @@ def unpack(archive: Path, root: Path) -> int:
     for an archive that is damaged, has no samples, or would write elsewhere: then `root` stays as
     it is.
     """
-    halfway = root / ".unpacking"
-    shutil.rmtree(halfway, ignore_errors=True)
-    count = 0
+    halfway, whole = root / ".unpacking", root / ".unpacked"
     try:
-        with tarfile.open(archive, "r:*") as tar:
-            for member, place in _samples(archive, tar):
-                source = tar.extractfile(member)
-                assert source is not None, "a regular file has content"
-                (halfway / place).parent.mkdir(parents=True, exist_ok=True)
-                with open(halfway / place, "xb") as file:
-                    shutil.copyfileobj(source, file, 1 << 20)
-                count += 1
-        if not count:
-            raise DataError(archive, "holds no samples", f"expected train/*{SUFFIX} and validation/*{SUFFIX}")
-        for split in halfway.iterdir():
+        if not whole.exists():
+            _unpack(archive, halfway)
+            halfway.rename(whole)
+        # A run that was stopped here goes on here.
+        for split in list(whole.iterdir()):
             split.rename(root / split.name)
+        whole.rmdir()
     except FileExistsError as error:
         raise DataError(archive, f"holds {Path(error.filename).name} twice", "fetch it again") from error
     except (tarfile.TarError, EOFError, zlib.error) as error:
@@ -59,7 +52,21 @@ def unpack(archive: Path, root: Path) -> int:
         raise AccessError.writing(root, error) from error
     finally:
         shutil.rmtree(halfway, ignore_errors=True)
-    return count
+    return sum(1 for split in SPLITS for _ in (root / split).glob(f"*{SUFFIX}"))
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack the samples in `archive` into the splits in `folder`, which is made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with tarfile.open(archive, "r:*") as tar:
+        for member, place in _samples(archive, tar):
+            source = tar.extractfile(member)
+            assert source is not None, "a regular file has content"
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            with open(folder / place, "xb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+    if not folder.exists():
+        raise DataError(archive, "holds no samples", f"expected train/*{SUFFIX} and validation/*{SUFFIX}")
 
 
 def _samples(archive: Path, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Path]]:
@@ -84,8 +91,7 @@ def download(url: str, root: Path, sha256: str | None) -> int:
         raise AccessError.writing(root, error) from error
     if not all((root / split).is_dir() for split in SPLITS):
         archive = root / PurePosixPath(url).name
-        if not archive.exists():
-            fetch(url, archive, sha256=sha256, shown=True)
+        fetch(url, archive, sha256=sha256, shown=True)
         try:
             print(f"{root}: {unpack(archive, root)} samples")
         except AccessError:

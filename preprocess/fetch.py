@@ -40,7 +40,7 @@ class _Offer(NamedTuple):
 def fetch(
     url: str, path: Path, *, sha256: str | None = None, shown: bool, timeout: float = 30.0, pause: float = 2.0
 ) -> None:
-    """Fetch `url` to `path`, going on with what an earlier run has left.
+    """Fetch `url` to `path`, going on with what an earlier run has left, which may be all of it.
 
     timeout: seconds of silence after which a connection counts as broken.
     pause: seconds before the second try, doubled before each further one.
@@ -48,6 +48,9 @@ def fetch(
     DataError, naming the URL, for a server that refuses, breaks off too often, or sends something
     else than `sha256` says; AccessError for a disk that does not take it.
     """
+    if path.exists():
+        _check_sum(url, path, sha256)
+        return
     part = path.with_name(path.name + ".part")
     fruitless = 0
     while True:
@@ -65,13 +68,7 @@ def fetch(
             time.sleep(pause * 2**fruitless)
         except OSError as error:
             raise AccessError.writing(part, error) from error
-    if sha256 is not None:
-        found = _sha256(part)
-        if found != sha256.lower():
-            part.unlink()
-            raise DataError(
-                url, f"its SHA-256 is {found}, not {sha256}", "fetch it again, or ask who gave the sum"
-            )
+    _check_sum(url, part, sha256)
     part.replace(path)
     _tag(part).unlink(missing_ok=True)
 
@@ -116,7 +113,7 @@ def _open(url: str, part: Path, request: urllib.request.Request, timeout: float)
         raise DataError(url, answer, "check the address") from error
     except urllib.error.URLError as error:
         raise _BrokenError(f"cannot be reached ({error.reason})") from error
-    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+    except (http.client.HTTPException, OSError) as error:
         raise _BrokenError(f"answers nothing sensible ({error or type(error).__name__})") from error
     return response
 
@@ -124,7 +121,7 @@ def _open(url: str, part: Path, request: urllib.request.Request, timeout: float)
 def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read1(_CHUNK)
-    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+    except (http.client.HTTPException, OSError) as error:
         raise _BrokenError(f"broke off ({error or type(error).__name__})") from error
 
 
@@ -148,6 +145,15 @@ def _check_space(part: Path, offer: _Offer) -> None:
 
 def _tag(part: Path) -> Path:
     return part.with_name(part.name + ".tag")
+
+
+def _check_sum(url: str, path: Path, sha256: str | None) -> None:
+    """DataError, and no `path` any more, where that is not what `sha256` says."""
+    if sha256 is not None and (found := _sha256(path)) != sha256.lower():
+        path.unlink()
+        raise DataError(
+            url, f"its SHA-256 is {found}, not {sha256}", "fetch it again, or ask who gave the sum"
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -93,4 +93,6 @@ class Preparation:
             for (stem, _), sample in zip(wanted, cut, strict=True):
                 yield stem, FORMATS[self.form].write(Path(self.target), stem, sample)
 
-        return make_entries(Path(self.target), Source.of([path]), wanted, make)
+        # By what it is cut into, which another size of samples changes.
+        origin = Source.of((stem for stem, _ in wanted), [path])
+        return make_entries(Path(self.target), origin, wanted, make)

@@ -1,49 +1,77 @@
 """A folder of samples in the making, so that nothing is lost and nothing is made twice.
 
 Files appear under their names only when they are whole. Each one that does is noted in a journal,
-`.journal.<n>.jsonl` for writer n, in the lines that the manifest will have; a run that is killed
-leaves the journals, and the next one makes what they do not vouch for. At the end they become the
-manifest and the list files, and are removed.
+`.journal.<format>.<n>.jsonl` for writer n, from 1, in the lines that the manifest will have; a run
+that is killed leaves the journals, which the next one brings together in number 0, and makes what
+that does not vouch for. At the end they become the manifest and the list files, and are removed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pipelines.dataset import list_folder
 from pipelines.errors import AccessError, DataError, UserError
-from pipelines.files import Written, is_temporary, remove_temporaries
+from pipelines.files import Written, final_name, remove_temporaries, write_chunks
 from pipelines.formats import FORMATS
 from pipelines.formats.npy import DATA, LABEL
 from pipelines.lists import DATA_LIST, LABEL_LIST, Listed, write_list
 from pipelines.manifest import MANIFEST, Entry, Manifest, Source
 from pipelines.sample import SampleSpec
 
-_JOURNAL = ".journal."
+_JOURNAL = re.compile(r"\.journal\.(?P<form>\w+)\.(?P<writer>\d+)\.jsonl")
 _OURS = (MANIFEST, DATA_LIST, LABEL_LIST)
 
 
-def begin(folder: Path, form: str, stems: Iterable[str]) -> dict[str, Entry]:
-    """Make `folder` ready for the samples `stems` in the format `form`: what it has of them, by stem.
+def begin(folder: Path, form: str, spec: SampleSpec, stems: Iterable[str]) -> dict[str, Entry]:
+    """Make `folder` ready for the samples `stems` of `spec` as `form`: what it has of them, by stem.
 
-    DataError where it holds something else, which is left as it is. One process calls this, and
+    What was made of other samples of this source, which are no longer wanted, is removed. DataError
+    where the folder holds something else, which is left as it is. One process calls this, and
     nobody else may be writing there.
     """
     expected = set(stems)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _check(folder, form, expected, list_folder(folder))
+        names = list_folder(folder)
+        found = noted(folder, form, spec)
+        known = {stem: entry for stem, entry in found.items() if stem in expected}
+        unwanted = [entry for stem, entry in found.items() if stem not in expected]
+        _check(folder, form, expected, names, unwanted)
         remove_temporaries(folder)
+        if unwanted or any(map(_JOURNAL.fullmatch, names)):
+            suspend(folder, form, known.values())
+        remove(folder, unwanted)
     except OSError as error:
         raise AccessError.writing(folder, error) from error
+    return known
+
+
+def noted(folder: Path, form: str, spec: SampleSpec) -> dict[str, Entry]:
+    """What manifest and journals note of the files in `folder`, by stem; DataError for others than these."""
     manifest = Manifest.load(folder)
-    known = {entry.stem: entry for entry in manifest.entries} if manifest else {}
-    known.update((entry.stem, entry) for entry in _journals(folder))
-    return {stem: entry for stem, entry in known.items() if stem in expected}
+    found = {entry.stem: entry for entry in manifest.entries} if manifest else {}
+    journals = [match for match in map(_JOURNAL.fullmatch, list_folder(folder)) if match]
+    for other in [*([manifest.form] if manifest else []), *(match["form"] for match in journals)]:
+        if other != form:
+            raise DataError(folder, f"holds samples as {other}, not {form}", "choose another folder")
+    if manifest and manifest.spec != spec:
+        fault = f"holds samples of shape {manifest.spec.shape}, not {spec.shape}"
+        raise DataError(folder, fault, "choose another folder")
+    # What a run has written stands behind what was there when it began.
+    for match in sorted(journals, key=lambda match: int(match["writer"])):
+        for line in (folder / match[0]).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = Entry.from_json(json.loads(line))
+            except (ValueError, TypeError, OverflowError):
+                continue  # Cut off when its writer was killed: the sample is made again.
+            found[entry.stem] = entry
+    return found
 
 
 def finish(folder: Path, form: str, spec: SampleSpec, entries: Sequence[Entry]) -> None:
@@ -54,9 +82,20 @@ def finish(folder: Path, form: str, spec: SampleSpec, entries: Sequence[Entry]) 
         sized = form == "tfrecord_gzip"
         write_list(folder / name, (Listed(file, sizes[file] if sized else None) for file in files))
     Manifest(form, spec, tuple(entries)).save(folder)
-    for name in list_folder(folder):
-        if name.startswith(_JOURNAL):
-            (folder / name).unlink(missing_ok=True)
+    _unlink(folder, filter(_JOURNAL.fullmatch, list_folder(folder)))
+
+
+def suspend(folder: Path, form: str, entries: Iterable[Entry]) -> None:
+    """Have nothing in `folder` vouch for other samples than `entries`, in one journal: more are to come."""
+    journal = _journal(folder, form, 0)
+    write_chunks(journal, "".join(f"{json.dumps(entry.to_json())}\n" for entry in entries).encode())
+    _unlink(folder, (name for name in list_folder(folder) if _is_note(name) and name != journal.name))
+
+
+def remove(folder: Path, entries: Iterable[Entry]) -> None:
+    """Remove those files of `entries` from `folder` that are as noted."""
+    for entry in entries:
+        _unlink(folder, _whole(folder, entry))
 
 
 def list_files(form: str, stems: Sequence[str]) -> dict[str, list[str]]:
@@ -67,7 +106,7 @@ def list_files(form: str, stems: Sequence[str]) -> dict[str, list[str]]:
 
 def is_unfinished(name: str) -> bool:
     """Whether `name` is that of a file which a writer that was stopped has left."""
-    return name.startswith(_JOURNAL) or is_temporary(name)
+    return bool(_JOURNAL.fullmatch(name) or final_name(name))
 
 
 def make_entries(
@@ -81,10 +120,10 @@ def make_entries(
     wanted: their stems, each with what is noted of it, an Entry as JSON, or None.
     make: writes the files of each entry and yields its stem and them; asked if one of them is not
         there, whole and of this `origin`. Its DataError or DamagedError is the source's fault,
-        unless it is an AccessError.
+        unless it is an AccessError; what was made of the source before is then removed.
     """
-    noted = [Entry.from_json(line) for _, line in wanted if line is not None]
-    whole = [entry for entry in noted if entry.source == origin and entry.is_whole_in(target)]
+    known = [Entry.from_json(line) for _, line in wanted if line is not None]
+    whole = [entry for entry in known if entry.source == origin and entry.is_whole_in(target)]
     if len(whole) == len(wanted):
         return {"made": [], "kept": [entry.stem for entry in whole], "faults": []}
     made: list[Any] = []
@@ -98,6 +137,9 @@ def make_entries(
         faults.append(str(error))
     except DamagedError as error:
         faults += error.faults
+    if faults:
+        anew = {line[0] for line in made}
+        remove(target, (entry for entry in known if entry.stem not in anew))
     return {"made": made, "kept": [], "faults": faults}
 
 
@@ -110,25 +152,22 @@ class DamagedError(UserError):
 
 
 class Journal:
-    """Writer `number`'s notes of the samples that it has finished in `folder`."""
+    """The notes of writer `number`, from 0, of the samples that it has finished as `form` in `folder`."""
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self._path = folder / f"{_JOURNAL}{number}.jsonl"
+    def __init__(self, folder: Path, form: str, number: int) -> None:
+        self._path = _journal(folder, form, number + 1)
         try:
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
             raise AccessError.writing(self._path, error) from error
-        # The last line of a writer that was killed may lack its end.
-        self._start = "\n"
 
     def add(self, entry: Entry) -> None:
         """Note that the files of `entry` are whole under their names."""
         try:
-            self._file.write(f"{self._start}{json.dumps(entry.to_json())}\n")
+            self._file.write(f"{json.dumps(entry.to_json())}\n")
             self._file.flush()
         except OSError as error:
             raise AccessError.writing(self._path, error) from error
-        self._start = ""
 
     def __enter__(self) -> Journal:
         return self
@@ -139,24 +178,43 @@ class Journal:
         self._file.close()
 
 
-def _check(folder: Path, form: str, expected: set[str], names: list[str]) -> None:
-    """Refuse a folder that holds samples of another source, another format, or no samples at all."""
+def _check(
+    folder: Path, form: str, expected: set[str], names: Sequence[str], unwanted: Sequence[Entry]
+) -> None:
+    """Refuse a folder that holds samples of another source, or no samples at all."""
     parts = FORMATS[form].parts + FORMATS[form].extras
+    left = {name for entry in unwanted if entry.source for name in _whole(folder, entry)}
+    wanted = False
     for name in names:
-        if name in _OURS or is_unfinished(name):
+        final = final_name(name)
+        if _is_note(name) or (final and (_is_note(final) or final.endswith(parts))):
             continue
         suffix = next((part for part in parts if name.endswith(part)), None)
-        if suffix is None or name.removesuffix(suffix) not in expected:
-            raise DataError(
-                folder, f"holds {name}, which is no sample of the source as {form}", "choose another folder"
-            )
+        if suffix is not None and name.removesuffix(suffix) in expected:
+            wanted = True
+        elif name not in left:
+            fault = f"holds {name}, which is no sample of the source as {form}"
+            raise DataError(folder, fault, "remove it, or choose another folder")
+    if left and not wanted:
+        # Made of another source: whoever named the wrong folder shall not lose what is in it.
+        raise DataError(folder, f"holds {min(left)} and no sample of this source", "choose another folder")
 
 
-def _journals(folder: Path) -> Iterator[Entry]:
-    for name in list_folder(folder):
-        if name.startswith(_JOURNAL):
-            for line in (folder / name).read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    yield Entry.from_json(json.loads(line))
-                except (ValueError, TypeError, OverflowError):
-                    continue  # Cut off when its writer was killed: the sample is made again.
+def _is_note(name: str) -> bool:
+    """Whether `name` is that of a file that vouches for others."""
+    return name in _OURS or bool(_JOURNAL.fullmatch(name))
+
+
+def _journal(folder: Path, form: str, writer: int) -> Path:
+    return folder / f".journal.{form}.{writer}.jsonl"
+
+
+def _whole(folder: Path, entry: Entry) -> list[str]:
+    """The names of the files of `entry` that are in `folder` and as long as noted."""
+    files = ((path, part) for path, part in entry.files(folder) if path.is_file())
+    return [path.name for path, part in files if path.stat().st_size == part.bytes]
+
+
+def _unlink(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)

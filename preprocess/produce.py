@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from pipelines.dist import World, report_errors
 from pipelines.errors import AccessError, ConfigError
 from pipelines.files import locked
 from pipelines.manifest import Entry
 from pipelines.sample import SampleSpec
-from preprocess.output import Journal, begin, finish
+from preprocess.output import Journal, begin, finish, suspend
 from preprocess.progress import progress
 from preprocess.workforce import Task, run_jobs
 
@@ -30,6 +30,10 @@ class Job(NamedTuple):
     makes: Sequence[str]
 
 
+_Share: TypeAlias = "list[tuple[Job, list[Entry | None]]]"
+"""Jobs, and of each what is noted of the entries that it makes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """What a folder shall hold.
@@ -37,7 +41,7 @@ class Order:
     target: the folder.
     form: the format, a key of FORMATS.
     spec: the shape of every sample.
-    jobs: what is made at a time.
+    jobs: what is made at a time; rank 0 alone needs to know.
     """
 
     target: Path
@@ -74,45 +78,55 @@ def produce(
         def tell_of_waiting() -> None:
             print(f"{target}: another process is writing into it; waiting for that", file=sys.stderr)
 
-        def look() -> dict[str, Entry]:
+        def share() -> list[_Share]:
             try:
                 target.mkdir(parents=True, exist_ok=True)
                 locks.append(held.enter_context(locked(target, tell_of_waiting)))
             except OSError as error:
                 raise AccessError.writing(target, error) from error
-            return begin(target, order.form, [stem for job in order.jobs for stem in job.makes])
+            stems = (stem for job in order.jobs for stem in job.makes)
+            known.update(begin(target, order.form, order.spec, stems))
+            wanted = [(job, [known.get(stem) for stem in job.makes]) for job in order.jobs]
+            return [wanted[rank :: world.size] for rank in range(world.size)]
 
         locks: list[int] = []
-        known = world.on_root(look)
-        mine = order.jobs[world.rank :: world.size]
-        jobs = ([job.source, [[stem, _noted(known, stem)] for stem in job.makes]] for job in mine)
-        entries: list[Entry] = []
+        known: dict[str, Entry] = {}
+        mine = world.scatter(share)
+        jobs = ([job.source, _lines(job, noted)] for job, noted in mine)
+        made: list[Entry] = []
+        kept: list[str] = []
         faults: list[str] = []
-        made = 0
         with (
-            Journal(target, world.rank) as journal,
+            Journal(target, order.form, world.rank) as journal,
             progress(len(mine), "done", unit, shown=shown and world.is_root) as advance,
             contextlib.closing(run_jobs(task, jobs, workers, locks)) as answers,
         ):
             for _, answer in world.alone(answers):
                 for line in answer["made"]:
-                    entries.append(Entry.from_json(line))
-                    journal.add(entries[-1])
-                made += sum(entry.samples for entry in entries[len(entries) - len(answer["made"]) :])
-                entries += [known[stem] for stem in answer["kept"]]
+                    made.append(Entry.from_json(line))
+                    journal.add(made[-1])
+                kept += answer["kept"]
                 faults += answer["faults"]
                 advance()
-        shares = world.gather((entries, made, faults))
-        result = Produced(
-            sum(share[1] for share in shares),
-            sum(sum(entry.samples for entry in share[0]) - share[1] for share in shares),
-            tuple(sorted(fault for share in shares for fault in share[2])),
-        )
-        if not result.faults:
-            by_stem = {entry.stem: entry for share in shares for entry in share[0]}
-            ordered = [by_stem[stem] for job in order.jobs for stem in job.makes]
-            world.on_root(lambda: finish(target, order.form, order.spec, ordered))
-        return result
+        shares = world.gather_to_root((made, kept, faults))
+
+        def settle() -> Produced:
+            entries = {entry.stem: entry for share in shares for entry in share[0]}
+            there = {stem: known[stem] for share in shares for stem in share[1]}
+            result = Produced(
+                sum(entry.samples for entry in entries.values()),
+                sum(entry.samples for entry in there.values()),
+                tuple(sorted(fault for share in shares for fault in share[2])),
+            )
+            entries |= there
+            if result.faults:
+                suspend(target, order.form, entries.values())
+            else:
+                ordered = [entries[stem] for job in order.jobs for stem in job.makes]
+                finish(target, order.form, order.spec, ordered)
+            return result
+
+        return world.on_root(settle)
 
 
 def run(
@@ -125,10 +139,16 @@ def run(
             raise ConfigError("--workers", workers, "expected at least one process")
         processes = workers or _PROCESSES_A_CORE * world.cores
         start, result = time.perf_counter(), Produced()
+        ordered: list[tuple[Order, Task]] = []
+
+        def heads() -> list[tuple[Order, Task]]:
+            ordered.extend(orders())
+            return [(replace(order, jobs=()), task) for order, task in ordered]
+
         with world.connected():
-            for order, task in world.on_root(orders):
+            for number, (head, task) in enumerate(world.on_root(heads)):
                 result += produce(
-                    order,
+                    ordered[number][0] if world.is_root else head,
                     task,
                     world=world,
                     workers=processes,
@@ -149,6 +169,6 @@ def run(
     return 1 if result.faults else 0
 
 
-def _noted(known: Mapping[str, Entry], stem: str) -> list[Any] | None:
-    entry = known.get(stem)
-    return entry.to_json() if entry else None
+def _lines(job: Job, noted: Sequence[Entry | None]) -> list[list[Any]]:
+    """What `make_entries` wants to know of `job`."""
+    return [[stem, entry.to_json() if entry else None] for stem, entry in zip(job.makes, noted, strict=True)]

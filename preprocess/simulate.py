@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import get_args
 
 from pipelines.errors import ConfigError, DataError, UserError
-from pipelines.files import is_temporary, locked, remove_temporaries, write_chunks
+from pipelines.files import final_name, locked, remove_temporaries, write_chunks
 from pipelines.formats import FORMATS
 from preprocess.progress import progress
 from preprocess.universe import SimulateConfig, Simulation, SplitName
@@ -114,7 +114,7 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
     except FileNotFoundError:
         for split in _SPLITS:
             folder = root / split
-            if folder.is_dir() and not all(is_temporary(path.name) for path in folder.iterdir()):
+            if folder.is_dir() and not all(final_name(path.name) for path in folder.iterdir()):
                 raise DataError(
                     root,
                     f"holds {split}/ but no {SETTINGS}",

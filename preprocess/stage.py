@@ -12,7 +12,6 @@ A second run on a staged node stages nothing. The trainer, with the same setting
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.direct_io,
         )
         with world.connected():
-            for name in _SPLITS:
-                split = world.on_root(functools.partial(open_folder, arguments.input_dir / name))
-                there, staged = stage(split, config.folder / name, config, world, arguments.models)
+            splits = world.on_root(
+                lambda: {name: open_folder(arguments.input_dir / name) for name in _SPLITS}
+            )
+            for there, staged in stage(splits, config.folder, config, world, arguments.models):
                 if world.is_root:
                     print(describe(there, staged, world.nodes))
                     for fault in staged.faults:

@@ -8,32 +8,33 @@ node has already, whole and of the same source, it keeps.
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from pipelines.dataset import Share, Split, of_shards
 from pipelines.dist import World
-from pipelines.errors import AccessError, ConfigError, DataError
-from pipelines.files import Member, Written, locked
-from pipelines.formats import FORMATS
+from pipelines.errors import ConfigError, DataError
+from pipelines.files import Member
 from pipelines.formats.npy import Npy
-from pipelines.formats.packed import MEMBER, payload_of
-from pipelines.manifest import Entry, Source
+from pipelines.formats.packed import MEMBER
 from pipelines.peers import Peers
 from pipelines.plan import Indices, shuffled
-from pipelines.shards import FIRST, SHARD, write_shard
-from preprocess.output import Journal, begin, finish
+from pipelines.shards import FIRST, SHARD
+from preprocess.lacking import ORIGIN, find_origins, is_staged, look, origin_of
+from preprocess.output import Journal, finish, noted
+from preprocess.relay import of_place, relay, staged_form
+
+_HEADERS = 2048
+"""Bytes that a staged file has beside its sample at most: the headers and the end of a tar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,86 +118,29 @@ def share_of(samples: int, team: int, teams: int, seed: int | None) -> Indices:
 
 
 def stage(
-    split: Split, target: Path, config: StageConfig, world: World, models: int = 1
-) -> tuple[Split, Staged]:
-    """Have this node's samples of `split` in `target`: those, and what it took.
+    splits: Mapping[str, Split],
+    root: Path,
+    config: StageConfig,
+    world: World,
+    models: int = 1,
+    *,
+    trusted: bool = False,
+) -> list[tuple[Split, Staged]]:
+    """Have this node's samples of `splits` in folders of their names in `root`: those, and what it took.
 
-    All ranks of `world` call this, whose nodes are going to train `models` models. A UserError, on
-    every rank that can still be reached, where a node lacks the space or a file cannot be read or
-    written.
+    All ranks of `world` call this, whose nodes are going to train `models` models. `trusted` says
+    that they have just been staged: of folders that are whole no source is asked for changes. A
+    UserError, on every rank that can still be reached, where a node lacks the space or a file cannot
+    be read or written.
     """
-    start = time.perf_counter()
-    peers, leads = Peers(world, config.teams(world.nodes, models)), world.local_rank == 0
-    origins = _origins(split, world)
-    if peers.teams > 1:
-        seed = config.seed if config.preshuffle else None
-        places = share_of(len(split), peers.number, peers.teams, seed)
-        share = Share(places, peers.teams, len(split), seed)
-        split = split.take(places, share)
-        origins = [origins[place] for place in places.tolist()]
-    stems, form = [split.stem(index) for index in range(len(split))], _form(split)
+    peers = Peers(world, config.teams(world.nodes, models))
     with ExitStack() as held:
-        known: dict[str, Entry] = {}
-
-        def refuse() -> None:
-            # To wait would be to have the other ranks wait for ever, if one of them is who holds it.
-            fault = "is being written into by another process or node"
-            raise DataError(target, fault, "stage to each node's own disk, one run at a time")
-
-        def look() -> Indices:
-            if not leads:
-                return np.arange(0)
-            try:
-                target.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(target, refuse))
-            except OSError as error:
-                raise AccessError.writing(target, error) from error
-            known.update(begin(target, form, stems))
-            lacking = _lacking(target, stems, origins, known)
-            _check_space(target, split, lacking)
-            return lacking
-
-        lacking = world.gather((peers.number, world.everywhere(look)))
-        wanted = np.unique(np.concatenate([share for team, share in lacking if team == peers.number]))
-        mine = of_place(wanted, world).tolist()
-        read = written = 0
-        faults: list[str] = []
-        if mine:
-            each = _stage_each(split, target, mine, origins, config, peers)
-            with Journal(target, world.local_rank) as journal:
-                for taken, done in world.alone(each):
-                    read += taken
-                    if isinstance(done, str):
-                        faults.append(done)
-                    else:
-                        journal.add(done)
-                        written += sum(part.bytes for part in done.parts)
-        shares = world.gather((len(mine) if peers.place == 0 else 0, read, written, faults))
-
-        def end() -> None:
-            if leads and len(wanted):
-                entries = begin(target, form, stems)
-                finish(target, form, split.spec, [entries[stem] for stem in stems if stem in entries])
-
-        world.everywhere(end)
-    staged = Staged(
-        samples=sum(share[0] for share in shares),
-        read_bytes=sum(share[1] for share in shares),
-        written_bytes=sum(share[2] for share in shares),
-        faults=tuple(sorted({fault for share in shares for fault in share[3]})),
-        seconds=time.perf_counter() - start,
-    )
-    return _there(split, target), staged
-
-
-def of_place(wanted: Indices, world: World) -> Indices:
-    """Which of the samples `wanted` this rank writes to its node: its peers on other nodes have the same."""
-    return wanted[world.local_rank :: world.local_size]
-
-
-def to_read(mine: list[int], place: int, team: int) -> list[int]:
-    """Which of the samples `mine` the peer at `place` of `team` reads for all: they take turns."""
-    return mine[place::team]
+        plans = [
+            _plan(split, root / name, config, world, peers, held, trusted) for name, split in splits.items()
+        ]
+        world.everywhere(lambda: _check_space(root, plans))
+        done = [_fill(plan, config, world, peers) for plan in plans]
+        return [(_there(plan.split, plan.target), staged) for plan, staged in zip(plans, done, strict=True)]
 
 
 def describe(split: Split, staged: Staged, nodes: int) -> str:
@@ -209,9 +153,116 @@ def describe(split: Split, staged: Staged, nodes: int) -> str:
     )
 
 
-def _form(split: Split) -> str:
-    """The format that the samples of `split` are staged in."""
-    return split.form if split.extents else Npy.name
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """What is to become of the folder `target` on this node.
+
+    split: the samples that it is for.
+    origins: what each was made from, (samples,) ORIGIN.
+    own, wanted: which of them this node lacks, and which any node of its team, (samples,) bool.
+    opened: whether this rank has opened the folder, and is to finish it.
+    seconds: that finding out has taken.
+    """
+
+    split: Split
+    target: Path
+    origins: npt.NDArray[Any]
+    own: npt.NDArray[np.bool_]
+    wanted: npt.NDArray[np.bool_]
+    opened: bool
+    seconds: float
+
+
+def _plan(
+    split: Split,
+    target: Path,
+    config: StageConfig,
+    world: World,
+    peers: Peers,
+    held: ExitStack,
+    trusted: bool,
+) -> _Plan:
+    """Find out what `target` lacks of its share of `split`; `held` keeps the right to write it."""
+    start, leads, whole = time.perf_counter(), world.local_rank == 0, split
+    if peers.teams > 1:
+        seed = config.seed if config.preshuffle else None
+        places = share_of(len(whole), peers.number, peers.teams, seed)
+        split = whole.take(places, Share(places, peers.teams, len(whole), seed))
+    origins, opened = np.empty(0, ORIGIN), False
+    own = wanted = np.zeros(len(split), dtype=bool)
+    if not (trusted and all(world.gather(world.everywhere(lambda: not leads or is_staged(split, target))))):
+        origins = find_origins(whole, world)[split.places(np.arange(len(split)))]
+        lacking = world.everywhere(lambda: look(split, target, origins, world, held) if leads else None)
+        opened = lacking is not None
+        # In bits, since every rank hears of all nodes.
+        shares = world.gather((peers.number, np.packbits(own if lacking is None else lacking)))
+        wanted = _mask(np.bitwise_or.reduce([bits for team, bits in shares if team == peers.number]), split)
+        own = _mask(shares[world.rank - world.local_rank][1], split)
+    return _Plan(split, target, origins, own, wanted, opened, time.perf_counter() - start)
+
+
+def _mask(bits: npt.NDArray[np.uint8], split: Split) -> npt.NDArray[np.bool_]:
+    """`bits` as (samples,) bool."""
+    return np.unpackbits(bits, count=len(split)).astype(bool)
+
+
+def _check_space(root: Path, plans: Sequence[_Plan]) -> None:
+    """DataError where this rank has opened folders for more than the disk has room for."""
+    needed = 0
+    for plan in plans:
+        if plan.opened:
+            block = os.statvfs(plan.target).f_frsize
+            extents, counts = plan.split.extents, np.full(len(plan.split), plan.split.spec.bytes)
+            lengths = (extents.lengths if extents else counts)[plan.own]
+            # In whole blocks, one of which is for the small file beside each: the label, or the index.
+            needed += int((-(-(lengths + _HEADERS) // block) * block + block).sum())
+    if needed and needed > (free := shutil.disk_usage(root).free):
+        fault = f"has {free} bytes free on {os.uname().nodename}, and {needed} are to come"
+        raise DataError(root, fault, "make room, or stage to another disk")
+
+
+def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Staged:
+    """Bring what the team's nodes lack to their disks."""
+    start, form = time.perf_counter(), staged_form(plan.split)
+    mine = of_place(np.flatnonzero(plan.wanted), world).tolist()
+    read = written = 0
+    faults: list[str] = []
+    if mine:
+        samples = relay(
+            plan.split,
+            plan.target,
+            mine,
+            peers,
+            origin=lambda index: origin_of(plan.origins, index) if plan.own[index] else None,
+            threads=config.threads,
+            direct=config.direct_io,
+        )
+        # A node that lacks nothing may have no folder open.
+        noting = Journal(plan.target, form, world.local_rank) if plan.own.any() else nullcontext()
+        with noting as journal:
+            for taken, done in world.alone(samples):
+                read += taken
+                if isinstance(done, str):
+                    faults.append(done)
+                elif done and journal:
+                    journal.add(done)
+                    written += sum(part.bytes for part in done.parts)
+    shares = world.gather((len(mine) if peers.place == 0 else 0, read, written, faults))
+
+    def end() -> None:
+        if plan.opened:
+            entries = noted(plan.target, form, plan.split.spec)
+            stems = (plan.split.stem(index) for index in range(len(plan.split)))
+            finish(plan.target, form, plan.split.spec, [entries[stem] for stem in stems if stem in entries])
+
+    world.everywhere(end)
+    return Staged(
+        samples=sum(share[0] for share in shares),
+        read_bytes=sum(share[1] for share in shares),
+        written_bytes=sum(share[2] for share in shares),
+        faults=tuple(sorted({fault for share in shares for fault in share[3]})),
+        seconds=plan.seconds + time.perf_counter() - start,
+    )
 
 
 def _there(split: Split, target: Path) -> Split:
@@ -226,94 +277,3 @@ def _there(split: Split, target: Path) -> Split:
         for stem, length in zip(stems, lengths, strict=True)
     )
     return replace(of_shards(target, shards, split.spec), share=split.share)
-
-
-def _origins(split: Split, world: World) -> list[Source]:
-    """What each sample's files are now; each rank looks at some of them, for all."""
-    # Neighbours lie in one shard, and a parallel file system is slow to say what a file is.
-    source = functools.lru_cache(maxsize=1)(Source.of)
-
-    def look() -> Indices:
-        mine = range(world.rank, len(split), world.size)
-        found = [source(split.files(index)) for index in mine]
-        return np.array(found, dtype=np.int64).reshape(-1, 2)
-
-    table = np.empty((len(split), 2), dtype=np.int64)
-    for rank, share in enumerate(world.gather(world.everywhere(look))):
-        table[rank :: world.size] = share
-    return [Source(*row) for row in table.tolist()]
-
-
-def _lacking(target: Path, stems: list[str], origins: list[Source], known: dict[str, Entry]) -> Indices:
-    """Which samples are not in `target`, whole and of their origin."""
-    return np.array(
-        [
-            index
-            for index, (stem, origin) in enumerate(zip(stems, origins, strict=True))
-            if stem not in known or known[stem].source != origin or not known[stem].is_whole_in(target)
-        ],
-        dtype=np.int64,
-    )
-
-
-def _check_space(target: Path, split: Split, lacking: Indices) -> None:
-    free, needed = shutil.disk_usage(target).free, len(lacking) * split.spec.bytes
-    if split.extents:
-        needed = int(split.extents.lengths[lacking].sum())
-    if needed > free:
-        fault = f"has {free} bytes free on {os.uname().nodename}, and {needed} are to come"
-        raise DataError(target, fault, "make room, or stage to another disk")
-
-
-def _stage_each(
-    split: Split,
-    target: Path,
-    indices: list[int],
-    origins: list[Source],
-    config: StageConfig,
-    peers: Peers,
-) -> Iterator[tuple[int, Entry | str]]:
-    """Stage the samples `indices`: the bytes that this rank has read for each, and its entry or its fault."""
-
-    def read(index: int) -> list[bytes]:
-        return list(split.contents(index, direct=config.direct_io).values())
-
-    def write(index: int, contents: list[bytes]) -> Entry | str:
-        stem, path = split.stem(index), split.path(index)
-        try:
-            if split.extents:
-                (content,) = contents
-                payload_of(path, content, split.spec, whole=False)
-                written: Sequence[Written] = write_shard(
-                    target / (stem + SHARD), [(stem + MEMBER, (content,))]
-                )
-            else:
-                named = dict(zip(split.kinds, contents, strict=True))
-                sample = split.format.parse(path, named, split.spec)
-                written = FORMATS[Npy.name].write(target, stem, sample)
-        except AccessError:
-            raise
-        except DataError as error:
-            return str(error)
-        return Entry.of(stem, written, origins[index])
-
-    own = iter(to_read(indices, peers.place, peers.size))
-    reading: deque[Future[list[bytes]]] = deque()
-    writing: deque[tuple[int, Future[Entry | str]]] = deque()
-    with ThreadPoolExecutor(config.threads) as readers, ThreadPoolExecutor(config.threads) as writers:
-        for turn, index in enumerate(indices):
-            while len(reading) < config.threads and (following := next(own, None)) is not None:
-                reading.append(readers.submit(read, following))
-            place = turn % peers.size
-            contents = reading.popleft().result() if place == peers.place else None
-            received = [
-                peers.broadcast(None if contents is None else contents[at], place)
-                for at in range(len(split.kinds))
-            ]
-            taken = sum(map(len, contents)) if contents is not None else 0
-            writing.append((taken, writers.submit(write, index, received)))
-            if len(writing) > config.threads:
-                count, done = writing.popleft()
-                yield count, done.result()
-        for count, done in writing:
-            yield count, done.result()

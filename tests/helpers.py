@@ -6,15 +6,17 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -22,6 +24,9 @@ import yaml
 
 from pipelines.formats import FORMATS
 from pipelines.sample import Sample
+
+if TYPE_CHECKING:
+    from preprocess.workforce import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -155,6 +160,19 @@ def wait_until_gone(pids: Sequence[int], seconds: float = 30) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"of the processes {pids} some are still there after {seconds} s")
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def jobs_here() -> Iterator[None]:
+    """While the body runs, this process does what programs have workers do, and saves their start."""
+
+    def run_jobs(task: Task, jobs: Iterable[Any], *_: object) -> Iterator[tuple[Any, Any]]:
+        for job in jobs:
+            # As a worker is told of it, and answers.
+            yield job, json.loads(json.dumps(task(json.loads(json.dumps(job)))))
+
+    with mock.patch("preprocess.produce.run_jobs", run_jobs):
+        yield
 
 
 def mounted(options: str, folder: Path, line: list[str]) -> list[str]:

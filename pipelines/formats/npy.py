@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import mmap
 import os
 import threading
@@ -113,11 +114,13 @@ def _read_header(path: Path, content: bytes | mmap.mmap) -> _Header:
     except Exception as error:  # the header is a Python expression, and its parser has many errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(path, f"is no .npy file ({reason})", _REMEDY) from error
-    if dtype.hasobject or dtype.byteorder == ">":
+    if dtype.kind not in "iuf" or dtype.byteorder == ">":
         raise DataError(path, f"holds {dtype.str}", "expected little-endian int16 counts or a float32 target")
     if fortran and len(shape) > 1:
         raise DataError(path, "is in Fortran order", "save it in C order")
-    expected = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    if min(shape, default=1) < 1:
+        raise DataError(path, f"has the shape {shape}", _REMEDY)
+    expected = dtype.itemsize * math.prod(shape)
     if len(content) - length != expected:
         fault = f"holds {len(content) - length} bytes where its header says {expected}"
         raise DataError(path, fault, _REMEDY)

@@ -33,6 +33,9 @@ _GZIP = 16 + 15
 """Asks zlib's interface for one gzip member, its header and its CRC-32 written or checked."""
 
 _LEVEL = 4
+_LARGEST, _BESIDE = 512, 1 << 20
+"""Voxels along the edge of a sample, and bytes that a record has beside its counts, at most: 1 GB in all."""
+
 _HEADER, _FOOTER = 12, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _REMEDY = "fetch or convert the file again"
@@ -55,10 +58,14 @@ class TFRecord(NamedTuple):
         """Write `<stem>.tfrecord`, and for a plain one first the index that DALI's own reader wants.
 
         The index, `<stem>.tfrecord.idx`, has a line for each record: its offset and its length in
-        bytes, container included, as DALI's tfrecord2idx writes it.
+        bytes, container included, as DALI's tfrecord2idx writes it. DataError for other channels than
+        the format has.
         """
+        path, channels = directory / f"{stem}{self.suffix}", sample.counts.shape[-1]
+        if channels != len(REDSHIFTS):
+            fault = f"cannot hold {channels} channels: a TFRecord has {len(REDSHIFTS)}"
+            raise DataError(path, fault, "use npy or packed")
         content = frame(encode_example(sample))
-        path = directory / f"{stem}{self.suffix}"
         if self.compressed:
             # 4% larger than zlib's default, in a seventh of its time. Not isal, which is faster still: one
             # process of a few hundred of it makes other bytes of the same content (isa-l's issue 140).
@@ -70,7 +77,7 @@ class TFRecord(NamedTuple):
         """The sample, its counts a view of the bytes; both CRCs are checked."""
         name, content = str(path), contents[SUFFIX]
         if self.compressed:
-            content = _inflate(name, content)
+            content = _inflate(name, content, spec or SampleSpec(_LARGEST))
         elif content[:2] == GZIP_MAGIC and len(content) > 2:
             raise DataError(name, "is gzip, and the other files here are not", "keep the two kinds apart")
         sample = parse_example(name, unframe(name, content))
@@ -137,19 +144,24 @@ def parse_example(path: str, record: memoryview) -> Sample:
     return Sample(np.frombuffer(counts, dtype="<i2").reshape(spec.shape), target)
 
 
-def _inflate(path: str, content: bytes) -> bytes:
+def _inflate(path: str, content: bytes, spec: SampleSpec) -> bytes:
+    """What is in the gzip stream `content`: at most the record of a sample of `spec`."""
     if content[:2] != GZIP_MAGIC:
         raise DataError(path, "is not gzip, and the other files here are", "keep the two kinds apart")
-    stream = isal_zlib.decompressobj(wbits=_GZIP)
+    stream, limit = isal_zlib.decompressobj(wbits=_GZIP), spec.bytes + _BESIDE
     try:
         # Told the length, which the trailer gives, it makes a buffer no larger, and malloc hands the same
         # pages out again; one that grows by doubling has every page faulted in anew.
-        inflated = stream.decompress(content, int.from_bytes(content[-4:], "little"))
+        told = int.from_bytes(content[-4:], "little")
+        inflated = stream.decompress(content, max(1, min(told, limit)))
         if not stream.eof:
             # Cut off, or with more behind it, so that was no trailer.
-            inflated += stream.decompress(stream.unconsumed_tail)
+            inflated += stream.decompress(stream.unconsumed_tail, limit + 1 - len(inflated))
     except isal_zlib.error as error:
         raise DataError(path, f"its gzip stream is damaged ({error})", _REMEDY) from error
+    if len(inflated) > limit:
+        fault = f"inflates to more than the {spec.bytes} bytes of a sample of {spec.shape}"
+        raise DataError(path, fault, "remove it, or convert it apart from the others")
     if not stream.eof:
         raise DataError(path, "its gzip stream is cut off", _REMEDY)
     if stream.unused_data:

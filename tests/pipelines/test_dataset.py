@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from helpers import tiny_sample, write_tiny
 
-from pipelines.dataset import open_split, read_sample
+from pipelines.dataset import open_folder, open_split, read_sample
 from pipelines.errors import DataError
 from pipelines.formats import FORMATS
+from pipelines.lists import Listed, read_list, write_list
+from pipelines.manifest import Entry, Manifest
 from pipelines.sample import SampleSpec
 
 
@@ -47,6 +49,22 @@ def test_lists_that_do_not_fit_are_refused(data: str, label: str | None, said: s
         open_split(root, "train")
 
 
+@pytest.mark.parametrize("form", ["npy", "tfrecord_gzip"])
+def test_a_name_may_have_blanks(form: str, tmp_path: Path) -> None:
+    for name in ("a b 12", " c", "d"):
+        FORMATS[form].write(tmp_path, name, tiny_sample(1))
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    for kind in ("data", "label") if form == "npy" else ("data",):
+        names = [name for name in sorted(sizes) if kind in name or form != "npy"]
+        write_list(
+            tmp_path / f"files_{kind}.lst",
+            (Listed(name, sizes[name] if form != "npy" else None) for name in names),
+        )
+        assert [listed.name for listed in read_list(tmp_path / f"files_{kind}.lst")] == names
+    split = open_folder(tmp_path)
+    assert [split.stem(index) for index in range(3)] == [" c", "a b 12", "d"]
+
+
 def test_what_is_no_data_folder_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be listed"):
         open_split(tmp_path, "train")
@@ -81,3 +99,15 @@ def test_two_kinds_of_tfrecord_in_one_folder_are_refused(tmp_path: Path) -> None
 def test_a_name_of_no_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no known format"):
         read_sample(tmp_path / "a.hdf5")
+
+
+@pytest.mark.parametrize("number", [-1, 10**30])
+def test_numbers_that_no_file_has_are_refused(number: int, tmp_path: Path) -> None:
+    written = FORMATS["packed"].write(tmp_path, "a", tiny_sample(1))
+    for wrong in (
+        [file._replace(bytes=number) for file in written],
+        [file._replace(members=tuple(m._replace(offset=number) for m in file.members)) for file in written],
+    ):
+        Manifest("packed", SampleSpec(16), (Entry.of("a", wrong),)).save(tmp_path)
+        with pytest.raises(DataError, match="is no line of a manifest"):
+            open_folder(tmp_path)

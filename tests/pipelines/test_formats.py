@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import gzip
+import os
 import random
+import stat
 import struct
 import tempfile
+import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -226,3 +229,47 @@ def test_headers_are_read_by_many_threads_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
             assert list(pool.map(size_of, sizes)) == list(sizes)
+
+
+@pytest.mark.parametrize("form", ["tfrecord", "tfrecord_gzip"])
+def test_what_a_record_cannot_give_back_is_not_written(form: str, tmp_path: Path) -> None:
+    sample = Sample(np.zeros((8, 8, 8, 32), np.int16), tiny_sample(1).target)
+    with pytest.raises(DataError, match="cannot hold 32 channels: a TFRecord has 4; use npy or packed"):
+        FORMATS[form].write(tmp_path, "a", sample)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("told", [0, 1, 64 << 20, 2**32 - 1])
+def test_a_gzip_bomb_is_not_inflated(told: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.tfrecord"
+    path.write_bytes(gzip.compress(bytes(64 << 20))[:-4] + struct.pack("<I", told))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="inflates to more than the 32768 bytes of a sample"):
+        FORMATS["tfrecord_gzip"].read(path, SampleSpec(16))
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_a_folder_that_cannot_be_synced_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def fail_on_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_on_folders)
+    with pytest.raises(DataError, match=r"a_label\.npy: cannot be written \(Input/output error\)"):
+        FORMATS["npy"].write(tmp_path, "a", tiny_sample(1))
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_a_large_sample_comes_back(form: str, tmp_path: Path) -> None:
+    # Beyond 1 MiB, past the page cache.
+    sample = tiny_sample(1, size=80)
+    written = FORMATS[form].write(tmp_path, "a", sample)
+    for file in written:
+        assert (len(content := file.path.read_bytes()), crc32c.crc32c(content)) == (file.bytes, file.crc32c)
+    found = read_sample(tmp_path / f"a{FORMATS[form].suffix}")
+    np.testing.assert_array_equal(found.counts, sample.counts)
+    np.testing.assert_array_equal(found.target, sample.target)

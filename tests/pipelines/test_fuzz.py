@@ -1,8 +1,9 @@
 """Damaged files at random: the readers refuse them, or read what independent decoders read.
 
-The oracles are Python's gzip, numpy.load, Google's protobuf with TensorFlow's message types, and
-`packed_book`. TFRecords and packed samples get sound CRCs around damage, or the parsers behind the
-CRCs would see none.
+The oracles are Python's gzip and tarfile, numpy.load, Google's protobuf with TensorFlow's message
+types, and `packed_book`; lists and manifests must be again what they are when written and read.
+TFRecords, packed samples and tar headers get sound checksums around damage, or the parsers behind
+those would see none.
 FUZZ_SECONDS sets how long each kind of file is tried; 3 in `make test-all`.
 """
 
@@ -14,25 +15,31 @@ import io
 import os
 import random
 import struct
+import tarfile
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import crc32c
+import h5py
 import numpy as np
 import packed_book
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 from helpers import tiny_sample
 
+from pipelines.dataset import open_folder
 from pipelines.errors import DataError
 from pipelines.formats import FORMATS
 from pipelines.formats.packed import MEMBER
 from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.lists import Listed, read_list, write_list
+from pipelines.manifest import MANIFEST, Entry, Manifest
 from pipelines.packing import encode
-from pipelines.sample import Sample
-from pipelines.shards import forget, write_shard
+from pipelines.sample import Sample, SampleSpec
+from pipelines.shards import forget, read_members, write_shard
+from preprocess.hdf5 import crops, universe_shape
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
 
@@ -235,6 +242,118 @@ def test_packed_samples_with_sound_checksums(tmp_path: Path) -> None:
 
     read, refused = fuzz(path, write)
     assert read > 20 and refused > 20
+
+
+def tried(attempt: Callable[[random.Random], None]) -> tuple[int, int]:
+    """Call `attempt` until the time is up; how often it went well, and how often it refused."""
+    chance, well, refused = random.Random(12), 0, 0
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        start = time.monotonic()
+        try:
+            attempt(chance)
+            well += 1
+        except DataError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        assert time.monotonic() - start < 5, "a damaged file took its time"
+    return well, refused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_tar_headers(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(path, [(f"{name}{MEMBER}", [bytes(700)]) for name in "abc"])
+    whole = path.read_bytes()
+
+    def attempt(chance: random.Random) -> None:
+        content = bytearray(whole)
+        at = chance.choice([0, 1536, 3072])
+        header = mutated(whole[at : at + 512], chance, near=512)[:512].ljust(512, b"\0")
+        if chance.random() < 0.3:
+            # A length in base 256, of either sign.
+            header = header[:124] + chance.choice([b"\x80", b"\xff"]) + chance.randbytes(11) + header[136:]
+        content[at : at + 512] = header
+        content[at + 148 : at + 156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+        path.write_bytes(content)
+        found = read_members(path)
+        assert all(0 < member.offset <= member.offset + member.bytes <= len(content) for member in found)
+        with tarfile.open(path) as tar:
+            expected = tar.getmembers()
+        if all(member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) for member in expected):
+            assert list(found) == [(member.name, member.offset_data, member.size) for member in expected]
+
+    well, refused = tried(attempt)
+    assert well > 20 and refused > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_lists(tmp_path: Path) -> None:
+    path, again = tmp_path / "files_data.lst", tmp_path / "again.lst"
+    write_list(path, [Listed(f"a {index}.tfrecord", 7 * index) for index in range(9)])
+    whole = path.read_bytes()
+
+    def attempt(chance: random.Random) -> None:
+        path.write_bytes(mutated(whole, chance, near=64))
+        found = read_list(path)
+        assert all(entry.name for entry in found)
+        write_list(again, found)
+        assert read_list(again) == found
+
+    # Most of what can be in a list is a name.
+    well, refused = tried(attempt)
+    assert well > 20 and refused > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("form", ["npy", "packed"])
+def test_manifests(form: str, tmp_path: Path) -> None:
+    folder, again = tmp_path / "folder", tmp_path / "again"
+    folder.mkdir()
+    again.mkdir()
+    entries = [
+        Entry.of(f"u{index}", FORMATS[form].write(folder, f"u{index}", tiny_sample(index, size=2)))
+        for index in range(3)
+    ]
+    Manifest(form, SampleSpec(2), tuple(entries)).save(folder)
+    whole = (folder / MANIFEST).read_bytes()
+
+    def attempt(chance: random.Random) -> None:
+        (folder / MANIFEST).write_bytes(mutated(whole, chance, near=120))
+        found = Manifest.load(folder)
+        assert found is not None
+        found.save(again)
+        assert Manifest.load(again) == found
+        split = open_folder(folder)
+        for index in range(len(split)):
+            with contextlib.suppress(DataError):
+                # Nothing but a sample: the manifest may name another one, but vouches for none.
+                split.read(index)
+
+    well, refused = tried(attempt)
+    assert well > 20 and refused > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_universes(tmp_path: Path) -> None:
+    path, size = tmp_path / "u.hdf5", 4
+    with h5py.File(path, "w") as file:
+        file["full"], file["unitPar"] = np.ones((size, size, size, 4), np.int16), np.zeros(4)
+    whole = path.read_bytes()
+    assert len(whole) < 4096
+
+    def attempt(chance: random.Random) -> None:
+        # Its structure is in the first two thirds.
+        path.write_bytes(mutated(whole, chance, near=len(whole)))
+        (sample,) = crops(path, universe_shape(path), size)
+        assert sample.counts.shape[:3] == (size, size, size) and sample.counts.min() >= 0
+
+    well, refused = tried(attempt)
+    assert well > 20 and refused > 20
 
 
 def with_checksums(content: bytes) -> bytes:

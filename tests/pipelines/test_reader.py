@@ -10,13 +10,14 @@ import torch
 from helpers import write_tiny
 
 from pipelines.config import LoaderConfig
-from pipelines.dataset import Split, open_split
+from pipelines.dataset import Split, open_folder, open_split
 from pipelines.errors import DataError
 from pipelines.formats import CountsPayload
 from pipelines.loader import Loader
 from pipelines.plan import Ragged, Shard
 from pipelines.reader import Reader
 from pipelines.transforms import transform
+from preprocess.convert import convert
 
 
 @pytest.fixture
@@ -44,6 +45,20 @@ def test_nothing_is_skipped_unless_asked(split: Split) -> None:
         reader.payload(2)
     with pytest.raises(DataError, match="universe_0002"):
         reader.sample(2)
+
+
+def test_a_shard_that_is_lost_or_cut_off_is_passed_over_whole(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "npy", train=60, validation=1)
+    assert convert(source / "train", tmp_path / "packed", "packed", workers=1, a_shard=20) == 0
+    packed = open_folder(tmp_path / "packed")
+    packed.files(0)[0].unlink()
+    packed.files(20)[0].write_bytes(b"no")
+    reader = Reader(packed, "skip")
+    assert reader.payload(0)[0] == reader.payload(39)[0] == 40
+    assert len(reader.skipped) == 40
+    packed.files(40)[0].write_bytes(b"no")
+    with pytest.raises(DataError, match="and the 59 samples behind it are damaged"):
+        reader.payload(0)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,18 @@ def test_a_header_that_changed_is_refused(shard: Path) -> None:
             read_members(shard)
 
 
+def test_a_member_of_less_than_nothing_is_refused(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[124:136] = (256**12 - 512).to_bytes(
+        12, "big"
+    )  # A sound header otherwise, which leads back to itself.
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="at byte 0, a member of -512 bytes"):
+        read_members(shard)
+
+
 def test_what_is_not_there_or_cannot_be_held(tmp_path: Path) -> None:
     with pytest.raises(AccessError, match="cannot be read"):
         read_members(tmp_path / "none.tar")

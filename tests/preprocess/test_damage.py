@@ -19,6 +19,8 @@ from pipelines.sample import Sample
 from preprocess.convert import order_conversion
 from preprocess.produce import produce
 
+pytestmark = pytest.mark.usefixtures("here")
+
 STEM = "universe_0001_000"
 SAMPLE = tiny_sample(1)
 EXAMPLE = encode_example(SAMPLE)
@@ -98,6 +100,12 @@ def npy(array: npt.NDArray[Any], old: bytes = b"", new: bytes = b"") -> bytes:
     return file.getvalue().replace(old, new, 1)
 
 
+def saying(descr: str, shape: str) -> bytes:
+    """The counts as a .npy file whose header says this of them."""
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return npy(SAMPLE.counts)[:10] + header.encode() + SAMPLE.counts.tobytes()
+
+
 COUNTS, TARGET = SAMPLE.counts, SAMPLE.target
 PAIRS: dict[str, tuple[bytes, bytes, str | None]] = {
     "sound": (npy(COUNTS), npy(TARGET), None),
@@ -108,6 +116,10 @@ PAIRS: dict[str, tuple[bytes, bytes, str | None]] = {
     "another byte order": (npy(COUNTS, b"<i2", b">i2"), npy(TARGET), "holds >i2"),
     "pickles": (npy(COUNTS, b"'<i2'", b"'|O' "), npy(TARGET), "holds |O"),
     "another shape": (npy(COUNTS[:8]), npy(TARGET), "counts have shape (8, 16, 16, 4)"),
+    "a shape below zero": (saying("'<i2'", "(-16, -16, 16, 4)"), npy(TARGET), "the shape (-16, -16, 16, 4)"),
+    "a shape beyond all": (saying("'<i2'", "(4294967296, 4294967296, 1, 1)"), npy(TARGET), "its header says"),
+    "no type": (saying("'|S0'", "(16, 16, 16, 4)"), npy(TARGET), "holds |S0"),
+    "a type of four": (saying("('<i2', (4,))", "(16, 16, 16)"), npy(TARGET), "holds |V8"),
     "no magic": (b"\x92" + npy(COUNTS)[1:], npy(TARGET), "is no .npy file"),
     "another version": (npy(COUNTS, b"NUMPY\x01", b"NUMPY\x07"), npy(TARGET), "is no .npy file"),
     "cut in the header": (npy(COUNTS)[:60], npy(TARGET), "is no .npy file"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import http.client
 import io
+import ssl
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -283,3 +286,54 @@ def test_what_does_not_fit_is_one_line(arguments: list[str], said: str, tmp_path
     done = program("preprocess.download", *arguments, "-o", tmp_path / "x")
     assert done.code == 1
     assert said in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EHOSTUNREACH, "No route to host"), ssl.SSLError(1, "bad record")]
+)
+def test_a_network_that_fails_midway_is_tried_again(
+    error: OSError, server: Server, archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, faults = http.client.HTTPResponse.read1, [error]
+
+    def read1(response: http.client.HTTPResponse, count: int = -1) -> bytes:
+        if faults:
+            raise faults.pop()
+        return read(response, count)
+
+    server.content = archive
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", read1)
+    fetch(server.url, tmp_path / "a", shown=False, pause=0.01)
+    assert (tmp_path / "a").read_bytes() == archive and len(server.asked) == 2
+
+
+def test_the_sum_of_an_archive_that_is_there_is_checked(
+    server: Server, archive: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "small.tgz").write_bytes(archive)
+    line = ["--small", "-o", str(tmp_path), "--url", server.url, "--sha256"]
+    with pytest.raises(SystemExit):
+        main([*line, "0" * 64])
+    assert not (tmp_path / "small.tgz").exists() and not (tmp_path / "train").exists()
+    server.content = archive
+    assert main([*line, hashlib.sha256(archive).hexdigest()]) == 0
+
+
+def test_what_was_killed_between_the_splits_goes_on(
+    archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, root, rename = tmp_path / "small.tgz", tmp_path / "root", Path.rename
+    path.write_bytes(archive)
+    root.mkdir()
+
+    def stopped(source: Path, target: Path) -> Path:
+        if target.parent == root and any((root / split).exists() for split in ("train", "validation")):
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            unpack(path, root)
+    assert unpack(path, root) == 5
+    assert sorted(found.name for found in root.iterdir()) == ["train", "validation"]

@@ -54,7 +54,8 @@ def test_both_splits_with_their_lists(tmp_path: Path) -> None:
     for split, count in (("train", 5), ("validation", 2)):
         assert len(open_split(tmp_path / "dst", split)) == count
         assert len((tmp_path / "dst" / split / "files_label.lst").read_text().splitlines()) == count
-    assert "--container" not in (tmp_path / "srun.log").read_text()
+    asked = (tmp_path / "srun.log").read_text()
+    assert "--container" not in asked and "--mpi=none" in asked
 
 
 def test_a_container_is_asked_for_with_what_it_must_see(tmp_path: Path) -> None:

@@ -31,9 +31,12 @@ from helpers import (
 
 from pipelines.dataset import open_split
 from pipelines.dist import World
-from pipelines.files import read_file
+from pipelines.errors import DataError
+from pipelines.files import locked, read_file
 from pipelines.formats import FORMATS
-from preprocess.staging import StageConfig, of_place, share_of, to_read
+from preprocess.convert import convert
+from preprocess.relay import of_place, to_read
+from preprocess.staging import StageConfig, Staged, share_of, stage
 
 STAGE = "preprocess.stage"
 
@@ -111,9 +114,12 @@ def test_a_second_run_stages_nothing_and_a_node_that_lost_something_gets_it_back
     done = on_nodes(2, 1, data, tmp_path / "disk")
     assert "staged 0 of 6 samples" in done[0][1] and " 0 bytes read" in done[0][1]
     (tmp_path / "disk" / "1" / "train" / "universe_0003_000_data.npy").unlink()
+    kept = (tmp_path / "disk" / "0" / "train" / "universe_0003_000_data.npy").stat()
     FORMATS["tfrecord_gzip"].write(data / "train", "universe_0004_000", tiny_sample(77))
     done = on_nodes(2, 1, data, tmp_path / "disk")
     assert "staged 2 of 6 samples" in done[0][1]
+    # The node that had it still has the very file.
+    assert (tmp_path / "disk" / "0" / "train" / "universe_0003_000_data.npy").stat() == kept
     again = content(tmp_path / "disk" / "1")
     assert again == content(tmp_path / "disk" / "0") and again.keys() == first.keys()
     np.testing.assert_array_equal(
@@ -142,6 +148,76 @@ def test_a_node_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert [code for code, _, _ in done] == [1, 1]
     assert "cannot be written (Not a directory)" in done[0][2] and "Traceback" not in done[0][2] + done[1][2]
     assert time.monotonic() - start < 60
+
+
+def staged(data: Path, disk: Path, *, beside: int = 0, trusted: bool = False) -> list[Staged]:
+    """Stage `data` to `disk` with this process alone, `beside` others on its node for another model."""
+    splits = {name: open_split(data, name) for name in ("train", "validation")}
+    done = stage(splits, disk, StageConfig(str(disk)), World(beside=beside), trusted=trusted)
+    for (split, _), name in zip(done, splits, strict=True):
+        assert split.root == disk / name
+    return [staged for _, staged in done]
+
+
+def test_what_has_become_of_the_source_since_it_was_staged(tmp_path: Path) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=4, validation=1, form="tfrecord"), tmp_path / "disk"
+    assert [one.samples for one in staged(data, disk)] == [4, 1]
+    bad = data / "train" / "universe_0002_000.tfrecord"
+    bad.write_bytes(bad.read_bytes()[:-9])
+    assert staged(data, disk)[0].faults[0].startswith(f"{bad}: is cut off")
+    # Neither the manifest nor the folder has the sample that was staged before.
+    left = open_split(disk, "train")
+    assert [left.stem(index) for index in range(len(left))] == [f"universe_000{n}_000" for n in (0, 1, 3)]
+    assert not list((disk / "train").glob("universe_0002*"))
+    FORMATS["tfrecord"].write(data / "train", "universe_0002_000", tiny_sample(2))
+    assert [one.samples for one in staged(data, disk)] == [1, 0]
+    assert len(open_split(disk, "train")) == 4
+    # Just staged, the folders are taken for what they are; without that word the sources are asked.
+    (data / "train" / "universe_0000_000.tfrecord").unlink()
+    splits = {name: open_split(data, name) for name in ("train", "validation")}
+    assert len(splits["train"]) == 3
+    shutil.rmtree(disk)
+    staged(data, disk)
+    for path in (data / "train").iterdir():
+        os.utime(path, ns=(0, 1))
+    assert [one.samples for one in staged(data, disk, trusted=True)] == [0, 0]
+    assert [one.samples for one in staged(data, disk)] == [3, 0]
+
+
+def test_a_shard_that_is_cut_off_keeps_no_other_from_being_staged(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=6, validation=1)
+    for name in ("train", "validation"):
+        assert convert(data / name, tmp_path / "packed" / name, "packed", workers=1, a_shard=3) == 0
+    shard = tmp_path / "packed" / "train" / "shard_000001.tar"
+    shard.write_bytes(shard.read_bytes()[:600])
+    train, validation = staged(tmp_path / "packed", tmp_path / "disk")
+    assert len(train.faults) == 3 and all("is cut off: the shard ends" in fault for fault in train.faults)
+    assert validation.faults == () and len(open_split(tmp_path / "disk", "train")) == 3
+
+
+def test_the_room_for_both_splits_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=2, validation=2, form="tfrecord"), tmp_path / "disk"
+    usage = shutil.disk_usage(tmp_path)
+    # Enough for the counts, and not for what goes with them.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * 2 * 4 * 16**3))
+    with pytest.raises(DataError, match=f"{disk}: has 131072 bytes free on .* and 163840 are to come"):
+        staged(data, disk)
+    assert not list(disk.rglob("*.npy"))
+
+
+def test_two_models_on_a_node_stage_one_after_the_other(tmp_path: Path) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=2, validation=1), tmp_path / "disk"
+    (disk / "train").mkdir(parents=True)
+    with ThreadPoolExecutor(1) as other:
+        with locked(disk / "train", lambda: None):
+            waiting = other.submit(staged, data, disk, beside=1)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            with pytest.raises(DataError, match="is being written into by another process"):
+                staged(data, disk)
+        assert [one.samples for one in waiting.result(timeout=30)] == [2, 1]
+        with locked(disk / "train", lambda: None):
+            assert [one.samples for one in staged(data, disk)] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +363,7 @@ def test_a_node_without_room_is_told_before_anything_is_copied(tmp_path: Path) -
     line = command(STAGE, ["-i", data, "-o", tmp_path / "disk"])
     done = run(mounted("size=200k", tmp_path / "disk", line))
     assert done.code == 1
-    assert "bytes free on" in done.err and "294912 are to come" in done.err and "Traceback" not in done.err
+    assert "bytes free on" in done.err and "409600 are to come" in done.err and "Traceback" not in done.err
     assert done.out == ""
 
 

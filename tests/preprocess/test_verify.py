@@ -65,7 +65,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda folder: shutil.copy(_data(folder), folder / _data(folder).name.replace("0002", "0009")),
     ),
     "what a writer left": ("files", lambda folder: (folder / ".x_data.npy.77.tmp").write_text("x")),
-    "a journal": ("files", lambda folder: (folder / ".journal.0.jsonl").write_text("x")),
+    "a journal": ("files", lambda folder: (folder / ".journal.npy.1.jsonl").write_text("x")),
     "a target beyond 1": (
         "targets",
         lambda folder: _rewrite(folder, Sample(tiny_sample(2).counts, np.full(4, 1.1, np.float32))),

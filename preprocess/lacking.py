@@ -1,0 +1,94 @@
+"""What a folder on a node's own disk lacks of the samples that it is for."""
+
+from __future__ import annotations
+
+import functools
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.dataset import Split
+from pipelines.dist import World
+from pipelines.errors import AccessError, DataError
+from pipelines.files import locked
+from pipelines.manifest import Entry, Manifest, Source
+from preprocess.output import begin, remove, suspend
+from preprocess.relay import staged_form
+
+ORIGIN = np.dtype([("bytes", "<i8"), ("digest", "S16")])
+"""A Source, of which there are many."""
+
+
+def look(
+    split: Split, target: Path, origins: npt.NDArray[Any], world: World, held: ExitStack
+) -> npt.NDArray[np.bool_] | None:
+    """Which samples `target` lacks, and have it open for them; None where it is whole and left as it is."""
+
+    def wait() -> None:
+        # For another model on this node, which may be staging the same. To wait for anyone else would be to
+        # have the other ranks wait for ever, if one of them is who holds it.
+        if not world.beside:
+            fault = "is being written into by another process or node"
+            raise DataError(target, fault, "stage to each node's own disk, one run at a time")
+
+    if is_staged(split, target, origins):
+        return None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(target, wait))
+    except OSError as error:
+        raise AccessError.writing(target, error) from error
+    form, stems = staged_form(split), [split.stem(index) for index in range(len(split))]
+    known = begin(target, form, split.spec, stems)
+    sound = {
+        stem: known[stem]
+        for index, stem in enumerate(stems)
+        if stem in known and _is_there(known[stem], target, origin_of(origins, index))
+    }
+    if len(sound) < len(stems):
+        suspend(target, form, sound.values())
+        remove(target, (entry for stem, entry in known.items() if stem not in sound))
+    return np.array([stem not in sound for stem in stems], dtype=bool)
+
+
+def is_staged(split: Split, target: Path, origins: npt.NDArray[Any] | None = None) -> bool:
+    """Whether `target` has a manifest of these samples and is whole, and made from `origins` if given."""
+    manifest = Manifest.load(target)
+    if manifest is None or manifest.form != staged_form(split) or len(manifest.entries) != len(split):
+        return False
+    return all(
+        entry.stem == split.stem(index) and _is_there(entry, target, origin_of(origins, index))
+        for index, entry in enumerate(manifest.entries)
+    )
+
+
+def _is_there(entry: Entry, target: Path, origin: Source | None) -> bool:
+    """Whether `entry` is whole in `target`, and made from `origin` if that is known."""
+    return origin in (None, entry.source) and entry.is_whole_in(target)
+
+
+def find_origins(split: Split, world: World) -> npt.NDArray[Any]:
+    """What each sample's files are now; each rank looks at some of them, for all."""
+    # Neighbours lie in one shard, and a parallel file system is slow to say what a file is.
+    stat = functools.lru_cache(maxsize=1)(os.stat)
+
+    def look() -> npt.NDArray[Any]:
+        mine = range(world.rank, len(split), world.size)
+        return np.array([Source.of([split.names[i]], split.files(i), stat) for i in mine], ORIGIN)
+
+    table = np.empty(len(split), ORIGIN)
+    for rank, share in enumerate(world.gather(world.everywhere(look))):
+        table[rank :: world.size] = share
+    return table
+
+
+def origin_of(origins: npt.NDArray[Any] | None, index: int) -> Source | None:
+    """That of sample `index`, if any is known."""
+    if origins is None:
+        return None
+    length, digest = origins[index].item()
+    return Source(length, digest.decode())

@@ -1,0 +1,108 @@
+"""Samples on their way to the nodes' own disks: each file read by one rank of its team, written by all."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from pipelines.dataset import Split
+from pipelines.dist import World
+from pipelines.errors import AccessError, DataError
+from pipelines.files import Written
+from pipelines.formats import FORMATS
+from pipelines.formats.npy import Npy
+from pipelines.formats.packed import MEMBER, payload_of
+from pipelines.manifest import Entry, Source
+from pipelines.peers import Peers
+from pipelines.plan import Indices
+from pipelines.shards import SHARD, write_shard
+
+
+def of_place(wanted: Indices, world: World) -> Indices:
+    """Which of the samples `wanted` this rank writes to its node: its peers on other nodes have the same."""
+    return wanted[world.local_rank :: world.local_size]
+
+
+def to_read(mine: Sequence[int], place: int, team: int) -> Sequence[int]:
+    """Which of the samples `mine` the peer at `place` of `team` reads for all: they take turns."""
+    return mine[place::team]
+
+
+def staged_form(split: Split) -> str:
+    """The format that the samples of `split` are staged in."""
+    return split.form if split.extents else Npy.name
+
+
+def relay(
+    split: Split,
+    target: Path,
+    indices: Sequence[int],
+    peers: Peers,
+    *,
+    origin: Callable[[int], Source | None],
+    threads: int,
+    direct: bool,
+) -> Iterator[tuple[int, Entry | str | None]]:
+    """Bring the samples `indices` to `target`: the bytes that this rank has read for each, and its entry.
+
+    All peers have the same `indices`, and take turns at reading; see `to_read`.
+    origin: what a sample was made from, and None for one that is not wanted on this node.
+    threads: that read, and as many that write.
+
+    A fault stands in the entry's place, on the rank that has found it; None where there is neither.
+    """
+
+    def read(index: int) -> tuple[list[bytes], str | None]:
+        try:
+            return list(split.contents(index, direct=direct).values()), None
+        except AccessError:
+            raise
+        except DataError as error:
+            return [b""] * len(split.kinds), str(error)
+
+    def write(index: int, contents: list[bytes], fault: str | None) -> Entry | str | None:
+        source = origin(index)
+        if fault or source is None:
+            return fault
+        try:
+            return Entry.of(split.stem(index), _write(split, target, index, contents), source)
+        except AccessError:
+            raise
+        except DataError as error:
+            return str(error)
+
+    own = iter(to_read(indices, peers.place, peers.size))
+    reading: deque[Future[tuple[list[bytes], str | None]]] = deque()
+    writing: deque[tuple[int, Future[Entry | str | None]]] = deque()
+    with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
+        for turn, index in enumerate(indices):
+            while len(reading) < threads and (following := next(own, None)) is not None:
+                reading.append(readers.submit(read, following))
+            place = turn % peers.size
+            contents, fault = reading.popleft().result() if place == peers.place else (None, None)
+            received = [
+                peers.broadcast(None if contents is None else contents[at], place)
+                for at in range(len(split.kinds))
+            ]
+            if contents is None and not any(received):
+                continue  # What its reader could not read: that one tells why.
+            taken = sum(map(len, contents)) if contents is not None else 0
+            writing.append((taken, writers.submit(write, index, received, fault)))
+            if len(writing) > threads:
+                count, done = writing.popleft()
+                yield count, done.result()
+        for count, done in writing:
+            yield count, done.result()
+
+
+def _write(split: Split, target: Path, index: int, contents: Sequence[bytes]) -> Sequence[Written]:
+    """Write sample `index`, whose files' `contents` these are, in the form that it is staged in."""
+    stem, path = split.stem(index), split.path(index)
+    if split.extents:
+        (content,) = contents
+        payload_of(path, content, split.spec, whole=False)
+        return write_shard(target / (stem + SHARD), [(stem + MEMBER, (content,))])
+    sample = split.format.parse(path, dict(zip(split.kinds, contents, strict=True)), split.spec)
+    return FORMATS[Npy.name].write(target, stem, sample)

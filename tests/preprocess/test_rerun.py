@@ -1,0 +1,189 @@
+"""A target folder that was there before: what of it is kept, made again, removed, or left alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from helpers import tiny_sample, write_tiny
+
+from pipelines.dataset import open_folder
+from pipelines.dist import World
+from pipelines.errors import DataError
+from pipelines.formats import FORMATS
+from pipelines.manifest import MANIFEST, Manifest
+from preprocess.convert import order_conversion
+from preprocess.output import Journal
+from preprocess.prepare import main as prepare
+from preprocess.produce import Produced, produce
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def converted(source: Path, target: Path, to: str, a_shard: int = 2) -> Produced:
+    """The samples in `source` as `to` in `target`, by this process alone."""
+    order, task = order_conversion(source, target, to, a_shard=a_shard)
+    return produce(order, task, world=World(), workers=1, unit="sample")
+
+
+def tiny(tmp_path: Path, form: str = "npy", train: int = 4) -> Path:
+    return write_tiny(tmp_path / "data", train=train, validation=1, form=form) / "train"
+
+
+def stem(index: int) -> str:
+    return f"universe_{index:04d}_000"
+
+
+def write_older(folder: Path, index: int, other: int) -> None:
+    """Put another sample in the place of `index` in `folder`, whose files are as long, and older."""
+    times = {path: os.stat(path).st_mtime_ns for path in folder.glob(f"{stem(index)}*")}
+    FORMATS["npy"].write(folder, stem(index), tiny_sample(other))
+    for path, time in times.items():
+        os.utime(path, ns=(0, time - 10**9))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(("first", "second"), [("tfrecord_gzip", "tfrecord"), ("tfrecord", "npy")])
+def test_a_folder_of_another_format_is_refused(
+    first: str, second: str, finished: bool, tmp_path: Path
+) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    converted(data, target, first)
+    if not finished:
+        entries = Manifest.load(target)
+        assert entries is not None
+        with Journal(target, first, 0) as journal:
+            journal.add(entries.entries[0])
+        (target / MANIFEST).unlink()
+    before = {path: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(DataError, match=f"holds samples as {first}, not {second}; choose another folder"):
+        converted(data, target, second)
+    assert {path: path.read_bytes() for path in target.iterdir()} == before
+
+
+@pytest.mark.parametrize("to", ["tfrecord", "packed"])
+def test_a_source_that_was_replaced_by_an_older_one_is_made_again(to: str, tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    assert converted(data, target, to) == Produced(made=4)
+    write_older(data, 1, 77)
+    made = 2 if to == "packed" else 1
+    assert converted(data, target, to) == Produced(made=made, kept=4 - made)
+    np.testing.assert_array_equal(open_folder(target).read(1).counts, tiny_sample(77).counts)
+    # A label alone, as long as it was and older.
+    label = data / f"{stem(2)}_label.npy"
+    changed = os.stat(label).st_mtime_ns - 10**9
+    np.save(label, tiny_sample(88).target)
+    os.utime(label, ns=(0, changed))
+    assert converted(data, target, to) == Produced(made=made, kept=4 - made)
+    assert open_folder(target).read(2).target.tolist() == tiny_sample(88).target.tolist()
+
+
+def test_another_order_makes_other_shards(tmp_path: Path) -> None:
+    data = tiny(tmp_path)
+    converted(data, tmp_path / "out", "packed")
+    order = [stem(index) for index in (1, 0, 3, 2)]
+    (data / "files_data.lst").write_text("".join(f"{name}_data.npy\n" for name in order))
+    assert converted(data, tmp_path / "out", "packed") == Produced(made=4)
+    # From shards to shards too, whose files are the same ones.
+    converted(tmp_path / "out", tmp_path / "again", "packed", a_shard=4)
+    split = open_folder(tmp_path / "again")
+    assert [split.stem(index) for index in range(4)] == order
+
+
+def test_what_is_no_longer_wanted_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    data, target = tiny(tmp_path, train=5), tmp_path / "out"
+    bad = data / f"{stem(4)}_data.npy"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-1])
+    assert len(converted(data, target, "packed").faults) == 1
+    bad.write_bytes(whole)
+    assert converted(data, target, "packed") == Produced(made=1, kept=4)
+    # Without two samples there is a shard less.
+    for path in [*data.glob(f"{stem(4)}*"), *data.glob(f"{stem(3)}*")]:
+        path.unlink()
+    assert converted(data, target, "packed") == Produced(made=1, kept=2)
+    assert sorted(path.name for path in target.glob("*.tar")) == ["shard_000000.tar", "shard_000001.tar"]
+    assert len(open_folder(target)) == 3
+    # What nobody vouches for is not ours, and is as it was.
+    (target / "shard_000002.tar").write_text("mine")
+    with pytest.raises(DataError, match=r"holds shard_000002\.tar, which is no sample"):
+        converted(data, target, "packed")
+    assert (target / "shard_000002.tar").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".notes.tmp", ".thesis.tex.77.tmp", ".journal.of.mine"])
+def test_hidden_files_of_others_are_left_alone(name: str, tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    target.mkdir()
+    (target / name).write_text("mine")
+    with pytest.raises(DataError, match=f"holds {name}"):
+        converted(data, target, "npy")
+    assert (target / name).read_text() == "mine"
+
+
+def test_a_folder_of_another_source_is_not_emptied(tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    converted(data, target, "tfrecord")
+    other = tmp_path / "data" / "validation"
+    with pytest.raises(DataError, match="no sample of this source; choose another folder"):
+        converted(other, target, "tfrecord")
+    assert len(open_folder(target)) == 4
+
+
+def test_a_universe_cut_in_part_can_be_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(1)
+    for index in range(9):
+        path = tmp_path / "in" / "u" / f"v{index}.hdf5"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(path, "w") as file:
+            file["full"] = rng.integers(0, 9, (8, 8, 8, 4), dtype=np.int16)
+            file["unitPar"] = np.zeros(4)
+    line = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--sample-size", "4", "--workers", "1"]
+    assert prepare(line) == 0
+    train = tmp_path / "out" / "train"
+    (name, *_) = {path.name[:4] for path in train.glob("u_v*.tfrecord")}
+    universe = tmp_path / "in" / "u" / f"{name[2:]}.hdf5"
+    with h5py.File(universe, "r+") as file:
+        # Its first crops are sound, its last are not.
+        file["full"][7, 7, 7, 3] = -1
+    assert prepare(line) == 1
+    assert len(list(train.glob(f"{name}_*.tfrecord"))) == 4 and not (train / MANIFEST).exists()
+    universe.unlink()
+    assert prepare(line) == 0
+    assert not list(train.glob(f"{name}_*")) and len(open_folder(train)) == 56
+    # Another size of samples is another cut, though the names begin alike.
+    line[line.index("4")] = "8"
+    with pytest.raises(SystemExit):
+        prepare(line)
+    assert "holds samples of shape (4, 4, 4, 4), not (8, 8, 8, 4)" in capsys.readouterr().err
+    assert len(open_folder(train)) == 56
+
+
+@pytest.mark.parametrize("to", ["tfrecord", "packed"])
+def test_nothing_vouches_for_a_sample_whose_source_is_refused(to: str, tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    converted(data, target, to)
+    bad = data / f"{stem(1)}_data.npy"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-1])
+    done = converted(data, target, to)
+    assert len(done.faults) == 1 and not (target / MANIFEST).exists()
+    left = open_folder(target)
+    assert stem(1) not in [left.stem(index) for index in range(len(left))]
+    bad.write_bytes(whole)
+    made = 2 if to == "packed" else 1
+    assert converted(data, target, to) == Produced(made=made, kept=4 - made)
+
+
+def test_two_samples_of_one_name_are_refused(tmp_path: Path) -> None:
+    data = tiny(tmp_path)
+    converted(data, tmp_path / "packed", "packed", a_shard=4)
+    (tmp_path / "packed" / MANIFEST).unlink()
+    (tmp_path / "packed" / "files_data.lst").unlink()
+    shutil.copy(tmp_path / "packed" / "shard_000000.tar", tmp_path / "packed" / "shard_000001.tar")
+    with pytest.raises(DataError, match=rf"000001\.tar/{stem(0)}.*same name as shard_000000\.tar/{stem(0)}"):
+        open_folder(tmp_path / "packed")
