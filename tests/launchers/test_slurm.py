@@ -45,7 +45,7 @@ def submit(cluster: Cluster, folder: Path, nodes: int, *arguments: str, **variab
         "PYTHON": sys.executable,
         "LOGDIR": str(folder / "logs"),
         # The nodes' names are SLURM's alone, and no system resolves them.
-        "MASTER_ADDR": "127.0.0.1",
+        "MEETING_ADDRESS": "127.0.0.1",
         "MEETING_SECONDS": "50",
         "DGXNGPU": "1",
         "CLEAR_CACHES": "0",
@@ -224,8 +224,8 @@ def test_a_rank_that_dies_under_srun_is_missed_by_the_others(
         f"srun --kill-on-bad-exit=0 -N4 {sys.executable} -m {TRAIN} "
         f"--config {config} --run-dir {tmp_path}/run\n"
     )
-    variables = environment() | {"MASTER_ADDR": "127.0.0.1"}
-    given = {name: variables[name] for name in ("MASTER_ADDR", "OMP_NUM_THREADS")}
+    variables = environment() | {"MEETING_ADDRESS": "127.0.0.1"}
+    given = {name: variables[name] for name in ("MEETING_ADDRESS", "OMP_NUM_THREADS")}
     job = cluster.submit(["--nodes=4", f"--output={tmp_path}/job.log", str(script)], tmp_path, **given)
     wait_for_checkpoint(tmp_path / "run", 1)
     cluster.kill_rank(2)
