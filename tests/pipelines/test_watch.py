@@ -119,7 +119,16 @@ def test_what_all_ranks_know_is_said_once() -> None:
 def test_strangers_at_the_door_change_nothing() -> None:
     with Ranks(waiting("pass", sums=3), [0, 1], 3) as ranks:
         strangers = []
-        for words in (b"GET / HTTP/1.1\r\n\r\n", b"\x00\x00\x00\x02{}", b"\x00\x00\x00\x04nil!", b""):
+        nested = b"\x00\x00\xf0\x00" + b"[" * 0xF000
+        said = (
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"\x00\x00\x00\x02{}",
+            b"\x00\x00\x00\x04nil!",
+            b"",
+            b"\x00\x00\x00",
+            nested,
+        )
+        for words in said:
             deadline = time.monotonic() + 30
             while time.monotonic() < deadline:
                 try:
