@@ -5,8 +5,8 @@
 The model (scaling_model.py) takes one published run of each chip and software as its calibration, and
 has to predict the others of that chip and software; see published.py. What one calibration for each chip
 would come to, whatever the software, is printed too. The same model then says what N nodes take.
-`--system measured` takes the newest figures of this project's own compute stage instead of a published run, on
-H100 nodes; options replace single figures.
+`--system measured` takes the newest figures of this project's own compute stage instead of a published run,
+on H100 nodes; options replace single figures.
 """
 
 from __future__ import annotations
