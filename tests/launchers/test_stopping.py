@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import Ranks, command, config_file, started_by, wait_until_gone, write_tiny
 
 from cosmoflow_dali import train
+from cosmoflow_dali.arguments import parse
+from cosmoflow_dali.log import Console
+from pipelines import dist
+from pipelines.dataset import Split
 from pipelines.dist import World
 from pipelines.errors import UserError
 
@@ -45,6 +51,28 @@ def test_what_a_models_ranks_know_is_told_by_its_own_rank_0(
         train.main(["--config", str(config), "--instances", "2", "--run-dir", str(tmp_path / "runs")])
     assert left.value.code == 1
     assert f"error: {tmp_path}/runs/2: is not empty" in capsys.readouterr().err
+
+
+def test_a_file_system_that_hangs_while_the_data_is_opened_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about: list[str] = []
+
+    class Watch:
+        @contextlib.contextmanager
+        def busy(self, what: str) -> Iterator[None]:
+            about.append(what)
+            yield
+            about.pop()
+
+    def hang(root: Path, split: str) -> Split:
+        raise UserError(f"hangs while {about}")
+
+    monkeypatch.setattr(dist, "_watch", Watch())
+    monkeypatch.setattr(train, "open_split", hang)
+    arguments = parse(["--config", str(config_file(tmp_path / "c.yaml", tmp_path))])
+    with pytest.raises(UserError, match=r"hangs while .'opening the data set'"):
+        train._set_up(arguments, World(), Console(speaks=False))
 
 
 def test_launchers_that_contradict_each_other_are_told_in_one_line(
