@@ -1,30 +1,25 @@
 # The trainer on NVIDIA's PyTorch image, whose torch, NCCL, MPI, DALI and apex are the ones tuned for the
 # hardware; nothing of the image is replaced.
 #   make image
-#   docker run --gpus all -v DATA:/data cosmoflow-dali --config configs/reference.yaml --data-dir /data
-ARG BASE=nvcr.io/nvidia/pytorch:25.06-py3
+#   docker run --gpus all -v DATA:/data -v RUNS:/runs cosmoflow-dali --config configs/reference.yaml \
+#       --data-dir /data --run-dir /runs/first
+# The first of these images with torch 2.9, which the trainer needs, is 25.09.
+ARG BASE=nvcr.io/nvidia/pytorch:25.10-py3
 
-# What has to be compiled, and what is fetched, leaves only wheels behind.
+# What has to be compiled leaves only a wheel behind: mpi4py, against the image's MPI.
 FROM ${BASE} AS wheels
-WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
-COPY cosmoflow_dali cosmoflow_dali
-COPY pipelines pipelines
-COPY preprocess preprocess
-# mpi4py is built against the image's MPI; the image pins its own torch in PIP_CONSTRAINT.
-RUN pip wheel --no-cache-dir --no-binary mpi4py --wheel-dir /wheels . mpi4py \
-    && rm -f /wheels/torch-*.whl /wheels/nvidia_*.whl /wheels/triton-*.whl /wheels/cosmoflow_dali-*.whl
+RUN pip wheel --no-cache-dir --no-deps --no-binary mpi4py --wheel-dir /wheels mpi4py
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="cosmoflow-dali" \
       org.opencontainers.image.description="A data-pipeline-first trainer for CosmoFlow, MLPerf HPC's 3D convolutional network" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
-    pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
-    && python -c "import nvidia.dali, apex, mpi4py"
 WORKDIR /workspace/cosmoflow-dali
 COPY . .
-RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
+# pip leaves what the image has as it is, torch among it, and brings what is missing.
+RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
+    pip install --no-cache-dir --no-build-isolation /wheels/*.whl --editable . \
+    && python -c "import nvidia.dali, apex, mpi4py, torch; torch.backends.cuda.matmul.fp32_precision" \
     && useradd --create-home --uid 10000 cosmoflow \
     && mkdir --parents data runs results \
     && chown cosmoflow data runs results

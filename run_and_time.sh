@@ -13,12 +13,17 @@ PYTHON="${PYTHON:-.venv/bin/python}"
 LOGDIR="${LOGDIR:-results}"
 RUN="${RUN:-$(date +%y%m%d%H%M%S)}"
 
+# A value that YAML takes for text, whatever is in it.
+text() {
+    printf "'%s'" "${1//\'/\'\'}"
+}
+
 PARAMETERS=(--config "${CONFIG_FILE}" --run-dir "${LOGDIR}/${RUN}" --resume)
 [[ -z "${DATADIR:-}" ]] || PARAMETERS+=(--data-dir "${DATADIR}")
 [[ -z "${SEED:-}" ]] || PARAMETERS+=(--seed "${SEED}")
-[[ -z "${STAGING_DIR:-}" ]] || PARAMETERS+=(--set "data.stage.dir=${STAGING_DIR}")
+[[ -z "${STAGING_DIR:-}" ]] || PARAMETERS+=(--set "data.stage.dir=$(text "${STAGING_DIR}")")
 [[ -z "${STAGED_SINCE:-}" ]] || PARAMETERS+=(--staged-since "${STAGED_SINCE}")
-[[ -z "${DGXSYSTEM:-}" ]] || PARAMETERS+=(--set "submission.platform=${DGXSYSTEM}")
+[[ -z "${DGXSYSTEM:-}" ]] || PARAMETERS+=(--set "submission.platform=$(text "${DGXSYSTEM}")")
 [[ "${CACHES_CLEARED:-0}" -eq 0 ]] || PARAMETERS+=(--caches-cleared)
 
 if [[ -z "${SLURM_STEP_NUM_TASKS:-}${OMPI_COMM_WORLD_SIZE:-}" && "${DGXNGPU:-1}" -gt 1 ]]; then
@@ -39,7 +44,7 @@ trap : TERM USR1
 start="$(date +%s)"
 status=0
 "${BINDING[@]}" "${PYTHON}" -m cosmoflow_dali.train "${PARAMETERS[@]}" "$@" || status=$?
-if [[ "${SLURM_PROCID:-${OMPI_COMM_WORLD_RANK:-0}}" -eq 0 ]]; then
+if [[ "${status}" -eq 0 && "${SLURM_PROCID:-${OMPI_COMM_WORLD_RANK:-0}}" -eq 0 ]]; then
     echo "RESULT,COSMOFLOW_HPC,,$(($(date +%s) - start)),${USER:-$(id -un)},$(date -d "@${start}" '+%F %T')"
 fi
 exit "${status}"

@@ -90,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> list[Reduced]:
         "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
     )
     options = parser.parse_args(argv)
-    world = World.detect()
     results: list[Reduced] = []
+    with report_errors(World()):
+        world = World.detect()
     with report_errors(world):
         sizes = options.bytes or [gradient_bytes(), _LARGE]
         if min(sizes) < 4 or options.rounds < 1:

@@ -3,9 +3,10 @@
     python benchmarks/scaling.py --nodes 4 64 1250 --system h100
 
 The model (scaling_model.py) takes one published run of each chip and software as its calibration, and
-has to predict the others of that chip and software; see published.py. The same model then says what N nodes
-take. `--system measured` takes the newest figures of this project's own compute stage instead of a
-published run, on H100 nodes; options replace single figures.
+has to predict the others of that chip and software; see published.py. What one calibration for each chip
+would come to, whatever the software, is printed too. The same model then says what N nodes take.
+`--system measured` takes the newest figures of this project's own compute stage instead of a published run,
+on H100 nodes; options replace single figures.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks import scaling_model as model
-from benchmarks.published import BAR, NVIDIA, ROWS, Check, calibrated, calibration, check, gradients
+from benchmarks.published import BAR, Check, calibrated, calibration, check, gradients
 from benchmarks.scaling_model import Break, Forecast, Gradients, Job, Machine, Outlook, Stages
+from cosmoflow_dali.published import NVIDIA, ROWS, Row
 from pipelines.errors import ConfigError, UserError
 
 SYSTEMS = {"h100": ("H100", NVIDIA), "a100": ("A100", NVIDIA), "measured": ("H100", NVIDIA)}
@@ -99,7 +101,7 @@ def show_checks(checks: Sequence[Check]) -> None:
     print(f"{'':47} samples/s  stayed   pred.     min     own    mean staging")
     for each in checks:
         row = each.row
-        print(f"{row.name:47} {row.rate:9.1f}", end=" ")
+        print(f"{_name(row):47} {row.rate:9.1f}", end=" ")
         if row.calibrates:
             alone = sum((other.chip, other.stack) == (row.chip, row.stack) for other in ROWS) == 1
             print("calibration" + ", and no other row to check it with" * alone)
@@ -111,6 +113,20 @@ def show_checks(checks: Sequence[Check]) -> None:
     said = "met" if all(each.met for each in checks if not each.row.calibrates) else "missed"
     print("claimed of samples/s, and of minutes with a row's own epochs but for those beyond the model:")
     print(f"off by at most {BAR:.0%}, which is {said}")
+    show_strict(checks)
+
+
+def show_strict(checks: Sequence[Check]) -> None:
+    """Print what one calibration for each chip, whatever the software, would come to."""
+    known = {each.row.chip: calibration(each.row.chip) for each in checks}
+    predicted = [each for each in checks if each.row is not known[each.row.chip]]
+    missed = [each for each in predicted if not each.met_by_chip]
+    print("with one calibration for each chip, whatever the software, the same is missed by")
+    print(f"{len(missed)} of {len(predicted)} rows; errors in % of samples/s, and of minutes:")
+    for chip, row in known.items():
+        print(f"{_name(row):47} calibrates {chip}")
+    for each in missed:
+        print(f"{_name(each.row):47}", _percent(each.chip_rate_error, each.chip_train_error))
 
 
 def show_outlooks(outlooks: Sequence[Outlook], price: float | None) -> None:
@@ -145,6 +161,10 @@ def show_breaks(found: Sequence[Break], widest: Forecast) -> None:
     for each in found:
         yet = "not yet: " if each.gpus >= widest.gpus else ""
         print(f"  {yet}{each.name}, beyond {each.gpus:,.0f} GPUs: {each.why}")
+
+
+def _name(row: Row) -> str:
+    return f"{row.version} {row.stack}, {row.site}: {row.accelerators}"
 
 
 def _percent(*errors: float) -> str:

@@ -1,7 +1,7 @@
 """Train on several nodes with one command, as `make train NODES=16` does.
 
 Where there is SLURM, run.sub is submitted; with --hostfile, mpirun starts the ranks on those hosts; with
---local, as many nodes of one rank each are played on this machine.
+--local, this machine alone has a rank for each node, and to the ranks and the log it is one node.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m cosmoflow_dali.launch", description="Train on several nodes.")
     parser.add_argument("--nodes", type=int, required=True, help="how many")
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="OpenMPI's: a host a line")
-    parser.add_argument("--local", action="store_true", help="play the nodes on this machine")
+    parser.add_argument("--local", action="store_true", help="start a rank for each node on this machine")
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the trainer's own arguments")
     with report_errors(World()):
         options = parser.parse_args(argv)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _submit(options.nodes, train)
         raise UserError(
             f"{options.nodes} nodes: there is no sbatch here; make train NODES={options.nodes} HOSTFILE=FILE "
-            f"starts ranks on the hosts in FILE, and LOCAL=1 plays the nodes on this machine"
+            f"starts ranks on the hosts in FILE, and LOCAL=1 a rank for each node on this machine"
         )
     return 1
 

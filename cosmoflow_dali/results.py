@@ -14,7 +14,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from cosmoflow_dali.arguments import OneLineParser
 from cosmoflow_dali.mlperf_checkers import USAGE
 from cosmoflow_dali.mlperf_events import TARGET_MAE
 from cosmoflow_dali.mlperf_logs import BENCHMARK, Run, read_logs
+from cosmoflow_dali.published import ROWS
 from cosmoflow_dali.scores import Result, summarize
 from pipelines.dist import World, report_errors
 from pipelines.errors import UserError
@@ -33,32 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A published result; times in minutes, None where there is none.
-
-    accelerators: as the submitter counts them.
-    rate: training samples a second on each accelerator, as `mlperf_logs.Run` has it.
-    staging: the seconds that it took besides the time to train, or that it is included there.
-    """
-
-    name: str
-    scaling: str
-    accelerators: str
-    rate: float
-    time_to_train: float
-    staging: str
-    time_to_train_all: float | None = None
-    models_per_minute: float | None = None
-
-
-PUBLISHED = (
-    Published("NVIDIA v3.0", "strong", "512 H100", 200, 2.10, "13"),
-    Published("NVIDIA v2.0", "strong", "512 A100", 116, 3.79, "included"),
-    Published("HelmholtzAI v2.0", "strong", "512 A100", 72, 5.49, "included"),
-    Published("NVIDIA v3.0", "weak", "59 x 32 of 2048 H100", 223, 9.97, "252 to 333", 12.75, 4.63),
-)
-"""From mlcommons/hpc_results_v3.0 and hpc_results_v2.0, the rates worked out from the logs there."""
+_PUBLISHED = [row for row in ROWS if row.version >= "v2.0"]
+"""Of the rounds whose scores are the ones that are reported today."""
 
 _SHOWN = 5
 """Lines of what is wrong with each log."""
@@ -172,18 +149,18 @@ def _result_rows(results: Sequence[Result]) -> list[list[str]]:
         )
     rows += [
         [
-            f"published: {one.name}",
+            f"published: {one.submission}",
             one.scaling,
             "",
             one.accelerators,
-            _text(one.rate),
-            _text(one.time_to_train, 2),
-            one.staging,
-            "",
-            _text(one.time_to_train_all, 2),
+            _text(one.rate, 1),
+            _text(one.minutes, 2),
+            "included" if one.counted else _text(one.staging, 1),
+            _text(one.epochs, 1),
+            _text(one.whole, 2),
             _text(one.models_per_minute, 2),
         ]
-        for one in PUBLISHED
+        for one in _PUBLISHED
     ]
     return rows
 
@@ -223,7 +200,7 @@ def _tree(runs: Sequence[Run], results: Sequence[Result]) -> dict[str, Any]:
             | {f"mean_{figure}": result.mean(figure) for figure in ("rate", "staging", "epochs")}
             for result in results
         ],
-        "published": [asdict(one) for one in PUBLISHED],
+        "published": [asdict(one) for one in _PUBLISHED],
     }
 
 
@@ -270,13 +247,14 @@ def _draw_runs(ax: Axes, result: Result) -> None:
 
 
 def _draw_scores(ax: Axes, result: Result) -> None:
-    figure, label = (
-        ("time_to_train", "time to train [min]")
-        if result.scaling == "strong"
-        else ("models_per_minute", "models a minute")
-    )
-    bars = [("these runs", getattr(result, figure), _RUN)]
-    bars += [(one.name, getattr(one, figure), _STAGING) for one in PUBLISHED if one.scaling == result.scaling]
+    others = [one for one in _PUBLISHED if one.scaling == result.scaling]
+    if result.scaling == "strong":
+        label, own = "time to train [min]", result.time_to_train
+        theirs: list[tuple[str, float | None]] = [(one.submission, one.minutes) for one in others]
+    else:
+        label, own = "models a minute", result.models_per_minute
+        theirs = [(one.submission, one.models_per_minute) for one in others]
+    bars = [("these runs", own, _RUN), *((name, value, _STAGING) for name, value in theirs)]
     for row, (_, value, color) in enumerate(bars):
         ax.barh(row, value or 0, color=color, height=0.7)
         ax.annotate(f" {_text(value, 2)}", (value or 0, row), va="center", fontsize=8)

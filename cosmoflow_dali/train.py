@@ -3,16 +3,21 @@
 Without arguments it trains the embedded default: simulated universes, made if they are not there.
 The same command runs alone, under mpirun, torchrun and srun. It exits with 0 at the end of
 training, with 1 for a fault that it names in one line, and with 75 (EX_TEMPFAIL) when a SIGTERM or
-SIGUSR1 has stopped it behind a checkpoint: run it again with --resume.
+SIGUSR1 has stopped it, while it trains behind a checkpoint: run it again with --resume.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import torch
 from mlperf_logging.mllog import constants
@@ -26,7 +31,7 @@ from cosmoflow_dali.memory import use_huge_pages
 from cosmoflow_dali.networks import build_model
 from cosmoflow_dali.open_model import OpenCosmoFlow, input_statistics
 from cosmoflow_dali.summary import Result, finish
-from cosmoflow_dali.trainer import Outcome, Trainer
+from cosmoflow_dali.trainer import STOP_SIGNALS, Outcome, Trainer
 from pipelines.dataset import Split, open_split
 from pipelines.dist import World, available_cores, report_errors
 from pipelines.errors import UserError
@@ -54,12 +59,15 @@ class Setup:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    world = World.detect()
-    with report_errors(world):
+    with report_errors(World()):
+        whole = World.detect()
+    with report_errors(whole):
         arguments = parse(argv)
-        world = world.split(arguments.instances)
-        arguments = of_model(arguments, world.model)
+        world = whole.split(arguments.instances)
         device = world.device(arguments.config.device)
+    # From here on what all ranks of a model know is told by that model's own rank 0.
+    with report_errors(world):
+        arguments = of_model(arguments, world.model)
         console = Console(speaks=world.is_root)
         for note in arguments.notes:
             console.say(note)
@@ -76,11 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if setup.config.data.stage is not None:
                     setup = _stage(setup, world, logs, console, arguments.staged_since)
                 result = _train(setup, world, device, logs, console)
+            if result is not None:
+                # The others wait for the report: a launcher may end a rank that is long in following them.
+                told = setup.folder, setup.config, result, setup.train, setup.validation, world, console
+                world.on_root(partial(finish, *told))
         if result is None:
             console.say(f"stopped by a signal; go on with --run-dir {setup.folder} --resume")
             return EX_TEMPFAIL
-        if world.is_root:
-            finish(setup.folder, setup.config, result, setup.train, setup.validation, world, console)
     return 0
 
 
@@ -88,9 +98,10 @@ def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
     """Find or make the run's folder and its data, on rank 0."""
     config, checkpoint = arguments.config, None
     folder = arguments.run_dir or Path("runs") / f"{arguments.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    resumes = arguments.resume and (folder / runs.CONFIG).exists()
-    if resumes:
-        config, checkpoint = runs.go_on(folder, config, world.size)
+    with world.busy("looking for a run to go on with"):
+        resumes = arguments.resume and (folder / runs.CONFIG).exists()
+        if resumes:
+            config, checkpoint = runs.go_on(folder, config, world.size)
     if config.seed is None:
         config = replace(config, seed=secrets.randbelow(2**31))
     seed = config.seed
@@ -103,7 +114,8 @@ def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
         start = time.perf_counter()
         make_dataset(simulate, root, workers=available_cores(), shown=True)
         seconds["simulate"] = time.perf_counter() - start
-    train, validation = open_split(root, "train"), open_split(root, "validation")
+    with world.busy("opening the data set"):
+        train, validation = open_split(root, "train"), open_split(root, "validation")
     runs.check_data(config, checkpoint, world.size, train, validation)
     if resumes:
         runs.save_config(folder, config)
@@ -216,5 +228,12 @@ def _stage(setup: Setup, world: World, logs: RunLogs, console: Console, since: i
     return replace(setup, train=train, validation=validation, seconds=setup.seconds | {"staging": seconds})
 
 
+def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Leave, asked to stop where there is nothing to save; the trainer takes the signals while there is."""
+    os._exit(EX_TEMPFAIL)
+
+
 if __name__ == "__main__":
+    for each in STOP_SIGNALS:
+        signal.signal(each, _leave_at_once)
     World.detect().leave(main())

@@ -210,7 +210,8 @@ class Trainer:
             "data_wait_ms": 1e3 * waited / len(means),
             "step_ms": 1e3 * seconds / len(means),
         }
-        self._logs.metric(record)
+        with self._world.busy("writing metrics.jsonl"):
+            self._logs.metric(record)
         self._console.advance(
             len(means),
             time.monotonic(),

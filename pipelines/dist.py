@@ -76,8 +76,8 @@ _LAUNCHERS = (
 def _check_nesting(launcher: _Launcher, world: World, outer: _Launcher, around: World) -> None:
     """ConfigError unless `outer` can have started `launcher`, once for each task, or says the same."""
     each, rest = divmod(world.size, around.size)
-    # An mpirun in a SLURM step has daemons for its tasks, in numbers of its own.
-    if world.launcher != "mpirun" and (rest or world.rank // each != around.rank):
+    # An mpirun in a SLURM step has daemons for its tasks, in numbers of its own; each starts a rank at least.
+    if each == 0 or (world.launcher != "mpirun" and (rest or world.rank // each != around.rank)):
         raise ConfigError(
             f"{launcher.rank} and {launcher.size}",
             f"{world.rank} and {world.size}",
@@ -191,6 +191,9 @@ class World:
             return torch.device("cpu")
         if gpus == 0:
             raise ConfigError("device", kind, "no GPU is visible here; use device: cpu or auto")
+        if gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+            # Somebody has given each rank a GPU of its own, the only one that it sees.
+            return torch.device("cuda", 0)
         index = self.before + self.local_rank
         if index >= gpus:
             raise ConfigError(
@@ -203,11 +206,24 @@ class World:
     @contextmanager
     def connected(self, device: torch.device | None = None) -> Iterator[None]:
         """The process group of these ranks: NCCL for `device` cuda, and gloo for cpu or none."""
+        cuda = device is not None and device.type == "cuda"
+        if cuda:
+            import torch
+
+            torch.cuda.set_device(device)
         if self.size == 1:
             yield
             return
         one_node = self.local_size == self.size
-        meeting = meeting_place(self.launcher, os.environ, rank=self.rank, size=self.size, one_node=one_node)
+        meeting = meeting_place(
+            self.launcher,
+            os.environ,
+            rank=self.rank,
+            size=self.size,
+            one_node=one_node,
+            model=self.model,
+            models=self.models,
+        )
         if one_node and "lo" in (name for _, name in socket.if_nameindex()):
             # One node: gloo need not find out which of its interfaces others can reach.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -231,7 +247,6 @@ class World:
         else:
             port = int(member.begin())
             store = open_store(meeting.address, port, size=self.size, seconds=meeting.seconds)
-        cuda = device is not None and device.type == "cuda"
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             store=store,
@@ -240,8 +255,6 @@ class World:
             timeout=_TIMEOUT,
             device_id=device if cuda else None,
         )
-        if cuda:
-            torch.cuda.set_device(device)
         yield
         # Left out on an error on purpose: there the peers may be gone, and waiting for them hangs.
         dist.destroy_process_group()

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 PATIENCE = "MEETING_SECONDS"
 """The variable that says how long ranks wait for the next one to come to the meeting."""
 
+ADDRESS = "MEETING_ADDRESS"
+"""The variable that says where rank 0 is, under srun where the name of a step's first node leads nowhere."""
+
 _FIRST_PORT, _PORTS, _TRIES = 20000, 12000, 8
 """Ports that no system gives out by itself; where one is taken, the next ones are tried."""
 
@@ -68,13 +71,17 @@ def meeting_place(
     if launcher == "srun":
         # Steps of one job may share a node, so both numbers choose the ports.
         key = f"slurm {environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
-        address = environ.get("MASTER_ADDR") or ("127.0.0.1" if one_node else _first_node(environ))
+        address = environ.get(ADDRESS) or ("127.0.0.1" if one_node else _first_node(environ))
         return Meeting(address, _ports(key), key, seconds)
     if launcher == "mpirun" and one_node and "PMIX_NAMESPACE" in environ:
         key = f"pmix {environ['PMIX_NAMESPACE']} {model}"
         return Meeting("127.0.0.1", _ports(key), key, seconds)
     if launcher == "mpirun":
         return _by_mpi(rank, size, one_node, model, models, seconds)
+    if models > 1:
+        raise ConfigError(
+            "--instances", models, "is for mpirun and torchrun, which show each model its own place"
+        )
     raise ConfigError(
         "MASTER_ADDR",
         None,

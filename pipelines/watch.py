@@ -19,6 +19,7 @@ import os
 import resource
 import selectors
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -40,6 +41,9 @@ _FAREWELL = 15.0
 
 _ANSWER = 15.0
 """Seconds for whoever listens at a port to say that it is rank 0."""
+
+_HALFWAY = 1.0
+"""Seconds for a stranger at the door to end a message that it has begun."""
 
 _LONGEST = 1 << 16
 """Bytes of a message; a stranger at the door that means something else asks for more."""
@@ -177,7 +181,9 @@ class Warden(Watch):
         assert self._door is not None
         with contextlib.suppress(OSError):
             taken, _ = self._door.accept()
-            self._listening.register(Connection(taken.detach()), selectors.EVENT_READ)
+            stranger = Connection(taken.detach())
+            _limit(stranger, _HALFWAY)
+            self._listening.register(stranger, selectors.EVENT_READ)
 
     def _admit(self, stranger: Connection) -> None:
         """Let `stranger` in if it is one of this run's ranks."""
@@ -188,6 +194,7 @@ class Warden(Watch):
                 raise ValueError("another run's")
             rank, name = int(hello["rank"]), str(hello["name"])
             _send(stranger, {"welcome": self._name})
+            _limit(stranger, SILENCE)
         except (OSError, ValueError, KeyError, TypeError):
             stranger.close()
             return
@@ -307,9 +314,11 @@ class Member(Watch):
                     reached = socket.create_connection((meeting.address, port), timeout=_ANSWER)
                     reached.settimeout(None)
                     connection = Connection(reached.detach())
+                    _limit(connection, _ANSWER)
                     _send(connection, hello)
                     if connection.poll(_ANSWER):
                         self._warden = _receive(connection)["welcome"]
+                        _limit(connection, SILENCE)
                         return connection
                     connection.close()
                 except (OSError, ValueError, KeyError) as error:
@@ -392,6 +401,12 @@ def _allow_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _limit(connection: Connection, seconds: float) -> None:
+    """Have a message that stops halfway raise OSError after `seconds`, which are whole ones."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), 0))
+
+
 def _send(connection: Connection, message: dict[str, Any]) -> None:
     # Text, not pickled objects: whoever can reach the port shall not run code here.
     connection.send_bytes(json.dumps(message).encode())
@@ -403,6 +418,8 @@ def _receive(connection: Connection) -> dict[str, Any]:
         message = json.loads(connection.recv_bytes(_LONGEST))
     except EOFError as error:
         raise OSError("the line has ended") from error
+    except RecursionError as error:
+        raise ValueError("too deep") from error
     if not isinstance(message, dict):
         raise ValueError("no message")
     return message

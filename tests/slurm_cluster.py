@@ -116,12 +116,12 @@ class Cluster:
         self._kill(f"SLURMD_NODENAME={name}")
         self._run("scontrol", "update", f"nodename={name}", "state=down", "reason=test")
 
-    def kill_rank(self, rank: int) -> None:
-        """Kill the task with the number `rank` of the only job step."""
-        self._kill(f"SLURM_PROCID={rank}", "SLURM_STEP_TASKS_PER_NODE=")
+    def kill_rank(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send `number` to the task with the number `rank` of the only job step."""
+        self._kill(f"SLURM_PROCID={rank}", "SLURM_STEP_TASKS_PER_NODE=", number=number)
 
-    def _kill(self, *variables: str) -> None:
-        """Kill the processes of this cluster that have all of these `variables`, written as NAME=VALUE."""
+    def _kill(self, *variables: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send `number` to the cluster's processes that have all these `variables`, written as NAME=VALUE."""
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 given = (process / "environ").read_text(errors="replace").split("\0")
@@ -130,7 +130,7 @@ class Cluster:
                 continue
             wanted = (f"SLURM_CONF={self.folder}/slurm.conf", *variables)
             if not daemon and all(any(one.startswith(want) for one in given) for want in wanted):
-                _signal(int(process.name), signal.SIGKILL)
+                _signal(int(process.name), number)
 
     def submit(self, line: Sequence[str], cwd: Path, **variables: str) -> int:
         """Submit the sbatch command `line` from `cwd` with `variables` in its environment: the job's id."""

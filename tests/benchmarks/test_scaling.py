@@ -17,12 +17,13 @@ import pytest
 from benchmarks import harness, published, scaling
 from benchmarks import scaling_model as model
 from benchmarks.scaling_model import Forecast, Gradients, Job, Machine, Stages
+from cosmoflow_dali.published import ROWS, Row
 from pipelines.errors import ConfigError
 
 SENT = published.gradients()
 MACHINE = replace(published.NODES["H100"], staging=2e9, file_system=400e9)
 STAGES = Stages(compute=0.004, forward=0.003, decode=0.005, read=model.PACKED)
-PREDICTED = [row for row in published.ROWS if not row.calibrates]
+PREDICTED = [row for row in ROWS if not row.calibrates]
 FIGURES = ["--compute-ms", "4", "--decode-ms", "5"]
 
 
@@ -105,8 +106,8 @@ def test_epochs_to_the_target_are_mlperfs() -> None:
     assert published == pytest.approx(model.EPOCHS, rel=0.001)
 
 
-@pytest.mark.parametrize("row", PREDICTED, ids=lambda row: row.name)
-def test_published_runs_are_predicted_within_the_bar(row: published.Row) -> None:
+@pytest.mark.parametrize("row", PREDICTED, ids=lambda row: row.source)
+def test_published_runs_are_predicted_within_the_bar(row: Row) -> None:
     found = published.check(row, SENT)
     assert abs(found.rate_error) <= published.BAR and found.met
     # The model has to be worth it: closer than to say that a GPU does as much among more of them.
@@ -117,19 +118,42 @@ def test_published_runs_are_predicted_within_the_bar(row: published.Row) -> None
         assert abs(found.table_error) <= published.BAR
 
 
-@pytest.mark.parametrize("row", [row for row in published.ROWS if row.calibrates], ids=lambda row: row.name)
-def test_a_calibration_gives_back_what_it_was_made_from(row: published.Row) -> None:
+@pytest.mark.parametrize("row", [row for row in ROWS if row.calibrates], ids=lambda row: row.source)
+def test_a_calibration_gives_back_what_it_was_made_from(row: Row) -> None:
     found = published.check(row, SENT)
     assert (found.rate_error, found.staging_error) == pytest.approx((0, 0), abs=1e-9)
     # The steps and the evaluations of an epoch, and staging, are all that a run consists of.
     assert abs(found.train_error) < 0.08
 
 
+def test_one_calibration_for_each_chip_is_told_of_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    checks, _, _ = scaling.main(["--nodes", "64", *FIGURES])
+    a100, h100 = published.calibration("A100"), published.calibration("H100")
+    assert (a100.batch, a100.version, h100.batch, h100.version) == (32, "v2.0", 32, "v3.0")
+    predicted = [each for each in checks if each.row not in (a100, h100)]
+    missed = [each for each in predicted if not each.met_by_chip]
+    # The same chip does half as much in others' software, which no network explains.
+    assert {each.row.stack for each in predicted if each.met_by_chip} == {"NVIDIA PyTorch"}
+    printed = capsys.readouterr().out
+    assert f"{len(missed)} of {len(predicted)} rows" in printed
+    for each in missed:
+        (line,) = (
+            line
+            for line in printed.splitlines()[len(checks) + 6 :]
+            if line.startswith(scaling._name(each.row))
+        )
+        assert line.split()[-2:] == [
+            f"{100 * each.chip_rate_error:+.1f}",
+            f"{100 * each.chip_train_error:+.1f}",
+        ]
+        assert max(abs(each.chip_rate_error), abs(each.chip_train_error)) > published.BAR
+
+
 def test_each_family_is_calibrated_once_and_each_row_is_its_own() -> None:
-    families = {(row.chip, row.stack) for row in published.ROWS}
-    assert len(families) == sum(row.calibrates for row in published.ROWS)
-    assert len({row.source for row in published.ROWS}) == len(published.ROWS)
-    assert [row.name for row in published.ROWS if row.beyond] == ["v1.0 NVIDIA MXNet, Selene: 32 x 128 A100"]
+    families = {(row.chip, row.stack) for row in ROWS}
+    assert len(families) == sum(row.calibrates for row in ROWS)
+    assert len({row.source for row in ROWS}) == len(ROWS)
+    assert [row.source for row in ROWS if row.beyond] == ["NVIDIA/dgxa100_n512_ngc21.09_mxnet/weak"]
 
 
 def test_more_nodes_train_one_model_faster_and_each_gpu_slower() -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, config_file, environment, write_tiny
+
+from cosmoflow_dali import launch
 
 SBATCH = """#!/bin/bash
 printf '%s\\n' "$@" "nodes=$DGXNNODES" "in=$PWD" >> "$SBATCH_LOG"
@@ -82,6 +87,27 @@ def test_what_makes_no_sense_is_refused(variables: list[str], said: str, tmp_pat
     hosts.write_text("# the first rack\na slots=8\nb slots=8\n")
     done = make_train(tmp_path, *(variable.format(hosts=hosts) for variable in variables))
     assert done.returncode != 0 and done.stderr.startswith("error: ") and said in done.stderr
+
+
+def test_the_first_hosts_get_a_rank_for_each_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[Sequence[str]] = []
+
+    def call(line: Sequence[str]) -> int:
+        lines.append(line)
+        return 7
+
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# the first rack\na slots=8\n\nb slots=8\nc slots=8\n")
+    monkeypatch.setattr(launch, "_call", call)
+    for name, value in (("DGXNGPU", "4"), ("NCCL_DEBUG", "WARN"), ("MEETING_SECONDS", "9"), ("OTHER", "x")):
+        monkeypatch.setenv(name, value)
+    assert launch.main(["--nodes", "2", "--hostfile", str(hosts), "--", "--epochs", "3"]) == 7
+    ((program, *line),) = lines
+    assert Path(program).name == "mpirun"
+    assert line[:8] == ["-n", "8", "--host", "a:4,b:4", "--map-by", "ppr:4:node", "--bind-to", "none"]
+    handed = {name for flag, name in pairwise(line) if flag == "-x"}
+    assert {"NCCL_DEBUG", "MEETING_SECONDS", "PATH"} <= handed and "OTHER" not in handed
+    assert line[-5:] == [sys.executable, "-m", "cosmoflow_dali.train", "--epochs", "3"]
 
 
 @pytest.mark.parametrize("way", ["LOCAL=1", "HOSTFILE={hosts}"])

@@ -9,9 +9,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT, environment
 
 from cosmoflow_dali.config import CONFIGS, read_yaml, resolve
+from cosmoflow_dali.model import ReferenceConfig
+from cosmoflow_dali.optim import SGDConfig
+from cosmoflow_dali.schedule import StepDecayConfig
 
 SBATCH = """#!/bin/bash
 # Takes the options that run.sub is submitted with, and runs it at once.
@@ -20,13 +24,31 @@ while [[ "$1" == -* ]]; do
 done
 [[ -n "$nodes" && -n "$time" ]] || exit 65
 cp "$1" slurm_script && shift
-SLURM_JOB_ID=77 SLURM_JOB_NUM_NODES="$nodes" SLURM_SUBMIT_DIR="$PWD" exec bash slurm_script "$@"
+SLURM_JOB_ID="${JOB:-77}" SLURM_JOB_NUM_NODES="$nodes" SLURM_SUBMIT_DIR="$PWD" exec bash slurm_script "$@"
 """
 
 SRUN = """#!/bin/bash
 printf '%s\\n' "srun $*|$RUN|$SEED|$STAGED_SINCE|$CONFIG_FILE|$DATADIR|$STAGING_DIR" >> "$SRUN_LOG"
 [[ " $* " == *" ${FAILING:-nothing} "* || "$RUN" == "${FAILING:-nothing}" ]] && exit "${STATUS:-1}"
-exit 0
+[[ -n "${RUNS_STEPS:-}" ]] || exit 0
+while [[ "$1" == -* ]]; do shift; done
+SLURM_STEP_NUM_TASKS=8 SLURM_PROCID="${RANK_OF_STEP:-0}" SLURM_LOCALID=3 exec "$@"
+"""
+
+RECORDER = """#!/bin/bash
+# In place of an interpreter: notes its arguments, one a line, and what it finds in its environment.
+{
+    echo "== ${SLURM_LOCALID:-}${OMPI_COMM_WORLD_LOCAL_RANK:-}"
+    printf '%s\\n' "$@"
+    env | grep -E '^(PLACE|MEETING|MASTER)' | sort
+} >> "$RECORD"
+exit "${ENDING:-0}"
+"""
+
+MPIRUN = """#!/bin/bash
+echo "mpirun $*" >> "$RECORD"
+while [[ "$1" != bash ]]; do shift; done
+OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_LOCAL_RANK=1 exec "$@"
 """
 
 SCONTROL = """#!/bin/bash
@@ -41,7 +63,8 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(CONFIGS, tmp_path / "configs")
     (tmp_path / "bin").mkdir()
-    for name, script in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
+    stand_ins = {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL, "python": RECORDER, "mpirun": MPIRUN}
+    for name, script in stand_ins.items():
         (tmp_path / "bin" / name).write_text(script)
         (tmp_path / "bin" / name).chmod(0o755)
     return tmp_path
@@ -51,6 +74,7 @@ def sh(checkout: Path, script: str, **variables: str) -> tuple[subprocess.Comple
     """Run `script` in bash: how it ended, and the commands that SLURM was given."""
     log = checkout / "srun.log"
     given = {"PATH": f"{checkout}/bin:{os.environ['PATH']}", "SRUN_LOG": str(log), "PYTHON": "python"}
+    given["RECORD"] = str(checkout / "record")
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=checkout,
@@ -173,17 +197,203 @@ def test_stopped_behind_a_checkpoint_it_is_requeued_and_runs_what_is_left(checko
         ({"NUM_INSTANCES": "2", "NEXP": "2"}, "NEXP 2"),
         ({"NUM_INSTANCES": "2", "STAGING_DIR": "/raid"}, "DATADIR"),
         ({"NEXP": "0"}, "NEXP 0"),
+        ({"SEED": "08"}, "SEED 08: expected a whole number"),
+        ({"SEED": "abc"}, "SEED abc"),
+        ({"MEETING_SECONDS": "long"}, "MEETING_SECONDS long"),
+        ({"CONT": "x", "STAGING_DIR": "$TMPDIR/x"}, "STAGING_DIR $TMPDIR/x"),
         ({"DGXNGPU": "all"}, "DGXNGPU all"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(variables: dict[str, str], said: str, checkout: Path) -> None:
     done, asked = sh(checkout, RUN, NCCL_TEST="0", CLEAR_CACHES="0", **variables)
     assert done.returncode != 0 and said in done.stderr and not asked
+    assert not list(checkout.glob("results/*/first_seed"))
 
 
 def test_caches_that_cannot_be_cleared_are_no_lie(checkout: Path) -> None:
     done, _ = sh(checkout, RUN, NCCL_TEST="0", FAILING="-c")
     assert done.returncode == 0 and "the page caches were not cleared" in done.stderr
+
+
+def calls(checkout: Path) -> list[list[str]]:
+    """What the recorder has noted: for each call its place, its arguments and its environment."""
+    return [call.splitlines() for call in (checkout / "record").read_text().split("== ")[1:]]
+
+
+VARIABLES = {
+    "LOGDIR": "logs",
+    "DATESTAMP": "stamp",
+    "DATADIR": "/gpfs/data",
+    "CONFIG_FILE": "reference",
+    "DGXNODES": "2",
+    "DGXNNODES": "3",
+    "DGXNGPU": "4",
+    "DGXSYSTEM": "B's: box",
+    "WALLTIME": "00:12:00",
+    "NEXP": "2",
+    "NUM_INSTANCES": "1",
+    "SEED": "40",
+    "STAGING_DIR": "$TMPDIR/it's",
+    "NCCL_TEST": "1",
+    "CLEAR_CACHES": "1",
+    "DROPCACHE_CMD": "echo dropped >> $RECORD.dropped",
+    "CHECK_COMPLIANCE": "1",
+    "BIND": "env PLACE=on{}",
+    "MEETING_SECONDS": "77",
+    "MEETING_ADDRESS": "10.1.2.3",
+    "PYTHON": "./bin/python",
+}
+
+
+def test_every_variable_of_the_table_arrives(checkout: Path) -> None:
+    table = (ROOT / "docs" / "scale.md").read_text().partition("| variable |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    # CONT is another job's, with a container.
+    assert {name for row in rows for name in re.findall(r"`([A-Z_]+)`", row)} == {*VARIABLES, "CONT"}
+    given = VARIABLES | {"MASTER_ADDR": "stale", "MASTER_PORT": "1", "RUNS_STEPS": "1"}
+    done, asked = sh(checkout, 'sbatch -N 2 -t "$WALLTIME" run.sub --epochs 3', **given)
+    assert done.returncode == 0, done.stderr
+    assert sum("--wait=137 " in line and "--ntasks=8 --ntasks-per-node=4 " in line for line in asked) == 3
+    assert (checkout / "record.dropped").read_text() == "dropped\n" * 2
+    network, first, second, results = calls(checkout)
+    meeting = ["MEETING_ADDRESS=10.1.2.3", "MEETING_SECONDS=77"]
+    assert network == ["3", "benchmarks/allreduce_bench.py", *meeting]
+    logs = f"{checkout}/logs/stamp"
+    for run, seed, said in (("1", "40", first), ("2", "41", second)):
+        assert said == [
+            "3", "-m", "cosmoflow_dali.train", "--config", "configs/reference.yaml",
+            "--run-dir", f"{logs}/{run}", "--resume", "--data-dir", "/gpfs/data", "--seed", seed,
+            "--set", "data.stage.dir='$TMPDIR/it''s'", "--set", "submission.platform='B''s: box'",
+            "--caches-cleared", "--epochs", "3", *meeting, "PLACE=on3",
+        ]  # fmt: skip
+        assert "RESULT,COSMOFLOW_HPC,," in Path(f"{logs}/{run}.log").read_text()
+    assert results[:4] == ["3", "-m", "cosmoflow_dali.results", logs]
+    for setting in ("data.stage.dir='$TMPDIR/it''s'", "submission.platform='B''s: box'"):
+        assert yaml.safe_load(setting.partition("=")[2]) in VARIABLES.values()
+
+
+QUIET = {"NCCL_TEST": "0", "CLEAR_CACHES": "0", "CHECK_COMPLIANCE": "0"}
+
+
+@pytest.mark.parametrize("ending", ["1", "75"])
+def test_a_run_that_has_not_ended_well_has_no_result_line(ending: str, checkout: Path) -> None:
+    sh(checkout, RUN, RUNS_STEPS="1", ENDING=ending, LOGDIR="logs", **QUIET)
+    assert (checkout / "logs/77/1.log").read_text() == ""
+    assert (checkout / "logs/77/1.status").read_text() == f"{ending}\n"
+
+
+def test_a_new_job_goes_on_with_the_runs_of_an_earlier_one(checkout: Path) -> None:
+    given = QUIET | {"NEXP": "2", "DATESTAMP": "campaign"}
+    done, asked = sh(checkout, RUN, FAILING="2", **given)
+    assert done.returncode != 0
+    again, rest = sh(checkout, RUN, JOB="78", **given)
+    assert again.returncode == 0 and [line.split("|")[1] for line in asked] == ["1", "2"]
+    # The second run alone, with its seed.
+    assert rest[2:] == asked[1:2]
+
+
+@pytest.mark.parametrize("stale", ["75\n", ""])
+def test_a_run_that_leaves_no_status_has_failed(stale: str, checkout: Path) -> None:
+    (checkout / "results/77").mkdir(parents=True)
+    (checkout / "results/77/1.status").write_text(stale)
+    # As if the shell of its step had been killed.
+    script = (checkout / "run.sub").read_text()
+    killed = script.replace('echo "${status}" >"${LOGDIR}/${run}.status"', "true")
+    assert killed != script
+    (checkout / "run.sub").write_text(killed)
+    done, asked = sh(checkout, RUN, **QUIET)
+    assert done.returncode == 1 and "error: 1 of 1 runs have failed: 1" in done.stderr
+    assert not any("scontrol" in line for line in asked)
+
+
+@pytest.mark.parametrize(
+    ("step", "variables"),
+    [
+        ("benchmarks/allreduce_bench.py", {}),
+        ("-c", {}),
+        ("preprocess.stage", {"NUM_INSTANCES": "2", "STAGING_DIR": "/raid", "DATADIR": "/gpfs"}),
+        ("./run_and_time.sh", {}),
+    ],
+)
+def test_a_step_that_a_signal_ends_has_the_job_requeued(
+    step: str, variables: dict[str, str], checkout: Path
+) -> None:
+    done, asked = sh(checkout, RUN, FAILING=step, STATUS="143", **variables)
+    assert done.returncode == 0 and asked[-1] == "scontrol requeue 77" and step in asked[-2]
+    assert "stopped by a signal; the job is requeued" in done.stdout
+
+
+def test_a_network_that_fails_ends_the_job_before_its_runs(checkout: Path) -> None:
+    done, asked = sh(checkout, RUN, FAILING="benchmarks/allreduce_bench.py")
+    assert done.returncode == 1 and "error: NCCL_TEST" in done.stderr and len(asked) == 1
+
+
+def test_samples_that_could_not_be_staged_are_left_to_the_models(checkout: Path) -> None:
+    staged = {"NUM_INSTANCES": "2", "STAGING_DIR": "/raid", "DATADIR": "/gpfs"}
+    done, asked = sh(checkout, RUN, FAILING="preprocess.stage", **staged, **QUIET)
+    assert done.returncode == 0 and "warning: STAGING_DIR" in done.stderr
+    assert sum("run_and_time.sh" in line for line in asked) == 2
+
+
+def test_a_container_sees_what_its_ranks_need(checkout: Path) -> None:
+    folder = checkout.parent / f"{checkout.name}.elsewhere"
+    folder.mkdir()
+    (folder / "own.yaml").write_text("")
+    config = os.path.relpath(folder / "own.yaml", checkout)
+    given = {"CONT": "image.sqsh", "STAGING_DIR": "/raid/x", "DATADIR": "/gpfs", "CONFIG_FILE": config}
+    done, asked = sh(checkout, RUN, **given, **QUIET)
+    assert done.returncode == 0, done.stderr
+    places = [f"{checkout}:{checkout}", f"{checkout}/results/77:{checkout}/results/77", "/gpfs:/gpfs:ro"]
+    places += ["/raid/x:/raid/x", f"{folder}/own.yaml:{folder}/own.yaml:ro"]
+    assert f"--container-mounts={','.join(places)} " in asked[0]
+    assert f"|{folder}/own.yaml|" in asked[0]
+
+
+def test_alone_it_is_one_rank(checkout: Path) -> None:
+    done, _ = sh(checkout, "DATADIR=/data ./run_and_time.sh --epochs 2", RUN="lone")
+    assert done.returncode == 0 and "RESULT,COSMOFLOW_HPC,," in done.stdout
+    assert calls(checkout) == [
+        ["", "-m", "cosmoflow_dali.train", "--config", "configs/default.yaml", "--run-dir", "results/lone",
+         "--resume", "--data-dir", "/data", "--epochs", "2"],
+    ]  # fmt: skip
+
+
+def test_alone_on_several_gpus_it_starts_as_many_ranks(checkout: Path) -> None:
+    done, _ = sh(checkout, "./run_and_time.sh --epochs 2", DGXNGPU="2", SEED="4", BIND="env PLACE={}")
+    assert done.returncode == 0, done.stderr
+    started, *_ = (checkout / "record").read_text().splitlines()
+    assert started == "mpirun -n 2 --bind-to none bash run_and_time.sh --epochs 2"
+    ((place, *said),) = calls(checkout)
+    assert place == "1" and said[-5:] == ["--seed", "4", "--epochs", "2", "PLACE=1"]
+
+
+PUBLISHED = {
+    # Global batch, initial and base learning rate, warm-up, decay at epochs, factors, dropout, weight decay.
+    "dgxa100_16x8x1": (128, 0.001, 0.004, 4, (16, 32), (0.25, 0.125), 0.5, 0.0),
+    "dgxa100_128x8x1_other": (1024, 0.001, 0.012, 0, (32, 64), (0.25, 0.125), 0.5, 0.0),
+    "dgxa100_4x8x1": (32, 0.001, 0.004, 2, (4, 6), (0.25, 0.0625), 0.5, 0.0),
+    "dgxh100_64x8x1": (512, 0.006, 0.024, 6, (20, 22, 23, 24), (0.5, 0.25, 0.125, 0.0625), 0.0, 0.02),
+    "dgxh100_4x8x1": (32, 0.001, 0.004, 2, (4, 6), (0.25, 0.0625), 0.5, 0.0),
+    "dgxh100_16x8x1": (128, 0.001, 0.004, 4, (16, 32), (0.25, 0.125), 0.5, 0.0),
+}
+"""The published runs' hyperparameters, weight decay in PyTorch's units."""
+
+
+def test_each_submission_has_the_published_hyperparameters() -> None:
+    found = {}
+    for path in CONFIGS.glob("submission_*.yaml"):
+        config, _ = resolve(read_yaml(path))
+        schedule, network, optimizer = config.schedule, config.model, config.optimizer
+        assert isinstance(schedule, StepDecayConfig) and isinstance(network, ReferenceConfig)
+        assert isinstance(optimizer, SGDConfig) and optimizer.momentum == 0.9
+        assert config.target_mae == 0.124 and config.loader.batch_size == 1 and config.shuffle
+        # Where GPUs are withheld, it shall not train on processors without a word.
+        assert config.device == "cuda"
+        found[path.stem.removeprefix("submission_")] = (
+            config.global_batch, schedule.initial_lr, schedule.base_lr, schedule.warmup_epochs,
+            schedule.decay_epochs, schedule.decay_factors, network.dropout, optimizer.weight_decay,
+        )  # fmt: skip
+    assert found == PUBLISHED
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("config_DGX*.sh")), ids=lambda path: path.stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def submit(cluster: Cluster, folder: Path, nodes: int, *arguments: str, **variab
         "PYTHON": sys.executable,
         "LOGDIR": str(folder / "logs"),
         # The nodes' names are SLURM's alone, and no system resolves them.
-        "MASTER_ADDR": "127.0.0.1",
+        "MEETING_ADDRESS": "127.0.0.1",
         "MEETING_SECONDS": "50",
         "DGXNGPU": "1",
         "CLEAR_CACHES": "0",
@@ -213,25 +214,56 @@ def test_init_datasets_converts_both_splits(cluster: Cluster, data: Path, tmp_pa
     assert (tmp_path / "npy" / "train" / "files_label.lst").exists()
 
 
-def test_a_rank_that_dies_under_srun_is_missed_by_the_others(
-    cluster: Cluster, data: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGKILL, "has died without a word"), (signal.SIGSTOP, "has said nothing for 40 s")],
+)
+def test_a_rank_that_goes_under_srun_is_missed_by_the_others(
+    number: signal.Signals, words: str, cluster: Cluster, data: Path, tmp_path: Path
 ) -> None:
     config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 1}, epochs=500)
     script = tmp_path / "job.sh"
     script.write_text(
         "#!/bin/bash\n"
         f"cd {ROOT}\n"
-        f"srun --kill-on-bad-exit=0 -N4 {sys.executable} -m {TRAIN} "
+        f"srun --kill-on-bad-exit=0 --wait=5 -N4 {sys.executable} -m {TRAIN} "
         f"--config {config} --run-dir {tmp_path}/run\n"
     )
-    variables = environment() | {"MASTER_ADDR": "127.0.0.1"}
-    given = {name: variables[name] for name in ("MASTER_ADDR", "OMP_NUM_THREADS")}
+    variables = environment() | {"MEETING_ADDRESS": "127.0.0.1"}
+    given = {name: variables[name] for name in ("MEETING_ADDRESS", "OMP_NUM_THREADS")}
     job = cluster.submit(["--nodes=4", f"--output={tmp_path}/job.log", str(script)], tmp_path, **given)
     wait_for_checkpoint(tmp_path / "run", 1)
-    cluster.kill_rank(2)
+    cluster.kill_rank(2, number)
     began = time.monotonic()
     assert cluster.wait_for(job, seconds=60) == "FAILED", told(tmp_path)
     assert time.monotonic() - began < 60
     said = (tmp_path / "job.log").read_text()
-    assert said.count("rank 2 (process ") == 1 and "has died without a word" in said
+    assert said.count("rank 2 (process ") == 1 and words in said
     shutil.rmtree(tmp_path / "run")
+
+
+def test_a_job_with_a_frozen_rank_ends(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 1}, epochs=5000)
+    job = submit(cluster, tmp_path, 4, CONFIG_FILE=str(config), MEETING_SECONDS="20")
+    run = logs_of(tmp_path, job) / "1"
+    wait_for_checkpoint(run, 1)
+    cluster.kill_rank(2, signal.SIGSTOP)
+    # It is missed after 40 s, and ended 80 s after the others have left.
+    assert cluster.wait_for(job, seconds=180) == "FAILED", told(tmp_path)
+    said = run.with_suffix(".log").read_text()
+    assert said.count("rank 2 (process ") == 1 and "has said nothing for 40 s" in said
+    assert "error: 1 of 1 runs have failed: 1" in (tmp_path / "job.log").read_text()
+
+
+def test_asked_to_stop_before_it_trains_a_job_is_requeued(
+    cluster: Cluster, data: Path, tmp_path: Path
+) -> None:
+    config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 2}, epochs=2)
+    job = submit(cluster, tmp_path, 2, CONFIG_FILE=str(config))
+    deadline = time.monotonic() + 60
+    while not (logs_of(tmp_path, job) / "1.log").exists():
+        assert time.monotonic() < deadline, told(tmp_path)
+        time.sleep(0.05)
+    cluster.run("scancel", "--signal=TERM", str(job))
+    assert cluster.wait_for(job, seconds=300) == "COMPLETED", told(tmp_path)
+    assert "Restarts=1" in cluster.run("scontrol", "show", "job", str(job))

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT, environment, mpirun, run
 
 from pipelines.dist import World
 from pipelines.errors import UserError
-from pipelines.rendezvous import meeting_place
+from pipelines.rendezvous import Meeting, meeting_place, open_store
 
 OMPI = {
     "OMPI_COMM_WORLD_RANK": "5",
@@ -47,7 +48,9 @@ def test_a_batch_script_without_srun_is_alone() -> None:
 
 
 def test_mpirun_inside_a_slurm_step_counts() -> None:
-    assert World.detect(SRUN | OMPI).launcher == "mpirun"
+    # A daemon on each node, of four ranks each.
+    daemons = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    assert World.detect(SRUN | daemons | OMPI).launcher == "mpirun"
 
 
 def test_other_mpis_count() -> None:
@@ -76,6 +79,12 @@ def test_launchers_that_contradict_each_other_are_refused(stale: Place, outer: P
         World.detect(stale | outer)
 
 
+def test_an_mpirun_that_is_smaller_than_the_step_around_it_is_refused() -> None:
+    stale = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+    with pytest.raises(UserError, match=r"OMPI_COMM_WORLD_SIZE .* SLURM_PROCID and .* 9 and 11: .* stale"):
+        World.detect(stale | SRUN)
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [("n1", "n1"), ("n[07-09,12],login", "n07"), ("r[1-3]n[4,6]-ib", "r1n4-ib"), ("a,b[1-2]", "a")],
@@ -86,6 +95,38 @@ def test_the_first_of_slurms_nodes(nodes: str, first: str) -> None:
     assert meeting.address == first
     other = meeting_place("srun", environ | {"SLURM_STEP_ID": "2"}, rank=0, size=2, one_node=False)
     assert other.key != meeting.key and other.ports != meeting.ports
+
+
+def test_where_srun_finds_rank_0_can_be_told() -> None:
+    environ = {"SLURM_STEP_NODELIST": "n[1-2]", "MEETING_ADDRESS": "10.0.0.7", "MASTER_ADDR": "elsewhere"}
+    assert meeting_place("srun", environ, rank=1, size=2, one_node=False).address == "10.0.0.7"
+
+
+def test_models_meet_apart() -> None:
+    def meet(launcher: str, environ: dict[str, str], model: int) -> Meeting:
+        return meeting_place(launcher, environ, rank=0, size=3, one_node=True, model=model, models=2)
+
+    store = open_store("127.0.0.1", 0, serves=True, seconds=10)
+    agents = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    torchrun = agents | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "r"}
+    for launcher, environ in (("torchrun", torchrun), ("mpirun", agents | {"PMIX_NAMESPACE": "job"})):
+        first, second = (meet(launcher, environ, model) for model in range(2))
+        assert first.key != second.key and first.ports != second.ports
+    with pytest.raises(UserError, match="--instances = 2: is for mpirun and torchrun"):
+        meet("torchrun", agents, 0)
+
+
+def test_the_ranks_of_a_model_go_to_its_own_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def ask(launcher: str, environ: Place, **place: object) -> Meeting:
+        asked.update(place)
+        raise UserError("asked")
+
+    monkeypatch.setattr("pipelines.dist.meeting_place", ask)
+    with pytest.raises(UserError, match="asked"), World(5, 6, 5, 6, "mpirun").split(2).connected():
+        pass
+    assert asked == {"rank": 2, "size": 3, "one_node": True, "model": 1, "models": 2}
 
 
 def test_ranks_are_split_among_models() -> None:
@@ -129,6 +170,23 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert World(1, 3, 1, 3).device("auto").index == 1
     with pytest.raises(UserError, match="3 ranks on this node but 2 GPUs"):
         World(2, 3, 2, 3).device("auto")
+
+
+def test_a_rank_that_sees_one_gpu_has_it_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5ebe9f43")
+    assert World(5, 8, 5, 8, "srun").device("cuda").index == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(UserError, match="8 ranks on this node but 1 GPUs"):
+        World(5, 8, 5, 8, "srun").device("cuda")
+
+
+def test_a_model_of_one_rank_works_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    with World(3, 8, 3, 8, "mpirun").split(8).connected(torch.device("cuda", 3)):
+        assert chosen == [torch.device("cuda", 3)]
 
 
 _MEET = """
@@ -185,6 +243,36 @@ def test_ranks_that_mpirun_starts_meet() -> None:
     done = run([*mpirun(3), sys.executable, "-c", _MEET])
     assert done.code == 0, done.err
     assert done.out.count("mpirun") == done.out.count("111.0") == 3
+
+
+@pytest.mark.slow
+def test_the_ranks_of_two_models_meet_their_own() -> None:
+    program = """
+from pipelines.dist import World
+
+world = World.detect().split(2)
+with world.connected():
+    print("model", world.model, world.gather(world.rank))
+"""
+    done = run([*mpirun(6), sys.executable, "-c", program])
+    assert done.code == 0, done.err
+    assert [done.out.count(f"model {model} [0, 1, 2]") for model in range(2)] == [3, 3]
+
+
+def test_models_on_several_nodes_have_places_of_their_own() -> None:
+    program = """
+import os
+from pipelines.dist import World
+from pipelines.rendezvous import meeting_place
+
+world = World.detect().split(2)
+place = dict(rank=world.rank, size=world.size, model=world.model, models=world.models)
+print(f"model {world.model} at", meeting_place("mpirun", os.environ, one_node=False, **place).key)
+"""
+    done = run([*mpirun(4), sys.executable, "-c", program])
+    assert done.code == 0, done.err
+    lines = sorted(done.out.splitlines())
+    assert lines[0] == lines[1] and lines[2] == lines[3] and lines[0].split()[3] != lines[2].split()[3]
 
 
 def test_a_fault_on_one_rank_ends_all_of_them() -> None:

@@ -1,0 +1,87 @@
+"""Being asked to stop, and faults, where the trainer is not training."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import Ranks, command, config_file, started_by, wait_until_gone, write_tiny
+
+from cosmoflow_dali import train
+from cosmoflow_dali.arguments import parse
+from cosmoflow_dali.log import Console
+from pipelines import dist
+from pipelines.dataset import Split
+from pipelines.dist import World
+from pipelines.errors import UserError
+
+
+def test_asked_to_stop_before_it_trains_a_run_leaves_with_75(tmp_path: Path) -> None:
+    made = {"dir": str(tmp_path / "data"), "simulate": {"size": 32, "train": 4096}}
+    model = {"size": 32, "blocks": 3, "filters": 2, "dense": [16, 8], "dropout": 0.0}
+    config = config_file(tmp_path / "c.yaml", tmp_path, data=made, model=model)
+    line = command("cosmoflow_dali.train", ["--config", config, "--run-dir", tmp_path / "run", "--resume"])
+    with Ranks(line, [0], 1) as ranks:
+        (process,) = ranks.processes.values()
+        deadline = time.monotonic() + 60
+        while not (children := started_by(process.pid)):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        statuses, words = ranks.end(20)
+        assert statuses == {75}, words
+        wait_until_gone(children)
+
+
+def test_what_a_models_ranks_know_is_told_by_its_own_rank_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_tiny(tmp_path / "data", train=4, validation=2)
+    config = config_file(tmp_path / "c.yaml", data)
+    (tmp_path / "runs" / "2").mkdir(parents=True)
+    (tmp_path / "runs" / "2" / "full").touch()
+    for name, value in (("RANK", 1), ("SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_SIZE", 2)):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    with pytest.raises(SystemExit) as left:
+        train.main(["--config", str(config), "--instances", "2", "--run-dir", str(tmp_path / "runs")])
+    assert left.value.code == 1
+    assert f"error: {tmp_path}/runs/2: is not empty" in capsys.readouterr().err
+
+
+def test_a_file_system_that_hangs_while_the_data_is_opened_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about: list[str] = []
+
+    class Watch:
+        @contextlib.contextmanager
+        def busy(self, what: str) -> Iterator[None]:
+            about.append(what)
+            yield
+            about.pop()
+
+    def hang(root: Path, split: str) -> Split:
+        raise UserError(f"hangs while {about}")
+
+    monkeypatch.setattr(dist, "_watch", Watch())
+    monkeypatch.setattr(train, "open_split", hang)
+    arguments = parse(["--config", str(config_file(tmp_path / "c.yaml", tmp_path))])
+    with pytest.raises(UserError, match=r"hangs while .'opening the data set'"):
+        train._set_up(arguments, World(), Console(speaks=False))
+
+
+def test_launchers_that_contradict_each_other_are_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def contradict() -> World:
+        raise UserError("RANK is stale")
+
+    monkeypatch.setattr(World, "detect", contradict)
+    with pytest.raises(SystemExit):
+        train.main([])
+    assert capsys.readouterr().err == "error: RANK is stale\n"
