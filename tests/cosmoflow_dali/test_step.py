@@ -89,6 +89,26 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(implementation: Implementa
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_a_rate_of_0_holds_still_what_has_no_momentum_and_lets_the_rest_roll(
+    implementation: Implementation,
+) -> None:
+    model = network()
+    optimizer = build_optimizer(SGDConfig(momentum=0.9, implementation=implementation), model)
+    parameter = model.denses[0].get_parameter("weight")
+    generator = np.random.default_rng(2)
+    velocity, expected = np.zeros(parameter.shape), parameter.detach().numpy().astype(np.float64)
+    for rate in (0.0, 0.0, 0.01, 0.02, 0.0, 0.0, 0.005, 0.005):
+        gradient = generator.standard_normal(parameter.shape).astype(np.float32)
+        set_lr(optimizer, rate)
+        parameter.grad = torch.from_numpy(gradient)
+        optimizer.step()
+        # Keras's rule.
+        velocity = 0.9 * velocity - rate * gradient
+        expected = expected + velocity
+        np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=0, atol=1e-6)
+
+
 def test_only_fp16_scales() -> None:
     assert [make_scaler(each, CPU).is_enabled() for each in ("fp32", "tf32", "bf16", "fp16")] == [
         False, False, False, True,
