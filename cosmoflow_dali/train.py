@@ -73,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with RunLogs(setup.folder if world.is_root else None, lengths) as logs:
                 if setup.checkpoint is None:
                     mlperf.log_init_start(logs.mlperf, began_ms, caches_cleared=arguments.caches_cleared)
+                here = setup
                 if setup.config.data.stage is not None:
-                    setup = _stage(setup, world, logs, console, arguments.staged_since)
-                result = _train(setup, world, device, logs, console)
+                    here = _stage(setup, world, logs, console, arguments.staged_since)
+                result = _train(here, world, device, logs, console)
         if result is None:
             console.say(f"stopped by a signal; go on with --run-dir {setup.folder} --resume")
             return EX_TEMPFAIL
@@ -184,6 +185,7 @@ def _train(
         outcome=outcome,
         evaluation=evaluation,
         skipped=trainer.skipped,
+        epochs=trainer.position.epoch,
         steps=trainer.steps,
         computes=trainer.computes,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
