@@ -21,12 +21,13 @@ from torch.nn import functional
 
 from cosmoflow_dali.blocks import LEAK, max_block, plain_max_block
 from cosmoflow_dali.engines import ComputeConfig, distribute, make_engine
-from cosmoflow_dali.memory import use_huge_pages
 from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
 from cosmoflow_dali.networks import build_model
 from cosmoflow_dali.open_model import OpenConfig, OpenCosmoFlow
 from cosmoflow_dali.optim import SGDConfig, build_optimizer, set_lr
+from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.step import autocast, input_dtype, make_scaler, settle_float32
+from pipelines.dist import available_cores
 from pipelines.sample import Batch, SampleSpec
 
 Network = Literal["reference", "open"]
@@ -141,9 +142,10 @@ class Contestant:
 
 def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, where: str) -> None:
     device = torch.device(where)
-    if not recipe.plain and device.type == "cpu":
-        use_huge_pages()
-    settle_float32(recipe.compute.precision)
+    if recipe.plain:
+        settle_float32(recipe.compute.precision)
+    else:
+        settle_process(device, available_cores(), recipe.compute.precision)
     start = _most_memory()
     step, forward, model, batch = _prepare(recipe, network, size, device)
     for _ in range(3):

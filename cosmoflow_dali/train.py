@@ -22,9 +22,9 @@ from cosmoflow_dali.arguments import Arguments, of_model, parse
 from cosmoflow_dali.checkpoint import Checkpoint
 from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.log import Console, RunLogs
-from cosmoflow_dali.memory import use_huge_pages
 from cosmoflow_dali.networks import build_model
 from cosmoflow_dali.open_model import OpenCosmoFlow, input_statistics
+from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.summary import Result, finish
 from cosmoflow_dali.trainer import Outcome, Trainer
 from pipelines.dataset import Split, open_split
@@ -63,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console(speaks=world.is_root)
         for note in arguments.notes:
             console.say(note)
-        torch.set_num_threads(world.cores)
-        if device.type == "cpu":
-            use_huge_pages()
+        settle_process(device, world.cores, arguments.config.compute.precision)
         began_ms = arguments.staged_since or round(1e3 * time.time())
         with world.connected(device):
             setup = world.on_root(lambda: _set_up(arguments, world, console))

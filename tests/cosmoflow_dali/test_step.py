@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -13,12 +14,14 @@ import torch
 from helpers import config_file, program, run
 from left_behind import metrics
 
-from cosmoflow_dali import optim
+from cosmoflow_dali import evaluate, optim, predict
 from cosmoflow_dali.config import resolve
 from cosmoflow_dali.engines import ComputeConfig
 from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
 from cosmoflow_dali.optim import SGDConfig, build_optimizer, restore_optimizer, set_lr
+from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.step import Precision, forward_backward, make_scaler
+from pipelines.dist import World
 from pipelines.errors import ConfigError
 from pipelines.sample import Batch
 
@@ -165,6 +168,30 @@ def test_a_profiler_sees_the_steps_parts() -> None:
     assert (counts["forward"], counts["backward"]) == (2, 2)
 
 
+@pytest.mark.parametrize(("precision", "rounds"), [("fp32", False), ("tf32", True), ("bf16", True)])
+def test_a_process_settles_its_threads_and_what_float32_is(
+    precision: Precision, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    threads = torch.get_num_threads()
+    try:
+        settle_process(CPU, threads + 1, precision)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == rounds
+
+
+@pytest.mark.parametrize("program", [evaluate, predict])
+def test_programs_settle_their_process(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[object] = []
+    monkeypatch.setattr(program, "settle_process", lambda *how: settled.append(how))
+    arguments = ["nothing"] if program is predict else ["--data-dir", "nothing", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        program.main(["--weights", "nothing.pt", *arguments])
+    assert settled == [(CPU, World.detect().cores)]
+
+
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -174,7 +201,7 @@ PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def test_large_tensors_lie_in_huge_pages() -> None:
     program = """
 import resource, sys, torch
-from cosmoflow_dali.memory import use_huge_pages
+from cosmoflow_dali.process import use_huge_pages
 if sys.argv[1] == "huge":
     use_huge_pages()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
