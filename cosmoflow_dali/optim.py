@@ -82,13 +82,14 @@ def build_optimizer(config: SGDConfig | AdamConfig, model: nn.Module) -> torch.o
     return optimizer
 
 
-def describe(optimizer: torch.optim.Optimizer) -> str:
-    """What `optimizer` is, for a person."""
+def describe(optimizer: torch.optim.Optimizer, config: SGDConfig | AdamConfig, device: torch.device) -> str:
+    """What `optimizer`, which `build_optimizer` made of `config` on `device`, is, for a person."""
     name = type(optimizer).__name__
     if type(optimizer).__module__.startswith("apex"):
         return f"apex {name}"
-    how = "fused " if optimizer.defaults.get("fused") else "foreach "
-    return f"torch {how}{name}"
+    how = "fused" if optimizer.defaults.get("fused") else "foreach"
+    wants_apex = isinstance(config, SGDConfig) and config.implementation == "auto" and device.type == "cuda"
+    return f"torch {how} {name}" + (f" ({_apex_sgd(device)[1]})" if wants_apex else "")
 
 
 def _build_sgd(

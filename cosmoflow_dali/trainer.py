@@ -87,7 +87,7 @@ class Trainer:
         compute = config.compute
         self._scaler = make_scaler(compute.precision, device)
         how = f"{compute.engine_on(device)} engine, {compute.precision} on {device.type}"
-        self.computes = f"{describe(self._optimizer)}, {how}"
+        self.computes = f"{describe(self._optimizer, config.optimizer, device)}, {how}"
         self.position = Position()
         self.seconds = {"train": 0.0, "evaluate": 0.0}
         self.evaluation: Evaluation | None = None

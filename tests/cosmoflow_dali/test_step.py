@@ -18,7 +18,7 @@ from cosmoflow_dali import evaluate, optim, predict
 from cosmoflow_dali.config import resolve
 from cosmoflow_dali.engines import ComputeConfig
 from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
-from cosmoflow_dali.optim import SGDConfig, build_optimizer, restore_optimizer, set_lr
+from cosmoflow_dali.optim import AdamConfig, SGDConfig, build_optimizer, restore_optimizer, set_lr
 from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.step import Precision, forward_backward, make_scaler
 from pipelines.dist import World
@@ -138,18 +138,25 @@ def test_another_implementation_goes_on_with_the_momentum(
         torch.testing.assert_close(one, two)
 
 
-def test_apex_is_refused_where_it_is_not_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_apex_is_not_to_be_had_it_is_refused_or_the_run_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="apex works on GPUs alone"):
         build_optimizer(SGDConfig(implementation="apex"), network())
     gpu = torch.device("cuda")
-    assert "not installed" in optim._apex_sgd(gpu)[1]
+    assert "(apex is not installed" in optim.describe(
+        build_optimizer(SGDConfig(), network()), SGDConfig(), gpu
+    )
     # What `pip install apex` brings has the name alone.
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    found, reason = optim._apex_sgd(gpu)
+    optimizer = build_optimizer(SGDConfig(), network())
+    said = optim.describe(optimizer, SGDConfig(), gpu)
     sys.modules.pop("apex", None)
-    assert found is None and "is not NVIDIA's" in reason
+    assert said.startswith("torch fused SGD (the apex that is installed is not NVIDIA's")
+    for config, device in ((SGDConfig(), CPU), (SGDConfig(implementation="fused"), gpu), (AdamConfig(), gpu)):
+        assert optim.describe(optimizer, config, device) == "torch fused SGD"
 
 
 @pytest.mark.parametrize("engine", ["graph", "compile"])
