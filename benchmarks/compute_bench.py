@@ -233,8 +233,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
         record = {"limits": limits, "bars": BARS, **results}
         path = harness.save("compute_bench", vars(options), record, options.output)
         title = f"{options.network} network, {options.size}^3"
+        print("written to", path)
         draw({title: results}, path.with_suffix(".png"))
-        print("written to", path, "and", path.with_suffix(".png").name)
     return results
 
 

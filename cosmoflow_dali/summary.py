@@ -56,9 +56,6 @@ def finish(
 
     train, validation: the splits with all their samples, not a node's share of them.
     """
-    # Only here: matplotlib takes a third of the program's start, and only rank 0 draws.
-    from cosmoflow_dali.report import write_report
-
     evaluation, seconds = result.evaluation, dict(result.seconds)
     runs.write_predictions(folder, evaluation)
     compared: dict[str, Any] | None = None
@@ -100,10 +97,21 @@ def finish(
         "hardware": machine.hardware(),
     }
     runs.write_summary(folder, summary)
+    _report(folder, console)
+    _say_scores(console, summary)
+
+
+def _report(folder: Path, console: Console) -> None:
+    """Write the report, or say that there is none."""
     start = time.perf_counter()
+    try:
+        # Only here: matplotlib takes a third of the program's start, and only rank 0 draws.
+        from cosmoflow_dali.report import write_report
+    except ImportError:
+        console.say("no report: this Python lacks matplotlib")
+        return
     report = write_report(folder)
     console.say(f"report {report} ({time.perf_counter() - start:.0f} s)")
-    _say_scores(console, summary)
 
 
 def _say_scores(console: Console, summary: dict[str, Any]) -> None:
