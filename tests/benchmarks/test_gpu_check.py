@@ -59,11 +59,12 @@ picture.draw({{}}, pathlib.Path("nowhere.png"))
 
 
 def test_its_tests_are_collected_on_a_bare_python() -> None:
-    compute, _, *_ = gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
-    arguments = [*compute.arguments[2:], "--collect-only"]
-    done = bare(f"import pytest\nsys.exit(pytest.main({arguments}))")
+    engines, block, *_ = gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
+    collected = [[*part.arguments[2:], "--collect-only"] for part in (engines, block)]
+    done = bare(f"import pytest\nsys.exit(any([pytest.main(each) for each in {collected}]))")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_losses_and_gradients_are_the_eager_ones" in done.stdout and "bfloat16" in done.stdout
+    assert "test_losses_and_gradients_are_the_eager_ones" in done.stdout
+    assert "float32" in done.stdout and "bfloat16" in done.stdout and "no_number" in done.stdout
 
 
 def test_what_a_part_lacks_is_named_and_it_is_left_out(tmp_path: Path) -> None:
