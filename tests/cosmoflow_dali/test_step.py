@@ -236,6 +236,21 @@ def test_what_does_not_fit_is_refused(tree: dict[str, Any], said: str) -> None:
         resolve(tree)
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_graph_is_resumed(tiny: Path, tmp_path: Path) -> None:
+    compute = {"precision": "bf16", "engine": "graph"}
+    config = config_file(tmp_path / "config.yaml", tiny, compute=compute, device="cuda")
+    line = ("cosmoflow_dali.train", "--config", config, "--run-dir")
+    for name, *more in (("whole",), ("run", "--epochs", 2), ("run", "--resume")):
+        done = program(*line, tmp_path / name, *more)
+        assert done.code == 0, done.err
+    whole, resumed = (
+        [line["loss"] for line in metrics(tmp_path / run) if line["kind"] == "step"]
+        for run in ("whole", "run")
+    )
+    assert resumed == pytest.approx(whole, rel=1e-2)
+
+
 def test_two_ranks_exchange_in_bf16_and_in_parts(tiny: Path, tmp_path: Path) -> None:
     losses = {}
     for name, compute in {"fp32": {}, "bf16": {"exchange": "bf16"}, "parts": {"micro_batch": 1}}.items():
