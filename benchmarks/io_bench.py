@@ -277,8 +277,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         pictured = {
             setting: {name: row.figures for name, row in rows.items()} for setting, rows in results.items()
         }
+        print("written to", path)
         draw(pictured, path.with_suffix(".png"))
-        print("written to", path, "and", path.with_suffix(".png").name)
     return results
 
 

@@ -12,6 +12,9 @@ from cosmoflow_dali.networks import build_model
 MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}
 """Rows and columns of the matrices whose product is measured, by kind of device."""
 
+COPIED = 1 << 30
+"""Bytes whose copy is measured."""
+
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of a large matrix product in `dtype`, the best of six, and of two libraries.
@@ -29,8 +32,8 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second that a copy of 1 GiB reads and writes, the best of five."""
-    source, target = (torch.zeros(1 << 28, device=device) for _ in range(2))
+    """Bytes a second that a copy reads and writes, the best of six."""
+    source, target = (torch.zeros(COPIED // 4, device=device) for _ in range(2))
     best = min(timed(lambda: target.copy_(source), 1, device)[0] for _ in range(6))
     return 2.0 * source.nbytes / best
 

@@ -22,9 +22,15 @@ class Figures(Protocol):
 
 
 def draw(results: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
-    """Bars of samples a second and of CPU time a sample, a row of them for each setting, at `path`."""
-    import matplotlib
+    """Bars of samples a second and of CPU time a sample, a row of them for each setting, at `path`.
 
+    Says where the picture is, or that there is none for want of matplotlib.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print("not drawn: this Python lacks matplotlib")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -49,3 +55,4 @@ def draw(results: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
         axes[1].set_yticklabels([])
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+    print("drawn to", path)

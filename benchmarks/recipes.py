@@ -21,15 +21,17 @@ from torch.nn import functional
 
 from cosmoflow_dali.blocks import LEAK, max_block, plain_max_block
 from cosmoflow_dali.engines import ComputeConfig, distribute, make_engine
-from cosmoflow_dali.memory import use_huge_pages
 from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
 from cosmoflow_dali.networks import build_model
 from cosmoflow_dali.open_model import OpenConfig, OpenCosmoFlow
 from cosmoflow_dali.optim import SGDConfig, build_optimizer, set_lr
+from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.step import autocast, input_dtype, make_scaler, settle_float32
+from pipelines.dist import available_cores
 from pipelines.sample import Batch, SampleSpec
 
 Network = Literal["reference", "open"]
+Block = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Turn = tuple[float, float, float]
 """Of a turn: seconds on the clock, of processors, and of the forward pass alone on the clock."""
 
@@ -111,6 +113,9 @@ class Contestant:
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
+
+    def wait(self) -> None:
+        """Until it has started, beside the others."""
         self._ours.recv()
 
     def turn(self, steps: int) -> Turn:
@@ -141,9 +146,10 @@ class Contestant:
 
 def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, where: str) -> None:
     device = torch.device(where)
-    if not recipe.plain and device.type == "cpu":
-        use_huge_pages()
-    settle_float32(recipe.compute.precision)
+    if recipe.plain:
+        settle_float32(recipe.compute.precision)
+    else:
+        settle_process(device, available_cores(), recipe.compute.precision)
     start = _most_memory()
     step, forward, model, batch = _prepare(recipe, network, size, device)
     for _ in range(3):
@@ -221,10 +227,10 @@ def _layers(model: nn.Module, batch: Batch, recipe: Recipe) -> Iterator[Layer]:
     """Each block of the reference network alone, on input of the right shape."""
     if not isinstance(model, CosmoFlow):
         return
-    block = plain_max_block if recipe.plain else max_block
     volume, device = batch.volume, batch.volume.device
     for number, conv in enumerate(model.convs):
         weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
+        block = _block(recipe, number)
         given = torch.rand_like(volume).requires_grad_(number > 0)
         with autocast(recipe.compute.precision, device):
             made = block(given, weight, bias)
@@ -235,6 +241,7 @@ def _layers(model: nn.Module, batch: Batch, recipe: Recipe) -> Iterator[Layer]:
             weight: torch.Tensor = weight,
             bias: torch.Tensor = bias,
             gradient: torch.Tensor = gradient,
+            block: Block = block,
         ) -> None:
             with autocast(recipe.compute.precision, device):
                 made = block(given, weight, bias)
@@ -248,6 +255,18 @@ def _layers(model: nn.Module, batch: Batch, recipe: Recipe) -> Iterator[Layer]:
         moved = given.nbytes * (3 if number else 2) + 2 * made.nbytes
         yield Layer(f"block {number + 1}", 1e3 * wall, 2e-9 * products * passes, moved)
         volume = made.detach()
+
+
+def _block(recipe: Recipe, number: int) -> Block:
+    """What `recipe` computes block `number` of the reference network with."""
+    if recipe.plain:
+        return plain_max_block
+    if number == 0 and recipe.compute.first_block == "triton":
+        # Triton may not be installed.
+        from cosmoflow_dali.first_block import first_block
+
+        return first_block
+    return max_block
 
 
 def _most_memory() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cosmoflow_dali.arguments import OneLineParser
 from cosmoflow_dali.evaluation import evaluate
-from cosmoflow_dali.memory import use_huge_pages
+from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.weights import load_trained
 from pipelines.config import LoaderConfig
 from pipelines.dataset import open_split
@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         config = LoaderConfig(batch_size=arguments.batch_size)
         device = world.device(arguments.device)
-        if device.type == "cpu":
-            use_huge_pages()
+        settle_process(device, world.cores)
         with world.connected(device):
             trained = world.everywhere(lambda: load_trained(arguments.weights))
             split = world.on_root(lambda: open_split(arguments.data_dir, arguments.split))

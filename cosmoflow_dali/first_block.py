@@ -27,6 +27,9 @@ _TAPS = 128
 _CELLS = 64
 """Cells that a program pools at a time."""
 
+FILTERS = 16, 32, 64
+"""How many there may be: a product of Triton's wants 16, and more would outgrow a GPU's shared memory."""
+
 _PROGRAMS = 512
 """Programs of the backward pass, each with sums of its own: added up in one order, so that they repeat."""
 
@@ -34,7 +37,7 @@ _PROGRAMS = 512
 def first_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`blocks.plain_max_block` of `volume` (B, 4, D, H, W), channels-last and without a gradient of its own.
 
-    kernel: (C, 4, 3, 3, 3), C a power of two of at least 16; bias: (C,). Products are of `volume`'s dtype,
+    kernel: (C, 4, 3, 3, 3), C of `FILTERS`; bias: (C,). Products are of `volume`'s dtype,
     or autocast's, sums of float32; the result is of the products' dtype, channels-last. Of equal voxels
     in a cell the first in (D, H, W) order is the maximum, as torch has it.
     """
@@ -48,8 +51,7 @@ def fits(volume: torch.Tensor, kernel: torch.Tensor) -> bool:
     """Whether `first_block` takes these."""
     filters, channels = kernel.shape[:2]
     even = all(edge % 2 == 0 for edge in volume.shape[2:])
-    known = channels == CHANNELS and filters >= 16 and filters & (filters - 1) == 0
-    return known and even and not volume.requires_grad
+    return channels == CHANNELS and filters in FILTERS and even and not volume.requires_grad
 
 
 class _FirstBlock(torch.autograd.Function):

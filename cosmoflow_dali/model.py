@@ -94,11 +94,11 @@ class CosmoFlow(nn.Module):
         """Compute the first block in one kernel of Triton; ConfigError where that cannot be."""
         kernel = self.convs[0].get_parameter("weight")
         try:
-            from cosmoflow_dali.first_block import first_block, fits
+            from cosmoflow_dali.first_block import FILTERS, first_block, fits
         except ImportError as error:
             raise ConfigError("compute.first_block", "triton", "Triton is not installed") from error
         if not fits(torch.empty(1, len(REDSHIFTS), 2, 2, 2), kernel):
-            reason = f"takes a power of two of at least 16 filters, and there are {len(kernel)}"
+            reason = f"takes {', '.join(map(str, FILTERS))} filters, and there are {len(kernel)}"
             raise ConfigError("compute.first_block", "triton", reason)
         self._first_block = first_block
 

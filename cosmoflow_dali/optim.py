@@ -18,6 +18,9 @@ from torch import nn
 
 from pipelines.errors import ConfigError
 
+_LEAST_LR = 1e-20
+"""Stands for a rate of 0, by which no buffer can be scaled; what a gradient adds is lost in rounding."""
+
 _BUILD_APEX = "the README tells how to build it from NVIDIA's source"
 
 
@@ -79,13 +82,14 @@ def build_optimizer(config: SGDConfig | AdamConfig, model: nn.Module) -> torch.o
     return optimizer
 
 
-def describe(optimizer: torch.optim.Optimizer) -> str:
-    """What `optimizer` is, for a person."""
+def describe(optimizer: torch.optim.Optimizer, config: SGDConfig | AdamConfig, device: torch.device) -> str:
+    """What `optimizer`, which `build_optimizer` made of `config` on `device`, is, for a person."""
     name = type(optimizer).__name__
     if type(optimizer).__module__.startswith("apex"):
         return f"apex {name}"
-    how = "fused " if optimizer.defaults.get("fused") else "foreach "
-    return f"torch {how}{name}"
+    how = "fused" if optimizer.defaults.get("fused") else "foreach"
+    wants_apex = isinstance(config, SGDConfig) and config.implementation == "auto" and device.type == "cuda"
+    return f"torch {how} {name}" + (f" ({_apex_sgd(device)[1]})" if wants_apex else "")
 
 
 def _build_sgd(
@@ -128,6 +132,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give the coming step the learning rate `lr`, by Keras's rule where there is momentum."""
+    lr = max(lr, _LEAST_LR)
     for group in optimizer.param_groups:
         old = float(group["lr"])
         group["lr"] = lr
@@ -138,4 +143,4 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
                 optimizer.state[parameter].get("momentum_buffer") if parameter in optimizer.state else None
             )
             if buffer is not None:
-                buffer.mul_(old / lr)  # no schedule comes down to 0
+                buffer.mul_(old / lr)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from cosmoflow_dali.arguments import OneLineParser
+from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.weights import Trained, load_trained
 from pipelines.dataset import read_sample
 from pipelines.dist import World, report_errors
@@ -32,12 +33,14 @@ HEADER = ["file"] + [
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    with report_errors(World()):
+    world = World()
+    with report_errors(world):
         parser = OneLineParser(prog="python -m cosmoflow_dali.predict", description=__doc__)
         parser.add_argument("--weights", type=Path, required=True, help="a checkpoint or a reference .npz")
         parser.add_argument("--output", type=Path, help="the CSV file (default: standard output)")
         parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="samples, in any format")
         arguments = parser.parse_args(argv)
+        settle_process(torch.device("cpu"), world.cores)
         trained = load_trained(arguments.weights)
         rows = [_row(trained, path, arguments.weights) for path in arguments.files]
         if arguments.output is None:

@@ -38,9 +38,8 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 def settle_float32(precision: Precision) -> None:
     """Say for this process what float32 is to a GPU's matrix units; torch lets cuDNN round it unasked."""
-    kind = "ieee" if precision == "fp32" else "tf32"
-    torch.backends.cuda.matmul.fp32_precision = kind
-    torch.backends.cudnn.conv.fp32_precision = kind  # type: ignore[attr-defined]
+    # By the names that torch before 2.9 has too.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def make_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:

@@ -25,7 +25,7 @@ class Result:
 
     evaluation: of the weights at the end.
     skipped: how many damaged samples of each split were passed over.
-    steps: of the whole run, whatever process made them.
+    epochs, steps: of the whole run, whatever process made them.
     computes: the optimizer, the engine and the precision.
     parameters: trainable weights of the network.
     wait_fractions: for each rank, the share of its training time spent waiting for data.
@@ -35,6 +35,7 @@ class Result:
     outcome: Outcome
     evaluation: Evaluation
     skipped: dict[str, int]
+    epochs: int
     steps: int
     computes: str
     parameters: int
@@ -51,10 +52,10 @@ def finish(
     world: World,
     console: Console,
 ) -> None:
-    """Leave in `folder` what a person wants to see of the run, and say the figures."""
-    # Only here: matplotlib takes a third of the program's start, and only rank 0 draws.
-    from cosmoflow_dali.report import write_report
+    """Leave in `folder` what a person wants to see of the run, and say the figures.
 
+    train, validation: the splits with all their samples, not a node's share of them.
+    """
     evaluation, seconds = result.evaluation, dict(result.seconds)
     runs.write_predictions(folder, evaluation)
     compared: dict[str, Any] | None = None
@@ -80,7 +81,7 @@ def finish(
         "outcome": result.outcome.value,
         "target_mae": config.target_mae,
         "seed": config.seed,
-        "epochs": result.steps * global_batch // (len(train) // global_batch * global_batch),
+        "epochs": result.epochs,
         "steps": result.steps,
         "global_batch": global_batch,
         "ranks": world.size,
@@ -96,10 +97,21 @@ def finish(
         "hardware": machine.hardware(),
     }
     runs.write_summary(folder, summary)
+    _report(folder, console)
+    _say_scores(console, summary)
+
+
+def _report(folder: Path, console: Console) -> None:
+    """Write the report, or say that there is none."""
     start = time.perf_counter()
+    try:
+        # Only here: matplotlib takes a third of the program's start, and only rank 0 draws.
+        from cosmoflow_dali.report import write_report
+    except ImportError:
+        console.say("no report: this Python lacks matplotlib")
+        return
     report = write_report(folder)
     console.say(f"report {report} ({time.perf_counter() - start:.0f} s)")
-    _say_scores(console, summary)
 
 
 def _say_scores(console: Console, summary: dict[str, Any]) -> None:

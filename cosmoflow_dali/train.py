@@ -27,9 +27,9 @@ from cosmoflow_dali.arguments import Arguments, of_model, parse
 from cosmoflow_dali.checkpoint import Checkpoint
 from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.log import Console, RunLogs
-from cosmoflow_dali.memory import use_huge_pages
 from cosmoflow_dali.networks import build_model
 from cosmoflow_dali.open_model import OpenCosmoFlow, input_statistics
+from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.summary import Result, finish
 from cosmoflow_dali.trainer import STOP_SIGNALS, Outcome, Trainer
 from pipelines.dataset import Split, open_split
@@ -71,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console(speaks=world.is_root)
         for note in arguments.notes:
             console.say(note)
-        torch.set_num_threads(world.cores)
-        if device.type == "cpu":
-            use_huge_pages()
+        settle_process(device, world.cores, arguments.config.compute.precision)
         began_ms = arguments.staged_since or round(1e3 * time.time())
         with world.connected(device):
             setup = world.on_root(lambda: _set_up(arguments, world, console))
@@ -81,9 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with RunLogs(setup.folder if world.is_root else None, lengths) as logs:
                 if setup.checkpoint is None:
                     mlperf.log_init_start(logs.mlperf, began_ms, caches_cleared=arguments.caches_cleared)
+                here = setup
                 if setup.config.data.stage is not None:
-                    setup = _stage(setup, world, logs, console, arguments.staged_since)
-                result = _train(setup, world, device, logs, console)
+                    here = _stage(setup, world, logs, console, arguments.staged_since)
+                result = _train(here, world, device, logs, console)
             if result is not None:
                 # The others wait for the report: a launcher may end a rank that is long in following them.
                 told = setup.folder, setup.config, result, setup.train, setup.validation, world, console
@@ -196,6 +195,7 @@ def _train(
         outcome=outcome,
         evaluation=evaluation,
         skipped=trainer.skipped,
+        epochs=trainer.position.epoch,
         steps=trainer.steps,
         computes=trainer.computes,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

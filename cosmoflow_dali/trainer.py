@@ -33,7 +33,7 @@ from cosmoflow_dali.evaluation import Evaluation, evaluate
 from cosmoflow_dali.log import Console, RunLogs
 from cosmoflow_dali.optim import build_optimizer, describe, restore_optimizer, set_lr
 from cosmoflow_dali.schedule import lr_at
-from cosmoflow_dali.step import autocast, make_scaler, seed_step, settle_float32
+from cosmoflow_dali.step import autocast, make_scaler, seed_step
 from pipelines.dist import World
 from pipelines.errors import UserError
 from pipelines.loader import Loader
@@ -85,10 +85,9 @@ class Trainer:
         self._model = model.to(device)
         self._optimizer = build_optimizer(config.optimizer, self._model)
         compute = config.compute
-        settle_float32(compute.precision)
         self._scaler = make_scaler(compute.precision, device)
         how = f"{compute.engine_on(device)} engine, {compute.precision} on {device.type}"
-        self.computes = f"{describe(self._optimizer)}, {how}"
+        self.computes = f"{describe(self._optimizer, config.optimizer, device)}, {how}"
         self.position = Position()
         self.seconds = {"train": 0.0, "evaluate": 0.0}
         self.evaluation: Evaluation | None = None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import compute_bench, limits
+from benchmarks.harness import Spread
 from benchmarks.limits import step_flops
 from benchmarks.recipes import PlainOpen, PlainReference
 from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
@@ -27,6 +28,7 @@ def test_every_row_is_measured_and_the_result_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(limits.MATRIX_SIZE, "cpu", 512)
+    monkeypatch.setattr(limits, "COPIED", 1 << 24)
     trace = tmp_path / "trace.json"
     flags = [*FLAGS, "--network", network, "--precision", precision, "--profile", str(trace)]
     rows = compute_bench.main([*flags, "--output", str(tmp_path)])
@@ -42,6 +44,31 @@ def test_every_row_is_measured_and_the_result_is_kept(
     kept = json.loads(path.read_text())["results"]
     assert kept.keys() == {"limits", "bars", *names} and path.with_suffix(".png").stat().st_size > 1000
     assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_axes_that_are_asked_for_are_spanned_and_named() -> None:
+    flags = ["--first-block", "plain,triton", "--layout", "channels_last,contiguous"]
+    options = compute_bench._options(["--batch-size", "2", "--precision", "bf16", *flags])
+    _, *ours = compute_bench.recipes(options, torch.device("cpu"))
+    assert {recipe.name: (recipe.compute.first_block, recipe.layout) for recipe in ours} == {
+        "bf16 eager auto, batch 2": ("plain", "channels_last"),
+        "bf16 eager auto contiguous, batch 2": ("plain", "contiguous"),
+        "bf16 eager auto triton, batch 2": ("triton", "channels_last"),
+        "bf16 eager auto triton contiguous, batch 2": ("triton", "contiguous"),
+    }
+
+
+def test_batches_of_ours_are_compared_to_the_records_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(samples_per_s: float) -> compute_bench.Result:
+        rate, none = Spread.of([samples_per_s]), Spread.of([1.0])
+        return compute_bench.Result("fp16", rate, none, none, 1.0, 1.0, none, None, 1, [])
+
+    ours = {"bf16 graph auto, batch 8": row(700.0)}
+    compute_bench._show_over_record(ours)
+    assert capsys.readouterr().out == ""
+    compute_bench._show_over_record({"the record's recipe, batch 1": row(200.0), **ours})
+    said = "bf16 graph auto, batch 8: 3.50 times the samples/s of the record's recipe, batch 1\n"
+    assert capsys.readouterr().out == said
 
 
 def test_the_plain_networks_are_the_same_networks() -> None:

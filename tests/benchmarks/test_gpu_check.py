@@ -21,12 +21,14 @@ LACKING = [
 BARE = f"""
 import sys
 
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {LACKING!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Nothing())
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {LACKING!r} else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 """
 
 
@@ -36,20 +38,33 @@ def bare(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
 
 
-def test_the_compute_benchmark_starts_on_a_bare_python() -> None:
-    flags = ["--size", "16", "--batch-size", "2", "--steps", "1", "--rounds", "1", "--device", "cpu"]
-    done = bare(
-        f"import benchmarks.recipes\nfrom benchmarks import compute_bench\ncompute_bench._options({flags})"
-    )
+def test_the_compute_benchmark_takes_its_steps_on_a_bare_python() -> None:
+    flags = ["--size", "16", "--batch-size", "2", "--device", "cpu"]
+    done = bare(f"""
+import pathlib, torch
+from benchmarks import compute_bench, picture, recipes
+for recipe in compute_bench.recipes(compute_bench._options({flags}), torch.device("cpu")):
+    step, forward, *_ = recipes._prepare(recipe, "reference", 16, torch.device("cpu"))
+    step()
+    print(recipe.name, forward().shape)
+picture.draw({{}}, pathlib.Path("nowhere.png"))
+""")
     assert done.returncode == 0, done.stderr
+    shape = "torch.Size([2, 4])"
+    assert done.stdout.splitlines() == [
+        f"plain PyTorch, batch 2 {shape}",
+        f"fp32 eager auto, batch 2 {shape}",
+        "not drawn: this Python lacks matplotlib",
+    ]
 
 
 def test_its_tests_are_collected_on_a_bare_python() -> None:
-    compute, _, *_ = gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
-    arguments = [*compute.arguments[2:], "--collect-only"]
-    done = bare(f"import pytest\nsys.exit(pytest.main({arguments}))")
+    engines, block, *_ = gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
+    collected = [[*part.arguments[2:], "--collect-only"] for part in (engines, block)]
+    done = bare(f"import pytest\nsys.exit(any([pytest.main(each) for each in {collected}]))")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_losses_and_gradients_are_the_eager_ones" in done.stdout and "bfloat16" in done.stdout
+    assert "test_losses_and_gradients_are_the_eager_ones" in done.stdout
+    assert "float32" in done.stdout and "bfloat16" in done.stdout and "no_number" in done.stdout
 
 
 def test_what_a_part_lacks_is_named_and_it_is_left_out(tmp_path: Path) -> None:

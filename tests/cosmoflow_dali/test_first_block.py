@@ -7,9 +7,13 @@ import torch
 
 from cosmoflow_dali.blocks import plain_max_block
 from cosmoflow_dali.first_block import first_block, fits
+from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
+from pipelines.errors import ConfigError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(1, 2, 2, 2), (2, 4, 6, 8), (1, 8, 8, 8), (3, 2, 4, 10)]
+SHAPES = [((1, 2, 2, 2), 16), ((2, 4, 6, 8), 32), ((1, 8, 8, 8), 64), ((3, 2, 4, 10), 16)]
+"""Of the volume, and how many filters."""
+
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of the largest value: sums in float32 of rounded products, and the result's own rounding."""
 
@@ -31,9 +35,26 @@ def inputs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> list[tor
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
-@pytest.mark.parametrize("filters", [16, 32])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "filters"), SHAPES)
 def test_values_and_gradients_are_torchs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> None:
+    assert_torchs(shape, filters, dtype)
+
+
+def test_programs_share_the_cells_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Eight of the forward pass, and two of the backward pass with four shares each.
+    monkeypatch.setattr("cosmoflow_dali.first_block._PROGRAMS", 2)
+    assert_torchs((1, 16, 16, 16), 16, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("edge", [64, 128])
+def test_volumes_of_the_benchmarks_sizes(edge: int, dtype: torch.dtype) -> None:
+    assert_torchs((1, edge, edge, edge), 32, dtype)
+
+
+def assert_torchs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> None:
+    """`first_block` has the values and gradients of torch in float64."""
     volume, kernel, bias = inputs(shape, filters, dtype)
     assert fits(volume, kernel)
     exact = [each.detach().double().requires_grad_(each.requires_grad) for each in (volume, kernel, bias)]
@@ -74,4 +95,7 @@ def test_what_does_not_fit_is_told() -> None:
     assert (
         not fits(volume[:, :, :3], kernel) and not fits(volume, kernel[:12]) and not fits(volume, kernel[:8])
     )
+    with pytest.raises(ConfigError, match="takes 16, 32, 64 filters, and there are 8"):
+        CosmoFlow(ReferenceConfig(size=2, blocks=1, filters=8)).fuse_first_block()
+    assert fits(volume, kernel.repeat(4, 1, 1, 1, 1)) and not fits(volume, kernel.repeat(8, 1, 1, 1, 1))
     assert not fits(volume[:, :2], kernel[:, :2])

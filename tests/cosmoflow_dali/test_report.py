@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cosmoflow_dali import machine, runs
+from cosmoflow_dali import machine, runs, summary
 from cosmoflow_dali.config import resolve
 from cosmoflow_dali.evaluation import Evaluation
+from cosmoflow_dali.log import Console
 from cosmoflow_dali.report import write_report
 
 
@@ -74,6 +76,16 @@ def test_it_says_the_figures_and_escapes_what_it_is_given(run_folder: Path) -> N
     assert "a &lt;b&gt; &amp; c" in page and "ridge &lt;x&gt;" in page and "<b>" not in page
     # A standard error in physical units: H_0's is 7 km/s/Mpc for a residual of 1.
     assert f"{7 * summary['residual_rms']['H_0']:.3g} km/s/Mpc" in page
+
+
+def test_without_matplotlib_there_is_none_and_the_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "cosmoflow_dali.report")
+    summary._report(tmp_path, Console(speaks=True))
+    said = capsys.readouterr()
+    assert "no report: this Python lacks matplotlib" in said.out + said.err and not list(tmp_path.iterdir())
 
 
 def test_the_same_run_gives_the_same_page(run_folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -13,12 +14,14 @@ import torch
 from helpers import config_file, program, run
 from left_behind import metrics
 
-from cosmoflow_dali import optim
+from cosmoflow_dali import evaluate, optim, predict
 from cosmoflow_dali.config import resolve
 from cosmoflow_dali.engines import ComputeConfig
 from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
-from cosmoflow_dali.optim import SGDConfig, build_optimizer, restore_optimizer, set_lr
+from cosmoflow_dali.optim import AdamConfig, SGDConfig, build_optimizer, restore_optimizer, set_lr
+from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.step import Precision, forward_backward, make_scaler
+from pipelines.dist import World
 from pipelines.errors import ConfigError
 from pipelines.sample import Batch
 
@@ -89,6 +92,26 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(implementation: Implementa
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_a_rate_of_0_holds_still_what_has_no_momentum_and_lets_the_rest_roll(
+    implementation: Implementation,
+) -> None:
+    model = network()
+    optimizer = build_optimizer(SGDConfig(momentum=0.9, implementation=implementation), model)
+    parameter = model.denses[0].get_parameter("weight")
+    generator = np.random.default_rng(2)
+    velocity, expected = np.zeros(parameter.shape), parameter.detach().numpy().astype(np.float64)
+    for rate in (0.0, 0.0, 0.01, 0.02, 0.0, 0.0, 0.005, 0.005):
+        gradient = generator.standard_normal(parameter.shape).astype(np.float32)
+        set_lr(optimizer, rate)
+        parameter.grad = torch.from_numpy(gradient)
+        optimizer.step()
+        # Keras's rule.
+        velocity = 0.9 * velocity - rate * gradient
+        expected = expected + velocity
+        np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=0, atol=1e-6)
+
+
 def test_only_fp16_scales() -> None:
     assert [make_scaler(each, CPU).is_enabled() for each in ("fp32", "tf32", "bf16", "fp16")] == [
         False, False, False, True,
@@ -115,18 +138,25 @@ def test_another_implementation_goes_on_with_the_momentum(
         torch.testing.assert_close(one, two)
 
 
-def test_apex_is_refused_where_it_is_not_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_apex_is_not_to_be_had_it_is_refused_or_the_run_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="apex works on GPUs alone"):
         build_optimizer(SGDConfig(implementation="apex"), network())
     gpu = torch.device("cuda")
-    assert "not installed" in optim._apex_sgd(gpu)[1]
+    assert "(apex is not installed" in optim.describe(
+        build_optimizer(SGDConfig(), network()), SGDConfig(), gpu
+    )
     # What `pip install apex` brings has the name alone.
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    found, reason = optim._apex_sgd(gpu)
+    optimizer = build_optimizer(SGDConfig(), network())
+    said = optim.describe(optimizer, SGDConfig(), gpu)
     sys.modules.pop("apex", None)
-    assert found is None and "is not NVIDIA's" in reason
+    assert said.startswith("torch fused SGD (the apex that is installed is not NVIDIA's")
+    for config, device in ((SGDConfig(), CPU), (SGDConfig(implementation="fused"), gpu), (AdamConfig(), gpu)):
+        assert optim.describe(optimizer, config, device) == "torch fused SGD"
 
 
 @pytest.mark.parametrize("engine", ["graph", "compile"])
@@ -145,6 +175,30 @@ def test_a_profiler_sees_the_steps_parts() -> None:
     assert (counts["forward"], counts["backward"]) == (2, 2)
 
 
+@pytest.mark.parametrize(("precision", "rounds"), [("fp32", False), ("tf32", True), ("bf16", True)])
+def test_a_process_settles_its_threads_and_what_float32_is(
+    precision: Precision, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    threads = torch.get_num_threads()
+    try:
+        settle_process(CPU, threads + 1, precision)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == rounds
+
+
+@pytest.mark.parametrize("program", [evaluate, predict])
+def test_programs_settle_their_process(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[object] = []
+    monkeypatch.setattr(program, "settle_process", lambda *how: settled.append(how))
+    arguments = ["nothing"] if program is predict else ["--data-dir", "nothing", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        program.main(["--weights", "nothing.pt", *arguments])
+    assert settled == [(CPU, World.detect().cores)]
+
+
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -154,7 +208,7 @@ PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def test_large_tensors_lie_in_huge_pages() -> None:
     program = """
 import resource, sys, torch
-from cosmoflow_dali.memory import use_huge_pages
+from cosmoflow_dali.process import use_huge_pages
 if sys.argv[1] == "huge":
     use_huge_pages()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -180,6 +234,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_what_does_not_fit_is_refused(tree: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         resolve(tree)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_graph_is_resumed(tiny: Path, tmp_path: Path) -> None:
+    compute = {"precision": "bf16", "engine": "graph"}
+    config = config_file(tmp_path / "config.yaml", tiny, compute=compute, device="cuda")
+    line = ("cosmoflow_dali.train", "--config", config, "--run-dir")
+    for name, *more in (("whole",), ("run", "--epochs", 2), ("run", "--resume")):
+        done = program(*line, tmp_path / name, *more)
+        assert done.code == 0, done.err
+    whole, resumed = (
+        [line["loss"] for line in metrics(tmp_path / run) if line["kind"] == "step"]
+        for run in ("whole", "run")
+    )
+    assert resumed == pytest.approx(whole, rel=1e-2)
 
 
 def test_two_ranks_exchange_in_bf16_and_in_parts(tiny: Path, tmp_path: Path) -> None:

@@ -29,11 +29,13 @@ from helpers import (
     write_tiny,
 )
 
+from cosmoflow_dali.baseline import fit_ridge
 from pipelines.dataset import open_split
 from pipelines.dist import World
 from pipelines.errors import DataError
 from pipelines.files import locked, read_file
 from pipelines.formats import FORMATS
+from pipelines.reader import Reader
 from preprocess.convert import convert
 from preprocess.relay import of_place, to_read
 from preprocess.staging import StageConfig, Staged, share_of, stage
@@ -306,7 +308,7 @@ def test_training_on_shares_scores_every_sample_and_resumes_on_as_many_nodes(tmp
     where = {"dir": str(data), "stage": stage}
 
     def line(epochs: int, batch_size: int, *more: str) -> Callable[[int], list[object]]:
-        changes = {"data": where, "loader": {"batch_size": batch_size}, "epochs": epochs}
+        changes = {"data": where, "loader": {"batch_size": batch_size}, "epochs": epochs, "baseline": True}
         config = config_file(tmp_path / "c.yaml", data, **changes)
         return lambda _: ["cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run", *more]
 
@@ -314,7 +316,9 @@ def test_training_on_shares_scores_every_sample_and_resumes_on_as_many_nodes(tmp
     assert [code for code, _, _ in done] == [0, 0], done
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["samples"] == 5
-    assert summary["steps"] == 2 * (13 // 2 // 2)
+    assert (summary["epochs"], summary["steps"]) == (2, 2 * (13 // 2 // 2))
+    ridge = fit_ridge(*(Reader(open_split(data, split)) for split in ("train", "validation")))
+    assert summary["baseline"]["mae"] == pytest.approx(ridge.mae)
     rows = (tmp_path / "run" / "predictions.csv").read_text().splitlines()[1:]
     assert [int(row.split(",")[0]) for row in rows] == list(range(5))
     # The score is that of the whole split, however it was shared out.

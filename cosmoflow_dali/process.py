@@ -1,8 +1,20 @@
-"""Huge pages: large tensors come and go with every step of a CPU's training."""
+"""What a process that computes with torch settles once, before its first tensor."""
 
 from __future__ import annotations
 
 import os
+
+import torch
+
+from cosmoflow_dali.step import Precision, settle_float32
+
+
+def settle_process(device: torch.device, cores: int, precision: Precision = "fp32") -> None:
+    """Have torch use `cores` threads, huge pages on a CPU, and float32 as `precision` says."""
+    torch.set_num_threads(cores)
+    settle_float32(precision)
+    if device.type == "cpu":
+        use_huge_pages()
 
 
 def use_huge_pages() -> None:
