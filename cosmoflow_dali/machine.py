@@ -19,7 +19,7 @@ _PACKAGES = (
     "numpy",
     "apex",
     "mpi4py",
-    "isal",
+    "deflate",
     "mlperf-logging",
 )
 

@@ -62,7 +62,7 @@ def meeting_place(
 
     Called by all of them; `one_node` says that they are on one. ConfigError where it is not to be found.
     """
-    seconds = float(integer(environ, PATIENCE, 50))
+    seconds = float(integer(environ, PATIENCE, 40))
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return _by_torchrun(environ, rank, one_node, model, seconds)
     if models == 1 and "MASTER_ADDR" in environ and "MASTER_PORT" in environ:

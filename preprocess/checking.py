@@ -9,7 +9,7 @@ from typing import Any
 
 import crc32c
 import numpy as np
-from isal import isal_zlib
+from zlib_ng import zlib_ng
 
 from pipelines.dataset import Split, of_shards
 from pipelines.errors import DataError
@@ -117,4 +117,4 @@ def _against(folder: Path, noted: Entry, found: Entry) -> Iterator[tuple[str, st
 def _identity(sample: Sample) -> str:
     """Two CRCs of different polynomials, 64 bits together: few enough samples never share them by chance."""
     content = np.ascontiguousarray(sample.counts).data.cast("B")
-    return f"{crc32c.crc32c(content):08x}{isal_zlib.crc32(content):08x}"
+    return f"{crc32c.crc32c(content):08x}{zlib_ng.crc32(content):08x}"

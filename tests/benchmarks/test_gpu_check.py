@@ -14,7 +14,7 @@ from benchmarks.gpu_check import Part
 
 ROOT = Path(__file__).resolve().parents[2]
 LACKING = [
-    "apex", "crc32c", "h5py", "hypothesis", "isal", "lz4", "matplotlib", "mlperf_logging", "mpi4py",
+    "apex", "crc32c", "deflate", "h5py", "hypothesis", "lz4", "matplotlib", "mlperf_logging", "mpi4py",
     "nvidia", "scipy", "tqdm", "yaml", "zlib_ng", "zstandard",
 ]  # fmt: skip
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from pipelines.dataset import read_sample
 from pipelines.errors import DataError
-from pipelines.formats import FORMATS, CountsPayload
+from pipelines.formats import FORMATS, CountsPayload, tfrecord
 from pipelines.sample import Sample, SampleSpec
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -237,6 +237,32 @@ def test_what_a_record_cannot_give_back_is_not_written(form: str, tmp_path: Path
     with pytest.raises(DataError, match="cannot hold 32 channels: a TFRecord has 4; use npy or packed"):
         FORMATS[form].write(tmp_path, "a", sample)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_one_gzip_member_is_read_and_nothing_goes_unnoticed_behind_it(
+    without: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if without:
+        monkeypatch.setattr(tfrecord, "deflate", None)
+    # Counts, stored as they are, whose bytes look like the beginning of a member.
+    counts = tiny_sample(5).counts
+    counts[1, 2, 3, :3] = np.frombuffer(b"\x00\x1f\x8b\x08\x00\x01", "<i2")
+    record = _record(_example(Sample(counts, tiny_sample(5).target), packed=True, y_first=False, extra=False))
+    path = tmp_path / "a.tfrecord"
+    for level in (0, 6):
+        member = gzip.compress(record, level, mtime=7)
+        assert (b"\x1f\x8b\x08\x00" in member[1:]) == (level == 0)
+        path.write_bytes(member)
+        np.testing.assert_array_equal(read_sample(path).counts, counts)
+        for more in (member, gzip.compress(record), b"\0", bytes(512)):
+            path.write_bytes(member + more)
+            with pytest.raises(DataError, match="behind its gzip stream"):
+                read_sample(path)
+        for damaged in (member[:-8] + b"????" + member[-4:], member[:-4] + b"????", member[:-9], member[:40]):
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match="gzip stream is"):
+                read_sample(path)
 
 
 @pytest.mark.parametrize("told", [0, 1, 64 << 20, 2**32 - 1])
