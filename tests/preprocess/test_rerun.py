@@ -13,9 +13,9 @@ from helpers import tiny_sample, write_tiny
 
 from pipelines.dataset import open_folder
 from pipelines.dist import World
-from pipelines.errors import DataError
+from pipelines.errors import AccessError, DataError
 from pipelines.formats import FORMATS
-from pipelines.manifest import MANIFEST, Manifest
+from pipelines.manifest import MANIFEST, Entry, Manifest
 from preprocess.convert import order_conversion
 from preprocess.output import Journal
 from preprocess.prepare import main as prepare
@@ -177,6 +177,12 @@ def test_nothing_vouches_for_a_sample_whose_source_is_refused(to: str, tmp_path:
     bad.write_bytes(whole)
     made = 2 if to == "packed" else 1
     assert converted(data, target, to) == Produced(made=made, kept=4 - made)
+
+
+def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".journal.npy.1.jsonl").symlink_to("/dev/full")
+    with pytest.raises(AccessError, match="cannot be written"), Journal(tmp_path, "npy", 0) as journal:
+        journal.add(Entry("a", ()))
 
 
 def test_two_samples_of_one_name_are_refused(tmp_path: Path) -> None:
