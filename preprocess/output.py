@@ -175,7 +175,12 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as late:
+            # What could not be written is tried once more; who knows of that is not to hear of it anew.
+            if error is None:
+                raise AccessError.writing(self._path, late) from late
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,9 +14,9 @@ from helpers import tiny_sample, write_tiny
 
 from pipelines.dataset import open_folder
 from pipelines.dist import World
-from pipelines.errors import DataError
+from pipelines.errors import AccessError, DataError
 from pipelines.formats import FORMATS
-from pipelines.manifest import MANIFEST, Manifest
+from pipelines.manifest import MANIFEST, Entry, Manifest
 from preprocess.convert import order_conversion
 from preprocess.output import Journal
 from preprocess.prepare import main as prepare
@@ -80,6 +81,18 @@ def test_a_source_that_was_replaced_by_an_older_one_is_made_again(to: str, tmp_p
     os.utime(label, ns=(0, changed))
     assert converted(data, target, to) == Produced(made=made, kept=4 - made)
     assert open_folder(target).read(2).target.tolist() == tiny_sample(88).target.tolist()
+
+
+def test_a_manifest_of_version_1_is_read_and_made_again(tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    converted(data, target, "npy")
+    header, *lines = (target / MANIFEST).read_text().splitlines()
+    old = [json.dumps([*json.loads(line)[:2], [2829480, 1700000000000000000]]) for line in lines]
+    header = header.replace('"manifest": 2', '"manifest": 1')
+    (target / MANIFEST).write_text("\n".join([header, *old, ""]))
+    assert len(open_folder(target)) == 4
+    assert converted(data, target, "npy") == Produced(made=4)
+    assert (target / MANIFEST).read_text().splitlines() == [header.replace(": 1", ": 2", 1), *lines]
 
 
 def test_another_order_makes_other_shards(tmp_path: Path) -> None:
@@ -177,6 +190,12 @@ def test_nothing_vouches_for_a_sample_whose_source_is_refused(to: str, tmp_path:
     bad.write_bytes(whole)
     made = 2 if to == "packed" else 1
     assert converted(data, target, to) == Produced(made=made, kept=4 - made)
+
+
+def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".journal.npy.1.jsonl").symlink_to("/dev/full")
+    with pytest.raises(AccessError, match="cannot be written"), Journal(tmp_path, "npy", 0) as journal:
+        journal.add(Entry("a", ()))
 
 
 def test_two_samples_of_one_name_are_refused(tmp_path: Path) -> None:
