@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from cosmoflow_dali.log import METRICS
 from cosmoflow_dali.runs import CONFIG, PREDICTIONS, SUMMARY
@@ -39,6 +40,9 @@ _STYLE = {
     # Fixed, so that the same run gives the same file.
     "svg.hashsalt": "cosmoflow-dali",
 }
+_WIDTH, _LEFT, _RIGHT, _BELOW, _ABOVE = 11.0, 0.75, 0.1, 0.5, 0.3
+"""Of a picture and the margins for its labels, in inches; to find them, matplotlib would draw all twice."""
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -75,15 +79,15 @@ def write_report(run: Path) -> Path:
             "mean. The root mean square is the standard error of one prediction in physical units, "
             "measured on this validation set.</p>",
             "<h2>Predicted against true</h2>",
-            _picture(1, 4, 2.9, lambda axes: _draw_predictions(axes, run / PREDICTIONS)),
+            _picture(4, 2.9, lambda axes: _draw_predictions(axes, run / PREDICTIONS)),
             "<p class='note'>Each point is a validation sample; the circles are the mean prediction in "
             "eight equal bins of the truth. A network that has learned nothing lies on the dashed line, and "
             "where the data leave a parameter open, the least squared error lies between it and the "
             "diagonal: a slope below 1 is what an honest estimate shows there.</p>",
             "<h2>Training</h2>",
-            _picture(1, 3, 2.6, lambda axes: _draw_training(axes, records, summary)),
+            _picture(3, 2.6, lambda axes: _draw_training(axes, records, summary)),
             "<h2>Where the time went</h2>",
-            _picture(1, 2, 2.4, lambda axes: _draw_time(axes, records, summary)),
+            _picture(2, 2.4, lambda axes: _draw_time(axes, records, summary)),
             _facts(summary),
             "<h2>Configuration</h2>",
             f"<pre>{html.escape((run / CONFIG).read_text(encoding='utf-8'))}</pre>",
@@ -146,11 +150,19 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _picture(rows: int, columns: int, height: float, draw: Callable[[list[Axes]], None]) -> str:
+def _picture(columns: int, height: float, draw: Callable[[list[Axes]], None]) -> str:
     """The SVG element of a row of axes that `draw` fills."""
+    width = (_WIDTH - _RIGHT) / columns - _LEFT
     with rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=(11, height), layout="constrained", dpi=150)
-        draw(list(np.ravel(figure.subplots(rows, columns))))
+        figure = Figure(figsize=(_WIDTH, height), dpi=150)
+        figure.subplots_adjust(
+            left=_LEFT / _WIDTH,
+            right=1 - _RIGHT / _WIDTH,
+            bottom=_BELOW / height,
+            top=1 - _ABOVE / height,
+            wspace=_LEFT / width,
+        )
+        draw(list(figure.subplots(1, columns)))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -210,6 +222,10 @@ def _draw_training(axes: list[Axes], records: list[dict[str, Any]], summary: dic
     at_eval = [record["step"] / per_epoch for record in evals]
     axes[0].plot(at_eval, [record["mse"] for record in evals], "o-", color=_TRIVIAL, ms=4, label="validation")
     axes[0].set(xlabel="epoch", ylabel="mean squared error", yscale="log")
+    # As powers of ten, which are set in mathematics, the labels would take as long as all else.
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("")
     axes[0].legend()
     for parameter, color in zip(PARAMETERS, (_DATA, _TRIVIAL, _SECOND, "#8661a6"), strict=True):
         values = [record["mae_per_parameter"][parameter.name] for record in evals]

@@ -24,10 +24,6 @@ SIZE, BATCH = 32, 4
 CLOSE = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 """How near the gradients of two runs of the same kernels are: cuDNN sums in no fixed order."""
 
-ROUNDS_LESS = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 5e-2, "bf16": 0.2}
-"""How near they are where what lies between two convolutions is one kernel, which rounds at its end alone: in
-half precision that parts what eager makes equal before pooling, so that another voxel takes the gradient."""
-
 
 def network(kind: str, dropout: float = 0.5) -> nn.Module:
     if kind == "open":
@@ -88,13 +84,15 @@ def test_losses_and_gradients_are_the_eager_ones(precision: Precision, micro_bat
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_ones_are_too(precision: Precision) -> None:
     # Without dropout, which it draws otherwise.
     eager, compiled = (
         three_steps(network("reference", dropout=0.0), ComputeConfig(precision, name))
         for name in ("eager", "compile")
     )
-    assert_near(compiled, eager, ROUNDS_LESS[precision])
+    # It may choose other kernels for convolutions.
+    assert_near(compiled, eager, max(CLOSE[precision], 1e-4))
 
 
 @pytest.mark.parametrize("exchange", ["fp32", "bf16"])

@@ -111,6 +111,7 @@ ON_GPU = (5e-3, 0.06)
 """As near, at least, on a GPU, where pooling chooses one of near-ties, and where tf32 does round."""
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 @pytest.mark.parametrize(
     ("kind", "engine"),
