@@ -26,7 +26,7 @@ import torch
 from benchmarks import harness
 from cosmoflow_dali.model import ReferenceConfig
 from cosmoflow_dali.networks import build_model
-from pipelines.dist import World, report_errors
+from pipelines.dist import World, launched, report_errors
 from pipelines.errors import ConfigError, UserError
 
 _LARGE = 160 * 10**6
@@ -91,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> list[Reduced]:
     )
     options = parser.parse_args(argv)
     results: list[Reduced] = []
-    with report_errors(World()):
-        world = World.detect()
+    world = launched()
     with report_errors(world):
         sizes = options.bytes or [gradient_bytes(), _LARGE]
         if min(sizes) < 4 or options.rounds < 1:

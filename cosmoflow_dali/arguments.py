@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from cosmoflow_dali import runs
 from cosmoflow_dali.config import DEFAULT, TrainConfig, read_yaml, resolve
-from pipelines.errors import ConfigError, UserError
+from pipelines.cli import OneLineParser
+from pipelines.errors import ConfigError
 
 _KEYS = {
     "seed": "seed",
@@ -96,14 +97,6 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError("--set", text, "expected KEY=VALUE, such as loader.threads=4") from error
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, as every other fault's is."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `message` as a UserError."""
-        raise UserError(f"{message}; see --help")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cosmoflow_dali.arguments import OneLineParser
 from cosmoflow_dali.evaluation import evaluate
 from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.weights import load_trained
+from pipelines.cli import OneLineParser
 from pipelines.config import LoaderConfig
 from pipelines.dataset import open_split
-from pipelines.dist import World, report_errors
+from pipelines.dist import World, launched, report_errors
 from pipelines.errors import DataError
 from pipelines.loader import Loader
 from pipelines.plan import Shard
@@ -25,7 +25,7 @@ from pipelines.plan import Shard
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    world = World.detect()
+    world = launched()
     with report_errors(world):
         parser = OneLineParser(prog="python -m cosmoflow_dali.evaluate", description=__doc__)
         parser.add_argument("--data-dir", type=Path, required=True, help="holds train/ and validation/")

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cosmoflow_dali.arguments import OneLineParser
+from pipelines.cli import OneLineParser
 from pipelines.dist import World, report_errors
 from pipelines.errors import ConfigError, DataError, UserError
 

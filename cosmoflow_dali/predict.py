@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from cosmoflow_dali.arguments import OneLineParser
 from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.weights import Trained, load_trained
+from pipelines.cli import OneLineParser
 from pipelines.dataset import read_sample
 from pipelines.dist import World, report_errors
 from pipelines.errors import DataError

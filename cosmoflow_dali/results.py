@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlperf_logging.benchmark_meta import get_result_file_counts
 
-from cosmoflow_dali.arguments import OneLineParser
 from cosmoflow_dali.mlperf_checkers import USAGE
 from cosmoflow_dali.mlperf_events import TARGET_MAE
 from cosmoflow_dali.mlperf_logs import BENCHMARK, Run, read_logs
 from cosmoflow_dali.published import ROWS
 from cosmoflow_dali.scores import Result, summarize
+from pipelines.cli import OneLineParser
 from pipelines.dist import World, report_errors
 from pipelines.errors import UserError
 from pipelines.files import write_chunks

@@ -3,7 +3,7 @@
 Without arguments it trains the embedded default: simulated universes, made if they are not there.
 The same command runs alone, under mpirun, torchrun and srun. It exits with 0 at the end of
 training, with 1 for a fault that it names in one line, and with 75 (EX_TEMPFAIL) when a SIGTERM or
-SIGUSR1 has stopped it, while it trains behind a checkpoint: run it again with --resume.
+SIGUSR1 has stopped it, while it trains after saving a checkpoint: run it again with --resume.
 """
 
 from __future__ import annotations
@@ -33,15 +33,13 @@ from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.summary import Result, finish
 from cosmoflow_dali.trainer import STOP_SIGNALS, Outcome, Trainer
 from pipelines.dataset import Split, open_split
-from pipelines.dist import World, available_cores, report_errors
+from pipelines.dist import World, available_cores, launched, report_errors
 from pipelines.errors import UserError
 from pipelines.loader import Loader
 from pipelines.plan import Shard
 from pipelines.reader import Reader
 from preprocess.simulate import SETTINGS, make_dataset
 from preprocess.staging import describe, stage
-
-EX_TEMPFAIL = 75
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +57,7 @@ class Setup:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    with report_errors(World()):
-        whole = World.detect()
+    whole = launched()
     with report_errors(whole):
         arguments = parse(argv)
         world = whole.split(arguments.instances)
@@ -89,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 world.on_root(partial(finish, *told))
         if result is None:
             console.say(f"stopped by a signal; go on with --run-dir {setup.folder} --resume")
-            return EX_TEMPFAIL
+            return os.EX_TEMPFAIL
     return 0
 
 
@@ -230,7 +227,7 @@ def _stage(setup: Setup, world: World, logs: RunLogs, console: Console, since: i
 
 def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
     """Leave, asked to stop where there is nothing to save; the trainer takes the signals while there is."""
-    os._exit(EX_TEMPFAIL)
+    os._exit(os.EX_TEMPFAIL)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from pipelines.plan import Indices
 from pipelines.sample import Sample, SampleSpec
 from pipelines.shards import forget, read_member
 
+SPLITS = ("train", "validation")
+"""The folders of a data set."""
+
 _SUFFIXES = tuple(dict.fromkeys(form.suffix for form in FORMATS.values()))
 _EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
 

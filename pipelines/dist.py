@@ -94,7 +94,11 @@ class RankError(UserError):
     """A fault that only one rank has seen, so that this rank must be the one to tell of it."""
 
     def __init__(self, world: World, error: UserError) -> None:
+        self.world, self.error = world, error
         super().__init__(f"rank {world.rank} of {world.size}: {error}" if world.size > 1 else str(error))
+
+    def __reduce__(self) -> tuple[type[RankError], tuple[World, UserError]]:
+        return type(self), (self.world, self.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +386,12 @@ class World:
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value)
         return values
+
+
+def launched() -> World:
+    """`World.detect()`, where what is wrong with a launcher's variables ends the process with one line."""
+    with report_errors(World()):
+        return World.detect()
 
 
 @contextmanager

@@ -52,11 +52,6 @@ def to_physical(target: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return _MEANS * (1.0 + HALF_RANGE * np.asarray(target, dtype=np.float64))
 
 
-def to_target(physical: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Targets (..., 4), in [-1, 1] for the published ranges, of physical parameters (..., 4)."""
-    return (np.asarray(physical, dtype=np.float64) / _MEANS - 1.0) / HALF_RANGE
-
-
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
     """The shape that every sample of a data set shares: (size, size, size, channels)."""

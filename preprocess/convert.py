@@ -11,11 +11,11 @@ and made from the same file is not made again.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.dataset import open_folder
+from pipelines.cli import OneLineParser
+from pipelines.dataset import SPLITS, open_folder
 from pipelines.dist import World
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats import FORMATS
@@ -24,7 +24,6 @@ from preprocess.conversion import Conversion, lines_of
 from preprocess.produce import Job, Order, run
 from preprocess.workforce import Task
 
-_SPLITS = ("train", "validation")
 A_SHARD = 64
 """Samples in a shard: 150 MB of packed ones of 128^3, and 9,216 shards of the published set."""
 
@@ -70,7 +69,7 @@ def convert(
             raise ConfigError("--to", to, f"expected one of {', '.join(sorted(FORMATS))}")
         if a_shard < 1:
             raise ConfigError("--samples-per-shard", a_shard, "expected at least one")
-        splits = [split for split in _SPLITS if (source / split).is_dir()]
+        splits = [split for split in SPLITS if (source / split).is_dir()]
         pairs = [(source / split, target / split) for split in splits] or [(source, target)]
         return [order_conversion(*pair, to, a_shard=a_shard, expected=expected) for pair in pairs]
 
@@ -79,7 +78,7 @@ def convert(
 
 def convert_as_original(name: str, to: str, argv: Sequence[str] | None) -> int:
     """The command lines of the original's two converters, from TFRecords to the format `to`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"python -m preprocess.{name}",
         description=f"Convert a folder of TFRecords to {to}: preprocess.convert under its original name.",
     )
@@ -89,7 +88,7 @@ def convert_as_original(name: str, to: str, argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "-c", "--compression", type=str.lower, choices=["gzip"], help="of the TFRecords (default: as found)"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.read(argv)
     expected = "tfrecord_gzip" if arguments.compression else None
     return convert(
         arguments.input_dir, arguments.output_dir, to, workers=arguments.num_processes, expected=expected
@@ -98,7 +97,7 @@ def convert_as_original(name: str, to: str, argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and convert."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m preprocess.convert",
         description="Convert samples from and to every format that the project reads.",
     )
@@ -109,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--samples-per-shard", type=int, default=A_SHARD, help=f"of packed ones (default: {A_SHARD})"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.read(argv)
     return convert(
         arguments.input_dir,
         arguments.output_dir,

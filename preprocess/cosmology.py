@@ -144,11 +144,6 @@ class PowerSpectrum:
         return np.asarray(self._amplitude * k**self._cosmology.n_s * transfer(self._cosmology, k) ** 2)
 
 
-def expansion(omega_m: float, z: npt.ArrayLike) -> Array:
-    """E(z) = H(z) / H_0, flat and without radiation (which is 1e-3 of the matter at z = 3)."""
-    return np.asarray(np.sqrt(omega_m * (1.0 + np.asarray(z)) ** 3 + 1.0 - omega_m))
-
-
 class Growth(NamedTuple):
     """Growth of a displacement field at one redshift, in Lagrangian perturbation theory.
 

@@ -8,7 +8,6 @@ The full set is 1.7 TB and has better routes; the README tells them.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tarfile
@@ -16,12 +15,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from pipelines.cli import OneLineParser
+from pipelines.dataset import SPLITS
 from pipelines.dist import World, available_cores, report_errors
 from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.formats.tfrecord import SUFFIX
 from pipelines.manifest import MANIFEST
 from preprocess.fetch import fetch
-from preprocess.verify import SPLITS, verify
+from preprocess.verify import verify
 
 URL = "https://portal.nersc.gov/project/dasrepo/cosmoflow-benchmark/cosmoUniverse_2019_05_4parE_tf_small.tgz"
 
@@ -105,7 +106,7 @@ def download(url: str, root: Path, sha256: str | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and download; 0 if the set is there and sound."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m preprocess.download", description="Download the small published set and check it."
     )
     parser.add_argument(
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--url", default=URL, help="of the archive, a tar of train/ and validation/")
     parser.add_argument("--sha256", help="of the archive; its own CRCs are checked in any case")
-    arguments = parser.parse_args(argv)
+    arguments = parser.read(argv)
     with report_errors(World()):
         if not arguments.small:
             raise ConfigError(

@@ -150,6 +150,9 @@ class DamagedError(UserError):
         self.faults = tuple(faults)
         super().__init__(f"{len(faults)} samples are damaged, the first of them: {faults[0]}")
 
+    def __reduce__(self) -> tuple[type[DamagedError], tuple[tuple[str, ...]]]:
+        return type(self), (self.faults,)
+
 
 class Journal:
     """The notes of writer `number`, from 0, of the samples that it has finished as `form` in `folder`."""

@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.cli import OneLineParser
 from pipelines.dist import World
 from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.plan import derive_seed
@@ -82,7 +83,7 @@ def order_preparation(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and prepare; 0 if every universe has been cut."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m preprocess.prepare",
         description="Cut HDF5 universes into samples and write them as TFRecords.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--validation", type=float, default=1 / 9, help="fraction of the universes")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of those")
     parser.add_argument("--workers", type=int, help="processes of each rank; None: two a core")
-    arguments = parser.parse_args(argv)
+    arguments = parser.read(argv)
 
     def orders() -> list[tuple[Order, Task]]:
         return order_preparation(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from pipelines.dist import World, report_errors
+from pipelines.dist import World, launched, report_errors
 from pipelines.errors import AccessError, ConfigError
 from pipelines.files import locked
 from pipelines.manifest import Entry
@@ -133,7 +133,7 @@ def run(
     orders: Callable[[], Sequence[tuple[Order, Task]]], *, workers: int | None, unit: str, target: Path
 ) -> int:
     """Produce what `orders`, called on rank 0, gives; the exit status, 0 if every source was sound."""
-    world = World.detect()
+    world = launched()
     with report_errors(world):
         if workers is not None and workers < 1:
             raise ConfigError("--workers", workers, "expected at least one process")

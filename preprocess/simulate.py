@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
+from pipelines.cli import OneLineParser
+from pipelines.dist import available_cores
 from pipelines.errors import ConfigError, DataError, UserError
 from pipelines.files import final_name, locked, remove_temporaries, write_chunks
 from pipelines.formats import FORMATS
@@ -144,7 +146,7 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line; 0 if the data set is complete."""
     defaults = SimulateConfig()
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m preprocess.simulate",
         description="Simulate universes and write their samples in the published format.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -162,8 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the data set")
     for name, (kind, text) in options.items():
         parser.add_argument(f"--{name}", type=kind, default=getattr(defaults, name), help=text)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
+    arguments = parser.read(argv)
     try:
         config = SimulateConfig(**{name: getattr(arguments, name) for name in options})
         make_dataset(config, arguments.output, workers=arguments.workers, shown=True)

@@ -11,22 +11,20 @@ A second run on a staged node stages nothing. The trainer, with the same setting
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.dataset import open_folder
-from pipelines.dist import World, report_errors
+from pipelines.cli import OneLineParser
+from pipelines.dataset import SPLITS, open_folder
+from pipelines.dist import World, launched, report_errors
 from pipelines.errors import UserError
 from preprocess.staging import StageConfig, describe, stage
-
-_SPLITS = ("train", "validation")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and stage; 0 if every sample is on every node."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m preprocess.stage", description="Bring a data set to the disk of every node."
     )
     parser.add_argument("-i", "--input-dir", type=Path, required=True, help="holds train and validation")
@@ -38,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", type=int, default=1, help="to be trained side by side")
     parser.add_argument("--threads", type=int, default=8, help="of each rank")
     parser.add_argument("--direct-io", action="store_true", help="read past the page cache")
-    arguments = parser.parse_args(argv)
-    world, faults = World.detect(), 0
+    arguments = parser.read(argv)
+    world, faults = launched(), 0
     with report_errors(world):
         config = StageConfig(
             str(arguments.output_dir),
@@ -51,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.direct_io,
         )
         with world.connected():
-            splits = world.on_root(
-                lambda: {name: open_folder(arguments.input_dir / name) for name in _SPLITS}
-            )
+            splits = world.on_root(lambda: {name: open_folder(arguments.input_dir / name) for name in SPLITS})
             for there, staged in stage(splits, config.folder, config, world, arguments.models):
                 if world.is_root:
                     print(describe(there, staged, world.nodes))

@@ -10,7 +10,6 @@ given one, and the list files.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections import defaultdict
@@ -19,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.dataset import Split, list_folder, open_folder
+from pipelines.cli import OneLineParser
+from pipelines.dataset import SPLITS, Split, list_folder, open_folder
 from pipelines.dist import World, available_cores, report_errors
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats import FORMATS
@@ -31,7 +31,6 @@ from preprocess.progress import progress
 from preprocess.workforce import run_jobs
 
 CHECKS = ("files", "sizes", "checksums", "content", "targets", "duplicates", "lists")
-SPLITS = ("train", "validation")
 _SHOWN = 20
 """Lines of faults printed of each check."""
 
@@ -191,14 +190,14 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and verify; 0 if nothing is wrong."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m preprocess.verify",
         description="Check a data set, every file of it, and print a table.",
     )
     parser.add_argument("dir", type=Path, metavar="DIR", help="samples, or train and validation")
     parser.add_argument("--workers", type=int, help="processes (default: cores)")
     parser.add_argument("--write", action="store_true", help="give a sound folder a manifest and lists")
-    arguments = parser.parse_args(argv)
+    arguments = parser.read(argv)
     with report_errors(World()):
         if arguments.workers is not None and arguments.workers < 1:
             raise ConfigError("--workers", arguments.workers, "expected at least one process")

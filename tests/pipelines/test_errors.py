@@ -1,0 +1,28 @@
+"""Errors travel between ranks and processes, so they survive pickling."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from pipelines.dist import RankError, World
+from pipelines.errors import AccessError, ConfigError, DataError, UserError
+from preprocess.output import DamagedError
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("no"),
+        DataError("/a", "is bad", "mend it"),
+        AccessError.reading("/a", OSError(5, "Input/output error")),
+        ConfigError("key", 3, "too many"),
+        RankError(World(1, 2), DataError("/a", "is bad", "mend it")),
+        DamagedError(["/a: is bad", "/b: is bad"]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_that_was_sent_is_the_same(error: UserError) -> None:
+    sent = pickle.loads(pickle.dumps(error))
+    assert type(sent) is type(error) and str(sent) == str(error)
