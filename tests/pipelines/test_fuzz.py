@@ -42,6 +42,8 @@ from pipelines.shards import forget, read_members, write_shard
 from preprocess.hdf5 import crops, universe_shape
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
+FEWEST = 600
+"""Files of each kind, however slow the machine is today."""
 
 
 def example_type() -> type[message.Message]:
@@ -134,7 +136,7 @@ def fuzz(path: Path, write: Callable[[random.Random], Callable[[], Sample]]) -> 
     form = next(FORMATS[name] for name in names if path.name.endswith(FORMATS[name].suffix))
     if "gzip" in path.name:
         form = FORMATS["tfrecord_gzip"]
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline or read + refused < FEWEST:
         oracle = write(chance)
         start = time.monotonic()
         try:
@@ -248,7 +250,7 @@ def tried(attempt: Callable[[random.Random], None]) -> tuple[int, int]:
     """Call `attempt` until the time is up; how often it went well, and how often it refused."""
     chance, well, refused = random.Random(12), 0, 0
     deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline or well + refused < FEWEST:
         start = time.monotonic()
         try:
             attempt(chance)
