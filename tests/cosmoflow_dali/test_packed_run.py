@@ -37,7 +37,9 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"published": published, "packed": folder / "packed"}
 
 
-@pytest.mark.parametrize("network", [{}, OPEN], ids=["reference", "open"])
+@pytest.mark.parametrize(
+    "network", [{}, pytest.param(OPEN, marks=pytest.mark.slow)], ids=["reference", "open"]
+)
 def test_losses_scores_and_weights_are_those_of_the_published_files(
     network: dict[str, Any], roots: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -49,7 +51,7 @@ def test_losses_scores_and_weights_are_those_of_the_published_files(
     assert same_weights(tmp_path / "packed", tmp_path / "published")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_within_an_epoch_goes_on_exactly(
     ranks: int, roots: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -103,7 +103,7 @@ def test_a_run_that_reaches_its_target_ends_there_and_complies(tmp_path: Path) -
     assert checked.code == 0 and "SUCCESS" in checked.out + checked.err, checked.err
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_staged_run_is_the_same_run(ranks: int, tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=9, validation=3, form="tfrecord_gzip")
     losses = []
@@ -152,7 +152,9 @@ def wait_for_step(run: Path, step: int) -> None:
     raise TimeoutError(f"no checkpoint of sample {step} in {run}")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", ["reference", "open", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "fp16"))]
+)
 def test_kill_9_mid_epoch_and_resume_change_nothing(
     name: str, tiny: Path, tmp_path: Path, undisturbed: dict[str, Path]
 ) -> None:
@@ -239,7 +241,7 @@ def test_a_damaged_newest_checkpoint_falls_back(
     assert same_weights(run, undisturbed["reference"])
 
 
-@pytest.mark.parametrize("network", ["reference", "open"])
+@pytest.mark.parametrize("network", ["reference", pytest.param("open", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_losses_of_one(network: str, tiny: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"log": {"every": 1}, "epochs": 4}
     if network == "open":

@@ -39,7 +39,7 @@ def submit(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_CPUS_ON_NODE": "2",
-        "MASTER_ADDR": "127.0.0.1",
+        "SLURM_STEP_NODELIST": "localhost",
         "PYTHON": sys.executable,
     }
     return subprocess.run(

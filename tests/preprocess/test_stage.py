@@ -86,7 +86,7 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize(("nodes", "ranks"), [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("nodes", "ranks"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), (3, 2)])
 @pytest.mark.parametrize("form", ["tfrecord_gzip", "npy"])
 def test_every_node_has_everything_and_each_file_was_read_once(
     form: str, nodes: int, ranks: int, tmp_path: Path
@@ -285,7 +285,9 @@ def test_shares_are_as_equal_as_can_be_and_the_draw_is_the_same_for_all(samples:
     assert not np.array_equal(share_of(samples, 0, teams, 3), share_of(samples, 0, teams, 4))
 
 
-@pytest.mark.parametrize("options", [[], ["--preshuffle", "--seed", "3"]])
+@pytest.mark.parametrize(
+    "options", [pytest.param([], marks=pytest.mark.slow), ["--preshuffle", "--seed", "3"]]
+)
 def test_teams_have_shares_and_each_file_is_read_once(options: list[str], tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=7, validation=3, form="tfrecord_gzip")
     shards = ["--shard-type", "local", "--shard-multiplier", "2", *options]
