@@ -20,8 +20,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from pipelines.errors import ConfigError, UserError
+from pipelines.member import Member
 from pipelines.rendezvous import integer, meeting_place, open_store
-from pipelines.watch import Member, Warden, Watch
+from pipelines.warden import Warden
+from pipelines.watch import Watch
 
 if TYPE_CHECKING:
     import torch
