@@ -1,7 +1,7 @@
 """Lines between ranks, over which short messages go: JSON objects, each with its length before it.
 
-To rank 0: `{"key", "rank", "name"}` at the door, which it answers with `{"welcome": its name}`; then
-`{"stuck": what or null}` as long as the rank lives, which it answers with `{}`. From rank 0: `{"begin": word}`
+To rank 0: `{"key", "rank", "name"}` at the door, which it answers with `{"welcome": its name}`, and then
+`{"stuck": what or null}` while the rank lives, which it answers with `{}`. From rank 0: `{"begin": word}`
 once all are here, and `{"leave": true}`. Both ways: `{"parted": why, "known": whether others may know}`, and
 `{"end": true}` where all has gone well.
 """
