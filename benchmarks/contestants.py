@@ -34,7 +34,7 @@ Item = tuple[torch.Tensor, npt.NDArray[np.float32]]
 
 
 def planned(split: Split, batch_size: int, epoch: int) -> list[int]:
-    """The samples of `epoch`, one batch behind the other, in the order that all contestants keep."""
+    """The samples of `epoch`, one batch after the other, in the order that all contestants keep."""
     plan = plan_epoch(len(split), global_batch=batch_size, seed=0, epoch=epoch, shuffle=True, ragged="drop")
     return plan.ravel().tolist()
 

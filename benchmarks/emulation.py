@@ -54,7 +54,7 @@ def emulate(
 ) -> Utilisation:
     """Run `steps` steps on each of `accelerators` that take `seconds` a batch, each a process of its own.
 
-    device: "cpu", or "cuda:0": those behind the first then take the GPUs that are there, in turn.
+    device: "cpu", or "cuda:0": those after the first then take the GPUs that are there, in turn.
     RuntimeError, and all are stopped, where one of them fails or is killed.
     """
     context = multiprocessing.get_context("spawn")

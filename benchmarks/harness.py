@@ -100,7 +100,7 @@ def cpu_seconds() -> float:
     total = sum(usage.ru_utime + usage.ru_stime for usage in ended)
     tick = os.sysconf("SC_CLK_TCK")
     for child in multiprocessing.active_children():
-        # Fields 14 and 15 of proc_pid_stat(5), counted behind the name, which may hold blanks.
+        # Fields 14 and 15 of proc_pid_stat(5), counted after the name, which may hold blanks.
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         total += (int(fields[11]) + int(fields[12])) / tick
     return total

@@ -117,7 +117,7 @@ def _submit(nodes: int, train: Sequence[str]) -> int:
     logs = Path(os.environ.get("LOGDIR", _CHECKOUT / "results")) / os.environ.get("DATESTAMP", job)
     print(f"job {job} on {nodes} nodes, runs in {logs}")
     print(f"follow it:  tail -F {_CHECKOUT}/slurm-{job}.out {logs}/1.log")
-    print(f"stop it behind a checkpoint, to go on later:  scancel --signal=TERM {job}")
+    print(f"save a checkpoint and stop, to resume later:  scancel --signal=TERM {job}")
     print(f"end it:  scancel {job}")
     return 0
 

@@ -15,7 +15,7 @@ TARGET_MAE = 0.124
 
 
 class Events:
-    """The lines of a log up to run_stop: what comes behind it, such as idle epochs, is no part of the run."""
+    """The lines of a log up to run_stop: what comes after it, such as idle epochs, is no part of the run."""
 
     def __init__(self, lines: Sequence[Any]) -> None:
         # The parser takes "NaN" for a time.

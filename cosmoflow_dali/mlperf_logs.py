@@ -62,7 +62,7 @@ class Run:
     start, stop: of the timed run (run_start, run_stop), seconds of Unix time.
     staging_start: seconds of Unix time.
     staging: seconds from staging_start to staging_stop. Since HPC v3.0 it may lie before run_start and is
-        then no part of the time; where it lies behind, it is.
+        then no part of the time; where it lies after it, it is.
     epochs: to the first evaluation that met the target, all before run_stop.
     rate: training samples a second on each accelerator; see `mlperf_events.rate`.
     complaints: of the compliance checker.

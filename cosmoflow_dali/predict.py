@@ -1,6 +1,6 @@
 """Read parameters out of volumes: `python -m cosmoflow_dali.predict --weights W FILE ...`.
 
-Writes CSV: a line for each file with the four parameters in physical units and, behind each, the
+Writes CSV: a line for each file with the four parameters in physical units and, after each, the
 standard error that the residuals on the checkpoint's own validation split imply (their root mean
 square; the same for every file, and honest only for universes drawn as those were). Weights that
 come without a validation leave these columns empty.

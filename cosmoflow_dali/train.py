@@ -182,7 +182,7 @@ def _train(
             return None
         missed = outcome is Outcome.FINISHED and config.target_mae is not None
         logs.mlperf.end(constants.RUN_STOP, metadata={"status": "aborted" if missed else "success"})
-        # A run that is resumed behind its last epoch has not been evaluated by this process.
+        # A run that is resumed after its last epoch has not been evaluated by this process.
         evaluation = trainer.evaluation or trainer.validate()
     finally:
         train.close()

@@ -175,7 +175,7 @@ class World:
 
     @property
     def nodes(self) -> int:
-        """How many nodes there are; each has `local_size` ranks, one behind the other."""
+        """How many nodes there are; each has `local_size` ranks, numbered consecutively."""
         return max(1, self.size // self.local_size)
 
     @property

@@ -81,7 +81,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_chunks(path: Path, *chunks: bytes | memoryview) -> Written:
-    """Write `chunks` one behind the other to the file at `path`, as `write_atomically` does.
+    """Write `chunks` one after the other to the file at `path`, as `write_atomically` does.
 
     A large file goes past the page cache where the file system lets it: a copy of terabytes that
     nobody reads again would only cost time and drive out what others do read.

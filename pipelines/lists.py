@@ -1,7 +1,7 @@
 """The list files beside samples, `files_data.lst` and `files_label.lst`: the names, in order.
 
 The layout of NVIDIA's MLPerf HPC submissions: one name a line, and for gzip TFRecords the file's
-length in bytes behind it, which is what staging them wants to know.
+length in bytes after it, which is what staging them wants to know.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Packed:
     planes: bytes of a row's number.
     table: (rows, C) int16, the different voxels.
     target: (4,) float32.
-    crc: the CRC-32C of all chunks, one behind the other.
+    crc: the CRC-32C of all chunks, one after the other.
     total: the sum of the bytes that all chunks inflate to, modulo TOTAL.
     starts, sizes, crcs: (chunks, planes) int64, of each LZ4 block: where it starts in `content`, its
         length without padding, and the CRC-32C of it with padding.
@@ -312,7 +312,7 @@ def _inflate(path: Path, block: memoryview, length: int, name: str) -> bytes:
 
 
 def aligned(length: _Length) -> _Length:
-    """`length` with the padding behind it."""
+    """`length` with the padding that follows."""
     return length + -length % ALIGN
 
 

@@ -78,5 +78,5 @@ def _deflate(content: npt.NDArray[np.uint8], level: int) -> bytes:
 
 
 def _pad(content: bytes) -> bytes:
-    """`content` with zeros behind it to the next multiple of the alignment."""
+    """`content`, filled up with zeros to the next multiple of the alignment."""
     return content + bytes(-len(content) % ALIGN)

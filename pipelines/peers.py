@@ -13,7 +13,7 @@ class Peers:
     """The ranks that have this rank's place on the nodes of its team, one of `teams`, which have all nodes.
 
     All ranks make theirs together. ConfigError where nodes have different numbers of ranks, or
-    ranks that do not stand one behind the other.
+    ranks that are not numbered consecutively.
 
     number: of this rank's team. teams: how many there are. size: nodes in each.
     place: this rank's node in its team.

@@ -65,7 +65,7 @@ def plan_epoch(
     Shard r of n takes columns r * B to (r + 1) * B of every row, with B = global_batch / n. With
     `shuffle` the order is a new permutation of all samples each epoch; without it, file order. Where
     the samples do not fill the last step, "drop" leaves that step out, and "pad" fills it up with -1
-    behind its samples, so that every sample is there once. With `steps` there are that many rows:
+    after its samples, so that every sample is there once. With `steps` there are that many rows:
     fewer than the samples would fill, or some more of -1.
 
     UserError where "drop" would leave nothing.

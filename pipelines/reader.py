@@ -16,7 +16,7 @@ OnBadSample: TypeAlias = Literal["fail", "skip"]
 _Read = TypeVar("_Read")
 
 _IN_A_ROW = 16
-"""Files one behind the other of which no sample is sound that are passed over; as many are no accident."""
+"""Files in a row without a sound sample; so many are no accident."""
 
 
 class Reader:

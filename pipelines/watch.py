@@ -62,7 +62,7 @@ class Watch(ABC):
 
     @abstractmethod
     def outlast_root(self) -> None:
-        """Wait, behind `part` or `end`, until rank 0's process has ended, which takes it moments."""
+        """Wait, after `part` or `end`, until rank 0's process has ended, which takes it moments."""
 
     @abstractmethod
     def _attend(self) -> None:

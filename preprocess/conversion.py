@@ -72,7 +72,7 @@ def lines_of(split: Split) -> list[Line]:
 
 
 def _members(split: Split) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """The members of a shard of all of `split`; DamagedError behind the last one if some are damaged."""
+    """The members of a shard of all of `split`; DamagedError after the last one if some are damaged."""
     faults = []
     for index in range(len(split)):
         try:

@@ -3,7 +3,7 @@
     python -m preprocess.download --small -o data/small
 
 Goes on where it was stopped, unpacks the archive, and checks every sample (see `preprocess.verify`).
-The full set is 1.7 TB and has better routes; the README tells them.
+The full set is 1.7 TB and has better routes; docs/data-set.md tells them.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_errors(World()):
         if not arguments.small:
             raise ConfigError(
-                "--small", False, "only the small set is fetched here; see the README for 1.7 TB"
+                "--small",
+                False,
+                "only the small set is fetched here; for all 1.7 TB see docs/data-set.md",
             )
         if not arguments.url.startswith(("http://", "https://")):
             raise ConfigError("--url", arguments.url, "expected an http or https address")

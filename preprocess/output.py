@@ -63,7 +63,7 @@ def noted(folder: Path, form: str, spec: SampleSpec) -> dict[str, Entry]:
     if manifest and manifest.spec != spec:
         fault = f"holds samples of shape {manifest.spec.shape}, not {spec.shape}"
         raise DataError(folder, fault, "choose another folder")
-    # What a run has written stands behind what was there when it began.
+    # What a run has written follows what was there when it began.
     for match in sorted(journals, key=lambda match: int(match["writer"])):
         for line in (folder / match[0]).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
