@@ -26,7 +26,7 @@ from pipelines.formats import CountsPayload, Payload
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed import PackedFormat
 from pipelines.gather import PackedArrays, arrays_of, gather
-from pipelines.graph import define_counts_graph, define_files_graph, define_packed_graph
+from pipelines.graph import GraphSettings, define_counts_graph, define_files_graph, define_packed_graph
 from pipelines.packed import Packed
 from pipelines.plan import Indices
 from pipelines.sample import SampleSpec
@@ -75,13 +75,13 @@ class _DaliDecoder:
     def __init__(self, config: LoaderConfig, device: torch.device) -> None:
         self._nothing: Sequence[Finish] = [lambda payload: None] * config.batch_size
         self._fence = _Fence(device)
-        self._settings: dict[str, Any] = {
-            "batch_size": config.batch_size,
-            "threads": config.threads,
-            "prefetch": config.prefetch,
-            "device_id": device.index if device.type == "cuda" else None,
-            "apply_log": config.apply_log,
-        }
+        self._settings = GraphSettings(
+            config.batch_size,
+            config.threads,
+            config.prefetch,
+            device.index if device.type == "cuda" else None,
+            config.apply_log,
+        )
 
     def admit(self) -> Sequence[Finish]:
         """See `Decoder`."""
@@ -117,7 +117,7 @@ class CountsDecoder(_DaliDecoder):
             return [payload.counts for payload in source()]  # type: ignore[union-attr]
 
         self._fetches: Sequence[Finish] = [_fetch] * config.batch_size
-        self._pipeline = define_counts_graph(counts, **self._settings)
+        self._pipeline = define_counts_graph(counts, self._settings)
         self._pipeline.build()
 
     def admit(self) -> Sequence[Finish]:
@@ -162,7 +162,7 @@ class FilesDecoder(_DaliDecoder):
             # A row that only fills the batch up reads the first sample.
             files = [str(self._split.path(max(index, 0))) for index in rows.ravel().tolist()]
             self._fence.wait()
-            self._pipeline = define_files_graph(files, **self._settings)
+            self._pipeline = define_files_graph(files, self._settings)
             self._pipeline.build()
             self._steps = len(rows)
         self._steps -= 1
@@ -225,7 +225,7 @@ class DeviceDecoder(_DaliDecoder):
         self._volume = torch.empty(config.batch_size, *spec.shape, device=device).permute(0, 4, 1, 2, 3)
         # Of the batches inside the pipeline: the samples, and their arrays, which DALI reads where they are.
         self._inside: deque[tuple[list[Packed], PackedArrays]] = deque()
-        self._pipeline = define_packed_graph(self._arrays, **self._settings)
+        self._pipeline = define_packed_graph(self._arrays, self._settings)
         self._pipeline.build()
 
     def run(self, into: torch.Tensor | None) -> torch.Tensor:

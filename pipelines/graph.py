@@ -3,100 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines.transforms import lookup_node, transform_node
 
 
-def define_counts_graph(
-    source: Callable[[], Sequence[Any]],
-    *,
-    batch_size: int,
-    threads: int,
-    prefetch: int,
-    device_id: int | None,
-    apply_log: bool,
-) -> Any:
+@dataclass(frozen=True, slots=True)
+class GraphSettings:
+    """What every graph needs to know.
+
+    batch_size: samples a run. threads: of DALI. prefetch: runs that it is ahead.
+    device_id: of the GPU, None for the CPU. apply_log: see `LoaderConfig`.
+    """
+
+    batch_size: int
+    threads: int
+    prefetch: int
+    device_id: int | None
+    apply_log: bool
+
+    def define(self, samples: Callable[[], Any]) -> Any:
+        """A pipeline, not yet built, of the nodes that `samples` returns."""
+        from nvidia.dali import pipeline_def
+
+        decorate = pipeline_def(
+            batch_size=self.batch_size,
+            num_threads=self.threads,
+            device_id=self.device_id,
+            prefetch_queue_depth=self.prefetch,
+            # The static executor hands tensors out without copying them, at a third of the cost.
+            exec_dynamic=False,
+        )
+        return decorate(samples)()
+
+
+def define_counts_graph(source: Callable[[], Sequence[Any]], settings: GraphSettings) -> Any:
     """A pipeline, not yet built, that takes a batch of counts from `source`, (D, H, W, C) int16 each.
 
-    Its every run puts out (batch_size, D, H, W, C) float32 on GPU `device_id`, or on the CPU for None.
+    Its every run puts out (B, D, H, W, C) float32, on the device of `settings`.
     """
-    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali import fn
 
-    @pipeline_def(  # type: ignore[untyped-decorator]
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=device_id,
-        prefetch_queue_depth=prefetch,
-        # The static executor hands tensors out without copying them, at a third of the cost.
-        exec_dynamic=False,
-    )
     def samples() -> Any:
         # No copy: the loader keeps the payloads until their batch has come out.
         counts = fn.external_source(source=source, batch=True, no_copy=True)
-        if device_id is not None:
+        if settings.device_id is not None:
             counts = counts.gpu()
-        return transform_node(counts, apply_log=apply_log)
+        return transform_node(counts, apply_log=settings.apply_log)
 
-    return samples()
+    return settings.define(samples)
 
 
-def define_files_graph(
-    files: Sequence[str],
-    *,
-    batch_size: int,
-    threads: int,
-    prefetch: int,
-    device_id: int | None,
-    apply_log: bool,
-) -> Any:
+def define_files_graph(files: Sequence[str], settings: GraphSettings) -> Any:
     """A pipeline, not yet built, of the counts in the .npy `files`, in their order, over and over.
 
-    DALI reads them itself: for a GPU `device_id` into its memory, by GPUDirect Storage where there is
-    that. It puts out what `define_counts_graph`'s does.
+    DALI reads them itself: for a GPU into its memory, by GPUDirect Storage where there is that. It
+    puts out what `define_counts_graph`'s does.
     """
-    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali import fn
 
-    @pipeline_def(  # type: ignore[untyped-decorator]
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=device_id,
-        prefetch_queue_depth=prefetch,
-        exec_dynamic=False,
-    )
     def samples() -> Any:
-        counts = fn.readers.numpy(device="cpu" if device_id is None else "gpu", files=files)
-        return transform_node(counts, apply_log=apply_log)
+        counts = fn.readers.numpy(device="cpu" if settings.device_id is None else "gpu", files=files)
+        return transform_node(counts, apply_log=settings.apply_log)
 
-    return samples()
+    return settings.define(samples)
 
 
-def define_packed_graph(
-    source: Callable[[], tuple[Sequence[Any], ...]],
-    *,
-    batch_size: int,
-    threads: int,
-    prefetch: int,
-    device_id: int | None,
-    apply_log: bool,
-) -> Any:
-    """A pipeline, not yet built, that takes packed samples to GPU `device_id` as they are, and inflates them.
+def define_packed_graph(source: Callable[[], tuple[Sequence[Any], ...]], settings: GraphSettings) -> Any:
+    """A pipeline, not yet built, that takes packed samples to a GPU as they are, and inflates them.
 
     Its every run takes of each sample, from `source`: the bytes of its LZ4 blocks (uint8), where in
     them each starts, how long each is, how long each becomes (int32; one for all), and its table
     (rows, C) of counts (int16). It puts out the blocks inflated, (blocks, voxels) uint8, and the
-    table's values (rows, C) float32: logarithms, or the counts, and NaN of -1. With a `device_id` of
-    None it can be serialised, but not be built: DALI inflates on GPUs only.
+    table's values (rows, C) float32: logarithms, or the counts, and NaN of -1. For the CPU it can be
+    serialised, but not be built: DALI inflates on GPUs only.
     """
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, types
 
-    @pipeline_def(  # type: ignore[untyped-decorator]
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=device_id,
-        prefetch_queue_depth=prefetch,
-        exec_dynamic=False,
-    )
     def samples() -> Any:
         blocks, starts, sizes, voxels, table = fn.external_source(
             source=source,
@@ -114,6 +98,6 @@ def define_packed_graph(
             shape=voxels,
             dtype=types.UINT8,
         )
-        return planes, lookup_node(table.gpu(), apply_log=apply_log)
+        return planes, lookup_node(table.gpu(), apply_log=settings.apply_log)
 
-    return samples()
+    return settings.define(samples)

@@ -19,7 +19,7 @@ from pipelines.config import LoaderConfig
 from pipelines.dataset import open_split
 from pipelines.errors import DataError
 from pipelines.gather import arrays_of, gather
-from pipelines.graph import define_packed_graph
+from pipelines.graph import GraphSettings, define_packed_graph
 from pipelines.loader import Loader
 from pipelines.packed import Packed, open_packed
 from pipelines.packing import encode
@@ -106,9 +106,7 @@ def test_the_graph_can_be_defined_and_serialised_without_a_gpu(apply_log: bool) 
     def source() -> tuple[Sequence[object], ...]:
         raise AssertionError("nobody asks while it is defined")
 
-    graph = define_packed_graph(
-        source, batch_size=2, threads=1, prefetch=1, device_id=None, apply_log=apply_log
-    )
+    graph = define_packed_graph(source, GraphSettings(2, 1, 1, None, apply_log))
     serialised = graph.serialize()
     assert b"decoders__Inflate" in serialised and b"LookupTable" in serialised
 
