@@ -1,7 +1,7 @@
 """The world of ranks: who we are, how we meet, and the few things we ever say to each other.
 
 A launcher (mpirun, torchrun, srun, or none) starts one process for each device and tells each one
-its place in environment variables; `World.detect` is the only reader of them. Everything
+its place in environment variables, which `pipelines.launchers` reads. Everything
 that crosses ranks, but for the gradients, goes through a `World`; with one rank it is plain
 arithmetic, no process group exists, and torch, which takes its time to import, is left out.
 """
@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from pipelines.errors import ConfigError, UserError
+from pipelines.launchers import place_in
 from pipelines.member import Member
-from pipelines.rendezvous import integer, meeting_place, open_store
+from pipelines.rendezvous import meeting_place, open_store
 from pipelines.warden import Warden
 from pipelines.watch import Watch
 
@@ -38,53 +39,6 @@ _GRACE_SECONDS = 5.0
 
 _watch: Watch | None = None
 """Of this process, from when its ranks are connected."""
-
-
-class _Launcher(NamedTuple):
-    """The variables in which a launcher tells a process its place."""
-
-    name: str
-    rank: str
-    size: str
-    local_rank: str
-    local_size: str
-
-    def place(self, environ: Mapping[str, str]) -> World:
-        """The world that these variables describe, which are there; ConfigError where they make no sense."""
-        rank, size = integer(environ, self.rank), integer(environ, self.size)
-        if not rank < size:
-            raise ConfigError(self.rank, rank, f"must be below {self.size} = {size}")
-        # SLURM writes "4(x2),3" for two nodes of four tasks and one of three.
-        text = environ.get(self.local_size, "1").split("(")[0].split(",")[0]
-        return World(rank, size, integer(environ, self.local_rank), int(text), self.name)
-
-
-# Innermost first: an mpirun or torchrun inside a SLURM step sees the step's variables too.
-_LAUNCHERS = (
-    _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    _Launcher(
-        "mpirun",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    _Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-    # MPICH's, Intel's and Cray's; srun sets the first two as well.
-    _Launcher("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-)
-
-
-def _check_nesting(launcher: _Launcher, world: World, outer: _Launcher, around: World) -> None:
-    """ConfigError unless `outer` can have started `launcher`, once for each task, or says the same."""
-    each, rest = divmod(world.size, around.size)
-    # An mpirun in a SLURM step has daemons for its tasks, in numbers of its own; each starts a rank at least.
-    if each == 0 or (world.launcher != "mpirun" and (rest or world.rank // each != around.rank)):
-        raise ConfigError(
-            f"{launcher.rank} and {launcher.size}",
-            f"{world.rank} and {world.size}",
-            f"{outer.rank} and {outer.size} are {around.rank} and {around.size}: unset those that are stale",
-        )
 
 
 def available_cores() -> int:
@@ -127,16 +81,8 @@ class World:
     @staticmethod
     def detect(environ: Mapping[str, str] = os.environ) -> World:
         """The world that the launcher's variables in `environ` describe; alone without any."""
-        told = [
-            (launcher, launcher.place(environ))
-            for launcher in _LAUNCHERS
-            if launcher.rank in environ and launcher.size in environ
-        ]
-        if not told:
-            return World()
-        for outer in told[1:]:
-            _check_nesting(*told[0], *outer)
-        return told[0][1]
+        place = place_in(environ)
+        return World() if place is None else World(*place)
 
     def split(self, models: int) -> World:
         """This rank's world where all ranks are split into `models` worlds, ranks in a row.

@@ -17,7 +17,7 @@ from pipelines.wire import limit, receive, send
 _ANSWER = 15.0
 """Seconds for whoever listens at a port to say that it is rank 0."""
 
-_FAREWELL = 15.0
+_FAREWELL = 30.0
 """Seconds for rank 0 to say why all leave, and to be gone; more than LEEWAY."""
 
 
