@@ -28,7 +28,11 @@ def main() -> None:
             answer = {"made": task(json.loads(line))}
         except (OSError, UserError) as error:
             answer = {"error": str(error)}
-        print(json.dumps(answer), file=answers)
+        try:
+            print(json.dumps(answer), file=answers)
+        except BrokenPipeError:
+            # The parent has gone, so that nobody is left to hear of it.
+            os._exit(1)
 
 
 if __name__ == "__main__":
