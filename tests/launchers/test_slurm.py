@@ -207,7 +207,7 @@ def test_init_datasets_converts_both_splits(cluster: Cluster, data: Path, tmp_pa
         PYTHON=sys.executable,
         DATA_SRC_DIR=str(data),
         DATA_DST_DIR=str(tmp_path / "npy"),
-        MASTER_ADDR="127.0.0.1",
+        MEETING_ADDRESS="127.0.0.1",
     )
     assert cluster.wait_for(job, seconds=200) == "COMPLETED", told(tmp_path)
     assert [len(open_split(tmp_path / "npy", name)) for name in ("train", "validation")] == [12, 4]
