@@ -66,6 +66,10 @@ def read_members(path: Path) -> tuple[Member, ...]:
                     fault = f"is no whole tar: at byte {at}, {error}"
                     raise DataError(path, fault, _REMEDY) from error
                 end = at + _BLOCK + entry.size
+                if not entry.name.isprintable():
+                    # It would stand in messages, and in the manifest.
+                    fault = f"is no whole tar: at byte {at}, the name {entry.name!a}"
+                    raise DataError(path, fault, _REMEDY)
                 if entry.size < 0:
                     fault = f"is no whole tar: at byte {at}, a member of {entry.size} bytes"
                     raise DataError(path, fault, _REMEDY)
