@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from cosmoflow_dali.convolution import convolve, gradients
+
 LEAK = 0.3
 """The slope of LeakyReLU below 0 in both networks."""
 
@@ -48,7 +50,7 @@ def plain_max_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tens
 class _MaxBlock(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        values = _rows(functional.conv3d(volume, kernel, bias, padding=1))
+        values = _rows(convolve(volume, kernel, bias, padding=1))
         # LeakyReLU keeps the order of values, and an eighth of them is left to work on.
         most = functional.max_pool3d(values.permute(0, 4, 1, 2, 3), 2)
         context.save_for_backward(volume, kernel, values, most)
@@ -65,7 +67,8 @@ class _MaxBlock(torch.autograd.Function):
         share = torch.where(most > 0, gradient, LEAK * gradient)
         # From here on `values` are the gradient with respect to themselves.
         _wide(values).ge_(_along(least)).mul_(_along(share))
-        return _through_convolution(context, values, volume, kernel, padding=1)
+        wanted = list(context.needs_input_grad)
+        return gradients(values.permute(0, 4, 1, 2, 3), volume, kernel, padding=1, wanted=wanted)
 
 
 def norm_block(
@@ -93,7 +96,7 @@ class _NormBlock(torch.autograd.Function):
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         volume = _wrapped(volume)
-        values = _rows(functional.conv3d(volume, kernel)).to(scale.dtype)
+        values = _rows(convolve(volume, kernel, None, padding=0)).to(scale.dtype)
         *_, edge, channels = values.shape
         wide = values.view(-1, edge * channels)
 
@@ -130,7 +133,9 @@ class _NormBlock(torch.autograd.Function):
         wide.mul_(-mean_over_ranks(of_scale.clone()).repeat(edge))
         wide.add_(back).sub_(mean_over_ranks(of_shift.clone()).repeat(edge)).mul_(slope)
         count = values.numel() // channels
-        of_wrapped, of_kernel, _ = _through_convolution(context, values, volume, kernel, padding=0)
+        wanted = [*context.needs_input_grad[:2], False]
+        narrow = values.permute(0, 4, 1, 2, 3).to(volume.dtype)
+        of_wrapped, of_kernel, _ = gradients(narrow, volume, kernel, padding=0, wanted=wanted)
         of_volume = None if of_wrapped is None else _unwrapped(of_wrapped)
         return of_volume, of_kernel, of_scale * count, of_shift * count, None
 
@@ -208,23 +213,3 @@ def _average(values: torch.Tensor) -> torch.Tensor:
 def _channel_mean(wide: torch.Tensor, channels: int) -> torch.Tensor:
     """The mean of each channel (C,) over (lines, W C)."""
     return wide.mean(0).view(-1, channels).mean(0)
-
-
-def _through_convolution(
-    context: Any, gradient: torch.Tensor, volume: torch.Tensor, kernel: torch.Tensor, *, padding: int
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of volume, kernel and bias by that of the convolution's output, (B, D, H, W, C)."""
-    wanted = [*context.needs_input_grad[:2], padding == 1 and context.needs_input_grad[2]]
-    return torch.ops.aten.convolution_backward(
-        gradient.permute(0, 4, 1, 2, 3).to(volume.dtype),
-        volume,
-        kernel,
-        [kernel.shape[0]],
-        [1, 1, 1],
-        [padding] * 3,
-        [1, 1, 1],
-        False,
-        [0, 0, 0],
-        1,
-        wanted,
-    )

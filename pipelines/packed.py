@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import crc32c
-import lz4.block
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import AccessError, DataError
+from pipelines.lz4_blocks import FRAMED, REMEDY, inflate, inflate_together
 from pipelines.sample import SampleSpec, check_target
 
 VERSION = 2
@@ -41,7 +41,6 @@ _MOST = 255
 TOGETHER = 1 << 18
 """Voxels that are decoded at a time: few enough for a cache, and enough that Python costs little."""
 
-_REMEDY = "convert the sample again"
 _Length = TypeVar("_Length", int, npt.NDArray[np.int64])
 
 
@@ -87,7 +86,7 @@ class Packed:
         inflated = (self._plane(chunk, plane) for chunk, plane in np.ndindex(self.sizes.shape))
         total = sum(int(np.frombuffer(block, np.uint8).sum(dtype=np.uint64)) for block in inflated)
         if total % TOTAL != self.total:
-            raise DataError(self.path, "its chunks inflate to other bytes than were packed", _REMEDY)
+            raise DataError(self.path, "its chunks inflate to other bytes than were packed", REMEDY)
         return counts
 
     def fill(self, out: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
@@ -112,8 +111,7 @@ class Packed:
         dtype = np.dtype(np.uint16 if self.planes <= 2 else np.uint32)
         narrow, shifted, wide = _scratch(len(chunks) * self.voxels, dtype)
         for plane in range(self.planes):
-            found = b"".join([self._plane(chunk, plane) for chunk in chunks])
-            block = np.frombuffer(found, np.uint8)
+            block = np.frombuffer(self._planes(chunks, plane), np.uint8)
             if plane:
                 narrow |= np.left_shift(block, 8 * plane, out=shifted, dtype=dtype)
             else:
@@ -122,7 +120,7 @@ class Packed:
         if highest >= len(self.table):
             chunk = chunks[int(narrow.argmax()) // self.voxels]
             fault = f"chunk {chunk} has the row {highest} of a table of {len(self.table)}"
-            raise DataError(self.path, fault, _REMEDY)
+            raise DataError(self.path, fault, REMEDY)
         np.copyto(wide, narrow)
         return wide
 
@@ -130,25 +128,36 @@ class Packed:
         """DataError unless all chunks are as they were written: by their checksum, without inflating."""
         if crc32c.crc32c(self.content[int(self.starts[0, 0]) :]) != self.crc:
             self.check_each()
-            raise DataError(self.path, "the CRC of its chunks is wrong", _REMEDY)
+            raise DataError(self.path, "the CRC of its chunks is wrong", REMEDY)
 
     def check_each(self) -> None:
         """The same by each chunk's own checksums, of which none need be missing."""
         for chunk, plane in np.ndindex(self.crcs.shape):
             start, end = self.extent(chunk, plane)
             if crc32c.crc32c(self.content[start:end]) != self.crcs[chunk, plane]:
-                raise DataError(self.path, f"the CRC of plane {plane} of chunk {chunk} is wrong", _REMEDY)
+                raise DataError(self.path, f"the CRC of plane {plane} of chunk {chunk} is wrong", REMEDY)
 
     def extent(self, chunk: int, plane: int) -> tuple[int, int]:
         """Where in the sample's bytes that block starts and, with its padding, ends."""
         start = int(self.starts[chunk, plane])
         return start, start + aligned(int(self.sizes[chunk, plane]))
 
+    def _planes(self, chunks: range, plane: int) -> bytes:
+        """That byte plane of each of `chunks`, one after the other, inflated."""
+        if self.voxels == FRAMED:
+            together = inflate_together([self._block(chunk, plane) for chunk in chunks])
+            if together is not None:
+                return together
+        return b"".join([self._plane(chunk, plane) for chunk in chunks])
+
     def _plane(self, chunk: int, plane: int) -> bytes:
         """That byte plane, inflated: a byte for each voxel of the chunk."""
+        name = f"plane {plane} of chunk {chunk}"
+        return inflate(self.path, self._block(chunk, plane), self.voxels, name)
+
+    def _block(self, chunk: int, plane: int) -> memoryview:
         start = int(self.starts[chunk, plane])
-        block = self.content[start : start + int(self.sizes[chunk, plane])]
-        return _inflate(self.path, block, self.voxels, f"plane {plane} of chunk {chunk}")
+        return self.content[start : start + int(self.sizes[chunk, plane])]
 
 
 def open_packed(
@@ -165,17 +174,17 @@ def open_packed(
         raise DataError(path, fault, f"the other samples have {spec.shape}: remove it")
     if len(view) < header.beginning:
         fault = f"is cut off: {len(view)} bytes, and its chunks start at {header.beginning}"
-        raise DataError(path, fault, _REMEDY)
+        raise DataError(path, fault, REMEDY)
     checked = crc32c.crc32c(view[:CHECKED])
     if crc32c.crc32c(view[CHECKED + 4 : header.beginning], checked) != header.crc:
-        raise DataError(path, "the CRC of its header is wrong", _REMEDY)
+        raise DataError(path, "the CRC of its header is wrong", REMEDY)
     entries = np.frombuffer(view, ENTRY, header.blocks, HEADER.size).reshape(-1, header.planes)
     sizes = entries["bytes"].astype(np.int64)
     if (sizes * _MOST < header.slices * header.spec.size**2).any():
-        raise DataError(path, "a chunk is too short for what it should become", _REMEDY)
+        raise DataError(path, "a chunk is too short for what it should become", REMEDY)
     ends = header.beginning + np.cumsum(aligned(sizes))
     if len(view) != ends[-1] and not beginning:
-        raise DataError(path, f"has {len(view)} bytes where its chunks end at {ends[-1]}", _REMEDY)
+        raise DataError(path, f"has {len(view)} bytes where its chunks end at {ends[-1]}", REMEDY)
     starts = np.concatenate([[header.beginning], ends[:-1]]).reshape(sizes.shape)
     crcs = entries["crc32c"].astype(np.int64)
     table = _table(path, view, header)
@@ -260,12 +269,12 @@ class Header(NamedTuple):
 def read_header(path: Path, content: memoryview) -> Header:
     """The header at the start of `content`; DataError where it is none of this version."""
     if bytes(content[:8]) != MAGIC[: len(content)] or not content:
-        raise DataError(path, "is no packed sample", _REMEDY)
+        raise DataError(path, "is no packed sample", REMEDY)
     if len(content) >= 12 and (version := struct.unpack_from("<I", content, 8)[0]) != VERSION:
         fault = f"is a packed sample of version {version}"
         raise DataError(path, fault, f"this program reads version {VERSION}: convert the sample again")
     if len(content) < HEADER.size:
-        raise DataError(path, f"is cut off after {len(content)} bytes", _REMEDY)
+        raise DataError(path, f"is cut off after {len(content)} bytes", REMEDY)
     _, _, *numbers, of_chunks, crc, total = HEADER.unpack_from(content)
     size, channels, slices, planes, rows, table_bytes, *target = numbers
     sound = (
@@ -278,7 +287,7 @@ def read_header(path: Path, content: memoryview) -> Header:
         and rows * channels * 2 <= table_bytes * _MOST
     )
     if not sound:
-        raise DataError(path, f"its header does not make sense ({numbers[:6]})", _REMEDY)
+        raise DataError(path, f"its header does not make sense ({numbers[:6]})", REMEDY)
     found = np.array(target, np.float32)
     spec = SampleSpec(size, channels)
     return Header(spec, slices, planes, rows, table_bytes, found, of_chunks, crc, total)
@@ -287,7 +296,7 @@ def read_header(path: Path, content: memoryview) -> Header:
 def _table(path: Path, content: memoryview, header: Header) -> npt.NDArray[np.int16]:
     start, channels = header.table_start, header.spec.channels
     block = content[start : start + header.table_bytes]
-    inflated = _inflate(path, block, header.rows * channels * 2, "its table")
+    inflated = inflate(path, block, header.rows * channels * 2, "its table")
     planes = np.frombuffer(inflated, np.uint8).reshape(2, channels, header.rows)
     counts = np.left_shift(planes[1], 8, dtype=np.uint16)
     counts |= planes[0]
@@ -299,16 +308,6 @@ def _table(path: Path, content: memoryview, header: Header) -> npt.NDArray[np.in
     if lowest < 0:
         raise DataError(path, f"a count is {lowest}", "counts start at 0: make the file anew")
     return table
-
-
-def _inflate(path: Path, block: memoryview, length: int, name: str) -> bytes:
-    try:
-        content = bytes(lz4.block.decompress(block, uncompressed_size=length))
-    except lz4.block.LZ4BlockError as error:
-        raise DataError(path, f"{name} is no LZ4 block of {length} bytes", _REMEDY) from error
-    if len(content) != length:
-        raise DataError(path, f"{name} inflates to {len(content)} bytes, not {length}", _REMEDY)
-    return content
 
 
 def aligned(length: _Length) -> _Length:

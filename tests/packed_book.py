@@ -125,6 +125,7 @@ def samples() -> dict[str, Sample]:
     return {
         "usual": tiny_sample(1, 16),
         "larger": tiny_sample(2, 48),
+        "chunks of 64 KiB": tiny_sample(3, 64),
         "one voxel": Sample(np.full((1, 1, 1, 4), 32767, np.int16), target),
         "all equal": Sample(np.zeros((16, 16, 16, 4), np.int16), target),
         "256 different": Sample(rng.integers(0, 4, (16, 16, 16, 4)).astype(np.int16), target),

@@ -257,24 +257,34 @@ def test_programs_settle_their_process(program: ModuleType, monkeypatch: pytest.
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+def faults(*, kept: bool) -> list[int]:
+    """How many pages the kernel has to find for each of three tensors of 128 MB, one after the other."""
+    program = """
+import resource, sys, torch
+from cosmoflow_dali.process import keep_memory
+if sys.argv[1] == "True":
+    keep_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 25)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    pages = ["env", "-u", "THP_MEM_ALLOC_ENABLE", sys.executable, "-c", program, str(kept)]
+    return [int(count) for count in run(pages).out.split()]
+
+
+@pytest.mark.skipif(PAGES.exists() and "[always]" in PAGES.read_text(), reason="all pages are huge")
+def test_what_large_tensors_leave_is_kept() -> None:
+    assert min(faults(kept=False)) > 30_000
+    assert max(faults(kept=True)[1:]) < 1_000
+
+
 @pytest.mark.skipif(
     not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the kernel has no transparent huge pages"
 )
 def test_large_tensors_lie_in_huge_pages() -> None:
-    program = """
-import resource, sys, torch
-from cosmoflow_dali.process import use_huge_pages
-if sys.argv[1] == "huge":
-    use_huge_pages()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    torch.ones(1 << 25)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    huge, small = (int(run([sys.executable, "-c", program, pages]).out) for pages in ("huge", "small"))
-    # A fault for each page of 3 x 128 MB. The kernel may run short of huge ones.
-    assert small > 90_000 or "[always]" in PAGES.read_text()
-    assert huge < 30_000
+    # The kernel may run short of them.
+    assert faults(kept=True)[0] < 15_000
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,18 @@ def test_what_another_writer_made_is_read() -> None:
     np.testing.assert_array_equal(found.target, np.array([0.1, 0.2, 0.3, 0.4], np.float32))
 
 
+def test_blocks_that_are_longer_than_what_they_hold_are_read() -> None:
+    rows = np.random.default_rng(1).integers(0, 3, (4, 1 << 16))
+    found = read(build(TABLE, rows.tolist(), size=64))
+    np.testing.assert_array_equal(found.counts.reshape(4, -1, 4), np.array(TABLE, np.int16)[rows])
+
+
+def test_a_chunk_of_64_kib_that_is_cut_short_is_named() -> None:
+    whole = [[0] * (1 << 16)] * 3
+    with pytest.raises(DataError, match="plane 0 of chunk 3 inflates to 65535 bytes, not 65536"):
+        read(build(TABLE, [*whole, [0] * 65535], size=64))
+
+
 def test_it_is_smaller_than_gzip(tmp_path: Path) -> None:
     sample = tiny_sample(4, 32)
     (compressed,) = FORMATS["tfrecord_gzip"].write(tmp_path, "a", sample)
