@@ -24,7 +24,7 @@ help: ## List the commands.
 
 setup: $(VENV)/.done ## Make the virtual environment in .venv with every pinned dependency.
 
-$(VENV)/.done: pyproject.toml constraints.txt
+$(VENV)/.done: pyproject.toml constraints.txt pipelines/rows.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch==2.13.0
@@ -44,10 +44,11 @@ test-all: setup ## Run all tests; those whose hardware is not there say that the
 gpu-check: ## Check a GPU with the Python that is there, without a set-up, in eight minutes.
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
-lint: setup ## Check Python, shell scripts and the Dockerfile.
+lint: setup ## Check Python, C, shell scripts and the Dockerfile.
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only pipelines/rows.c
 	$(VENV)/bin/shellcheck --external-sources *.sub *.sh .ci/run configs/*.sh
 	$(VENV)/bin/hadolint Dockerfile
 
@@ -55,5 +56,5 @@ image: ## Build the container image cosmoflow-dali, on NVIDIA's PyTorch image.
 	docker build --tag cosmoflow-dali .
 
 clean: ## Remove what the tools made; data/ and runs/ stay.
-	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build pipelines/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

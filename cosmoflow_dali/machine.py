@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipelines.dist import available_cores
+from pipelines.rows import COMPILED
 
 _PACKAGES = (
     "torch",
@@ -25,13 +26,14 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the installed packages that decide speed or results."""
+    """The versions of Python and of the packages that decide speed or results; how packed samples are read."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    found["packed samples"] = "compiled" if COMPILED else "by numpy"
     return found
 
 

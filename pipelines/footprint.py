@@ -8,12 +8,10 @@ from pipelines.formats.npy import Npy
 from pipelines.formats.packed import PackedFormat
 from pipelines.packed import TOGETHER
 from pipelines.packing import slices_of
+from pipelines.rows import SCRATCH
 
 READ_AHEAD = 2
 """Batches whose files are being read before DALI asks for them."""
-
-_CHUNK_SCRATCH = 2 + 2 + 8
-"""Bytes that a decoding thread needs for each voxel that it decodes at a time."""
 
 _GATHER_SCRATCH = 8 + 8
 """Bytes that a GPU needs for each voxel of the sample that it gathers."""
@@ -39,7 +37,7 @@ def host_bytes(split: Split, config: LoaderConfig, device: str = "cpu") -> int:
     if packed and device == "cpu":
         batches = host_ahead(config) + 1
         voxels = max(TOGETHER, slices_of(size) * size**2)
-        scratch = config.threads * _CHUNK_SCRATCH * min(voxels, size**3)
+        scratch = config.threads * SCRATCH * min(voxels, size**3)
         return config.batch_size * batches * (volume + _longest(split)) + scratch
     batches = config.prefetch + 1
     volumes = config.batch_size * batches * volume if device == "cpu" else 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from pipelines.errors import AccessError, DataError
 from pipelines.lz4_blocks import FRAMED, REMEDY, inflate, inflate_together
+from pipelines.rows import gather_rows
 from pipelines.sample import SampleSpec, check_target
 
 VERSION = 2
@@ -95,34 +95,17 @@ class Packed:
         DataError where a chunk cannot be what was packed. Safe in many threads; the GIL is free most
         of the time.
         """
-        # A voxel's values as one item: numpy copies it in one piece.
-        item = np.dtype((np.void, values.dtype.itemsize * values.shape[1]))
-        voxels, items = out.reshape(-1).view(item), values.view(item)[:, 0]
+        voxels = out.reshape(-1, values.shape[1])
         together = max(1, TOGETHER // self.voxels)
         for first in range(0, len(self.starts), together):
             chunks = range(first, min(first + together, len(self.starts)))
-            rows = self._rows(chunks)
-            part = voxels[first * self.voxels :][: len(rows)]
-            # Every row is within the table, and "wrap" is a mode that needs no buffer.
-            np.take(items, rows, out=part, mode="wrap")
-
-    def _rows(self, chunks: range) -> npt.NDArray[np.int64]:
-        """The row of each voxel of `chunks`, in this thread's scratch memory."""
-        dtype = np.dtype(np.uint16 if self.planes <= 2 else np.uint32)
-        narrow, shifted, wide = _scratch(len(chunks) * self.voxels, dtype)
-        for plane in range(self.planes):
-            block = np.frombuffer(self._planes(chunks, plane), np.uint8)
-            if plane:
-                narrow |= np.left_shift(block, 8 * plane, out=shifted, dtype=dtype)
-            else:
-                np.copyto(narrow, block)
-        highest = int(narrow.max())
-        if highest >= len(self.table):
-            chunk = chunks[int(narrow.argmax()) // self.voxels]
-            fault = f"chunk {chunk} has the row {highest} of a table of {len(self.table)}"
-            raise DataError(self.path, fault, REMEDY)
-        np.copyto(wide, narrow)
-        return wide
+            planes = [self._planes(chunks, plane) for plane in range(self.planes)]
+            part = voxels[first * self.voxels :][: len(chunks) * self.voxels]
+            beyond = gather_rows(planes, values, part)
+            if beyond is not None:
+                voxel, row = beyond
+                fault = f"chunk {chunks[voxel // self.voxels]} has the row {row} of a table of {len(values)}"
+                raise DataError(self.path, fault, REMEDY)
 
     def check(self) -> None:
         """DataError unless all chunks are as they were written: by their checksum, without inflating."""
@@ -320,19 +303,3 @@ def _open(path: Path) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         raise AccessError.reading(path, error) from error
-
-
-_threads = threading.local()
-
-
-def _scratch(voxels: int, dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], ...]:
-    """This thread's room for a chunk's rows: two arrays of `dtype`, and one of int64, which numpy takes.
-
-    New memory for every chunk would cost more than what is done in it.
-    """
-    key = (voxels, dtype)
-    if getattr(_threads, "key", None) != key:
-        _threads.key = key
-        _threads.rows = tuple(np.empty(voxels, kind) for kind in (dtype, dtype, np.int64))
-    rows: tuple[npt.NDArray[Any], ...] = _threads.rows
-    return rows

@@ -77,6 +77,10 @@ def read_members(path: Path) -> tuple[Member, ...]:
                     raise DataError(path, f"is cut off in {entry.name}", _REMEDY)
                 if entry.isreg():
                     members.append(Member(entry.name, at + _BLOCK, entry.size))
+                elif not entry.isdir():
+                    # A longer name for the member behind it, a link to another one: a sample would be lost.
+                    fault = f"has {entry.name} of type {entry.type!a}, which a shard has not"
+                    raise DataError(path, fault, "make it with tar --format=ustar, of files alone")
                 at = end + -end % _BLOCK
     except OSError as error:
         raise AccessError.reading(path, error) from error

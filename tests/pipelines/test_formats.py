@@ -255,7 +255,7 @@ def test_one_gzip_member_is_read_and_nothing_goes_unnoticed_behind_it(
         assert (b"\x1f\x8b\x08\x00" in member[1:]) == (level == 0)
         path.write_bytes(member)
         np.testing.assert_array_equal(read_sample(path).counts, counts)
-        for more in (member, gzip.compress(record), b"\0", bytes(512)):
+        for more in (member, gzip.compress(record), b"\0", bytes(512), member[-8:], b"\0" + member[-8:]):
             path.write_bytes(member + more)
             with pytest.raises(DataError, match="behind its gzip stream"):
                 read_sample(path)

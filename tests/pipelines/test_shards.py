@@ -9,6 +9,7 @@ import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +127,39 @@ def test_a_member_of_less_than_nothing_is_refused(shard: Path) -> None:
         read_members(shard)
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ({"name": "line\nbreak.packed"}, "is no whole tar: at byte 0, the name 'line"),
+        ({"name": "a.packed", "type": tarfile.LNKTYPE}, "has a.packed of type b'1', which a shard has not"),
+        ({"name": "a.packed", "type": tarfile.SYMTYPE}, "of type b'2'"),
+        ({"name": "long" * 40 + ".packed"}, "of type b'L'"),
+        ({"name": "a.packed", "pax_headers": {"path": "b.packed"}}, "of type b'x'"),
+    ],
+)
+def test_members_that_would_be_lost_or_misread_are_refused(
+    kind: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    member = tarfile.TarInfo()
+    for name, value in kind.items():
+        setattr(member, name, value)
+    form = tarfile.PAX_FORMAT if member.pax_headers else tarfile.GNU_FORMAT
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        tar.addfile(member)
+    with pytest.raises(DataError, match=said) as raised:
+        read_members(tmp_path / "a.tar")
+    assert "\n" not in str(raised.value)
+
+
+def test_folders_in_a_tar_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.packed").write_bytes(b"sample")
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.add(tmp_path / "data", "data")
+    (member,) = read_members(tmp_path / "a.tar")
+    assert member.name == "data/a.packed" and read_member(tmp_path / "a.tar", *member) == b"sample"
+
+
 def test_what_is_not_there_or_cannot_be_held(tmp_path: Path) -> None:
     with pytest.raises(AccessError, match="cannot be read"):
         read_members(tmp_path / "none.tar")
@@ -210,5 +244,6 @@ def test_an_epoch_of_many_small_samples_holds_memory_flat(tmp_path: Path) -> Non
             held.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     loader.close()
     assert len(held) == samples // 64 // 100 + 1
-    # After a tenth of the epoch, less than ten megabytes more: 50 bytes a sample.
-    assert max(held[3:]) - held[3] < 10_000_000
+    # After a tenth of the epoch, less than twenty megabytes more: 100 bytes a sample, where one has 500.
+    # Malloc grows by four at a time, three or four times in the first epoch and not at all in the next two.
+    assert max(held[3:]) - held[3] < 20_000_000
