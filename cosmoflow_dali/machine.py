@@ -26,14 +26,14 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide speed or results; how packed samples are read."""
+    """The versions of Python and of the packages that decide speed or results; whether rows.c is built."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["packed samples"] = "compiled" if COMPILED else "by numpy"
+    found["pipelines/rows.c"] = "built" if COMPILED else "not built"
     return found
 
 

@@ -67,9 +67,10 @@ def _open(path: Path) -> Iterator[Any]:
                         path, f"has no data set {name}", "expected a universe of the published set"
                     )
             yield file
-    except OSError as error:
-        # HDF5 has one kind of error for a file that is not there and for one that is no HDF5 file.
-        if error.errno is not None:
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # HDF5 has one kind of error for a file that is not there and for one that is no HDF5 file, and h5py
+        # has others for what it finds in one that is damaged.
+        if isinstance(error, OSError) and error.errno is not None:
             raise AccessError.reading(path, error) from error
         reason = str(error).splitlines()[0]
         raise DataError(path, f"cannot be read as HDF5 ({reason})", "fetch the file again") from error

@@ -107,7 +107,8 @@ class Cluster:
         """Start the daemon of node `name`, and wait until it takes jobs."""
         self._run("slurmd", "-N", name)
         self._wait(
-            lambda: self._run("sinfo", "-h", "-n", name, "-o", "%T").strip() == "idle", f"{name} is not idle"
+            lambda: self._run("sinfo", "-h", "-n", name, "-o", "%T").strip() == "idle",
+            lambda: f"{name} is not idle",
         )
 
     def kill_node(self, name: str) -> None:
@@ -149,7 +150,9 @@ class Cluster:
     def wait_for(self, job: int, *states: str, seconds: float = 180) -> str:
         """Wait until `job` is in one of `states`, by default until it has ended: its state."""
         self._wait(
-            lambda: self.state(job) in (states or _FINISHED), f"job {job} is {self.state(job)}", seconds
+            lambda: self.state(job) in (states or _FINISHED),
+            lambda: f"job {job} is {self.state(job)}",
+            seconds,
         )
         return self.state(job)
 
@@ -171,12 +174,12 @@ class Cluster:
             raise RuntimeError(f"{' '.join(line)} ended with {done.returncode}: {done.stderr}{done.stdout}")
         return done.stdout
 
-    def _wait(self, condition: Callable[[], bool], message: str, seconds: float = 60) -> None:
+    def _wait(self, condition: Callable[[], bool], message: Callable[[], str], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
                 logs = "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("*.log")))
-                raise TimeoutError(f"{message} after {seconds:g} s\n{logs}")
+                raise TimeoutError(f"{message()} after {seconds:g} s\n{logs}")
             time.sleep(0.2)
 
 

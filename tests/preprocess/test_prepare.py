@@ -103,6 +103,14 @@ def test_the_draw_depends_on_names_and_seed_alone() -> None:
     assert set(split_universes(names, 1 / 9, seed=1)[1]) != set(validation)
 
 
+def write_times(path: Path) -> None:
+    """A universe whose counts are of a type that HDF5 has and numpy has not."""
+    write_universe(path, 1, full=None)
+    with h5py.File(path, "a") as file:
+        space = h5py.h5s.create_simple((EDGE, EDGE, EDGE, 4))
+        h5py.h5d.create(file.id, b"full", h5py.h5t.UNIX_D32LE, space)
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no counts": (lambda path: write_universe(path, 1, full=None), "has no data set full"),
     "no target": (lambda path: write_universe(path, 1, unitPar=None), "has no data set unitPar"),
@@ -125,6 +133,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "three parameters": (lambda path: write_universe(path, 1, unitPar=np.zeros(3)), "of shape (3,)"),
     "no HDF5": (lambda path: path.write_bytes(b"no"), "cannot be read as HDF5"),
+    "times": (write_times, "cannot be read as HDF5 (No NumPy equivalent"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:700]), "cannot be read as HDF5"),
 }
 
