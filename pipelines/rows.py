@@ -27,12 +27,14 @@ def gather_rows(
 ) -> tuple[int, int] | None:
     """Write each voxel's row of `table` (rows, C) into `out` (voxels, C), both contiguous and of one dtype.
 
-    planes: the bytes of the rows' numbers, of every voxel the lowest, of every voxel the next, ....
+    planes: the bytes of the rows' numbers: the lowest one of every voxel, the next one of every voxel, ....
     None; or where a row is not in the table, a voxel that has the highest one, and that row. Safe in
-    many threads; the GIL is free most of the time.
+    many threads; the GIL is free most of the time. ValueError where these do not go together.
     """
-    if not (out.flags.c_contiguous and table.flags.c_contiguous and out.dtype == table.dtype):
-        raise ValueError("the table and the output must be contiguous and of one dtype")
+    if not (out.flags.carray and table.flags.c_contiguous and out.dtype == table.dtype):
+        raise ValueError("the table and the output must be contiguous and of one dtype, and this writeable")
+    if out.shape[1:] != table.shape[1:]:
+        raise ValueError(f"the table has rows of {table.shape[1:]}, and the output of {out.shape[1:]}")
     if any(len(plane) != len(out) for plane in planes):
         raise ValueError(f"{len(out)} voxels, and planes of {[len(plane) for plane in planes]}")
     if _compiled is None or table[:1].nbytes != _ITEM or out.ctypes.data % _ITEM:

@@ -80,7 +80,11 @@ def test_what_does_not_go_together_is_refused() -> None:
     table, out = np.zeros((3, 4), np.float32), np.zeros((8, 4), np.float32)
     with pytest.raises(ValueError, match="8 voxels, and planes of"):
         gather_rows([bytes(8), bytes(7)], table, out)
-    for wrong in (out[::2], out.astype(np.float64)):
+    with pytest.raises(ValueError, match=r"rows of \(4,\), and the output of \(3,\)"):
+        gather_rows([bytes(8)], table, np.zeros((8, 3), np.float32))
+    fixed = out.copy()
+    fixed.flags.writeable = False
+    for wrong in (out[::2], out.astype(np.float64), fixed):
         with pytest.raises(ValueError, match="contiguous and of one dtype"):
             gather_rows([bytes(len(wrong))], table, wrong)
     with pytest.raises(ValueError, match="contiguous and of one dtype"):
