@@ -6,7 +6,7 @@
 # The first of these images with torch 2.9, which the trainer needs, is 25.09.
 ARG BASE=nvcr.io/nvidia/pytorch:25.10-py3
 
-# What has to be compiled leaves only a wheel behind: mpi4py, against the image's MPI.
+# What takes long to compile leaves only a wheel behind: mpi4py, against the image's MPI.
 FROM ${BASE} AS wheels
 RUN pip wheel --no-cache-dir --no-deps --no-binary mpi4py --wheel-dir /wheels mpi4py
 

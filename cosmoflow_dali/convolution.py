@@ -20,7 +20,7 @@ def convolve(
 ) -> torch.Tensor:
     """`volume` (B, c, D, H, W), `padding` zeros around it, by `kernel` (C, c, 3, 3, 3), plus `bias` (C,).
 
-    (B, C, D', H', W') in channels-last memory, each edge longer by 2 padding - 2.
+    (B, C, D', H', W'), each edge longer by 2 padding - 2, in channels-last memory if `volume` is.
     """
     if not _by_pairs(kernel.shape[0], volume):
         return functional.conv3d(volume, kernel, bias, padding=padding)

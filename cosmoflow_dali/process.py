@@ -25,13 +25,17 @@ def keep_memory() -> None:
     """Have large tensors lie in huge pages, which the process keeps; before the first tensor is made.
 
     The C library gives every large tensor back to the kernel, which then has to find and to clear its
-    pages again in the next step: a quarter of a step's time at 128^3 where they are of 4 KB, as much as a
-    tenth where torch asks for pages of 2 MB. What is freed stays the process's instead, which costs a
-    fifth more memory for what lies between. Huge pages are without effect where the kernel has none
-    (/sys/kernel/mm/transparent_hugepage/enabled), and THP_MEM_ALLOC_ENABLE=0 in the environment turns
-    them off; keeping is without effect under other C libraries and allocators.
+    pages again in the next step: a quarter of a step's time at 128^3 where they are of 4 KB, up to a tenth
+    where torch asks for pages of 2 MB. What the main thread frees stays the process's instead, peaks
+    included, and what lies between large tensors makes steps take up to half as much memory again; it is
+    level after some steps, as long as no step leaves something behind for good. Huge pages are without
+    effect where the kernel has none (/sys/kernel/mm/transparent_hugepage/enabled), keeping under other C
+    libraries and allocators. Nothing is done where the environment has THP_MEM_ALLOC_ENABLE=0, or
+    settings of its own for malloc.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    own = any(name.startswith("MALLOC_") for name in os.environ)
+    if os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1") == "0" or own:
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_MAX, 0)

@@ -23,7 +23,7 @@ def inflate(path: Path, block: memoryview, length: int, name: str) -> bytes:
     """The `length` bytes that `block`, called `name`, becomes; DataError of `path` where it does not."""
     try:
         content = bytes(lz4.block.decompress(block, uncompressed_size=length))
-    except lz4.block.LZ4BlockError as error:
+    except (lz4.block.LZ4BlockError, OverflowError) as error:
         raise DataError(path, f"{name} is no LZ4 block of {length} bytes", REMEDY) from error
     if len(content) != length:
         raise DataError(path, f"{name} inflates to {len(content)} bytes, not {length}", REMEDY)
@@ -35,8 +35,10 @@ def inflate_together(blocks: Sequence[memoryview]) -> bytes | None:
 
     They are put into a frame, which the library inflates in one call: each call lets go of the GIL, and
     two threads that take turns at it for every block lose an eighth of their time. The layout is that of
-    lz4_Frame_format.md; a block that is longer than what it becomes does not fit in, and is sound.
+    lz4_Frame_format.md, which has no room for a block that is longer than what it becomes, sound or not.
     """
+    if any(len(block) > FRAMED for block in blocks):
+        return None
     parts: list[bytes | memoryview] = [_head(FRAMED * len(blocks))]
     for block in blocks:
         parts += (len(block).to_bytes(4, "little"), block)

@@ -34,8 +34,9 @@ static inline uint32_t gather(const uint8_t *const *planes, const int count, siz
 }
 
 /* Copy the row of `table` whose number's bytes are `planes`, lowest first, to `out` for each voxel. `rows` are
- * in the table, at least one; `out` is aligned to 16 bytes. Returns the highest number. */
-uint32_t gather_rows(const uint8_t *const *planes, int count, size_t voxels, const char *table,
+ * in the table, at least one; `out` is aligned to 16 bytes. Returns the highest number.
+ * With other arguments its name is to have another number, so that nobody calls one that was built before. */
+uint32_t gather_rows_1(const uint8_t *const *planes, int count, size_t voxels, const char *table,
                      uint32_t rows, char *out)
 {
     /* Loops of their own for the numbers of planes that samples have. */

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-SCRATCH = 2 + 2 + 8
-"""Bytes that a thread needs for each voxel, at most."""
+SCRATCH = 17
+"""Bytes that a thread needs by numpy for each voxel of samples with two planes, all in all; compiled, 5."""
 
 _ITEM = 16
 """Bytes of a row that rows.c copies, and what it wants `out` to be aligned to."""
@@ -85,9 +85,9 @@ def _load() -> Callable[..., int] | None:
     if found is None or found.origin is None:
         return None
     try:
-        compiled: Any = ctypes.CDLL(found.origin).gather_rows
-    except OSError:
-        # Built elsewhere: a checkout that machines of several kinds share.
+        compiled: Any = ctypes.CDLL(found.origin).gather_rows_1
+    except (OSError, AttributeError):
+        # Built elsewhere, for a checkout that machines of several kinds share, or of an older rows.c.
         return None
     compiled.restype = ctypes.c_uint32
     compiled.argtypes = [

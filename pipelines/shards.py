@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ from pipelines.files import Member, Written, read_direct, write_chunks, write_st
 
 SHARD, INDEX = ".tar", ".idx"
 _BLOCK = tarfile.BLOCKSIZE
+_TELLING = re.compile(rb" (path|size|linkpath|GNU\.sparse[^=]*)=")
+"""What records behind a pax header may say of where a member is, or what it is called."""
+
 FIRST = _BLOCK
 """Where the first member of a shard starts."""
 
@@ -65,7 +69,9 @@ def read_members(path: Path) -> tuple[Member, ...]:
                 except tarfile.HeaderError as error:
                     fault = f"is no whole tar: at byte {at}, {error}"
                     raise DataError(path, fault, _REMEDY) from error
-                end = at + _BLOCK + entry.size
+                # What a folder says of its length is not in the file; POSIX, ustar interchange format.
+                size = 0 if entry.isdir() else entry.size
+                end = at + _BLOCK + size
                 if not entry.name.isprintable():
                     # It would stand in messages, and in the manifest.
                     fault = f"is no whole tar: at byte {at}, the name {entry.name!a}"
@@ -75,8 +81,13 @@ def read_members(path: Path) -> tuple[Member, ...]:
                     raise DataError(path, fault, _REMEDY)
                 if end > length:
                     raise DataError(path, f"is cut off in {entry.name}", _REMEDY)
-                if entry.isreg():
-                    members.append(Member(entry.name, at + _BLOCK, entry.size))
+                if entry.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    members.append(Member(entry.name, at + _BLOCK, size))
+                elif entry.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and not _TELLING.search(
+                    os.pread(file.fileno(), size, at + _BLOCK)
+                ):
+                    # A finer time of change, an owner: nothing that is asked for here.
+                    pass
                 elif not entry.isdir():
                     # A longer name for the member behind it, a link to another one: a sample would be lost.
                     fault = f"has {entry.name} of type {entry.type!a}, which a shard has not"

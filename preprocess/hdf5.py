@@ -72,7 +72,7 @@ def _open(path: Path) -> Iterator[Any]:
         # has others for what it finds in one that is damaged.
         if isinstance(error, OSError) and error.errno is not None:
             raise AccessError.reading(path, error) from error
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(path, f"cannot be read as HDF5 ({reason})", "fetch the file again") from error
 
 

@@ -126,7 +126,8 @@ def program(module: str, *arguments: object, ranks: int = 1) -> Done:
         return run(command(module, arguments, ranks))
     out, err = io.StringIO(), io.StringIO()
     with (
-        mock.patch.dict(os.environ),
+        # What a process settles about its memory would be settled for all tests behind it.
+        mock.patch.dict(os.environ, {"THP_MEM_ALLOC_ENABLE": "0"}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

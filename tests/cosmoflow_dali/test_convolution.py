@@ -43,6 +43,24 @@ def test_it_is_torch_s_convolution_with_torch_s_gradients(
     torch.testing.assert_close(of_kernel, wanted[1])
 
 
+@pytest.mark.parametrize("filters", [4, 8])
+def test_half_precision_is_as_near_by_pairs(filters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "LANES", 16)
+    random = torch.Generator().manual_seed(3)
+    shapes = [(2, 4, 8, 8, 8), (filters, 4, 3, 3, 3), (filters,)]
+    given = [torch.randn(shape, generator=random).bfloat16() for shape in shapes]
+    exact = [each.double().requires_grad_() for each in given]
+    expected = functional.conv3d(exact[0], exact[1], exact[2], padding=1)
+    gradient = torch.randn(expected.shape, generator=random).bfloat16()
+    wanted = torch.autograd.grad(expected, exact, gradient.double())
+    found = convolve(given[0], given[1], given[2], padding=1)
+    back = gradients(gradient, given[0], given[1], padding=1, wanted=[True] * 3)
+    for own, true in zip([found, *back], [expected, *wanted], strict=True):
+        assert own is not None and own.dtype == torch.bfloat16
+        # Rounded to 8 bits once, or where two halves are added up twice.
+        assert (own.double() - true).norm() < 2**-8 * true.norm()
+
+
 @pytest.mark.parametrize(("filters", "lanes", "stride"), [(8, 16, (1, 1, 2)), (16, 16, 1), (8, 8, 1)])
 def test_pairs_are_made_where_they_fill_a_register(
     filters: int, lanes: int, stride: object, monkeypatch: pytest.MonkeyPatch

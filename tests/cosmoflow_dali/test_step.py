@@ -279,6 +279,27 @@ def test_what_large_tensors_leave_is_kept() -> None:
     assert max(faults(kept=True)[1:]) < 1_000
 
 
+@pytest.mark.slow
+def test_steps_that_keep_their_memory_come_to_an_end_of_it() -> None:
+    program = """
+import resource, torch
+from pathlib import Path
+from cosmoflow_dali.networks import build_model
+from cosmoflow_dali.open_model import OpenConfig
+from cosmoflow_dali.process import settle_process
+settle_process(torch.device("cpu"), 1)
+model = build_model(OpenConfig(), seed=0).train()
+volume = torch.rand(8, 32, 32, 32, 4).permute(0, 4, 1, 2, 3)
+for step in range(150):
+    model(volume).square().mean().backward()
+    if step % 50 == 49:
+        print(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+"""
+    done = run(["env", "-u", "THP_MEM_ALLOC_ENABLE", sys.executable, "-c", program])
+    early, _, late = map(int, done.out.split())
+    assert late < 1.05 * early
+
+
 @pytest.mark.skipif(
     not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the kernel has no transparent huge pages"
 )

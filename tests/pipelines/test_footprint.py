@@ -57,7 +57,7 @@ def split_of(form: str) -> Split:
 @pytest.mark.parametrize(
     ("form", "options", "host", "device", "host_of_device"),
     [
-        ("packed", {}, 186, 83, 14),
+        ("packed", {}, 189, 83, 14),
         ("npy", {}, 101, 134, 0),
         ("npy", {"on_bad_sample": "skip"}, 201, 134, 101),
         ("tfrecord", {"batch_size": 2}, 403, 268, 201),

@@ -351,7 +351,7 @@ def test_universes(tmp_path: Path) -> None:
     def attempt(chance: random.Random) -> None:
         # Its structure is in the first two thirds.
         path.write_bytes(mutated(whole, chance, near=len(whole)))
-        assert all(edge >= 0 for edge in universe_shape(path))
+        universe_shape(path)
         # Of that shape the first universe was, as `prepare` has checked.
         (sample,) = crops(path, (size, size, size, 4), size)
         assert sample.counts.shape == (size, size, size, 4) and sample.counts.min() >= 0

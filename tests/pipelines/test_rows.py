@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from pipelines import rows
 from pipelines.rows import COMPILED, gather_rows
@@ -19,7 +22,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param == "numpy":
         monkeypatch.setattr(rows, "_compiled", None)
     elif not COMPILED:
-        pytest.skip("rows.c is not built: there was no compiler")
+        assert shutil.which("cc") is None, "rows.c is not built, though there is a compiler: make setup"
+        pytest.skip("there is no compiler")
 
 
 def planes_of(numbers: npt.NDArray[np.int64], count: int) -> list[bytes]:
@@ -61,6 +65,23 @@ def test_a_row_that_is_not_in_the_table_is_told(planes: int, length: int, row: i
     numbers[[20, 30]] = row
     out = np.empty((50, 4), np.float32)
     assert gather_rows(planes_of(numbers, planes), RNG.random((length, 4), np.float32), out) == (20, row)
+
+
+def test_what_is_compiled_is_called_where_rows_are_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    if rows._compiled is None:
+        return
+    compiled, calls = rows._compiled, list[Any]()
+
+    def seen(*given: Any) -> int:
+        calls.append(given)
+        return compiled(*given)
+
+    monkeypatch.setattr(rows, "_compiled", seen)
+    for dtype in (np.float32, np.int16):
+        # Torch's memory is aligned.
+        out = torch.empty(8, 4, dtype=torch.from_numpy(np.empty(0, dtype)).dtype).numpy()
+        assert gather_rows([bytes(8)], np.zeros((3, 4), dtype), out) is None
+    assert len(calls) == 1
 
 
 def test_threads_do_not_meet() -> None:

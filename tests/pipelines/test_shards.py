@@ -135,6 +135,7 @@ def test_a_member_of_less_than_nothing_is_refused(shard: Path) -> None:
         ({"name": "a.packed", "type": tarfile.SYMTYPE}, "of type b'2'"),
         ({"name": "long" * 40 + ".packed"}, "of type b'L'"),
         ({"name": "a.packed", "pax_headers": {"path": "b.packed"}}, "of type b'x'"),
+        ({"name": "a.packed", "type": tarfile.GNUTYPE_SPARSE}, "of type b'S'"),
     ],
 )
 def test_members_that_would_be_lost_or_misread_are_refused(
@@ -151,10 +152,15 @@ def test_members_that_would_be_lost_or_misread_are_refused(
     assert "\n" not in str(raised.value)
 
 
-def test_folders_in_a_tar_are_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_folders_and_finer_times_in_a_tar_are_passed_over(form: int, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.packed").write_bytes(b"sample")
-    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+    folder = tarfile.TarInfo("other")
+    # Which says nothing of what is in the file.
+    folder.type, folder.size = tarfile.DIRTYPE, 1024
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        tar.addfile(folder)
         tar.add(tmp_path / "data", "data")
     (member,) = read_members(tmp_path / "a.tar")
     assert member.name == "data/a.packed" and read_member(tmp_path / "a.tar", *member) == b"sample"
@@ -244,6 +250,6 @@ def test_an_epoch_of_many_small_samples_holds_memory_flat(tmp_path: Path) -> Non
             held.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     loader.close()
     assert len(held) == samples // 64 // 100 + 1
-    # After a tenth of the epoch, less than twenty megabytes more: 100 bytes a sample, where one has 500.
+    # After a tenth of the epoch, less than twenty megabytes more: 100 bytes a sample.
     # Malloc grows by four at a time, three or four times in the first epoch and not at all in the next two.
     assert max(held[3:]) - held[3] < 20_000_000
