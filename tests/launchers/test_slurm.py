@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -261,7 +262,9 @@ def test_asked_to_stop_before_it_trains_a_job_is_requeued(
     config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 2}, epochs=2)
     job = submit(cluster, tmp_path, 2, CONFIG_FILE=str(config))
     deadline = time.monotonic() + 60
-    while not (logs_of(tmp_path, job) / "1.log").exists():
+    # A signal goes to steps, and is lost before there is one: the batch script, which has a name, is none.
+    steps = ["squeue", "--steps", "--noheader", "--jobs", str(job), "--format", "%i"]
+    while not re.search(rf"\b{job}\.\d", cluster.run(*steps)):
         assert time.monotonic() < deadline, told(tmp_path)
         time.sleep(0.05)
     cluster.run("scancel", "--signal=TERM", str(job))
