@@ -42,8 +42,8 @@ from pipelines.shards import forget, read_members, write_shard
 from preprocess.hdf5 import crops, universe_shape
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
-FEWEST = 600
-"""Files of each kind, however slow the machine is today."""
+FEWEST = 1500
+"""Files of each kind, however slow the machine is today: enough for the counts that the tests ask for."""
 
 
 def example_type() -> type[message.Message]:
