@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.packed import TOTAL, Packed
+from pipelines.packed import Packed
+from pipelines.packed_header import TOTAL
 
 PackedArrays = tuple[list[npt.NDArray[Any]], ...]
 """What the packed graph takes of a batch: see `define_packed_graph`."""

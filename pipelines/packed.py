@@ -9,10 +9,9 @@ layout, byte by byte, and why, is in docs/packed.md.
 from __future__ import annotations
 
 import os
-import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO
 
 import crc32c
 import numpy as np
@@ -20,28 +19,12 @@ import numpy.typing as npt
 
 from pipelines.errors import AccessError, DataError
 from pipelines.lz4_blocks import FRAMED, REMEDY, inflate, inflate_together
+from pipelines.packed_header import CHECKED, ENTRY, HEADER, MOST, TOTAL, Header, aligned, read_header
 from pipelines.rows import gather_rows
 from pipelines.sample import SampleSpec, check_target
 
-VERSION = 2
-MAGIC = b"CFPACKED"
-HEADER = struct.Struct("<8s7I4fIII")
-CHECKED = 56
-"""Where the CRC of the header stands, and so where what it covers is interrupted."""
-
-TOTAL = 1 << 32
-"""The sum of all inflated bytes is kept modulo this."""
-
-ENTRY = np.dtype([("bytes", "<u4"), ("crc32c", "<u4")])
-ALIGN = 16
-_PLANES = 4
-_MOST = 255
-"""LZ4 makes at most so many bytes of one, so that what a header asks for is bounded by what is there."""
-
 TOGETHER = 1 << 18
 """Voxels that are decoded at a time: few enough for a cache, and enough that Python costs little."""
-
-_Length = TypeVar("_Length", int, npt.NDArray[np.int64])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,7 +146,7 @@ def open_packed(
         raise DataError(path, "the CRC of its header is wrong", REMEDY)
     entries = np.frombuffer(view, ENTRY, header.blocks, HEADER.size).reshape(-1, header.planes)
     sizes = entries["bytes"].astype(np.int64)
-    if (sizes * _MOST < header.slices * header.spec.size**2).any():
+    if (sizes * MOST < header.slices * header.spec.size**2).any():
         raise DataError(path, "a chunk is too short for what it should become", REMEDY)
     ends = header.beginning + np.cumsum(aligned(sizes))
     if len(view) != ends[-1] and not beginning:
@@ -220,62 +203,6 @@ def read_slices(path: Path, first: int, stop: int, offset: int = 0) -> npt.NDArr
     return counts[first - begin : stop - begin]
 
 
-class Header(NamedTuple):
-    """What the first bytes say; `beginning` is how many bytes end with the table."""
-
-    spec: SampleSpec
-    slices: int
-    planes: int
-    rows: int
-    table_bytes: int
-    target: npt.NDArray[np.float32]
-    crc_of_chunks: int
-    crc: int
-    total: int
-
-    @property
-    def blocks(self) -> int:
-        """How many LZ4 blocks follow the table."""
-        return self.spec.size // self.slices * self.planes
-
-    @property
-    def table_start(self) -> int:
-        """Where the table's block starts."""
-        return aligned(HEADER.size + self.blocks * ENTRY.itemsize)
-
-    @property
-    def beginning(self) -> int:
-        """Where the first chunk starts."""
-        return aligned(self.table_start + self.table_bytes)
-
-
-def read_header(path: Path, content: memoryview) -> Header:
-    """The header at the start of `content`; DataError where it is none of this version."""
-    if bytes(content[:8]) != MAGIC[: len(content)] or not content:
-        raise DataError(path, "is no packed sample", REMEDY)
-    if len(content) >= 12 and (version := struct.unpack_from("<I", content, 8)[0]) != VERSION:
-        fault = f"is a packed sample of version {version}"
-        raise DataError(path, fault, f"this program reads version {VERSION}: convert the sample again")
-    if len(content) < HEADER.size:
-        raise DataError(path, f"is cut off after {len(content)} bytes", REMEDY)
-    _, _, *numbers, of_chunks, crc, total = HEADER.unpack_from(content)
-    size, channels, slices, planes, rows, table_bytes, *target = numbers
-    sound = (
-        0 < size < 1 << 16
-        and 0 < channels < 1 << 8
-        and 0 < slices <= size
-        and size % slices == 0
-        and 0 < planes <= _PLANES
-        and 0 < rows <= min(size**3, 1 << 8 * planes)
-        and rows * channels * 2 <= table_bytes * _MOST
-    )
-    if not sound:
-        raise DataError(path, f"its header does not make sense ({numbers[:6]})", REMEDY)
-    found = np.array(target, np.float32)
-    spec = SampleSpec(size, channels)
-    return Header(spec, slices, planes, rows, table_bytes, found, of_chunks, crc, total)
-
-
 def _table(path: Path, content: memoryview, header: Header) -> npt.NDArray[np.int16]:
     start, channels = header.table_start, header.spec.channels
     block = content[start : start + header.table_bytes]
@@ -291,11 +218,6 @@ def _table(path: Path, content: memoryview, header: Header) -> npt.NDArray[np.in
     if lowest < 0:
         raise DataError(path, f"a count is {lowest}", "counts start at 0: make the file anew")
     return table
-
-
-def aligned(length: _Length) -> _Length:
-    """`length` with the padding that follows."""
-    return length + -length % ALIGN
 
 
 def _open(path: Path) -> BinaryIO:

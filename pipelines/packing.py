@@ -10,7 +10,7 @@ import lz4.block
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.packed import ALIGN, CHECKED, ENTRY, HEADER, MAGIC, TOTAL, VERSION
+from pipelines.packed_header import ALIGN, CHECKED, ENTRY, HEADER, MAGIC, TOTAL, VERSION
 from pipelines.sample import Sample
 
 CHUNK_VOXELS = 65536

@@ -28,7 +28,7 @@ COUNTS, TARGET = "full", "unitPar"
 
 def universe_shape(path: Path) -> tuple[int, ...]:
     """The shape of the counts in the universe at `path`; DataError where it is none."""
-    with _open(path) as file:
+    with _universe(path) as file, _reading(path):
         return tuple(file[COUNTS].shape)
 
 
@@ -38,14 +38,18 @@ def crops(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Sample]:
     That is axis 0 outermost, then 1, then 2. Holds no more than `size` planes of the universe in
     memory. DataError names any fault.
     """
-    with _open(path) as file:
-        counts, target = file[COUNTS], check_target(path, np.asarray(file[TARGET], dtype=np.float32))
-        if counts.shape != shape:
-            raise DataError(path, f"{COUNTS} has shape {counts.shape}", f"the first universe has {shape}")
-        if not np.issubdtype(counts.dtype, np.integer):
-            raise DataError(path, f"{COUNTS} is {counts.dtype}", "expected integers: counts of particles")
+    with _universe(path) as file:
+        with _reading(path):
+            counts, found = file[COUNTS], np.asarray(file[TARGET], dtype=np.float32)
+            its_shape, dtype = counts.shape, counts.dtype
+        target = check_target(path, found)
+        if its_shape != shape:
+            raise DataError(path, f"{COUNTS} has shape {its_shape}", f"the first universe has {shape}")
+        if not np.issubdtype(dtype, np.integer):
+            raise DataError(path, f"{COUNTS} is {dtype}", "expected integers: counts of particles")
         for start in range(0, shape[0], size):
-            planes = counts[start : start + size]
+            with _reading(path):
+                planes = counts[start : start + size]
             lowest, highest = int(planes.min()), int(planes.max())
             if lowest < 0 or highest >= COUNT_LIMIT:
                 raise DataError(
@@ -57,19 +61,29 @@ def crops(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Sample]:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """The universe at `path`, with both of its parts; a DataError where reading it fails."""
+def _universe(path: Path) -> Iterator[Any]:
+    """The universe at `path`, open, with both of its parts."""
+    with _reading(path):
+        file = h5py.File(path, "r")
+    with file:
+        for name in (COUNTS, TARGET):
+            with _reading(path):
+                part = file.get(name)
+            if not isinstance(part, h5py.Dataset):
+                raise DataError(path, f"has no data set {name}", "expected a universe of the published set")
+        yield file
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises DataError or AccessError of `path` where HDF5 fails; for calls of h5py and nothing else.
+
+    HDF5 has one kind of error for a file that is not there and for one that is no HDF5 file, and h5py
+    has others for what it finds in one that is damaged.
+    """
     try:
-        with h5py.File(path, "r") as file:
-            for name in (COUNTS, TARGET):
-                if not isinstance(file.get(name), h5py.Dataset):
-                    raise DataError(
-                        path, f"has no data set {name}", "expected a universe of the published set"
-                    )
-            yield file
+        yield
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        # HDF5 has one kind of error for a file that is not there and for one that is no HDF5 file, and h5py
-        # has others for what it finds in one that is damaged.
         if isinstance(error, OSError) and error.errno is not None:
             raise AccessError.reading(path, error) from error
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import IO, Any, Protocol
 
 from pipelines.errors import UserError
@@ -94,7 +95,7 @@ def _send(worker: subprocess.Popen[str], message: object) -> None:
 def _answer(line: str, worker: subprocess.Popen[str], job: Any) -> Any:
     if not line:
         raise UserError(
-            f"the process that worked on {job} ended with {worker.wait()}; "
+            f"the process that worked on {shorten(str(job), 200)} ended with {worker.wait()}; "
             "see its last words above, or give it more memory; a rerun goes on from here"
         )
     answer = json.loads(line)
