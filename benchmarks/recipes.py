@@ -6,6 +6,8 @@ because the memory that a process has taken at most is then its own.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -26,14 +28,22 @@ from cosmoflow_dali.networks import build_model
 from cosmoflow_dali.open_model import OpenConfig, OpenCosmoFlow
 from cosmoflow_dali.optim import SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.process import settle_process
-from cosmoflow_dali.step import autocast, input_dtype, make_scaler, settle_float32
+from cosmoflow_dali.step import autocast, input_dtype, make_scaler
 from pipelines.dist import available_cores
+from pipelines.errors import UserError
 from pipelines.sample import Batch, SampleSpec
 
 Network = Literal["reference", "open"]
 Block = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+_Prepared = tuple[Callable[[], None], Callable[[], torch.Tensor], nn.Module, Batch]
 Turn = tuple[float, float, float]
 """Of a turn: seconds on the clock, of processors, and of the forward pass alone on the clock."""
+
+_LEAD = 10
+"""Steps of a turn on a GPU before the clock starts."""
+
+_REPEATED = {"cpu": 2, "cuda": 50}
+"""How often a block alone is run at a time, by kind of device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,7 @@ class Recipe:
     plain: torch's own modules and defaults, laid out as `layout` says; otherwise this project's.
     compute: precision and engine.
     optimizer: "default" is torch.optim.SGD as it comes; the others see `SGDConfig.implementation`.
+    data: a folder of samples that the loader reads while steps are taken; None for data that is resident.
     """
 
     name: str
@@ -51,6 +62,7 @@ class Recipe:
     plain: bool = False
     layout: Literal["channels_last", "contiguous"] = "channels_last"
     optimizer: Literal["default", "auto", "apex", "fused", "foreach"] = "auto"
+    data: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +127,10 @@ class Contestant:
         theirs.close()
 
     def wait(self) -> None:
-        """Until it has started, beside the others."""
-        self._ours.recv()
+        """Until it has started, beside the others; raises the UserError that it cannot start for."""
+        answer = self._ours.recv()
+        if isinstance(answer, UserError):
+            raise answer
 
     def turn(self, steps: int) -> Turn:
         """Take `steps` steps."""
@@ -140,20 +154,34 @@ class Contestant:
 
     def close(self) -> None:
         """End the process."""
-        self._ours.send("end")
+        with contextlib.suppress(BrokenPipeError):
+            self._ours.send("end")
         self._process.join()
 
 
 def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, where: str) -> None:
     device = torch.device(where)
-    if recipe.plain:
-        settle_float32(recipe.compute.precision)
-    else:
+    if not recipe.plain:
         settle_process(device, available_cores(), recipe.compute.precision)
-    start = _most_memory()
-    step, forward, model, batch = _prepare(recipe, network, size, device)
+    with contextlib.ExitStack() as held:
+        start = _most_memory()
+        try:
+            prepared = _prepare(recipe, network, size, device, held)
+        except UserError as error:
+            requests.send(error)
+            return
+        _answer(requests, recipe, device, prepared, start)
+
+
+def _answer(
+    requests: Connection, recipe: Recipe, device: torch.device, prepared: _Prepared, start: int
+) -> None:
+    """Do what is asked for until the end; `start` bytes were in memory before `prepared` was made."""
+    step, forward, model, batch = prepared
     for _ in range(3):
         step()
+    with torch.no_grad():
+        forward()
     requests.send("ready")
     while (request := requests.recv()) != "end":
         if request == "layers":
@@ -169,6 +197,9 @@ def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, wh
             trace.export_chrome_trace(request[1])
             requests.send("written")
         else:
+            if device.type == "cuda":
+                # Others have had the GPU meanwhile.
+                timed(step, _LEAD, device)
             wall, cpu = timed(step, request, device)
             with torch.no_grad():
                 alone, _ = timed(forward, max(1, request // 2), device)
@@ -176,9 +207,9 @@ def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, wh
 
 
 def _prepare(
-    recipe: Recipe, network: Network, size: int, device: torch.device
-) -> tuple[Callable[[], None], Callable[[], torch.Tensor], nn.Module, Batch]:
-    """A whole step, a forward pass, the model and the resident batch."""
+    recipe: Recipe, network: Network, size: int, device: torch.device, held: contextlib.ExitStack
+) -> _Prepared:
+    """A whole step, a forward pass, the model and the resident batch; `held` closes what reads data."""
     shape = shape_of(network, size)
     model: nn.Module = build_model(shape, seed=0)
     if recipe.plain:
@@ -207,9 +238,12 @@ def _prepare(
         gradients.inputs.volume.copy_(batch.volume)
         gradients.inputs.target.copy_(batch.target)
         batch = gradients.inputs
+    coming: Iterator[Batch] = itertools.repeat(batch)
+    if recipe.data is not None:
+        coming = _read(recipe.data, recipe.batch_size, device, gradients.inputs, held)
 
     def step() -> None:
-        gradients(batch)
+        gradients(next(coming))
         if recipe.optimizer != "default":
             set_lr(optimizer, 1e-3)
         scaler.step(optimizer)
@@ -217,10 +251,33 @@ def _prepare(
 
     def forward() -> torch.Tensor:
         with autocast(recipe.compute.precision, device):
-            answer: torch.Tensor = model(batch.volume)
+            answer: torch.Tensor = parallel(batch.volume)
         return answer
 
     return step, forward, model, batch
+
+
+def _read(
+    folder: Path, batch_size: int, device: torch.device, into: Batch | None, held: contextlib.ExitStack
+) -> Iterator[Batch]:
+    """Batches of the samples in `folder`, epoch after epoch, as training has them."""
+    # Not every Python that measures resident data has what this takes.
+    from pipelines.config import LoaderConfig
+    from pipelines.dataset import open_folder
+    from pipelines.loader import Loader
+    from pipelines.plan import Shard
+
+    loader = Loader(
+        open_folder(folder),
+        LoaderConfig(batch_size),
+        shard=Shard(),
+        seed=0,
+        shuffle=True,
+        ragged="drop",
+        device=device,
+    )
+    held.enter_context(contextlib.closing(loader))
+    return itertools.chain.from_iterable(loader.batches(epoch, into=into) for epoch in itertools.count())
 
 
 def _layers(model: nn.Module, batch: Batch, recipe: Recipe) -> Iterator[Layer]:
@@ -248,13 +305,29 @@ def _layers(model: nn.Module, batch: Batch, recipe: Recipe) -> Iterator[Layer]:
             wanted = [each for each in (given, weight, bias) if each.requires_grad]
             torch.autograd.grad(made, wanted, gradient)
 
-        both()
-        wall = min(timed(both, 2, device)[0] / 2 for _ in range(3))
+        times = _REPEATED[device.type]
+        act = _captured(both) if device.type == "cuda" else both
+        act()
+        wall = min(timed(act, times, device)[0] / times for _ in range(3))
         products = 27 * weight.shape[1] * weight.shape[0] * given[0, 0].numel() * given.shape[0]
         passes = 3 if number else 2
         moved = given.nbytes * (3 if number else 2) + 2 * made.nbytes
         yield Layer(f"block {number + 1}", 1e3 * wall, 2e-9 * products * passes, moved)
         volume = made.detach()
+
+
+def _captured(act: Callable[[], None]) -> Callable[[], None]:
+    """`act` as a CUDA graph: of a small block's kernels one would time the launching."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            act()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=beside):
+        act()
+    return graph.replay
 
 
 def _block(recipe: Recipe, number: int) -> Block:

@@ -5,8 +5,9 @@ All engines call the same `forward_backward`; they differ in who launches its ke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -86,8 +87,8 @@ def distribute(model: nn.Module, config: ComputeConfig, device: torch.device, *,
         model = torch.compile(model)  # type: ignore[assignment]
     if ranks == 1:
         return model
-    # Made where a graph is captured, or its buckets' copies would stand in another stream.
-    with _side_stream(device):
+    # DDP's hooks belong to the stream that it is made on: for a graph, the one that is captured.
+    with _capture_stream(device) if config.engine_on(device) == "graph" else nullcontext():
         parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if config.exchange == "bf16":
         parallel.register_comm_hook(None, lambda state, bucket: _exchange_in_bf16(bucket))
@@ -174,14 +175,14 @@ class Graph:
         device = self._static.volume.device
         graph = torch.cuda.CUDAGraph()
         with _without_trace(self._model, device):
-            with _side_stream(device):
+            with _capture_stream(device):
                 for _ in range(_WARM_UP):
                     self._model.zero_grad(set_to_none=True)
                     self._gradients(self._static)
             # Absent, they are made in the graph's own memory, and every replay writes them anew.
             self._model.zero_grad(set_to_none=True)
             # DALI's threads ask for memory meanwhile, which a capture must not mind.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
                 self._loss = self._gradients(self._static)
         return graph
 
@@ -197,20 +198,17 @@ def _without_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
             buffer.copy_(buffers[name])
 
 
-class _side_stream:  # noqa: N801 (a context manager)
-    """A stream beside the current one on a GPU, each waiting for the other; nothing on a CPU."""
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one beside `device`'s current stream on which graphs are warmed up and captured."""
+    return torch.cuda.Stream(device)
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._entered = torch.cuda.stream(self._stream)
 
-    def __enter__(self) -> None:
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._entered.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._entered.__exit__(*error)
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+@contextmanager
+def _capture_stream(device: torch.device) -> Iterator[None]:
+    """`_stream` is the current one in the body, behind what was asked before, and before what follows."""
+    beside = _stream(device)
+    beside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(beside):
+        yield
+    torch.cuda.current_stream(device).wait_stream(beside)

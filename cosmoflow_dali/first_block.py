@@ -69,7 +69,7 @@ class _FirstBlock(torch.autograd.Function):
         cells = pooled.numel() // filters
         _forward[(triton.cdiv(cells, _CELLS),)](
             rows, taps, bias.float(), pooled, chosen, cells, depth, height, width,
-            LEAK, FILTERS=filters, TAPS=_TAPS, CELLS=_CELLS, CHANNELS=CHANNELS,
+            LEAK, FILTERS=filters, TAPS=_TAPS, CELLS=_CELLS, CHANNELS=CHANNELS, FLOAT32=_float32(),
         )  # fmt: skip
         context.save_for_backward(rows, kernel, pooled, chosen)
         return pooled.permute(0, 4, 1, 2, 3)
@@ -88,9 +88,15 @@ class _FirstBlock(torch.autograd.Function):
         _backward[(programs,)](
             rows, given, pooled, chosen, of_taps, of_bias, cells, depth, height, width,
             LEAK, PROGRAMS=programs, FILTERS=filters, TAPS=_TAPS, CELLS=_CELLS, CHANNELS=CHANNELS,
+            FLOAT32=_float32(),
         )  # fmt: skip
         summed = of_taps.sum(0)[: 27 * CHANNELS].view(3, 3, 3, CHANNELS, filters)
         return None, summed.permute(4, 3, 0, 1, 2).to(kernel.dtype), of_bias.sum(0).to(kernel.dtype)
+
+
+def _float32() -> str:
+    """What float32 is to the matrix units, as `settle_float32` has said for cuDNN's convolutions too."""
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
 @triton.jit
@@ -115,6 +121,7 @@ def _patches(rows, cell, inside, voxel, depth, height, width, TAPS: tl.constexpr
 def _forward(
     rows, taps, bias, pooled, chosen, cells, depth, height, width, leak,
     FILTERS: tl.constexpr, TAPS: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
+    FLOAT32: tl.constexpr,
 ):  # fmt: skip
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     inside = cell < cells
@@ -124,7 +131,7 @@ def _forward(
     which = tl.zeros((CELLS, FILTERS), tl.int32)
     for voxel in range(8):
         seen = _patches(rows, cell, inside, voxel, depth, height, width, TAPS, CHANNELS)
-        value = tl.dot(seen, weights, input_precision="ieee")
+        value = tl.dot(seen, weights, input_precision=FLOAT32)
         # Whatever is no number wins, so that it is noticed.
         wins = (value > most) | (value != value)
         most = tl.where(wins, value, most)
@@ -141,7 +148,7 @@ def _forward(
 def _backward(
     rows, given, pooled, chosen, of_taps, of_bias, cells, depth, height, width, leak,
     PROGRAMS: tl.constexpr, FILTERS: tl.constexpr, TAPS: tl.constexpr, CELLS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     filters = tl.arange(0, FILTERS)
@@ -159,7 +166,7 @@ def _backward(
         for voxel in range(8):
             seen = _patches(rows, cell, inside, voxel, depth, height, width, TAPS, CHANNELS)
             part = tl.where(which == voxel, slope, 0.0).to(seen.dtype)
-            sums = tl.dot(tl.trans(seen), part, sums, input_precision="ieee")
+            sums = tl.dot(tl.trans(seen), part, sums, input_precision=FLOAT32)
     at = (program * TAPS + tl.arange(0, TAPS))[:, None] * FILTERS + filters[None, :]
     tl.store(of_taps + at, sums)
     tl.store(of_bias + program * FILTERS + filters, shifts)

@@ -15,6 +15,7 @@ from pipelines.rows import COMPILED
 
 _PACKAGES = (
     "torch",
+    "triton",
     "nvidia-dali-cuda120",
     "nvidia-dali-cuda130",
     "numpy",
@@ -26,13 +27,15 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide speed or results; whether rows.c is built."""
+    """The versions of Python and of what decides speed or results; whether rows.c is built."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if torch.cuda.is_available():
+        found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
     found["pipelines/rows.c"] = "built" if COMPILED else "not built"
     return found
 

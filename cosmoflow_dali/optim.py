@@ -138,9 +138,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
         if "momentum" not in group or lr == old:
             continue
-        for parameter in group["params"]:
-            buffer = (
-                optimizer.state[parameter].get("momentum_buffer") if parameter in optimizer.state else None
-            )
-            if buffer is not None:
-                buffer.mul_(old / lr)
+        states = [optimizer.state[parameter] for parameter in group["params"] if parameter in optimizer.state]
+        buffers = [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
+        if buffers:
+            torch._foreach_mul_(buffers, old / lr)

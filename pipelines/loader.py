@@ -183,10 +183,14 @@ class Loader:
     def _take(self, volume: torch.Tensor, planned: _Planned, into: Batch | None) -> Batch:
         read, payloads = zip(*(payload.result() for payload in planned.payloads), strict=True)
         target = torch.from_numpy(np.stack([payload.target for payload in payloads]))
+        if self._device.type == "cuda":
+            # From pinned memory a copy waits for the stream, and otherwise the host does; torch gives that
+            # memory to nobody else before the copy is done.
+            target = target.pin_memory()
         if into is not None:
-            target = into.target.copy_(target)
-        elif self._device.type != "cpu":
-            target = target.to(self._device)
+            target = into.target.copy_(target, non_blocking=True)
+        else:
+            target = target.to(self._device, non_blocking=True)
         return Batch(volume, target, self._index(planned.index, np.array(read)))
 
     def _index(self, asked: Indices, read: Indices) -> Indices:

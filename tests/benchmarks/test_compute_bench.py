@@ -15,6 +15,7 @@ from benchmarks.limits import step_flops
 from benchmarks.recipes import PlainOpen, PlainReference
 from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
 from cosmoflow_dali.open_model import OpenConfig, OpenCosmoFlow
+from pipelines.errors import ConfigError, UserError
 
 FLAGS = ["--size", "16", "--batch-size", "2", "--steps", "2", "--rounds", "2", "--device", "cpu"]
 
@@ -46,6 +47,48 @@ def test_every_row_is_measured_and_the_result_is_kept(
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+def test_the_whole_loop_reads_samples_while_it_takes_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(limits.MATRIX_SIZE, "cpu", 512)
+    monkeypatch.setattr(limits, "COPIED", 1 << 24)
+    flags = [*FLAGS, "--size", "32", "--loop", "--samples", "3", "--data-dir", str(tmp_path)]
+    rows = compute_bench.main(flags)
+    name = "fp32 eager auto, batch 2, from packed"
+    assert list(rows) == ["plain PyTorch, batch 2", "fp32 eager auto, batch 2", name]
+    assert [row.speed_of_resident is not None for row in rows.values()] == [False, False, True]
+    assert "of the samples/s on resident data" in capsys.readouterr().out
+    (shard,) = (tmp_path / "3x32" / "packed").glob("*.tar")
+    shard.write_bytes(shard.read_bytes()[:-2000])
+    # What the loader refuses is told, and no process is left to wait for.
+    with pytest.raises(UserError, match=str(shard)):
+        compute_bench.main(flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--loop", "--samples", "1", "--batch-size", "2"], "do not fill one batch"),
+        (["--layout", "contiguous", "--engine", "eager,graph"], "channels-last batches"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        compute_bench.main(flags)
+    assert reason in capsys.readouterr().err
+
+
+def test_a_recipe_that_cannot_start_says_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(limits.MATRIX_SIZE, "cpu", 512)
+    monkeypatch.setattr(limits, "COPIED", 1 << 24)
+    with pytest.raises(ConfigError, match=r"compute\.first_block"):
+        compute_bench.main([*FLAGS, "--first-block", "triton"])
+
+
 def test_axes_that_are_asked_for_are_spanned_and_named() -> None:
     flags = ["--first-block", "plain,triton", "--layout", "channels_last,contiguous"]
     options = compute_bench._options(["--batch-size", "2", "--precision", "bf16", *flags])
@@ -61,7 +104,7 @@ def test_axes_that_are_asked_for_are_spanned_and_named() -> None:
 def test_batches_of_ours_are_compared_to_the_records_own(capsys: pytest.CaptureFixture[str]) -> None:
     def row(samples_per_s: float) -> compute_bench.Result:
         rate, none = Spread.of([samples_per_s]), Spread.of([1.0])
-        return compute_bench.Result("fp16", rate, none, none, 1.0, 1.0, none, None, 1, [])
+        return compute_bench.Result("fp16", rate, none, none, 1.0, 1.0, none, None, None, 1, [])
 
     ours = {"bf16 graph auto, batch 8": row(700.0)}
     compute_bench._show_over_record(ours)

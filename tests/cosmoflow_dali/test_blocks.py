@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from cosmoflow_dali import convolution
-from cosmoflow_dali.blocks import TIE, max_block, norm_block, plain_max_block
+from cosmoflow_dali.blocks import LEAK, TIE, max_block, norm_block, plain_max_block, pool_then_activate
 
 DOUBLE = torch.float64
 
@@ -59,6 +59,26 @@ def test_max_block_is_what_torch_makes_of_the_same(
         *(torch.autograd.grad(each, arguments, gradient) for each in (ours, torchs)), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pooling_before_activation_changes_no_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    volume, kernel, bias = (each.detach().to(dtype) for each in inputs(*shape))
+    behind = functional.conv3d(volume, kernel, padding=1) + bias[:, None, None, None]
+    expected = functional.max_pool3d(functional.leaky_relu(behind, LEAK), 2)
+    assert torch.equal(pool_then_activate(volume, kernel, bias), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pooling_before_activation_has_the_same_gradients(shape: tuple[int, ...]) -> None:
+    arguments = inputs(*shape)
+    ours, torchs = pool_then_activate(*arguments), plain_max_block(*arguments)
+    torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
+    gradient = torch.linspace(-1, 1, ours.numel(), dtype=DOUBLE).view(ours.shape)
+    found, wanted = (torch.autograd.grad(each, arguments, gradient) for each in (ours, torchs))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("highest", [0.7, -0.7])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
-from cosmoflow_dali.blocks import plain_max_block
+from cosmoflow_dali.blocks import LEAK, plain_max_block
 from cosmoflow_dali.first_block import first_block, fits
 from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
+from cosmoflow_dali.step import forward_backward, settle_float32
 from pipelines.errors import ConfigError
+from pipelines.sample import Batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [((1, 2, 2, 2), 16), ((2, 4, 6, 8), 32), ((1, 8, 8, 8), 64), ((3, 2, 4, 10), 16)]
@@ -16,6 +20,11 @@ SHAPES = [((1, 2, 2, 2), 16), ((2, 4, 6, 8), 32), ((1, 8, 8, 8), 64), ((3, 2, 4,
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of the largest value: sums in float32 of rounded products, and the result's own rounding."""
+
+
+@pytest.fixture(autouse=True)
+def float32_is_ieee() -> None:
+    settle_float32("fp32")
 
 
 def inputs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -63,11 +72,45 @@ def assert_torchs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> N
     close = ROUNDING[dtype]
     torch.testing.assert_close(ours.double(), truth, rtol=close, atol=close * truth.abs().max().item())
     gradient = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    *_, chosen = ours.grad_fn.saved_tensors  # type: ignore[union-attr]
     found = torch.autograd.grad(ours, (kernel, bias), gradient)
     wanted = torch.autograd.grad(truth, exact[1:], gradient.double())
     for one, other in zip(found, wanted, strict=True):
         # A rounding may make another voxel the maximum, and move that cell's whole gradient.
         assert ((one.double() - other).norm() / other.norm()).item() < (1e-5 if close == 1e-5 else 0.1)
+    for one, other in zip(found, gradients_of_choice(exact, chosen, gradient), strict=True):
+        assert ((one.double() - other).norm() / other.norm()).item() < close
+
+
+def gradients_of_choice(
+    exact: list[torch.Tensor], chosen: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Those of kernel and bias in float64, where `chosen` (B, D/2, H/2, W/2, C) says which voxel is taken.
+
+    exact: volume, kernel and bias in float64. gradient: that of the result.
+    """
+    volume, kernel, bias = exact
+    active = functional.leaky_relu(functional.conv3d(volume, kernel, bias, padding=1), LEAK)
+    batch, filters, depth, height, width = gradient.shape
+    cells = active.view(batch, filters, depth, 2, height, 2, width, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
+    which = chosen.permute(0, 4, 1, 2, 3).long()[..., None]
+    picked = cells.reshape(*gradient.shape, 8).gather(-1, which)[..., 0]
+    return torch.autograd.grad(picked, (kernel, bias), gradient.double())
+
+
+def test_the_network_learns_the_same_with_it() -> None:
+    shape = ReferenceConfig(size=8, blocks=2, filters=16, dense=(16, 8), dropout=0.0)
+    plain, fused = (CosmoFlow(shape, seed=2).to(DEVICE) for _ in range(2))
+    fused.fuse_first_block()
+    generator = torch.Generator().manual_seed(4)
+    volume = torch.rand(2, 8, 8, 8, 4, generator=generator).to(DEVICE).permute(0, 4, 1, 2, 3)
+    batch = Batch(volume, torch.rand(2, 4, generator=generator).to(DEVICE), np.arange(2))
+    losses = [forward_backward(model, batch, "fp32") for model in (plain, fused)]
+    torch.testing.assert_close(*losses)
+    for one, other in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(volume), plain.eval()(volume))
 
 
 def test_of_equal_voxels_the_first_gets_the_gradient() -> None:
