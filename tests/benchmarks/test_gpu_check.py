@@ -41,10 +41,10 @@ def bare(program: str) -> subprocess.CompletedProcess[str]:
 def test_the_compute_benchmark_takes_its_steps_on_a_bare_python() -> None:
     flags = ["--size", "16", "--batch-size", "2", "--device", "cpu"]
     done = bare(f"""
-import pathlib, torch
+import contextlib, pathlib, torch
 from benchmarks import compute_bench, picture, recipes
 for recipe in compute_bench.recipes(compute_bench._options({flags}), torch.device("cpu")):
-    step, forward, *_ = recipes._prepare(recipe, "reference", 16, torch.device("cpu"))
+    step, forward, *_ = recipes._prepare(recipe, "reference", 16, torch.device("cpu"), contextlib.ExitStack())
     step()
     print(recipe.name, forward().shape)
 picture.draw({{}}, pathlib.Path("nowhere.png"))
@@ -59,17 +59,23 @@ picture.draw({{}}, pathlib.Path("nowhere.png"))
 
 
 def test_its_tests_are_collected_on_a_bare_python() -> None:
-    engines, block, *_ = gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
-    collected = [[*part.arguments[2:], "--collect-only"] for part in (engines, block)]
+    bare_ones = [
+        part
+        for part in gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
+        if part.name.startswith("tests") and {*part.needs} <= {"pytest", "triton"}
+    ]
+    assert len(bare_ones) == 3
+    collected = [[*part.arguments[2:], "--collect-only"] for part in bare_ones]
     done = bare(f"import pytest\nsys.exit(any([pytest.main(each) for each in {collected}]))")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_losses_and_gradients_are_the_eager_ones" in done.stdout
+    assert "test_every_engine_and_precision[cuda-graph-bf16]" in done.stdout
     assert "float32" in done.stdout and "bfloat16" in done.stdout and "no_number" in done.stdout
 
 
 def test_what_a_part_lacks_is_named_and_it_is_left_out(tmp_path: Path) -> None:
     part = Part("a part", ("numpy", "no_such_package", "no.such"), ["-c", "1 / 0"], 9)
-    found = gpu_check.run(part, tmp_path)
+    found = gpu_check.run(part, tmp_path, 100)
     assert (found.outcome, found.reason) == ("left out", "this Python lacks no_such_package, no.such")
 
 
@@ -82,17 +88,32 @@ def test_what_a_part_lacks_is_named_and_it_is_left_out(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_part_says_is_kept(program: str, outcome: str, words: str, tmp_path: Path) -> None:
-    found = gpu_check.run(Part("a part", ("numpy",), ["-c", program], 30), tmp_path)
+    found = gpu_check.run(Part("a part", ("numpy",), ["-c", program], 30), tmp_path, 100)
     assert found.outcome == outcome and words in (tmp_path / "a_part.txt").read_text()
 
 
-def test_a_part_that_hangs_is_stopped(tmp_path: Path) -> None:
-    found = gpu_check.run(Part("a part", (), ["-c", "import time; time.sleep(60)"], 1), tmp_path)
-    assert found.outcome == "timed out" and found.seconds < 30
+@pytest.mark.parametrize(("seconds", "left"), [(1, 100.0), (100, 1.0)])
+def test_a_part_that_hangs_is_stopped(
+    seconds: int, left: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "_LEAST", 0)
+    part = Part("a part", (), ["-c", "import time; time.sleep(60)"], seconds)
+    found = gpu_check.run(part, tmp_path, left)
+    assert (found.outcome, found.reason) == ("timed out", "after 1 s") and found.seconds < 30
 
 
-def test_all_parts_fit_into_eight_minutes() -> None:
-    assert sum(part.seconds for part in gpu_check.parts(Path("/nowhere"), Path("/nowhere"))) <= 480
+def test_all_parts_together_take_eight_minutes(tmp_path: Path) -> None:
+    assert gpu_check.SECONDS < 480
+    found = gpu_check.run(Part("a part", (), ["-c", "1 / 0"], 100), tmp_path, 3.0)
+    assert (found.outcome, found.reason) == ("left out", "the eight minutes are over")
+
+
+def test_every_test_for_a_gpu_is_in_a_part() -> None:
+    tests = ROOT / "tests"
+    marked = {path for path in tests.rglob("test_*.py") if "mark." + "gpu" in path.read_text()}
+    parts = gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
+    named = {argument for part in parts for argument in part.arguments}
+    assert marked and {str(path) for path in marked} <= named
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
