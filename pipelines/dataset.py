@@ -120,7 +120,7 @@ class Split:
     def files(self, index: int) -> tuple[Path, ...]:
         """The files that reading sample `index` needs."""
         if self.extents:
-            return (self.path(index).parent,)
+            return (self._place(index)[0],)
         stem = self.stem(index)
         return tuple(self.root / (stem + part) for part in self.format.parts)
 
@@ -134,9 +134,13 @@ class Split:
         if not self.extents:
             files = zip(self.kinds, self.files(index), strict=True)
             return {kind: read_file(path, direct=direct) for kind, path in files}
-        path = self.path(index)
         extent = int(self.extents.offsets[index]), int(self.extents.lengths[index])
-        return {MEMBER: read_member(path.parent, path.name, *extent, direct=direct)}
+        return {MEMBER: read_member(*self._place(index), *extent, direct=direct)}
+
+    def _place(self, index: int) -> tuple[Path, str]:
+        """The shard that holds sample `index`, and its name there, which may lead through folders."""
+        shard, _, member = self.names[index].partition("/")
+        return self.root / shard, member
 
     def read(self, index: int) -> Sample:
         """Sample `index`, read and checked on the host; DataError names any fault."""
@@ -187,6 +191,9 @@ def open_folder(folder: Path) -> Split:
     if suffix == DATA:
         _check_labels(folder, samples, names)
     ordered = _listed(folder, samples, names)
+    for name in ordered:
+        if not name.isprintable():
+            raise DataError(folder, f"holds {name!a}", "give it a name that lists can hold, in UTF-8")
     form = _form_of(folder / ordered[0], suffix)
     if form == PackedFormat.name:
         split = of_shards(folder, ((name, sample_members(folder / name)) for name in ordered), SampleSpec(1))

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others: long enough for rank 0 to simulate a data set."""
+_TIMEOUT = {"nccl": timedelta(minutes=30), "gloo": timedelta(days=7)}
+"""How long a rank waits for the others: long enough for rank 0 to simulate a data set, and on the CPU for one
+that converts the slowest part of it; who has gone or is silent the watch tells at once."""
 
 _GRACE_SECONDS = 5.0
 """How long ranks that never met let rank 0 speak, before they leave for what all of them know."""
@@ -199,12 +200,13 @@ class World:
         else:
             port = int(member.begin())
             store = open_store(meeting.address, port, size=self.size, seconds=meeting.seconds)
+        backend = "nccl" if cuda else "gloo"
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
+            backend,
             store=store,
             rank=self.rank,
             world_size=self.size,
-            timeout=_TIMEOUT,
+            timeout=_TIMEOUT[backend],
             device_id=device if cuda else None,
         )
         if not cuda:

@@ -16,6 +16,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from pipelines.descriptors import allow_open
 from pipelines.errors import AccessError, DataError
 from pipelines.files import Member, Written, read_direct, write_chunks, write_stream
 
@@ -27,8 +28,11 @@ _TELLING = re.compile(rb" (path|size|linkpath|GNU\.sparse[^=]*)=")
 FIRST = _BLOCK
 """Where the first member of a shard starts."""
 
-_OPEN = 256
-"""Shards that a process keeps open."""
+_OPEN = 16384
+"""Shards that a process keeps open, if the system lets it: more than the published set has."""
+
+_BESIDE = 512
+"""What it may have open beside them."""
 
 _REMEDY = "convert the samples again"
 
@@ -107,7 +111,7 @@ def read_member(path: Path, name: str, offset: int, length: int, *, direct: bool
     try:
         content = read_direct(path, offset, length) if direct else None
         if content is None:
-            content = _opened(path).read(offset, length)
+            content = _opened_shards()(path).read(offset, length)
     except OSError as error:
         raise AccessError.reading(path, error) from error
     if len(content) < length:
@@ -118,7 +122,7 @@ def read_member(path: Path, name: str, offset: int, length: int, *, direct: bool
 
 def forget() -> None:
     """Open every shard anew when it is read next: it may be another one by the same name."""
-    _opened.cache_clear()
+    _opened_shards().cache_clear()
 
 
 class _Opened:
@@ -141,11 +145,14 @@ class _Opened:
             os.close(self._descriptor)
 
 
-@functools.lru_cache(maxsize=_OPEN)
-def _opened(path: Path) -> _Opened:
-    # A parallel file system takes longer to open a file than to read a sample. What falls out of
-    # this cache is closed once the last thread that reads from it is done.
-    return _Opened(path)
+@functools.cache
+def _opened_shards() -> functools._lru_cache_wrapper[_Opened]:
+    """Opens the shard at a path once: a parallel file system takes longer for that than for a sample.
+
+    What falls out is closed once the last thread that reads from it is done.
+    """
+    room = allow_open(_OPEN + _BESIDE) - _BESIDE
+    return functools.lru_cache(maxsize=max(room, _BESIDE // 2))(_Opened)
 
 
 def _header(path: Path, member: Member) -> bytes:

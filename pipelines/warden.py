@@ -12,8 +12,9 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from pipelines import watch
+from pipelines.descriptors import allow_open
 from pipelines.rendezvous import Meeting
-from pipelines.wire import allow_files, limit, listen, receive, send
+from pipelines.wire import limit, listen, receive, send
 
 _HALFWAY = 1.0
 """Seconds for a stranger at the door to end a message that it has begun."""
@@ -41,7 +42,7 @@ class Warden(watch.Watch):
     def __init__(self, meeting: Meeting, size: int) -> None:
         super().__init__(0, size)
         self._meeting = meeting
-        allow_files(size + 256)
+        allow_open(size + 256)
         self._door: socket.socket | None = listen(meeting, size)
         self._listening = selectors.DefaultSelector()
         self._listening.register(self._door, selectors.EVENT_READ)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
 import struct
 from multiprocessing.connection import Connection
@@ -41,14 +40,6 @@ def listen(meeting: Meeting, size: int) -> socket.socket:
         f"rank 0 cannot listen at port {meeting.ports[-1]} ({last}); does another run use it? "
         "Set MASTER_PORT to another"
     )
-
-
-def allow_files(count: int) -> None:
-    """Let this process have `count` files and lines open, as far as the system allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def limit(connection: Connection, seconds: float) -> None:

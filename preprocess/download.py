@@ -101,7 +101,12 @@ def download(url: str, root: Path, sha256: str | None) -> int:
             archive.unlink()
             raise
         archive.unlink()
-    return verify(root, workers=available_cores(), write=True)
+    status = verify(root, workers=available_cores(), write=True)
+    if status != 0:
+        splits = " and ".join(SPLITS)
+        remedy = f"remove {splits} there, and the same command fetches them anew"
+        print(f"error: {root}: not all is sound, see above; {remedy}", file=sys.stderr)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -151,6 +151,8 @@ def parse_example(path: str, record: memoryview) -> Sample:
 
 def _inflate(path: str, content: bytes, spec: SampleSpec) -> bytes | bytearray:
     """What is in the gzip stream `content`: at most the record of a sample of `spec`."""
+    if not content:
+        raise DataError(path, "is empty", _REMEDY)
     if content[:2] != GZIP_MAGIC:
         raise DataError(path, "is not gzip, and the other files here are", "keep the two kinds apart")
     limit = spec.bytes + _BESIDE

@@ -351,6 +351,8 @@ def test_a_container_sees_what_its_ranks_need(checkout: Path) -> None:
     given = {"CONT": "image.sqsh", "STAGING_DIR": "/raid/x", "DATADIR": "/gpfs", "CONFIG_FILE": config}
     done, asked = sh(checkout, RUN, **given, **QUIET)
     assert done.returncode == 0, done.stderr
+    # What is mounted must be there, on each node.
+    assert asked.pop(0).startswith("srun --ntasks=2 --ntasks-per-node=1 --mpi=none mkdir -p /raid/x|")
     places = [f"{checkout}:{checkout}", f"{checkout}/results/77:{checkout}/results/77", "/gpfs:/gpfs:ro"]
     places += ["/raid/x:/raid/x", f"{folder}/own.yaml:{folder}/own.yaml:ro"]
     assert f"--container-mounts={','.join(places)} " in asked[0]

@@ -81,6 +81,14 @@ def test_what_is_no_data_folder_is_refused_by_name(tmp_path: Path) -> None:
         open_split(tmp_path, "train")
 
 
+@pytest.mark.parametrize("name", ["a\udcff", "a\nb"])
+def test_a_name_that_no_list_can_hold_is_refused(name: str, tmp_path: Path) -> None:
+    FORMATS["tfrecord"].write(tmp_path, name, tiny_sample(0))
+    with pytest.raises(DataError, match="give it a name that lists can hold") as raised:
+        open_folder(tmp_path)
+    assert str(raised.value).isprintable()
+
+
 def test_temporary_files_of_a_writer_are_no_samples(tmp_path: Path) -> None:
     root = write_tiny(tmp_path / "data", train=2, validation=1)
     (root / "train" / ".universe_0009_000_data.npy.77.tmp").write_bytes(b"half")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import resource
 import subprocess
@@ -23,7 +24,7 @@ from pipelines.errors import AccessError, DataError
 from pipelines.loader import Loader
 from pipelines.packing import encode
 from pipelines.plan import Shard
-from pipelines.shards import read_member, read_members, write_shard
+from pipelines.shards import forget, read_member, read_members, write_shard
 from preprocess.convert import convert
 
 CONTENTS = {
@@ -199,6 +200,35 @@ def test_a_folder_of_shards_is_read_with_and_without_its_manifest(gone: list[str
     for index in random.Random(1).sample(range(11), 11):
         np.testing.assert_array_equal(split.read(index).counts, tiny_sample(index).counts)
         assert split.payload(index).target.tolist() == tiny_sample(index).target.tolist()
+
+
+def test_members_may_lie_in_folders(packed: Path, tmp_path: Path) -> None:
+    shard, folder = tmp_path / "s.tar", packed / "train"
+    first = sorted(folder.glob("*.tar"))[0]
+    contents = {name: read_member(first, name, *place) for name, *place in read_members(first)}
+    write_shard(shard, ((f"some/where/{name}", [content]) for name, content in contents.items()))
+    split = open_folder(tmp_path)
+    assert split.units == ["s"] and split.files(0) == (shard,)
+    for index in range(len(contents)):
+        np.testing.assert_array_equal(split.read(index).counts, tiny_sample(index).counts)
+
+
+def test_a_process_opens_a_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / f"{number}.tar" for number in range(2000)]
+    for path in paths:
+        path.write_bytes(b"content")
+    opened, theirs = [], os.open
+
+    def noted(path: Path, flags: int) -> int:
+        opened.append(path)
+        return theirs(path, flags)
+
+    monkeypatch.setattr(os, "open", noted)
+    forget()
+    for path in (*paths, *paths):
+        assert read_member(path, "x", 3, 2) == b"te"
+    assert opened == paths
+    forget()
 
 
 def test_what_is_no_shard_of_samples_is_named(packed: Path, tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ RECORDS: dict[str, tuple[bytes, str | None]] = {
 }
 STREAMS: dict[str, tuple[bytes, str | None]] = {
     "sound": (gzip.compress(RECORD), None),
+    "nothing": (b"", "is empty"),
     "the magic": (b"\x1f\x8c" + gzip.compress(RECORD)[2:], "is not gzip, and the other files here are"),
     "a bit of the stream": (flipped(gzip.compress(RECORD), 2000), ""),
     "the stream's CRC": (flipped(gzip.compress(RECORD), len(gzip.compress(RECORD)) - 7), "is damaged"),

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import http.client
 import io
+import shutil
 import ssl
 import tarfile
 import threading
@@ -221,6 +222,27 @@ def test_the_program_from_address_to_verified_samples(
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["train", "validation"]
     assert main(arguments) == 0
     assert len(server.asked) == 1
+
+
+def test_a_damaged_sample_in_a_sound_archive_is_fetched_again_on_request(
+    server: Server, archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, server.content = tmp_path / "small", b""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar, io.BytesIO() as file:
+        with tarfile.open(fileobj=file, mode="w") as other:
+            for number, member in enumerate(member for member in tar if member.isfile()):
+                content = tar.extractfile(member).read()  # type: ignore[union-attr]
+                member.size = len(content) - 5 * (number == 0)
+                other.addfile(member, io.BytesIO(content))
+        server.content = file.getvalue()
+    arguments = ["--small", "-o", str(root), "--url", server.url]
+    for _ in range(2):
+        assert main(arguments) == 1
+        assert "remove train and validation there" in capsys.readouterr().err
+    server.content = archive
+    for split in ("train", "validation"):
+        shutil.rmtree(root / split)
+    assert main(arguments) == 0 and len(open_split(root, "train")) == 3
 
 
 @pytest.mark.parametrize("answer", [promises_less, lambda handler: handler.send(200, b"<html>Sorry</html>")])
