@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import crc32c
 import numpy as np
+import numpy.typing as npt
 
 from pipelines.errors import AccessError, DataError
 from pipelines.files import Member, read_file
@@ -26,6 +28,11 @@ SPLITS = ("train", "validation")
 
 _SUFFIXES = tuple(dict.fromkeys(form.suffix for form in FORMATS.values()))
 _EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
+
+_CHANGED = (
+    f"fetch or convert it again, or if it was changed on purpose, remove {MANIFEST} and write it anew with "
+    "python -m preprocess.verify --write"
+)
 
 _LOOKED_AT = 16
 """Samples tried before a folder is taken to hold none that is sound."""
@@ -63,6 +70,9 @@ class Split:
     spec: the shape of every sample.
     extents: where in their shards they lie; None for samples in files of their own.
     share: where its samples stand in a whole of which this is a share; None for the whole itself.
+    sums: what the folder's manifest says of the files that `files` gives, (samples, files, 2) int64: the
+        length in bytes and the CRC-32C of each, both -1 where it does not say. None for samples in shards,
+        which have CRCs of their own, and without a manifest.
     """
 
     root: Path
@@ -71,6 +81,7 @@ class Split:
     spec: SampleSpec
     extents: Extents | None = None
     share: Share | None = None
+    sums: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -138,6 +149,22 @@ class Split:
         extent = int(self.extents.offsets[index]), int(self.extents.lengths[index])
         return {MEMBER: read_member(path.parent, path.name, *extent, direct=direct)}
 
+    def vouched(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
+        """`contents`, compared with what the manifest says, if there is one; DataError names any fault.
+
+        For whoever makes other files of them: a format without checksums would have damage pass for sound.
+        """
+        contents = self.contents(index, direct=direct)
+        if self.sums is not None:
+            told = self.sums[index].tolist()
+            for path, content, (length, crc) in zip(self.files(index), contents.values(), told, strict=True):
+                if length >= 0 and len(content) != length:
+                    fault = f"has {len(content)} bytes where {MANIFEST} says {length}"
+                    raise DataError(path, fault, _CHANGED)
+                if length >= 0 and crc32c.crc32c(content) != crc:
+                    raise DataError(path, f"its CRC-32C is not that in {MANIFEST}", _CHANGED)
+        return contents
+
     def read(self, index: int) -> Sample:
         """Sample `index`, read and checked on the host; DataError names any fault."""
         return self.format.parse(self.path(index), self.contents(index), self.spec)
@@ -157,7 +184,8 @@ class Split:
         """The samples `index` alone; `share` says if they are one."""
         names = tuple(self.names[i] for i in index.tolist())
         extents = self.extents and Extents(self.extents.offsets[index], self.extents.lengths[index])
-        return replace(self, names=names, extents=extents, share=share)
+        sums = None if self.sums is None else self.sums[index]
+        return replace(self, names=names, extents=extents, share=share, sums=sums)
 
 
 def open_split(root: Path, split: str) -> Split:
@@ -264,9 +292,14 @@ def _of_manifest(folder: Path, manifest: Manifest) -> Split:
             (entry.stem + part.suffix, part.members) for entry in manifest.entries for part in entry.parts
         )
         return of_shards(folder, shards, manifest.spec)
-    suffix = FORMATS[manifest.form].suffix
-    names = tuple(entry.stem + suffix for entry in manifest.entries)
-    return Split(folder, manifest.form, names, manifest.spec)
+    form = FORMATS[manifest.form]
+    names = tuple(entry.stem + form.suffix for entry in manifest.entries)
+    sums = np.full((len(names), len(form.parts), 2), -1, np.int64)
+    for row, entry in zip(sums, manifest.entries, strict=True):
+        for part in entry.parts:
+            if part.suffix in form.parts:
+                row[form.parts.index(part.suffix)] = part.bytes, part.crc32c
+    return Split(folder, manifest.form, names, manifest.spec, sums=sums)
 
 
 def _shape_of_first(split: Split) -> SampleSpec:

@@ -56,7 +56,7 @@ def relay(
 
     def read(index: int) -> tuple[list[bytes], str | None]:
         try:
-            return list(split.contents(index, direct=direct).values()), None
+            return list(split.vouched(index, direct=direct).values()), None
         except AccessError:
             raise
         except DataError as error:
