@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import crc32c
 import numpy as np
@@ -34,8 +36,11 @@ _CHANGED = (
     "python -m preprocess.verify --write"
 )
 
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
+
 _LOOKED_AT = 16
-"""Samples tried before a folder is taken to hold none that is sound."""
+"""Files or samples tried before a folder is taken to hold none that is sound."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -215,12 +220,23 @@ def open_folder(folder: Path) -> Split:
     if suffix == DATA:
         _check_labels(folder, samples, names)
     ordered = _listed(folder, samples, names)
-    form = _form_of(folder / ordered[0], suffix)
+    form = first_sound(ordered, lambda name: _form_of(folder / name, suffix))
     if form == PackedFormat.name:
         split = of_shards(folder, ((name, sample_members(folder / name)) for name in ordered), SampleSpec(1))
     else:
         split = Split(folder, form, ordered, SampleSpec(1))
     return replace(split, spec=_shape_of_first(split))
+
+
+def first_sound(items: Iterable[_Item], look: Callable[[_Item], _Found]) -> _Found:
+    """What `look` finds in the first sound one of some of `items`; the very first's DataError if none is."""
+    faults: list[DataError] = []
+    for item in islice(items, _LOOKED_AT):
+        try:
+            return look(item)
+        except DataError as error:
+            faults.append(error)
+    raise faults[0]
 
 
 def of_shards(folder: Path, shards: Iterable[tuple[str, Sequence[Member]]], spec: SampleSpec) -> Split:
@@ -304,16 +320,12 @@ def _of_manifest(folder: Path, manifest: Manifest) -> Split:
 
 def _shape_of_first(split: Split) -> SampleSpec:
     """The shape of the first sound sample; that others are not is for whoever reads them to say."""
-    faults: list[DataError] = []
-    for index in range(min(_LOOKED_AT, len(split))):
-        try:
-            found = split.format.parse(split.path(index), split.contents(index))
-            size, _, _, channels = found.counts.shape
-        except DataError as error:
-            faults.append(error)
-        else:
-            return SampleSpec(size, channels)
-    raise faults[0]
+
+    def shape(index: int) -> SampleSpec:
+        size, _, _, channels = split.format.parse(split.path(index), split.contents(index)).counts.shape
+        return SampleSpec(size, channels)
+
+    return first_sound(range(len(split)), shape)
 
 
 def _check_labels(folder: Path, data: tuple[str, ...], names: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.dataset import Extents, Split
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import DataError, UnreadableError
 from pipelines.files import Written
 from pipelines.formats import FORMATS
 from pipelines.formats.packed import MEMBER
@@ -57,7 +57,8 @@ class Conversion:
             yield stem, write_shard(target / (stem + SHARD), _members(split))
 
         files = dict.fromkeys(path for index in range(len(split)) for path in split.files(index))
-        return make_entries(target, Source.of(split.names, files), wanted, shard if self.sharded else samples)
+        make = shard if self.sharded else samples
+        return make_entries(target, lambda: Source.of(split.names, files), wanted, make)
 
     def _split(self, lines: Sequence[Line]) -> Split:
         names, places, sums = zip(*lines, strict=True)
@@ -85,15 +86,20 @@ def _read(split: Split, index: int) -> Sample:
 
 def _members(split: Split) -> Iterator[tuple[str, Iterator[bytes]]]:
     """The members of a shard of all of `split`; DamagedError after the last one if some are damaged."""
-    faults = []
+    faults: list[str] = []
+    unread: dict[str, str] = {}
+    readable = False
     for index in range(len(split)):
         try:
             sample = _read(split, index)
-        except AccessError:
-            raise
         except DataError as error:
             faults.append(str(error))
+            if isinstance(error, UnreadableError):
+                unread[error.path] = error.fault
+            else:
+                readable = True
         else:
+            readable = True
             yield split.stem(index) + MEMBER, encode(sample)
     if faults:
-        raise DamagedError(faults)
+        raise DamagedError(faults, None if readable else unread)

@@ -109,5 +109,5 @@ class Preparation:
                 yield stem, FORMATS[self.form].write(Path(self.target), stem, sample)
 
         # By what it is cut into, which another size of samples changes.
-        origin = Source.of((stem for stem, _ in wanted), [path])
-        return make_entries(Path(self.target), origin, wanted, make)
+        stems = [stem for stem, _ in wanted]
+        return make_entries(Path(self.target), lambda: Source.of(stems, [path]), wanted, make)

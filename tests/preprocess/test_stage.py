@@ -32,7 +32,7 @@ from helpers import (
 from cosmoflow_dali.baseline import fit_ridge
 from pipelines.dataset import open_split
 from pipelines.dist import World
-from pipelines.errors import DataError
+from pipelines.errors import AccessError, DataError, UserError
 from pipelines.files import locked, read_file
 from pipelines.formats import FORMATS
 from pipelines.reader import Reader
@@ -139,6 +139,69 @@ def test_a_damaged_sample_is_named_and_the_others_are_staged(tmp_path: Path) -> 
     assert "1 samples are damaged" in done[0][2] and "Traceback" not in "".join(err for _, _, err in done)
     for node in "01":
         assert len(list((tmp_path / "disk" / node / "train").glob("*_data.npy"))) == 4
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_staged(first: int, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=12, validation=1, form="tfrecord_gzip")
+    bad = data / "train" / f"universe_{first:04d}_000.tfrecord"
+    bad.rename(tmp_path / "lost")
+    bad.symlink_to("nowhere")
+    for _ in range(2):
+        done = on_nodes(2, 1, data, tmp_path / "disk")
+        assert [code for code, _, _ in done] == [1, 1]
+        assert f"error: {bad}: cannot be read (No such file or directory)" in done[0][2]
+        assert "error: 1 samples are damaged" in done[0][2] and "Traceback" not in done[0][2] + done[1][2]
+        assert [len(open_split(tmp_path / "disk" / node, "train")) for node in "01"] == [11, 11]
+    bad.unlink()
+    (tmp_path / "lost").rename(bad)
+    assert [code for code, _, _ in on_nodes(2, 1, data, tmp_path / "disk")] == [0, 0]
+    assert [len(open_split(tmp_path / "disk" / node, "train")) for node in "01"] == [12, 12]
+
+
+def test_a_source_that_is_lost_whole_ends_staging_and_nothing_is_removed(tmp_path: Path) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=20, validation=1), tmp_path / "disk"
+    staged(data, disk)
+    before = content(disk)
+    splits = {name: open_split(data, name) for name in ("train", "validation")}
+    (data / "train").rename(tmp_path / "gone")
+    with pytest.raises(AccessError, match=f"{data}/train: cannot be read"):
+        stage(splits, disk, StageConfig(str(disk)), World())
+    # The folder is there, and no file in it.
+    (data / "train").mkdir()
+    with pytest.raises(AccessError, match=r"cannot be read .*, nor can the 16 files tried before it"):
+        stage(splits, disk, StageConfig(str(disk)), World())
+    assert content(disk) == before
+
+
+def test_files_that_are_lost_while_staging_end_it_if_they_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=40, validation=1), tmp_path / "disk"
+
+    def lost(path: Path, *, direct: bool = False) -> bytes:
+        there = int(path.name[9:13]) not in range(20, 40)
+        return read_file(path if there else path.with_suffix(".lost"), direct=direct)
+
+    monkeypatch.setattr("pipelines.dataset.read_file", lost)
+    with pytest.raises(UserError, match="nor can the 16 files tried before it"):
+        staged(data, disk)
+    monkeypatch.undo()
+    assert staged(data, disk)[0].faults == ()
+    assert len(open_split(disk, "train")) == 40
+
+
+def test_training_goes_on_without_a_file_that_cannot_be_staged(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=8, validation=2, form="tfrecord_gzip")
+    bad = data / "train" / "universe_0002_000.tfrecord"
+    bad.unlink()
+    bad.symlink_to("nowhere")
+    where = {"dir": str(data), "stage": {"dir": str(tmp_path / "disk")}}
+    loader = {"batch_size": 4, "on_bad_sample": "skip"}
+    config = config_file(tmp_path / "c.yaml", data, data=where, loader=loader, epochs=1)
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_samples"]["train"] == 1
 
 
 def test_a_node_that_cannot_be_written_is_named(tmp_path: Path) -> None:
