@@ -54,8 +54,8 @@ def relay(
     origin: Callable[[int], Source | None],
     threads: int,
     direct: bool,
-) -> Iterator[tuple[int, Entry | str | None]]:
-    """Bring the samples `indices` to `target`: the bytes that this rank has read for each, and its entry.
+) -> Iterator[tuple[int, int, Entry | str | None]]:
+    """Bring the samples `indices` to `target`: each one, the bytes this rank has read for it, and its entry.
 
     All peers have the same `indices`, and take turns at reading; see `to_read`.
     origin: what a sample was made from, and None for one that is not wanted on this node.
@@ -87,7 +87,7 @@ def relay(
 
     own, lost = iter(to_read(indices, peers.place, peers.size)), Lost()
     reading: deque[Future[_Read]] = deque()
-    writing: deque[tuple[int, Future[Entry | str | None]]] = deque()
+    writing: deque[tuple[int, int, Future[Entry | str | None]]] = deque()
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
         for turn, index in enumerate(indices):
             while len(reading) < threads and (following := next(own, None)) is not None:
@@ -104,12 +104,12 @@ def relay(
             if contents is None and not any(received):
                 continue  # What its reader could not read: that one tells why.
             taken = sum(map(len, contents)) if contents is not None else 0
-            writing.append((taken, writers.submit(write, index, received, fault)))
+            writing.append((index, taken, writers.submit(write, index, received, fault)))
             if len(writing) > threads:
-                count, done = writing.popleft()
-                yield count, done.result()
-        for count, done in writing:
-            yield count, done.result()
+                first, count, done = writing.popleft()
+                yield first, count, done.result()
+        for index, count, done in writing:
+            yield index, count, done.result()
 
 
 def _write(split: Split, target: Path, index: int, contents: Sequence[bytes]) -> Sequence[Written]:

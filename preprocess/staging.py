@@ -100,8 +100,9 @@ class StageConfig:
 class Staged:
     """What staging did, on all nodes together.
 
+    samples: that are now on the nodes which lacked them.
     read_bytes: from the shared file system. written_bytes: to all nodes' disks.
-    faults: a line for each sample that is damaged, and so is on no node.
+    faults: a line for each sample that is damaged, and so is on no node; those of one file have the same.
     """
 
     samples: int
@@ -226,7 +227,7 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
     start, form = time.perf_counter(), staged_form(plan.split)
     mine = of_place(np.flatnonzero(plan.wanted), world).tolist()
     read = written = 0
-    faults: list[str] = []
+    faults: dict[str, str] = {}
     if mine:
         samples = relay(
             plan.split,
@@ -240,14 +241,16 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
         # A node that lacks nothing may have no folder open.
         noting = Journal(plan.target, form, world.local_rank) if plan.own.any() else nullcontext()
         with noting as journal:
-            for taken, done in world.alone(samples):
+            for index, taken, done in world.alone(samples):
                 read += taken
                 if isinstance(done, str):
-                    faults.append(done)
+                    faults[plan.split.names[index]] = done
                 elif done and journal:
                     journal.add(done)
                     written += sum(part.bytes for part in done.parts)
     shares = world.gather((len(mine) if peers.place == 0 else 0, read, written, faults))
+    # Every node that wants a damaged sample may have found it so.
+    damaged = {name: fault for share in shares for name, fault in share[3].items()}
 
     def end() -> None:
         if plan.opened:
@@ -257,10 +260,10 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
 
     world.everywhere(end)
     return Staged(
-        samples=sum(share[0] for share in shares),
+        samples=sum(share[0] for share in shares) - len(damaged),
         read_bytes=sum(share[1] for share in shares),
         written_bytes=sum(share[2] for share in shares),
-        faults=tuple(sorted({fault for share in shares for fault in share[3]})),
+        faults=tuple(sorted(damaged.values())),
         seconds=plan.seconds + time.perf_counter() - start,
     )
 

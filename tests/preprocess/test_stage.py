@@ -136,6 +136,7 @@ def test_a_damaged_sample_is_named_and_the_others_are_staged(tmp_path: Path) -> 
     done = on_nodes(2, 1, data, tmp_path / "disk")
     assert [code for code, _, _ in done] == [1, 1]
     assert f"error: {bad}: its gzip stream is cut off" in done[0][2]
+    assert "staged 4 of 5 samples on 2 nodes" in done[0][1]
     assert "1 samples are damaged" in done[0][2] and "Traceback" not in "".join(err for _, _, err in done)
     for node in "01":
         assert len(list((tmp_path / "disk" / node / "train").glob("*_data.npy"))) == 4
@@ -147,10 +148,12 @@ def test_a_file_that_cannot_be_read_keeps_no_other_from_being_staged(first: int,
     bad = data / "train" / f"universe_{first:04d}_000.tfrecord"
     bad.rename(tmp_path / "lost")
     bad.symlink_to("nowhere")
-    for _ in range(2):
+    for done_before in (False, True):
         done = on_nodes(2, 1, data, tmp_path / "disk")
         assert [code for code, _, _ in done] == [1, 1]
         assert f"error: {bad}: cannot be read (No such file or directory)" in done[0][2]
+        there = 0 if done_before else 11
+        assert f"staged {there} of 12 samples on 2 nodes" in done[0][1]
         assert "error: 1 samples are damaged" in done[0][2] and "Traceback" not in done[0][2] + done[1][2]
         assert [len(open_split(tmp_path / "disk" / node, "train")) for node in "01"] == [11, 11]
     bad.unlink()
@@ -202,6 +205,9 @@ def test_training_goes_on_without_a_file_that_cannot_be_staged(tmp_path: Path) -
     done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run")
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_samples"]["train"] == 1
+    logged = (tmp_path / "run" / "mlperf.log").read_text().splitlines()
+    (stop,) = (line for line in logged if '"staging_stop"' in line)
+    assert '"samples": 9' in stop
 
 
 def test_a_node_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -256,8 +262,21 @@ def test_a_shard_that_is_cut_off_keeps_no_other_from_being_staged(tmp_path: Path
     shard = tmp_path / "packed" / "train" / "shard_000001.tar"
     shard.write_bytes(shard.read_bytes()[:600])
     train, validation = staged(tmp_path / "packed", tmp_path / "disk")
-    assert len(train.faults) == 3 and all("is cut off: the shard ends" in fault for fault in train.faults)
+    assert (train.samples, len(train.faults)) == (3, 3) and all(
+        "is cut off: the shard ends" in fault for fault in train.faults
+    )
     assert validation.faults == () and len(open_split(tmp_path / "disk", "train")) == 3
+
+
+def test_samples_of_a_shard_that_is_lost_are_counted_and_it_is_named_once(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=6, validation=1)
+    for name in ("train", "validation"):
+        assert convert(data / name, tmp_path / "packed" / name, "packed", workers=1, a_shard=3) == 0
+    shard = tmp_path / "packed" / "train" / "shard_000001.tar"
+    shard.unlink()
+    done = program(STAGE, "-i", tmp_path / "packed", "-o", tmp_path / "disk")
+    assert done.code == 1 and "staged 3 of 6 samples" in done.out and "3 samples are damaged" in done.err
+    assert done.err.count(f"error: {shard}: cannot be read") == 1
 
 
 def test_the_room_for_both_splits_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
