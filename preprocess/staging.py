@@ -9,6 +9,7 @@ node has already, whole and of the same source, it keeps.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,9 @@ from pipelines.shards import FIRST, SHARD
 from preprocess.lacking import ORIGIN, find_origins, is_staged, look, origin_of
 from preprocess.output import Journal, finish, noted
 from preprocess.relay import of_place, relay, staged_form
+
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+"""As os.path.expandvars knows them."""
 
 _HEADERS = 2048
 """Bytes that a staged file has beside its sample at most: the headers and the end of a tar."""
@@ -74,7 +78,11 @@ class StageConfig:
         """`dir` on this node; ConfigError where it names an environment variable that is not set there."""
         folder = os.path.expandvars(self.dir)
         if "$" in folder:
-            raise ConfigError("stage.dir", self.dir, "names an environment variable that is not set")
+            unset = _VARIABLE.search(folder)
+            said = (
+                f"{unset[0]} is not set on {os.uname().nodename}: set it" if unset else "a lone $: name one"
+            )
+            raise ConfigError("stage.dir", self.dir, f"{said}, or write the folder without a variable")
         return Path(folder)
 
     def teams(self, nodes: int, models: int = 1) -> list[list[int]]:
@@ -84,11 +92,12 @@ class StageConfig:
         make up whole models, or a model's nodes whole teams.
         """
         if models < 1 or nodes % models:
-            raise ConfigError("models", models, f"do not share out the {nodes} nodes")
+            said = f"do not share out the {nodes} nodes: take {_choices(nodes)} models, or other nodes"
+            raise ConfigError("models", models, said)
         own = nodes // models
         team = own if self.shard_type == "global" else self.shard_multiplier
         if own % team:
-            said = f"does not divide the {own} nodes of a model"
+            said = f"does not divide the {own} nodes of a model: take {_choices(own)}, or other nodes"
             raise ConfigError("stage.shard_multiplier", team, said)
         return [
             [first + place for first in range(share, nodes, own) for place in range(team)]
@@ -110,6 +119,12 @@ class Staged:
     written_bytes: int
     faults: tuple[str, ...]
     seconds: float
+
+
+def _choices(nodes: int) -> str:
+    """Into how many equal parts `nodes` nodes can be divided, in words."""
+    found = [str(number) for number in range(1, nodes + 1) if nodes % number == 0]
+    return " or ".join(found)
 
 
 def share_of(samples: int, team: int, teams: int, seed: int | None) -> Indices:

@@ -32,7 +32,7 @@ from helpers import (
 from cosmoflow_dali.baseline import fit_ridge
 from pipelines.dataset import open_split
 from pipelines.dist import World
-from pipelines.errors import AccessError, DataError, UserError
+from pipelines.errors import AccessError, ConfigError, DataError, UserError
 from pipelines.files import locked, read_file
 from pipelines.formats import FORMATS
 from pipelines.reader import Reader
@@ -430,10 +430,13 @@ def test_nodes_that_share_a_folder_are_told_and_do_not_wait_for_each_other(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--shard-type", "local", "--shard-multiplier", "2"], "shard_multiplier = 2: does not divide the 3"),
+        (
+            ["--shard-type", "local", "--shard-multiplier", "2"],
+            "shard_multiplier = 2: does not divide the 3 nodes of a model: take 1 or 3, or other nodes",
+        ),
         (["--preshuffle"], "stage.shard_type = 'global': has one share"),
         (["--shard-type", "local", "--shard-multiplier", "0"], "stage.shard_multiplier = 0"),
-        (["--models", "2"], "models = 2: do not share out the 3 nodes"),
+        (["--models", "2"], "models = 2: do not share out the 3 nodes: take 1 or 3 models, or other nodes"),
     ],
 )
 def test_shares_that_do_not_fit_are_refused(
@@ -453,6 +456,22 @@ def test_a_node_without_room_is_told_before_anything_is_copied(tmp_path: Path) -
     assert done.code == 1
     assert "bytes free on" in done.err and "409600 are to come" in done.err and "Traceback" not in done.err
     assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        (
+            "$NO_SUCH/x",
+            r"stage.dir = '\$NO_SUCH/x': \$NO_SUCH is not set on \S+: set it, or write the folder",
+        ),
+        ("/x/${NO_SUCH}/$HOME", r"\$\{NO_SUCH\} is not set on \S+: set it, or write the folder without"),
+        ("/x/$", r"stage.dir = '/x/\$': a lone \$: name one, or write the folder without a variable"),
+    ],
+)
+def test_a_folder_that_names_no_variable_is_refused(folder: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        _ = StageConfig(folder).folder
 
 
 def test_direct_reads_give_the_same_bytes(tmp_path: Path) -> None:
