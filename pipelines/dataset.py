@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
+import crc32c
 import numpy as np
+import numpy.typing as npt
 
 from pipelines.errors import AccessError, DataError
 from pipelines.files import Member, read_file
@@ -27,8 +31,16 @@ SPLITS = ("train", "validation")
 _SUFFIXES = tuple(dict.fromkeys(form.suffix for form in FORMATS.values()))
 _EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
 
+_CHANGED = (
+    f"fetch or convert it again, or if it was changed on purpose, remove {MANIFEST} and write it anew with "
+    "python -m preprocess.verify --write"
+)
+
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
+
 _LOOKED_AT = 16
-"""Samples tried before a folder is taken to hold none that is sound."""
+"""Files or samples tried before a folder is taken to hold none that is sound."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +75,9 @@ class Split:
     spec: the shape of every sample.
     extents: where in their shards they lie; None for samples in files of their own.
     share: where its samples stand in a whole of which this is a share; None for the whole itself.
+    sums: what the folder's manifest says of the files that `files` gives, (samples, files, 2) int64: the
+        length in bytes and the CRC-32C of each, both -1 where it does not say. None for samples in shards,
+        which have CRCs of their own, and without a manifest.
     """
 
     root: Path
@@ -71,6 +86,7 @@ class Split:
     spec: SampleSpec
     extents: Extents | None = None
     share: Share | None = None
+    sums: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -142,6 +158,22 @@ class Split:
         shard, _, member = self.names[index].partition("/")
         return self.root / shard, member
 
+    def vouched(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
+        """`contents`, compared with what the manifest says, if there is one; DataError names any fault.
+
+        For whoever makes other files of them: a format without checksums would have damage pass for sound.
+        """
+        contents = self.contents(index, direct=direct)
+        if self.sums is not None:
+            told = self.sums[index].tolist()
+            for path, content, (length, crc) in zip(self.files(index), contents.values(), told, strict=True):
+                if length >= 0 and len(content) != length:
+                    fault = f"has {len(content)} bytes where {MANIFEST} says {length}"
+                    raise DataError(path, fault, _CHANGED)
+                if length >= 0 and crc32c.crc32c(content) != crc:
+                    raise DataError(path, f"its CRC-32C is not that in {MANIFEST}", _CHANGED)
+        return contents
+
     def read(self, index: int) -> Sample:
         """Sample `index`, read and checked on the host; DataError names any fault."""
         return self.format.parse(self.path(index), self.contents(index), self.spec)
@@ -161,7 +193,8 @@ class Split:
         """The samples `index` alone; `share` says if they are one."""
         names = tuple(self.names[i] for i in index.tolist())
         extents = self.extents and Extents(self.extents.offsets[index], self.extents.lengths[index])
-        return replace(self, names=names, extents=extents, share=share)
+        sums = None if self.sums is None else self.sums[index]
+        return replace(self, names=names, extents=extents, share=share, sums=sums)
 
 
 def open_split(root: Path, split: str) -> Split:
@@ -194,12 +227,23 @@ def open_folder(folder: Path) -> Split:
     for name in ordered:
         if not name.isprintable():
             raise DataError(folder, f"holds {name!a}", "give it a name that lists can hold, in UTF-8")
-    form = _form_of(folder / ordered[0], suffix)
+    form = first_sound(ordered, lambda name: _form_of(folder / name, suffix))
     if form == PackedFormat.name:
         split = of_shards(folder, ((name, sample_members(folder / name)) for name in ordered), SampleSpec(1))
     else:
         split = Split(folder, form, ordered, SampleSpec(1))
     return replace(split, spec=_shape_of_first(split))
+
+
+def first_sound(items: Iterable[_Item], look: Callable[[_Item], _Found]) -> _Found:
+    """What `look` finds in the first sound one of some of `items`; the very first's DataError if none is."""
+    faults: list[DataError] = []
+    for item in islice(items, _LOOKED_AT):
+        try:
+            return look(item)
+        except DataError as error:
+            faults.append(error)
+    raise faults[0]
 
 
 def of_shards(folder: Path, shards: Iterable[tuple[str, Sequence[Member]]], spec: SampleSpec) -> Split:
@@ -271,23 +315,24 @@ def _of_manifest(folder: Path, manifest: Manifest) -> Split:
             (entry.stem + part.suffix, part.members) for entry in manifest.entries for part in entry.parts
         )
         return of_shards(folder, shards, manifest.spec)
-    suffix = FORMATS[manifest.form].suffix
-    names = tuple(entry.stem + suffix for entry in manifest.entries)
-    return Split(folder, manifest.form, names, manifest.spec)
+    form = FORMATS[manifest.form]
+    names = tuple(entry.stem + form.suffix for entry in manifest.entries)
+    sums = np.full((len(names), len(form.parts), 2), -1, np.int64)
+    for row, entry in zip(sums, manifest.entries, strict=True):
+        for part in entry.parts:
+            if part.suffix in form.parts:
+                row[form.parts.index(part.suffix)] = part.bytes, part.crc32c
+    return Split(folder, manifest.form, names, manifest.spec, sums=sums)
 
 
 def _shape_of_first(split: Split) -> SampleSpec:
     """The shape of the first sound sample; that others are not is for whoever reads them to say."""
-    faults: list[DataError] = []
-    for index in range(min(_LOOKED_AT, len(split))):
-        try:
-            found = split.format.parse(split.path(index), split.contents(index))
-            size, _, _, channels = found.counts.shape
-        except DataError as error:
-            faults.append(error)
-        else:
-            return SampleSpec(size, channels)
-    raise faults[0]
+
+    def shape(index: int) -> SampleSpec:
+        size, _, _, channels = split.format.parse(split.path(index), split.contents(index)).counts.shape
+        return SampleSpec(size, channels)
+
+    return first_sound(range(len(split)), shape)
 
 
 def _check_labels(folder: Path, data: tuple[str, ...], names: list[str]) -> None:

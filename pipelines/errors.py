@@ -32,9 +32,9 @@ class AccessError(DataError):
     """A file or folder that the file system does not give or take: no fault of what is in it."""
 
     @staticmethod
-    def reading(path: str | os.PathLike[str], error: OSError) -> AccessError:
+    def reading(path: str | os.PathLike[str], error: OSError) -> UnreadableError:
         """What to tell of `error`, met while reading `path`."""
-        return AccessError(path, f"cannot be read ({error.strerror})", "check the path and its rights")
+        return UnreadableError(path, f"cannot be read ({error.strerror})", "check the path and its rights")
 
     @staticmethod
     def writing(path: str | os.PathLike[str], error: OSError) -> AccessError:
@@ -42,6 +42,10 @@ class AccessError(DataError):
         return AccessError(
             path, f"cannot be written ({error.strerror})", "check the free space and the rights"
         )
+
+
+class UnreadableError(AccessError):
+    """A file or folder that the file system does not give: others beside it may be there all the same."""
 
 
 class ConfigError(UserError):

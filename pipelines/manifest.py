@@ -52,7 +52,7 @@ class Part(NamedTuple):
         suffix, length, crc, *more = line
         (found,) = more or [()]
         members = tuple(Member(str(name), _count(offset), _count(size)) for name, offset, size in found)
-        return Part(str(suffix), _count(length), int(crc, 16), members)
+        return Part(str(suffix), _count(length), _count(int(crc, 16)), members)
 
 
 class Source(NamedTuple):
@@ -185,9 +185,9 @@ class Manifest:
 
 
 def _count(value: Any) -> int:
-    """`value` as a number of bytes; ValueError, TypeError or OverflowError for what is none."""
+    """`value` as an int64 of at least 0; ValueError, TypeError or OverflowError for what is none."""
     if not 0 <= (count := int(value)) < 1 << 63:
-        raise ValueError(f"{count} bytes")
+        raise ValueError(f"the number {count}")
     return count
 
 

@@ -15,7 +15,7 @@ OnBadSample: TypeAlias = Literal["fail", "skip"]
 
 _Read = TypeVar("_Read")
 
-_IN_A_ROW = 16
+IN_A_ROW = 16
 """Files in a row without a sound sample; so many are no accident."""
 
 
@@ -48,7 +48,7 @@ class Reader:
         while passed < len(self.split):
             candidate = (index + passed) % len(self.split)
             files.add(self.split.files(candidate)[-1])
-            if len(files) > _IN_A_ROW:
+            if len(files) > IN_A_ROW:
                 break
             payload = self._unless_damaged(candidate, self._payload)
             if payload is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,19 @@ from typing import Any
 import numpy as np
 
 from pipelines.dataset import Extents, Split
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import DataError, UnreadableError
 from pipelines.files import Written
 from pipelines.formats import FORMATS
 from pipelines.formats.packed import MEMBER
 from pipelines.manifest import Source
 from pipelines.packing import encode
-from pipelines.sample import SampleSpec
+from pipelines.sample import Sample, SampleSpec
 from pipelines.shards import SHARD, write_shard
 from preprocess.output import DamagedError, make_entries
 
-Line = tuple[str, int, int]
-"""A sample of the source: its name there, and where in a shard it starts and how long it is, or zeros."""
+Line = tuple[str, Sequence[int], Sequence[int]]
+"""A sample of the source: its name there; where in a shard it starts and how long it is; of each of its
+files the length and the CRC-32C by the manifest. Empty where there is no shard, or no manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,40 +50,56 @@ class Conversion:
         def samples() -> Iterator[tuple[str, Sequence[Written]]]:
             for index in range(len(split)):
                 stem = split.stem(index)
-                yield stem, FORMATS[self.to].write(target, stem, split.read(index))
+                yield stem, FORMATS[self.to].write(target, stem, _read(split, index))
 
         def shard() -> Iterator[tuple[str, Sequence[Written]]]:
             ((stem, _),) = wanted
             yield stem, write_shard(target / (stem + SHARD), _members(split))
 
         files = dict.fromkeys(path for index in range(len(split)) for path in split.files(index))
-        return make_entries(target, Source.of(split.names, files), wanted, shard if self.sharded else samples)
+        make = shard if self.sharded else samples
+        return make_entries(target, lambda: Source.of(split.names, files), wanted, make)
 
     def _split(self, lines: Sequence[Line]) -> Split:
-        names, offsets, lengths = zip(*lines, strict=True)
-        extents = Extents(np.array(offsets), np.array(lengths)) if any(lengths) else None
-        return Split(Path(self.source), self.form, names, SampleSpec(self.size, self.channels), extents)
+        names, places, sums = zip(*lines, strict=True)
+        extents = Extents(*np.array(places).T) if any(places) else None
+        told = np.array(sums).reshape(len(names), -1, 2) if any(sums) else None
+        spec = SampleSpec(self.size, self.channels)
+        return Split(Path(self.source), self.form, names, spec, extents, sums=told)
 
 
 def lines_of(split: Split) -> list[Line]:
     """The samples of `split` as a Conversion is told of them."""
-    if not split.extents:
-        return [(name, 0, 0) for name in split.names]
-    places = zip(split.extents.offsets.tolist(), split.extents.lengths.tolist(), strict=True)
-    return [(name, *place) for name, place in zip(split.names, places, strict=True)]
+    nothing: Iterable[Sequence[int]] = itertools.repeat(())
+    places = sums = nothing
+    if split.extents:
+        places = zip(split.extents.offsets.tolist(), split.extents.lengths.tolist(), strict=True)
+    if split.sums is not None:
+        sums = split.sums.reshape(len(split), -1).tolist()
+    return list(zip(split.names, places, sums, strict=False))
+
+
+def _read(split: Split, index: int) -> Sample:
+    """Sample `index`, checked in full, and against the manifest where there is one."""
+    return split.format.parse(split.path(index), split.vouched(index), split.spec)
 
 
 def _members(split: Split) -> Iterator[tuple[str, Iterator[bytes]]]:
     """The members of a shard of all of `split`; DamagedError after the last one if some are damaged."""
-    faults = []
+    faults: list[str] = []
+    unread: dict[str, str] = {}
+    readable = False
     for index in range(len(split)):
         try:
-            sample = split.read(index)
-        except AccessError:
-            raise
+            sample = _read(split, index)
         except DataError as error:
             faults.append(str(error))
+            if isinstance(error, UnreadableError):
+                unread[error.path] = error.fault
+            else:
+                readable = True
         else:
+            readable = True
             yield split.stem(index) + MEMBER, encode(sample)
     if faults:
-        raise DamagedError(faults)
+        raise DamagedError(faults, None if readable else unread)

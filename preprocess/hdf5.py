@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +27,14 @@ from preprocess.output import make_entries
 COUNTS, TARGET = "full", "unitPar"
 
 
-def universe_shape(path: Path) -> tuple[int, ...]:
-    """The shape of the counts in the universe at `path`; DataError where it is none."""
-    with _universe(path) as file, _reading(path):
-        return tuple(file[COUNTS].shape)
+def universe_shape(path: Path) -> tuple[int, int, int, int]:
+    """The shape of the counts in the universe at `path`, (n, n, n, redshifts); DataError where it is none."""
+    with _universe(path) as file:
+        with _reading(path):
+            shape = file[COUNTS].shape
+        if len(shape) != 4 or len(set(shape[:3])) != 1 or 0 in shape:
+            raise DataError(path, f"{COUNTS} has shape {shape}", "expected (n, n, n, redshifts)")
+        return shape
 
 
 def crops(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Sample]:
@@ -44,7 +49,7 @@ def crops(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Sample]:
             its_shape, dtype = counts.shape, counts.dtype
         target = check_target(path, found)
         if its_shape != shape:
-            raise DataError(path, f"{COUNTS} has shape {its_shape}", f"the first universe has {shape}")
+            raise DataError(path, f"{COUNTS} has shape {its_shape}", f"the other universes have {shape}")
         if not np.issubdtype(dtype, np.integer):
             raise DataError(path, f"{COUNTS} is {dtype}", "expected integers: counts of particles")
         for start in range(0, shape[0], size):
@@ -85,7 +90,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise AccessError.reading(path, error) from error
+            # Without HDF5's own words, which name the path again.
+            raise AccessError.reading(path, OSError(error.errno, os.strerror(error.errno))) from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(path, f"cannot be read as HDF5 ({reason})", "fetch the file again") from error
 
@@ -109,5 +115,5 @@ class Preparation:
                 yield stem, FORMATS[self.form].write(Path(self.target), stem, sample)
 
         # By what it is cut into, which another size of samples changes.
-        origin = Source.of((stem for stem, _ in wanted), [path])
-        return make_entries(Path(self.target), origin, wanted, make)
+        stems = [stem for stem, _ in wanted]
+        return make_entries(Path(self.target), lambda: Source.of(stems, [path]), wanted, make)

@@ -13,14 +13,18 @@ import numpy.typing as npt
 
 from pipelines.dataset import Split
 from pipelines.dist import World
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.files import locked
 from pipelines.manifest import Entry, Manifest, Source
+from preprocess.lost import Lost
 from preprocess.output import begin, remove, suspend
 from preprocess.relay import staged_form
 
 ORIGIN = np.dtype([("bytes", "<i8"), ("digest", "S16")])
 """A Source, of which there are many."""
+
+_UNKNOWN = Source(0, "")
+"""That of a file which cannot be asked: no sample was made from it."""
 
 
 def look(
@@ -72,13 +76,23 @@ def _is_there(entry: Entry, target: Path, origin: Source | None) -> bool:
 
 
 def find_origins(split: Split, world: World) -> npt.NDArray[Any]:
-    """What each sample's files are now; each rank looks at some of them, for all."""
+    """What each sample's files are now; each rank looks at some of them, for all.
+
+    A file that cannot be asked matches nothing, so staging it tells why; AccessError after many in a row.
+    """
     # Neighbours lie in one shard, and a parallel file system is slow to say what a file is.
-    stat = functools.lru_cache(maxsize=1)(os.stat)
+    stat, lost = functools.lru_cache(maxsize=1)(os.stat), Lost()
+
+    def ask(index: int) -> Source:
+        try:
+            found, unread = Source.of([split.names[index]], split.files(index), stat), {}
+        except UnreadableError as error:
+            found, unread = _UNKNOWN, {error.path: error.fault}
+        lost.note(unread)
+        return found
 
     def look() -> npt.NDArray[Any]:
-        mine = range(world.rank, len(split), world.size)
-        return np.array([Source.of([split.names[i]], split.files(i), stat) for i in mine], ORIGIN)
+        return np.array([ask(index) for index in range(world.rank, len(split), world.size)], ORIGIN)
 
     table = np.empty(len(split), ORIGIN)
     for rank, share in enumerate(world.gather(world.everywhere(look))):

@@ -8,21 +8,23 @@ that does not vouch for. At the end they become the manifest and the list files,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pipelines.dataset import list_folder
-from pipelines.errors import AccessError, DataError, UserError
+from pipelines.errors import AccessError, DataError, UnreadableError, UserError
 from pipelines.files import Written, final_name, remove_temporaries, write_chunks
 from pipelines.formats import FORMATS
 from pipelines.formats.npy import DATA, LABEL
 from pipelines.lists import DATA_LIST, LABEL_LIST, Listed, write_list
 from pipelines.manifest import MANIFEST, Entry, Manifest, Source
 from pipelines.sample import SampleSpec
+from preprocess.lost import Lost
 
 _JOURNAL = re.compile(r"\.journal\.(?P<form>\w+)\.(?P<writer>\d+)\.jsonl")
 _OURS = (MANIFEST, DATA_LIST, LABEL_LIST)
@@ -111,47 +113,63 @@ def is_unfinished(name: str) -> bool:
 
 def make_entries(
     target: Path,
-    origin: Source,
+    origin: Callable[[], Source],
     wanted: Sequence[tuple[str, Any]],
     make: Callable[[], Iterable[tuple[str, Sequence[Written]]]],
 ) -> dict[str, Any]:
     """Make the entries of one source in `target`, for a task of `preprocess.produce` to answer with.
 
     wanted: their stems, each with what is noted of it, an Entry as JSON, or None.
+    origin: tells what they are to be made from.
     make: writes the files of each entry and yields its stem and them; asked if one of them is not
         there, whole and of this `origin`. Its DataError or DamagedError is the source's fault,
-        unless it is an AccessError; what was made of the source before is then removed.
+        unless it is an AccessError of what is written, or the source's folder is lost too; what was
+        made of the source before is then removed.
+
+    The answer's "unread" is for `Lost.note`.
     """
+    source: Source | None = None
+    with contextlib.suppress(UnreadableError):  # Who reads it tells which file, and why.
+        source = origin()
     known = [Entry.from_json(line) for _, line in wanted if line is not None]
-    whole = [entry for entry in known if entry.source == origin and entry.is_whole_in(target)]
+    whole = [entry for entry in known if source and entry.source == source and entry.is_whole_in(target)]
     if len(whole) == len(wanted):
-        return {"made": [], "kept": [entry.stem for entry in whole], "faults": []}
+        return {"made": [], "kept": [entry.stem for entry in whole], "faults": [], "unread": {}}
     made: list[Any] = []
     faults: list[str] = []
+    unread: Mapping[str, str] = {}
     try:
         for stem, written in make():
-            made.append(Entry.of(stem, written, origin).to_json())
+            made.append(Entry.of(stem, written, source).to_json())
+    except UnreadableError as error:
+        faults.append(str(error))
+        unread = {error.path: error.fault}
     except AccessError:
         raise
     except DataError as error:
         faults.append(str(error))
     except DamagedError as error:
         faults += error.faults
+        unread = error.unread
+    Lost().note(unread)
     if faults:
         anew = {line[0] for line in made}
         remove(target, (entry for entry in known if entry.stem not in anew))
-    return {"made": made, "kept": [], "faults": faults}
+    return {"made": made, "kept": [], "faults": faults, "unread": unread}
 
 
 class DamagedError(UserError):
-    """Several samples that are to become one file are damaged: a line each."""
+    """Several samples that are to become one file are damaged: a line each.
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
+    unread: if not one of their files could be read, the fault of each by its path.
+    """
+
+    def __init__(self, faults: Sequence[str], unread: Mapping[str, str] | None = None) -> None:
+        self.faults, self.unread = tuple(faults), dict(unread or {})
         super().__init__(f"{len(faults)} samples are damaged, the first of them: {faults[0]}")
 
-    def __reduce__(self) -> tuple[type[DamagedError], tuple[tuple[str, ...]]]:
-        return type(self), (self.faults,)
+    def __reduce__(self) -> tuple[type[DamagedError], tuple[tuple[str, ...], dict[str, str]]]:
+        return type(self), (self.faults, self.unread)
 
 
 class Journal:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.cli import OneLineParser
+from pipelines.dataset import first_sound
 from pipelines.dist import World
 from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.plan import derive_seed
@@ -66,9 +67,8 @@ def order_preparation(
 ) -> list[tuple[Order, Task]]:
     """The orders to have the universes below `source` as samples in `target`/train and /validation."""
     universes = find_universes(source)
-    first = next(iter(universes.values()))
-    shape = universe_shape(first)
-    if len(shape) != 4 or len(set(shape[:3])) != 1 or size < 1 or shape[0] % size:
+    first, shape = first_sound(universes.values(), lambda path: (path, universe_shape(path)))
+    if size < 1 or shape[0] % size:
         raise ConfigError("--sample-size", size, f"does not divide the universe {first} of shape {shape}")
     count = (shape[0] // size) ** 3
     orders: list[tuple[Order, Task]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -15,6 +15,7 @@ from pipelines.errors import AccessError, ConfigError
 from pipelines.files import locked
 from pipelines.manifest import Entry
 from pipelines.sample import SampleSpec
+from preprocess.lost import Lost
 from preprocess.output import Journal, begin, finish, suspend
 from preprocess.progress import progress
 from preprocess.workforce import Task, run_jobs
@@ -101,7 +102,7 @@ def produce(
             progress(len(mine), "done", unit, shown=shown and world.is_root) as advance,
             contextlib.closing(run_jobs(task, jobs, workers, locks)) as answers,
         ):
-            for _, answer in world.alone(answers):
+            for answer in world.alone(_unless_lost(answers)):
                 for line in answer["made"]:
                     made.append(Entry.from_json(line))
                     journal.add(made[-1])
@@ -167,6 +168,14 @@ def run(
                     file=sys.stderr,
                 )
     return 1 if result.faults else 0
+
+
+def _unless_lost(answers: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """What workers answer; AccessError where sources in a row cannot be read."""
+    lost = Lost()
+    for _, answer in answers:
+        lost.note(answer["unread"])
+        yield answer
 
 
 def _lines(job: Job, noted: Sequence[Entry | None]) -> list[list[Any]]:

@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from pipelines.dataset import Split
 from pipelines.dist import World
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.files import Written
 from pipelines.formats import FORMATS
 from pipelines.formats.npy import Npy
@@ -18,6 +19,7 @@ from pipelines.manifest import Entry, Source
 from pipelines.peers import Peers
 from pipelines.plan import Indices
 from pipelines.shards import SHARD, write_shard
+from preprocess.lost import Lost
 
 
 def of_place(wanted: Indices, world: World) -> Indices:
@@ -35,6 +37,14 @@ def staged_form(split: Split) -> str:
     return split.form if split.extents else Npy.name
 
 
+class _Read(NamedTuple):
+    """The bytes of a sample's files, or none and the fault; `unread` is for `Lost.note`."""
+
+    contents: list[bytes]
+    fault: str | None
+    unread: dict[str, str]
+
+
 def relay(
     split: Split,
     target: Path,
@@ -44,23 +54,25 @@ def relay(
     origin: Callable[[int], Source | None],
     threads: int,
     direct: bool,
-) -> Iterator[tuple[int, Entry | str | None]]:
-    """Bring the samples `indices` to `target`: the bytes that this rank has read for each, and its entry.
+) -> Iterator[tuple[int, int, Entry | str | None]]:
+    """Bring the samples `indices` to `target`: each one, the bytes this rank has read for it, and its entry.
 
     All peers have the same `indices`, and take turns at reading; see `to_read`.
     origin: what a sample was made from, and None for one that is not wanted on this node.
     threads: that read, and as many that write.
 
     A fault stands in the entry's place, on the rank that has found it; None where there is neither.
+    AccessError where this rank cannot write, or read what it tries in a row.
     """
+    nothing = [b""] * len(split.kinds)
 
-    def read(index: int) -> tuple[list[bytes], str | None]:
+    def read(index: int) -> _Read:
         try:
-            return list(split.contents(index, direct=direct).values()), None
-        except AccessError:
-            raise
+            return _Read(list(split.vouched(index, direct=direct).values()), None, {})
+        except UnreadableError as error:
+            return _Read(nothing, str(error), {error.path: error.fault})
         except DataError as error:
-            return [b""] * len(split.kinds), str(error)
+            return _Read(nothing, str(error), {})
 
     def write(index: int, contents: list[bytes], fault: str | None) -> Entry | str | None:
         source = origin(index)
@@ -73,15 +85,18 @@ def relay(
         except DataError as error:
             return str(error)
 
-    own = iter(to_read(indices, peers.place, peers.size))
-    reading: deque[Future[tuple[list[bytes], str | None]]] = deque()
-    writing: deque[tuple[int, Future[Entry | str | None]]] = deque()
+    own, lost = iter(to_read(indices, peers.place, peers.size)), Lost()
+    reading: deque[Future[_Read]] = deque()
+    writing: deque[tuple[int, int, Future[Entry | str | None]]] = deque()
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
         for turn, index in enumerate(indices):
             while len(reading) < threads and (following := next(own, None)) is not None:
                 reading.append(readers.submit(read, following))
             place = turn % peers.size
-            contents, fault = reading.popleft().result() if place == peers.place else (None, None)
+            contents = fault = None
+            if place == peers.place:
+                contents, fault, unread = reading.popleft().result()
+                lost.note(unread)
             received = [
                 peers.broadcast(None if contents is None else contents[at], place)
                 for at in range(len(split.kinds))
@@ -89,12 +104,12 @@ def relay(
             if contents is None and not any(received):
                 continue  # What its reader could not read: that one tells why.
             taken = sum(map(len, contents)) if contents is not None else 0
-            writing.append((taken, writers.submit(write, index, received, fault)))
+            writing.append((index, taken, writers.submit(write, index, received, fault)))
             if len(writing) > threads:
-                count, done = writing.popleft()
-                yield count, done.result()
-        for count, done in writing:
-            yield count, done.result()
+                first, count, done = writing.popleft()
+                yield first, count, done.result()
+        for index, count, done in writing:
+            yield index, count, done.result()
 
 
 def _write(split: Split, target: Path, index: int, contents: Sequence[bytes]) -> Sequence[Written]:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for there, staged in stage(splits, config.folder, config, world, arguments.models):
                 if world.is_root:
                     print(describe(there, staged, world.nodes))
-                    for fault in staged.faults:
+                    for fault in dict.fromkeys(staged.faults):
                         print(f"error: {fault}", file=sys.stderr)
                 faults += len(staged.faults)
         if faults:

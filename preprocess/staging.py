@@ -9,6 +9,7 @@ node has already, whole and of the same source, it keeps.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,9 @@ from pipelines.shards import FIRST, SHARD
 from preprocess.lacking import ORIGIN, find_origins, is_staged, look, origin_of
 from preprocess.output import Journal, finish, noted
 from preprocess.relay import of_place, relay, staged_form
+
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+"""As os.path.expandvars knows them."""
 
 _HEADERS = 2048
 """Bytes that a staged file has beside its sample at most: the headers and the end of a tar."""
@@ -74,7 +78,11 @@ class StageConfig:
         """`dir` on this node; ConfigError where it names an environment variable that is not set there."""
         folder = os.path.expandvars(self.dir)
         if "$" in folder:
-            raise ConfigError("stage.dir", self.dir, "names an environment variable that is not set")
+            unset = _VARIABLE.search(folder)
+            said = (
+                f"{unset[0]} is not set on {os.uname().nodename}: set it" if unset else "a lone $: name one"
+            )
+            raise ConfigError("stage.dir", self.dir, f"{said}, or write the folder without a variable")
         return Path(folder)
 
     def teams(self, nodes: int, models: int = 1) -> list[list[int]]:
@@ -84,11 +92,12 @@ class StageConfig:
         make up whole models, or a model's nodes whole teams.
         """
         if models < 1 or nodes % models:
-            raise ConfigError("models", models, f"do not share out the {nodes} nodes")
+            said = f"do not share out the {nodes} nodes: take {_choices(nodes)} models, or other nodes"
+            raise ConfigError("models", models, said)
         own = nodes // models
         team = own if self.shard_type == "global" else self.shard_multiplier
         if own % team:
-            said = f"does not divide the {own} nodes of a model"
+            said = f"does not divide the {own} nodes of a model: take {_choices(own)}, or other nodes"
             raise ConfigError("stage.shard_multiplier", team, said)
         return [
             [first + place for first in range(share, nodes, own) for place in range(team)]
@@ -100,8 +109,9 @@ class StageConfig:
 class Staged:
     """What staging did, on all nodes together.
 
+    samples: that are now on the nodes which lacked them.
     read_bytes: from the shared file system. written_bytes: to all nodes' disks.
-    faults: a line for each sample that is damaged, and so is on no node.
+    faults: a line for each sample that is damaged, and so is on no node; those of one file have the same.
     """
 
     samples: int
@@ -109,6 +119,12 @@ class Staged:
     written_bytes: int
     faults: tuple[str, ...]
     seconds: float
+
+
+def _choices(nodes: int) -> str:
+    """Into how many equal parts `nodes` nodes can be divided, in words."""
+    found = [str(number) for number in range(1, nodes + 1) if nodes % number == 0]
+    return " or ".join(found)
 
 
 def share_of(samples: int, team: int, teams: int, seed: int | None) -> Indices:
@@ -226,7 +242,7 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
     start, form = time.perf_counter(), staged_form(plan.split)
     mine = of_place(np.flatnonzero(plan.wanted), world).tolist()
     read = written = 0
-    faults: list[str] = []
+    faults: dict[str, str] = {}
     if mine:
         samples = relay(
             plan.split,
@@ -240,14 +256,16 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
         # A node that lacks nothing may have no folder open.
         noting = Journal(plan.target, form, world.local_rank) if plan.own.any() else nullcontext()
         with noting as journal:
-            for taken, done in world.alone(samples):
+            for index, taken, done in world.alone(samples):
                 read += taken
                 if isinstance(done, str):
-                    faults.append(done)
+                    faults[plan.split.names[index]] = done
                 elif done and journal:
                     journal.add(done)
                     written += sum(part.bytes for part in done.parts)
     shares = world.gather((len(mine) if peers.place == 0 else 0, read, written, faults))
+    # Every node that wants a damaged sample may have found it so.
+    damaged = {name: fault for share in shares for name, fault in share[3].items()}
 
     def end() -> None:
         if plan.opened:
@@ -257,10 +275,10 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
 
     world.everywhere(end)
     return Staged(
-        samples=sum(share[0] for share in shares),
+        samples=sum(share[0] for share in shares) - len(damaged),
         read_bytes=sum(share[1] for share in shares),
         written_bytes=sum(share[2] for share in shares),
-        faults=tuple(sorted({fault for share in shares for fault in share[3]})),
+        faults=tuple(sorted(damaged.values())),
         seconds=plan.seconds + time.perf_counter() - start,
     )
 

@@ -20,9 +20,11 @@ from preprocess.output import DamagedError
         ConfigError("key", 3, "too many"),
         RankError(World(1, 2), DataError("/a", "is bad", "mend it")),
         DamagedError(["/a: is bad", "/b: is bad"]),
+        DamagedError(["/a: cannot be read"], {"/a": "cannot be read"}),
     ],
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_that_was_sent_is_the_same(error: UserError) -> None:
     sent = pickle.loads(pickle.dumps(error))
     assert type(sent) is type(error) and str(sent) == str(error)
+    assert getattr(sent, "unread", None) == getattr(error, "unread", None)

@@ -35,6 +35,7 @@ from hypothesis import strategies as st
 
 from pipelines.dataset import open_folder
 from pipelines.dist import World
+from pipelines.errors import UserError
 from pipelines.formats import FORMATS
 from pipelines.manifest import MANIFEST
 from pipelines.sample import Sample
@@ -298,6 +299,93 @@ def test_a_disk_that_is_full_in_the_middle_of_a_large_file(tmp_path: Path) -> No
         "packed 1",
         *("prepared 1", f"prepared {whole}"),
     ]
+
+
+def lose(path: Path) -> None:
+    """Have `path` in its folder's list, and refuse to be read, as a file whose storage target is lost."""
+    path.rename(path.with_name(f"{path.name}.lost"))
+    path.symlink_to("nowhere")
+
+
+def find(path: Path) -> None:
+    """The inverse."""
+    path.unlink()
+    path.with_name(f"{path.name}.lost").rename(path)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("to", "others"), [("npy", 10), ("packed", 8)])
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_converted(
+    first: int, to: str, others: int, ranks: int, tmp_path: Path
+) -> None:
+    data = write_tiny(tmp_path / "data", train=12, validation=1, form="tfrecord_gzip") / "train"
+    target = tmp_path / "out"
+    bad = [data / f"universe_{index:04d}_000.tfrecord" for index in (first, first + 3)]
+    for path in bad:
+        lose(path)
+    line = ["-i", data, "-o", target, "--to", to, "--samples-per-shard", 2]
+    done = program(CONVERT, *line, ranks=ranks)
+    assert done.code == 1 and "Traceback" not in done.err
+    for path in bad:
+        assert done.err.count(f"error: {path}: cannot be read (No such file or directory)") == 1
+    assert f"{others} samples made" in done.out and not (target / MANIFEST).exists()
+    assert len(open_folder(target)) == others
+    # A rerun tries again, and is done once they are there.
+    done = program(CONVERT, *line)
+    assert ": 0 samples made" in done.out and f" {others} were there" in done.out
+    for path in bad:
+        find(path)
+    assert converted(data, target, to) == Produced(made=12 - others, kept=others)
+    # What was made of one before is as nobody's as that of a damaged one.
+    lose(bad[0])
+    assert program(CONVERT, *line).code == 1
+    assert len(open_folder(target)) == (11 if to == "npy" else 10)
+
+
+def test_a_shard_that_is_lost_keeps_no_other_from_being_converted(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=60, validation=1, form="tfrecord") / "train"
+    order, task = order_conversion(data, tmp_path / "packed", "packed", a_shard=20)
+    produce(order, task, world=World(), workers=2, unit="file")
+    shard = tmp_path / "packed" / "shard_000001.tar"
+    shard.rename(tmp_path / "shard")
+    done = program(CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "npy", "--to", "npy")
+    assert done.code == 1 and f"error: {shard}: cannot be read" in done.err
+    assert "40 samples made" in done.out and "20 files are damaged" in done.err
+    (tmp_path / "shard").rename(shard)
+    done = program(CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "npy", "--to", "npy")
+    assert done.code == 0 and "20 samples made" in done.out and "40 were there" in done.out
+
+
+@pytest.mark.parametrize("to", ["npy", "packed"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_many_in_a_row_that_cannot_be_read_end_the_run(ranks: int, to: str, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=80, validation=1, form="tfrecord_gzip") / "train"
+    line = ["-i", data, "-o", tmp_path / "out", "--to", to, "--samples-per-shard", 20, "--workers", 1]
+    assert program(CONVERT, *line).code == 0
+    before = content(tmp_path / "out")
+    for path in sorted(data.iterdir())[20:]:
+        lose(path)
+    done = program(CONVERT, *line, ranks=ranks)
+    assert done.code == 1 and "Traceback" not in done.err
+    tried = 16 if to == "npy" else 19
+    assert (
+        f"cannot be read (No such file or directory), nor can the {tried} files tried before it" in done.err
+    )
+    assert "samples made" not in done.out
+    for path in sorted(data.glob("*.tfrecord"))[20:]:
+        find(path)
+    assert program(CONVERT, *line).code == 0 and content(tmp_path / "out") == before
+
+
+def test_nothing_is_removed_for_a_source_that_is_not_there_at_all(tmp_path: Path) -> None:
+    data, target = write_tiny(tmp_path / "data", train=4, validation=1) / "train", tmp_path / "out"
+    converted(data, target, "packed")
+    order, task = order_conversion(data, target, "packed", a_shard=2)
+    data.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match=f"{data}: cannot be read"):
+        produce(order, task, world=World(), workers=1, unit="file")
+    assert len(list(target.glob("*.tar"))) == 2
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import tiny_sample, write_tiny
+from helpers import program, tiny_sample, write_tiny
 
 from pipelines.dataset import open_folder
 from pipelines.dist import World
+from pipelines.formats import FORMATS
 from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.manifest import Manifest
 from pipelines.sample import Sample
 from preprocess.convert import order_conversion
 from preprocess.produce import produce
@@ -181,6 +183,58 @@ def test_pairs(kind: str, tmp_path: Path) -> None:
     (folder / f"{STEM}_data.npy").write_bytes(counts)
     (folder / f"{STEM}_label.npy").write_bytes(target)
     check(folder, tmp_path / "npy", folder / f"{STEM}_data.npy", said, SAMPLE)
+
+
+def changed_under_a_manifest(tmp_path: Path, part: str) -> tuple[Path, Path, bytes]:
+    """A data set of npy with manifests, a file of which one byte has been changed, and its sound bytes."""
+    raw, data = write_tiny(tmp_path / "raw", train=6, validation=1), tmp_path / "data"
+    assert program("preprocess.convert", "-i", raw, "-o", data, "--to", "npy").code == 0
+    bad = data / "train" / f"{STEM}_{part}.npy"
+    whole = bad.read_bytes()
+    # Counts and target stay what a sample may have: npy alone does not notice.
+    bad.write_bytes(flipped(whole, len(whole) - 4))
+    open_folder(data / "train").read(1)
+    return data, bad, whole
+
+
+@pytest.mark.parametrize("part", ["data", "label"])
+@pytest.mark.parametrize("to", sorted(FORMATS))
+def test_what_npy_does_not_notice_is_found_by_the_manifest(to: str, part: str, tmp_path: Path) -> None:
+    data, bad, whole = changed_under_a_manifest(tmp_path, part)
+    line = ["-i", data, "-o", tmp_path / "out", "--to", to, "--samples-per-shard", 2, "--workers", 1]
+    done = program("preprocess.convert", *line)
+    assert done.code == 1 and f"error: {bad}: its CRC-32C is not that in manifest.jsonl; " in done.err
+    assert Manifest.load(tmp_path / "out" / "train") is None
+    stems = {open_folder(tmp_path / "out" / "train").stem(i) for i in range(4)}
+    assert STEM not in stems
+    bad.write_bytes(whole[:-4])
+    said = f"error: {bad}: has {len(whole) - 4} bytes where manifest.jsonl says {len(whole)}; "
+    assert said in program("preprocess.convert", *line).err
+    bad.write_bytes(whole)
+    assert program("preprocess.convert", *line).code == 0
+    assert program("preprocess.verify", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("direct", [[], ["--direct-io"]])
+def test_what_npy_does_not_notice_is_not_staged(direct: list[str], tmp_path: Path) -> None:
+    data, bad, whole = changed_under_a_manifest(tmp_path, "data")
+    line = ["-i", data, "-o", tmp_path / "disk", *direct]
+    done = program("preprocess.stage", *line)
+    assert done.code == 1 and f"error: {bad}: its CRC-32C is not that in manifest.jsonl; " in done.err
+    assert len(open_folder(tmp_path / "disk" / "train")) == 5
+    bad.write_bytes(whole)
+    assert program("preprocess.stage", *line).code == 0
+
+
+def test_a_source_that_was_changed_on_purpose_wants_its_manifest_anew(tmp_path: Path) -> None:
+    data, bad, _ = changed_under_a_manifest(tmp_path, "data")
+    line = ["-i", data / "train", "-o", tmp_path / "out", "--to", "tfrecord"]
+    done = program("preprocess.convert", *line)
+    assert "remove manifest.jsonl and write it anew with python -m preprocess.verify --write" in done.err
+    (data / "train" / "manifest.jsonl").unlink()
+    assert program("preprocess.verify", data / "train", "--write").code == 0
+    assert program("preprocess.convert", *line).code == 0
+    np.testing.assert_array_equal(open_folder(tmp_path / "out").read(1).counts, np.load(bad))
 
 
 @pytest.mark.parametrize("kind", LABELS)

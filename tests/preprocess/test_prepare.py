@@ -111,10 +111,21 @@ def write_times(path: Path) -> None:
         h5py.h5d.create(file.id, b"full", h5py.h5t.UNIX_D32LE, space)
 
 
+def lose(path: Path) -> None:
+    """Leave the name of a universe that cannot be read."""
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no counts": (lambda path: write_universe(path, 1, full=None), "has no data set full"),
     "no target": (lambda path: write_universe(path, 1, unitPar=None), "has no data set unitPar"),
     "floats": (lambda path: write_universe(path, 1, full=np.ones((8, 8, 8, 4))), "full is float64"),
+    "no cube": (
+        lambda path: write_universe(path, 1, full=np.ones((8, 8, 4, 4), np.int16)),
+        "full has shape (8, 8, 4, 4)",
+    ),
+    "gone": (lose, "cannot be read (No such file"),
     "too many": (
         lambda path: write_universe(path, 1, full=np.full((8, 8, 8, 4), 40000)),
         "counts run from 40000 to 40000",
@@ -138,19 +149,31 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD)
+# One that is sound by itself makes the shape, if it is the first.
+EVERYWHERE = [(fault, 4) for fault in BAD] + [(fault, 0) for fault in BAD if fault != "another shape"]
+
+
+@pytest.mark.parametrize(("fault", "number"), EVERYWHERE)
 def test_a_bad_universe_keeps_no_other_from_being_cut(
-    fault: str, universes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fault: str, number: int, universes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage, said = BAD[fault]
-    bad = universes / "21691" / "univ_ics_4.hdf5"
+    bad = universes / f"2169{number % 3}" / f"univ_ics_{number}.hdf5"
     damage(bad)
     assert main(["-i", str(universes), "-o", str(tmp_path / "out"), "--sample-size", "4"]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if str(bad) in line]
     assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
     assert len(list((tmp_path / "out").rglob("*.tfrecord"))) == 64
-    write_universe(bad, 4)
+    bad.unlink()
+    write_universe(bad, number)
     assert main(["-i", str(universes), "-o", str(tmp_path / "out"), "--sample-size", "4"]) == 0
+
+
+def test_where_no_universe_is_sound_the_first_is_named(universes: Path, tmp_path: Path) -> None:
+    for path in universes.rglob("*.hdf5"):
+        path.write_bytes(b"no")
+    done = program("preprocess.prepare", "-i", universes, "-o", tmp_path / "out", "--sample-size", "4")
+    assert done.code == 1 and done.err.startswith(f"error: {universes}/21690/univ_ics_0.hdf5: cannot be read")
 
 
 def test_what_does_not_fit_is_one_line(universes: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from helpers import (
 from cosmoflow_dali.baseline import fit_ridge
 from pipelines.dataset import open_split
 from pipelines.dist import World
-from pipelines.errors import DataError
+from pipelines.errors import AccessError, ConfigError, DataError, UserError
 from pipelines.files import locked, read_file
 from pipelines.formats import FORMATS
 from pipelines.reader import Reader
@@ -136,9 +136,78 @@ def test_a_damaged_sample_is_named_and_the_others_are_staged(tmp_path: Path) -> 
     done = on_nodes(2, 1, data, tmp_path / "disk")
     assert [code for code, _, _ in done] == [1, 1]
     assert f"error: {bad}: its gzip stream is cut off" in done[0][2]
+    assert "staged 4 of 5 samples on 2 nodes" in done[0][1]
     assert "1 samples are damaged" in done[0][2] and "Traceback" not in "".join(err for _, _, err in done)
     for node in "01":
         assert len(list((tmp_path / "disk" / node / "train").glob("*_data.npy"))) == 4
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_staged(first: int, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=12, validation=1, form="tfrecord_gzip")
+    bad = data / "train" / f"universe_{first:04d}_000.tfrecord"
+    bad.rename(tmp_path / "lost")
+    bad.symlink_to("nowhere")
+    for done_before in (False, True):
+        done = on_nodes(2, 1, data, tmp_path / "disk")
+        assert [code for code, _, _ in done] == [1, 1]
+        assert f"error: {bad}: cannot be read (No such file or directory)" in done[0][2]
+        there = 0 if done_before else 11
+        assert f"staged {there} of 12 samples on 2 nodes" in done[0][1]
+        assert "error: 1 samples are damaged" in done[0][2] and "Traceback" not in done[0][2] + done[1][2]
+        assert [len(open_split(tmp_path / "disk" / node, "train")) for node in "01"] == [11, 11]
+    bad.unlink()
+    (tmp_path / "lost").rename(bad)
+    assert [code for code, _, _ in on_nodes(2, 1, data, tmp_path / "disk")] == [0, 0]
+    assert [len(open_split(tmp_path / "disk" / node, "train")) for node in "01"] == [12, 12]
+
+
+def test_a_source_that_is_lost_whole_ends_staging_and_nothing_is_removed(tmp_path: Path) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=20, validation=1), tmp_path / "disk"
+    staged(data, disk)
+    before = content(disk)
+    splits = {name: open_split(data, name) for name in ("train", "validation")}
+    (data / "train").rename(tmp_path / "gone")
+    with pytest.raises(AccessError, match=f"{data}/train: cannot be read"):
+        stage(splits, disk, StageConfig(str(disk)), World())
+    # The folder is there, and no file in it.
+    (data / "train").mkdir()
+    with pytest.raises(AccessError, match=r"cannot be read .*, nor can the 16 files tried before it"):
+        stage(splits, disk, StageConfig(str(disk)), World())
+    assert content(disk) == before
+
+
+def test_files_that_are_lost_while_staging_end_it_if_they_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=40, validation=1), tmp_path / "disk"
+
+    def lost(path: Path, *, direct: bool = False) -> bytes:
+        there = int(path.name[9:13]) not in range(20, 40)
+        return read_file(path if there else path.with_suffix(".lost"), direct=direct)
+
+    monkeypatch.setattr("pipelines.dataset.read_file", lost)
+    with pytest.raises(UserError, match="nor can the 16 files tried before it"):
+        staged(data, disk)
+    monkeypatch.undo()
+    assert staged(data, disk)[0].faults == ()
+    assert len(open_split(disk, "train")) == 40
+
+
+def test_training_goes_on_without_a_file_that_cannot_be_staged(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=8, validation=2, form="tfrecord_gzip")
+    bad = data / "train" / "universe_0002_000.tfrecord"
+    bad.unlink()
+    bad.symlink_to("nowhere")
+    where = {"dir": str(data), "stage": {"dir": str(tmp_path / "disk")}}
+    loader = {"batch_size": 4, "on_bad_sample": "skip"}
+    config = config_file(tmp_path / "c.yaml", data, data=where, loader=loader, epochs=1)
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_samples"]["train"] == 1
+    logged = (tmp_path / "run" / "mlperf.log").read_text().splitlines()
+    (stop,) = (line for line in logged if '"staging_stop"' in line)
+    assert '"samples": 9' in stop
 
 
 def test_a_node_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -193,8 +262,21 @@ def test_a_shard_that_is_cut_off_keeps_no_other_from_being_staged(tmp_path: Path
     shard = tmp_path / "packed" / "train" / "shard_000001.tar"
     shard.write_bytes(shard.read_bytes()[:600])
     train, validation = staged(tmp_path / "packed", tmp_path / "disk")
-    assert len(train.faults) == 3 and all("is cut off: the shard ends" in fault for fault in train.faults)
+    assert (train.samples, len(train.faults)) == (3, 3) and all(
+        "is cut off: the shard ends" in fault for fault in train.faults
+    )
     assert validation.faults == () and len(open_split(tmp_path / "disk", "train")) == 3
+
+
+def test_samples_of_a_shard_that_is_lost_are_counted_and_it_is_named_once(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=6, validation=1)
+    for name in ("train", "validation"):
+        assert convert(data / name, tmp_path / "packed" / name, "packed", workers=1, a_shard=3) == 0
+    shard = tmp_path / "packed" / "train" / "shard_000001.tar"
+    shard.unlink()
+    done = program(STAGE, "-i", tmp_path / "packed", "-o", tmp_path / "disk")
+    assert done.code == 1 and "staged 3 of 6 samples" in done.out and "3 samples are damaged" in done.err
+    assert done.err.count(f"error: {shard}: cannot be read") == 1
 
 
 def test_the_room_for_both_splits_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,10 +430,13 @@ def test_nodes_that_share_a_folder_are_told_and_do_not_wait_for_each_other(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--shard-type", "local", "--shard-multiplier", "2"], "shard_multiplier = 2: does not divide the 3"),
+        (
+            ["--shard-type", "local", "--shard-multiplier", "2"],
+            "shard_multiplier = 2: does not divide the 3 nodes of a model: take 1 or 3, or other nodes",
+        ),
         (["--preshuffle"], "stage.shard_type = 'global': has one share"),
         (["--shard-type", "local", "--shard-multiplier", "0"], "stage.shard_multiplier = 0"),
-        (["--models", "2"], "models = 2: do not share out the 3 nodes"),
+        (["--models", "2"], "models = 2: do not share out the 3 nodes: take 1 or 3 models, or other nodes"),
     ],
 )
 def test_shares_that_do_not_fit_are_refused(
@@ -371,6 +456,22 @@ def test_a_node_without_room_is_told_before_anything_is_copied(tmp_path: Path) -
     assert done.code == 1
     assert "bytes free on" in done.err and "409600 are to come" in done.err and "Traceback" not in done.err
     assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        (
+            "$NO_SUCH/x",
+            r"stage.dir = '\$NO_SUCH/x': \$NO_SUCH is not set on \S+: set it, or write the folder",
+        ),
+        ("/x/${NO_SUCH}/$HOME", r"\$\{NO_SUCH\} is not set on \S+: set it, or write the folder without"),
+        ("/x/$", r"stage.dir = '/x/\$': a lone \$: name one, or write the folder without a variable"),
+    ],
+)
+def test_a_folder_that_names_no_variable_is_refused(folder: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        _ = StageConfig(folder).folder
 
 
 def test_direct_reads_give_the_same_bytes(tmp_path: Path) -> None:
