@@ -32,9 +32,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
+from benchmarks.layers import Layer
 from benchmarks.limits import copy_rate, matrix_rate, step_flops
 from benchmarks.picture import draw
-from benchmarks.recipes import Contestant, Layer, Recipe
+from benchmarks.recipes import Contestant, Recipe
 from cosmoflow_dali.engines import ComputeConfig
 from cosmoflow_dali.step import input_dtype, settle_float32
 from pipelines.errors import UserError

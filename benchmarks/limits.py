@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.recipes import Network, shape_of, timed
+from benchmarks.clock import timed
+from benchmarks.recipes import Network, shape_of
 from cosmoflow_dali.networks import build_model
 
 MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -21,7 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cosmoflow_dali.blocks import LEAK, max_block, plain_max_block
+from benchmarks.clock import settle, timed
+from benchmarks.layers import Layer, layers_alone
+from cosmoflow_dali.blocks import LEAK
 from cosmoflow_dali.engines import ComputeConfig, distribute, make_engine
 from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
 from cosmoflow_dali.networks import build_model
@@ -34,16 +35,12 @@ from pipelines.errors import UserError
 from pipelines.sample import Batch, SampleSpec
 
 Network = Literal["reference", "open"]
-Block = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 _Prepared = tuple[Callable[[], None], Callable[[], torch.Tensor], nn.Module, Batch]
 Turn = tuple[float, float, float]
 """Of a turn: seconds on the clock, of processors, and of the forward pass alone on the clock."""
 
 _LEAD = 10
 """Steps of a turn on a GPU before the clock starts."""
-
-_REPEATED = {"cpu": 2, "cuda": 50}
-"""How often a block alone is run at a time, by kind of device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +60,6 @@ class Recipe:
     layout: Literal["channels_last", "contiguous"] = "channels_last"
     optimizer: Literal["default", "auto", "apex", "fused", "foreach"] = "auto"
     data: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A convolution block alone, forward and backward: milliseconds, and what it computes and moves at least.
-
-    bytes_moved: input and output of the block once forward, and both with their gradients backward.
-    """
-
-    name: str
-    ms: float
-    gflop: float
-    bytes_moved: float
 
 
 class PlainReference(CosmoFlow):
@@ -185,7 +169,7 @@ def _answer(
     requests.send("ready")
     while (request := requests.recv()) != "end":
         if request == "layers":
-            requests.send(list(_layers(model, batch, recipe)))
+            requests.send(list(layers_alone(model, batch, recipe.compute, plain=recipe.plain)))
         elif request == "peak":
             gpu = device.type == "cuda"
             requests.send(torch.cuda.max_memory_allocated() if gpu else _most_memory() - start)
@@ -193,7 +177,7 @@ def _answer(
             with torch.profiler.profile(record_shapes=True) as trace:
                 for _ in range(3):
                     step()
-                _wait(device)
+                settle(device)
             trace.export_chrome_trace(request[1])
             requests.send("written")
         else:
@@ -280,84 +264,7 @@ def _read(
     return itertools.chain.from_iterable(loader.batches(epoch, into=into) for epoch in itertools.count())
 
 
-def _layers(model: nn.Module, batch: Batch, recipe: Recipe) -> Iterator[Layer]:
-    """Each block of the reference network alone, on input of the right shape."""
-    if not isinstance(model, CosmoFlow):
-        return
-    volume, device = batch.volume, batch.volume.device
-    for number, conv in enumerate(model.convs):
-        weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
-        block = _block(recipe, number)
-        given = torch.rand_like(volume).requires_grad_(number > 0)
-        with autocast(recipe.compute.precision, device):
-            made = block(given, weight, bias)
-        gradient = torch.rand_like(made)
-
-        def both(
-            given: torch.Tensor = given,
-            weight: torch.Tensor = weight,
-            bias: torch.Tensor = bias,
-            gradient: torch.Tensor = gradient,
-            block: Block = block,
-        ) -> None:
-            with autocast(recipe.compute.precision, device):
-                made = block(given, weight, bias)
-            wanted = [each for each in (given, weight, bias) if each.requires_grad]
-            torch.autograd.grad(made, wanted, gradient)
-
-        times = _REPEATED[device.type]
-        act = _captured(both) if device.type == "cuda" else both
-        act()
-        wall = min(timed(act, times, device)[0] / times for _ in range(3))
-        products = 27 * weight.shape[1] * weight.shape[0] * given[0, 0].numel() * given.shape[0]
-        passes = 3 if number else 2
-        moved = given.nbytes * (3 if number else 2) + 2 * made.nbytes
-        yield Layer(f"block {number + 1}", 1e3 * wall, 2e-9 * products * passes, moved)
-        volume = made.detach()
-
-
-def _captured(act: Callable[[], None]) -> Callable[[], None]:
-    """`act` as a CUDA graph: of a small block's kernels one would time the launching."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(3):
-            act()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=beside):
-        act()
-    return graph.replay
-
-
-def _block(recipe: Recipe, number: int) -> Block:
-    """What `recipe` computes block `number` of the reference network with."""
-    if recipe.plain:
-        return plain_max_block
-    if number == 0 and recipe.compute.first_block == "triton":
-        # Triton may not be installed.
-        from cosmoflow_dali.first_block import first_block
-
-        return first_block
-    return max_block
-
-
 def _most_memory() -> int:
     """The most bytes that this process has had in memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
-def timed(act: Callable[[], object], times: int, device: torch.device) -> tuple[float, float]:
-    """Seconds on the clock and of processors for `times` calls."""
-    _wait(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(times):
-        act()
-    _wait(device)
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,0 +1,96 @@
+"""The reference network's convolution blocks, each alone: what it takes, computes and moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from benchmarks.clock import timed
+from cosmoflow_dali.blocks import max_block, plain_max_block
+from cosmoflow_dali.engines import ComputeConfig
+from cosmoflow_dali.model import CosmoFlow
+from cosmoflow_dali.step import autocast
+from pipelines.sample import Batch
+
+Block = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_REPEATED = {"cpu": 2, "cuda": 50}
+"""How often a block alone is run at a time, by kind of device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A convolution block alone, forward and backward: milliseconds, and what it computes and moves at least.
+
+    bytes_moved: input and output of the block once forward, and both with their gradients backward.
+    """
+
+    name: str
+    ms: float
+    gflop: float
+    bytes_moved: float
+
+
+def layers_alone(model: nn.Module, batch: Batch, compute: ComputeConfig, *, plain: bool) -> Iterator[Layer]:
+    """Each block of the reference network alone, on input of the right shape; `plain` as torch has it."""
+    if not isinstance(model, CosmoFlow):
+        return
+    volume, device = batch.volume, batch.volume.device
+    for number, conv in enumerate(model.convs):
+        weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
+        block = _block(compute, number, plain=plain)
+        given = torch.rand_like(volume).requires_grad_(number > 0)
+        with autocast(compute.precision, device):
+            made = block(given, weight, bias)
+        gradient = torch.rand_like(made)
+
+        def both(
+            given: torch.Tensor = given,
+            weight: torch.Tensor = weight,
+            bias: torch.Tensor = bias,
+            gradient: torch.Tensor = gradient,
+            block: Block = block,
+        ) -> None:
+            with autocast(compute.precision, device):
+                made = block(given, weight, bias)
+            wanted = [each for each in (given, weight, bias) if each.requires_grad]
+            torch.autograd.grad(made, wanted, gradient)
+
+        times = _REPEATED[device.type]
+        act = _captured(both) if device.type == "cuda" else both
+        act()
+        wall = min(timed(act, times, device)[0] / times for _ in range(3))
+        products = 27 * weight.shape[1] * weight.shape[0] * given[0, 0].numel() * given.shape[0]
+        passes = 3 if number else 2
+        moved = given.nbytes * (3 if number else 2) + 2 * made.nbytes
+        yield Layer(f"block {number + 1}", 1e3 * wall, 2e-9 * products * passes, moved)
+        volume = made.detach()
+
+
+def _captured(act: Callable[[], None]) -> Callable[[], None]:
+    """`act` as a CUDA graph: of a small block's kernels one would time the launching."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            act()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=beside):
+        act()
+    return graph.replay
+
+
+def _block(compute: ComputeConfig, number: int, *, plain: bool) -> Block:
+    """What computes block `number` of the reference network."""
+    if plain:
+        return plain_max_block
+    if number == 0 and compute.first_block == "triton":
+        # Triton may not be installed.
+        from cosmoflow_dali.first_block import first_block
+
+        return first_block
+    return max_block
