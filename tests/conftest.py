@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine has not the hardware for."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("there is no CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def _mpirun_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder of its own for what a test's mpirun notes: one that is killed leaves it behind.
+
+    Elsewhere the next mpirun with the same process number finds it and does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="mpirun", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("PRTE_MCA_prte_tmpdir_base", folder)
+        yield
 
 
 @pytest.fixture(scope="session")
