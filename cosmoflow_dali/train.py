@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = whole.split(arguments.instances)
         device = world.device(arguments.config.device)
     # From here on what all ranks of a model know is told by that model's own rank 0.
-    with report_errors(world):
+    with report_errors(world, "stopped; what the last checkpoint holds goes on with --run-dir RUN --resume"):
         arguments = of_model(arguments, world.model)
         console = Console(speaks=world.is_root)
         for note in arguments.notes:

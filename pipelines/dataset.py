@@ -17,7 +17,7 @@ from pipelines.errors import AccessError, DataError
 from pipelines.files import Member, read_file
 from pipelines.formats import FORMATS, CountsPayload, Format, Payload
 from pipelines.formats.npy import DATA, LABEL
-from pipelines.formats.packed import MEMBER, PackedFormat, payload_of, sample_members
+from pipelines.formats.packed import MEMBER, PackedFormat, member_stem, payload_of, sample_members
 from pipelines.formats.tfrecord import GZIP_MAGIC
 from pipelines.lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.manifest import MANIFEST, Manifest
@@ -123,7 +123,7 @@ class Split:
     def stem(self, index: int) -> str:
         """The name of sample `index`, whatever the format."""
         name = self.names[index]
-        return name.rpartition("/")[2].removesuffix(MEMBER if self.extents else self.format.suffix)
+        return member_stem(name) if self.extents else name.removesuffix(self.format.suffix)
 
     @property
     def units(self) -> list[str]:

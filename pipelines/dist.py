@@ -9,6 +9,7 @@ arithmetic, no process group exists, and torch, which takes its time to import, 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -229,9 +230,9 @@ class World:
             _watch.outlast_root()
         self._exit(status)
 
-    def leave_first(self) -> NoReturn:
-        """End this process with status 1, for a reason that this rank has told."""
-        self._exit(1)
+    def leave_first(self, status: int = 1) -> NoReturn:
+        """End this process with `status`, for a reason that this rank has told."""
+        self._exit(status)
 
     def _exit(self, status: int) -> NoReturn:
         if self.size == 1:
@@ -348,8 +349,11 @@ def launched() -> World:
 
 
 @contextmanager
-def report_errors(world: World) -> Iterator[None]:
-    """Leave the process with status 1 and one line where the body raises what a user can cause."""
+def report_errors(world: World, stopped: str = "stopped") -> Iterator[None]:
+    """Leave the process with status 1 and one line where the body raises what a user can cause.
+
+    stopped: the line for Ctrl-C, which ends it with 130.
+    """
     try:
         yield
     except UserError as error:
@@ -361,6 +365,10 @@ def report_errors(world: World) -> Iterator[None]:
         if not known:
             world.leave_first()
         world.leave(1)
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr, flush=True)
+        _part(stopped, known=False)
+        world.leave_first(128 + signal.SIGINT)
     except OSError as error:
         # A file system that has gone, a right that was taken away: it says which file.
         print(f"error: {RankError(world, UserError(str(error)))}", file=sys.stderr, flush=True)

@@ -20,6 +20,9 @@ from pipelines.errors import AccessError
 TEMPORARY = ".tmp"
 """The suffix of a file that is being written; one that is left over is safe to remove."""
 
+LOCK = ".lock"
+"""The file by which a writer holds a folder; one that is left over holds nothing."""
+
 _TEMPORARY = re.compile(rf"\.(.+)\.\d+{re.escape(TEMPORARY)}")
 """Its name, with the one that it is to get."""
 
@@ -182,19 +185,36 @@ def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
     Where another process has it, `wait()` is called, and if it returns, waited. A file system
     without locks gives the right to everyone.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    # A file of its own, open for writing: NFS and Lustre carry no lock on a folder to other nodes.
+    path, held = folder / LOCK, False
+    while not held:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            wait()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-        yield descriptor
-    finally:
-        os.close(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wait()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+            # Who had it before has removed the file, and others may hold the one that is there now.
+            held = _is_at(path, descriptor)
+            if held:
+                try:
+                    yield descriptor
+                finally:
+                    path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the file that is open as `descriptor` is the one at `path`."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def read_file(path: Path, *, direct: bool = False) -> bytes:

@@ -19,7 +19,7 @@ from pipelines.manifest import Source
 from pipelines.packing import encode
 from pipelines.sample import Sample, SampleSpec
 from pipelines.shards import SHARD, write_shard
-from preprocess.output import DamagedError, make_entries
+from preprocess.entries import DamagedError, make_entries
 
 Line = tuple[str, Sequence[int], Sequence[int]]
 """A sample of the source: its name there; where in a shard it starts and how long it is; of each of its
@@ -88,7 +88,7 @@ def _members(split: Split) -> Iterator[tuple[str, Iterator[bytes]]]:
     """The members of a shard of all of `split`; DamagedError after the last one if some are damaged."""
     faults: list[str] = []
     unread: dict[str, str] = {}
-    readable = False
+    sound = damaged = False
     for index in range(len(split)):
         try:
             sample = _read(split, index)
@@ -97,9 +97,9 @@ def _members(split: Split) -> Iterator[tuple[str, Iterator[bytes]]]:
             if isinstance(error, UnreadableError):
                 unread[error.path] = error.fault
             else:
-                readable = True
+                damaged = True
         else:
-            readable = True
+            sound = True
             yield split.stem(index) + MEMBER, encode(sample)
     if faults:
-        raise DamagedError(faults, None if readable else unread)
+        raise DamagedError(faults, None if sound or damaged else unread, damaged=damaged)

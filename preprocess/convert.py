@@ -21,7 +21,7 @@ from pipelines.errors import ConfigError, DataError
 from pipelines.formats import FORMATS
 from pipelines.formats.packed import PackedFormat
 from preprocess.conversion import Conversion, lines_of
-from preprocess.produce import Job, Order, run
+from preprocess.produce import Job, Order, add_prune, run
 from preprocess.workforce import Task
 
 A_SHARD = 64
@@ -29,12 +29,18 @@ A_SHARD = 64
 
 
 def order_conversion(
-    source: Path, target: Path, to: str, *, a_shard: int = A_SHARD, expected: str | None = None
+    source: Path,
+    target: Path,
+    to: str,
+    *,
+    a_shard: int = A_SHARD,
+    expected: str | None = None,
+    prune: bool = False,
 ) -> tuple[Order, Task]:
     """The order to have the samples in `source` as `to` in `target`, and the task for it.
 
-    a_shard: samples in a shard, of a format that has them. DataError where `source` has no samples,
-        none of the format `expected`, or is `target`.
+    a_shard: samples in a shard, of a format that has them. prune: see Order. DataError where `source`
+        has no samples, none of the format `expected`, or is `target`.
     """
     split = open_folder(source)
     if expected is not None and split.form != expected:
@@ -42,15 +48,16 @@ def order_conversion(
     if target.exists() and target.samefile(source):
         raise DataError(target, "is the source itself", "choose another folder")
     lines, sharded = lines_of(split), to == PackedFormat.name
+    stems = [split.stem(index) for index in range(len(split))]
     if sharded:
         starts = range(0, len(lines), a_shard)
         jobs = [Job(lines[at : at + a_shard], [f"shard_{at // a_shard:06d}"]) for at in starts]
     else:
-        jobs = [Job([line], [split.stem(index)]) for index, line in enumerate(lines)]
+        jobs = [Job([line], [stem]) for line, stem in zip(lines, stems, strict=True)]
     conversion = Conversion(
         str(source), split.form, split.spec.size, split.spec.channels, str(target), to, sharded
     )
-    return Order(target, to, split.spec, jobs), conversion
+    return Order(target, to, split.spec, jobs, stems, prune), conversion
 
 
 def convert(
@@ -61,6 +68,7 @@ def convert(
     workers: int | None,
     a_shard: int = A_SHARD,
     expected: str | None = None,
+    prune: bool = False,
 ) -> int:
     """Run the command line; the exit status."""
 
@@ -71,7 +79,9 @@ def convert(
             raise ConfigError("--samples-per-shard", a_shard, "expected at least one")
         splits = [split for split in SPLITS if (source / split).is_dir()]
         pairs = [(source / split, target / split) for split in splits] or [(source, target)]
-        return [order_conversion(*pair, to, a_shard=a_shard, expected=expected) for pair in pairs]
+        return [
+            order_conversion(*pair, to, a_shard=a_shard, expected=expected, prune=prune) for pair in pairs
+        ]
 
     return run(orders, workers=workers, unit="file", target=target)
 
@@ -88,10 +98,15 @@ def convert_as_original(name: str, to: str, argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "-c", "--compression", type=str.lower, choices=["gzip"], help="of the TFRecords (default: as found)"
     )
+    add_prune(parser)
     arguments = parser.read(argv)
-    expected = "tfrecord_gzip" if arguments.compression else None
     return convert(
-        arguments.input_dir, arguments.output_dir, to, workers=arguments.num_processes, expected=expected
+        arguments.input_dir,
+        arguments.output_dir,
+        to,
+        workers=arguments.num_processes,
+        expected="tfrecord_gzip" if arguments.compression else None,
+        prune=arguments.prune,
     )
 
 
@@ -108,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--samples-per-shard", type=int, default=A_SHARD, help=f"of packed ones (default: {A_SHARD})"
     )
+    add_prune(parser)
     arguments = parser.read(argv)
     return convert(
         arguments.input_dir,
@@ -115,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.to,
         workers=arguments.workers,
         a_shard=arguments.samples_per_shard,
+        prune=arguments.prune,
     )
 
 

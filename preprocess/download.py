@@ -22,6 +22,7 @@ from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.formats.tfrecord import SUFFIX
 from pipelines.manifest import MANIFEST
 from preprocess.fetch import fetch
+from preprocess.progress import STOPPED
 from preprocess.verify import verify
 
 URL = "https://portal.nersc.gov/project/dasrepo/cosmoflow-benchmark/cosmoUniverse_2019_05_4parE_tf_small.tgz"
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default=URL, help="of the archive, a tar of train/ and validation/")
     parser.add_argument("--sha256", help="of the archive; its own CRCs are checked in any case")
     arguments = parser.read(argv)
-    with report_errors(World()):
+    with report_errors(World(), STOPPED):
         if not arguments.small:
             raise ConfigError(
                 "--small",

@@ -22,7 +22,7 @@ from pipelines.files import Written
 from pipelines.formats import FORMATS
 from pipelines.manifest import Source
 from pipelines.sample import COUNT_LIMIT, Sample, check_target
-from preprocess.output import make_entries
+from preprocess.entries import make_entries
 
 COUNTS, TARGET = "full", "unitPar"
 

@@ -28,9 +28,13 @@ _UNKNOWN = Source(0, "")
 
 
 def look(
-    split: Split, target: Path, origins: npt.NDArray[Any], world: World, held: ExitStack
+    split: Split, whole: Split, target: Path, origins: npt.NDArray[Any], world: World, held: ExitStack
 ) -> npt.NDArray[np.bool_] | None:
-    """Which samples `target` lacks, and have it open for them; None where it is whole and left as it is."""
+    """Which samples `target` lacks, and have it open for them; None where it is whole and left as it is.
+
+    What is there of others goes: of those of `whole` that are now for other nodes, and, since these are
+    copies, of those that `whole` has no longer.
+    """
 
     def wait() -> None:
         # For another model on this node, which may be staging the same. To wait for anyone else would be to
@@ -47,7 +51,8 @@ def look(
     except OSError as error:
         raise AccessError.writing(target, error) from error
     form, stems = staged_form(split), [split.stem(index) for index in range(len(split))]
-    known = begin(target, form, split.spec, stems)
+    source = (whole.stem(index) for index in range(len(whole)))
+    known = begin(target, form, split.spec, stems, source, prune=True)
     sound = {
         stem: known[stem]
         for index, stem in enumerate(stems)

@@ -8,47 +8,52 @@ that does not vouch for. At the end they become the manifest and the list files,
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from pipelines.dataset import list_folder
-from pipelines.errors import AccessError, DataError, UnreadableError, UserError
-from pipelines.files import Written, final_name, remove_temporaries, write_chunks
+from pipelines.errors import AccessError, DataError
+from pipelines.files import LOCK, final_name, remove_temporaries, write_chunks
 from pipelines.formats import FORMATS
 from pipelines.formats.npy import DATA, LABEL
+from pipelines.formats.packed import PackedFormat, member_stem, sample_members
 from pipelines.lists import DATA_LIST, LABEL_LIST, Listed, write_list
-from pipelines.manifest import MANIFEST, Entry, Manifest, Source
+from pipelines.manifest import MANIFEST, Entry, Manifest
 from pipelines.sample import SampleSpec
-from preprocess.lost import Lost
 
 _JOURNAL = re.compile(r"\.journal\.(?P<form>\w+)\.(?P<writer>\d+)\.jsonl")
 _OURS = (MANIFEST, DATA_LIST, LABEL_LIST)
 
 
-def begin(folder: Path, form: str, spec: SampleSpec, stems: Iterable[str]) -> dict[str, Entry]:
-    """Make `folder` ready for the samples `stems` of `spec` as `form`: what it has of them, by stem.
+def begin(
+    folder: Path, form: str, spec: SampleSpec, stems: Iterable[str], source: Iterable[str], *, prune: bool
+) -> dict[str, Entry]:
+    """Make `folder` ready for the entries `stems` of `spec` as `form`: what it has of them, by stem.
 
-    What was made of other samples of this source, which are no longer wanted, is removed. DataError
-    where the folder holds something else, which is left as it is. One process calls this, and
-    nobody else may be writing there.
+    source: all samples that there are to make entries of, here and elsewhere. What is in the folder
+        of others goes, with `prune`, or is refused.
+
+    Other entries of the source's samples, which are no longer wanted here, are removed. DataError where
+    the folder holds something else, which is left as it is. One process calls this, and nobody else
+    may be writing there.
     """
-    expected = set(stems)
+    expected, ours = set(stems), set(source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = list_folder(folder)
         found = noted(folder, form, spec)
         known = {stem: entry for stem, entry in found.items() if stem in expected}
         unwanted = [entry for stem, entry in found.items() if stem not in expected]
-        _check(folder, form, expected, names, unwanted)
+        _check_samples(folder, form, ours, names, found, prune=prune)
+        stray = _check_names(folder, form, expected, ours, names, unwanted)
         remove_temporaries(folder)
         if unwanted or any(map(_JOURNAL.fullmatch, names)):
             suspend(folder, form, known.values())
         remove(folder, unwanted)
+        _unlink(folder, stray)
     except OSError as error:
         raise AccessError.writing(folder, error) from error
     return known
@@ -108,68 +113,7 @@ def list_files(form: str, stems: Sequence[str]) -> dict[str, list[str]]:
 
 def is_unfinished(name: str) -> bool:
     """Whether `name` is that of a file which a writer that was stopped has left."""
-    return bool(_JOURNAL.fullmatch(name) or final_name(name))
-
-
-def make_entries(
-    target: Path,
-    origin: Callable[[], Source],
-    wanted: Sequence[tuple[str, Any]],
-    make: Callable[[], Iterable[tuple[str, Sequence[Written]]]],
-) -> dict[str, Any]:
-    """Make the entries of one source in `target`, for a task of `preprocess.produce` to answer with.
-
-    wanted: their stems, each with what is noted of it, an Entry as JSON, or None.
-    origin: tells what they are to be made from.
-    make: writes the files of each entry and yields its stem and them; asked if one of them is not
-        there, whole and of this `origin`. Its DataError or DamagedError is the source's fault,
-        unless it is an AccessError of what is written, or the source's folder is lost too; what was
-        made of the source before is then removed.
-
-    The answer's "unread" is for `Lost.note`.
-    """
-    source: Source | None = None
-    with contextlib.suppress(UnreadableError):  # Who reads it tells which file, and why.
-        source = origin()
-    known = [Entry.from_json(line) for _, line in wanted if line is not None]
-    whole = [entry for entry in known if source and entry.source == source and entry.is_whole_in(target)]
-    if len(whole) == len(wanted):
-        return {"made": [], "kept": [entry.stem for entry in whole], "faults": [], "unread": {}}
-    made: list[Any] = []
-    faults: list[str] = []
-    unread: Mapping[str, str] = {}
-    try:
-        for stem, written in make():
-            made.append(Entry.of(stem, written, source).to_json())
-    except UnreadableError as error:
-        faults.append(str(error))
-        unread = {error.path: error.fault}
-    except AccessError:
-        raise
-    except DataError as error:
-        faults.append(str(error))
-    except DamagedError as error:
-        faults += error.faults
-        unread = error.unread
-    Lost().note(unread)
-    if faults:
-        anew = {line[0] for line in made}
-        remove(target, (entry for entry in known if entry.stem not in anew))
-    return {"made": made, "kept": [], "faults": faults, "unread": unread}
-
-
-class DamagedError(UserError):
-    """Several samples that are to become one file are damaged: a line each.
-
-    unread: if not one of their files could be read, the fault of each by its path.
-    """
-
-    def __init__(self, faults: Sequence[str], unread: Mapping[str, str] | None = None) -> None:
-        self.faults, self.unread = tuple(faults), dict(unread or {})
-        super().__init__(f"{len(faults)} samples are damaged, the first of them: {faults[0]}")
-
-    def __reduce__(self) -> tuple[type[DamagedError], tuple[tuple[str, ...], dict[str, str]]]:
-        return type(self), (self.faults, self.unread)
+    return bool(name == LOCK or _JOURNAL.fullmatch(name) or final_name(name))
 
 
 class Journal:
@@ -204,26 +148,71 @@ class Journal:
                 raise AccessError.writing(self._path, late) from late
 
 
-def _check(
-    folder: Path, form: str, expected: set[str], names: Sequence[str], unwanted: Sequence[Entry]
+def _check_samples(
+    folder: Path, form: str, ours: set[str], names: Sequence[str], found: Mapping[str, Entry], *, prune: bool
 ) -> None:
-    """Refuse a folder that holds samples of another source, or no samples at all."""
+    """Refuse a folder that holds samples which are not `ours`: with `prune`, where it holds no others."""
+    held: set[str] = set()
+    there = set(names)
+    for entry in found.values():
+        if any(entry.stem + part.suffix in there for part in entry.parts):
+            members = [member_stem(member.name) for part in entry.parts for member in part.members]
+            held.update(members or [entry.stem])
+    if form == PackedFormat.name:
+        # What a shard holds its name does not tell; a run that was killed has left a few without a note.
+        for name in names:
+            stem = name.removesuffix(PackedFormat.suffix)
+            if stem != name and stem not in found and stem not in ours:
+                held.update(_members_of(folder / name))
+    others = held - ours
+    if others and others == held:
+        # Whoever named the wrong folder shall not lose what is in it.
+        fault = f"holds {min(others)} and no sample of this source"
+        raise DataError(folder, fault, "choose another folder")
+    if others and not prune:
+        fault = f"holds samples that are not in the source, {len(others)} in all, the first {min(others)}"
+        remedy = "bring them back there, choose another folder, or have them removed here with --prune"
+        raise DataError(folder, fault, remedy)
+
+
+def _members_of(shard: Path) -> list[str]:
+    """The stems of the samples in `shard`: none if it is damaged, so that it can be made again."""
+    try:
+        return [member_stem(member.name) for member in sample_members(shard)]
+    except AccessError:
+        raise
+    except DataError:
+        return []
+
+
+def _check_names(
+    folder: Path,
+    form: str,
+    expected: set[str],
+    ours: set[str],
+    names: Sequence[str],
+    unwanted: Sequence[Entry],
+) -> list[str]:
+    """Refuse a folder with files that nobody vouches for and that are not named as those of the source.
+
+    Returns those named as samples that are `ours`, but not `expected` in this folder.
+    """
     parts = FORMATS[form].parts + FORMATS[form].extras
     left = {name for entry in unwanted if entry.source for name in _whole(folder, entry)}
-    wanted = False
+    stray: list[str] = []
     for name in names:
         final = final_name(name)
-        if _is_note(name) or (final and (_is_note(final) or final.endswith(parts))):
+        if name == LOCK or _is_note(name) or (final and (_is_note(final) or final.endswith(parts))):
             continue
         suffix = next((part for part in parts if name.endswith(part)), None)
-        if suffix is not None and name.removesuffix(suffix) in expected:
-            wanted = True
-        elif name not in left:
+        stem = name.removesuffix(suffix) if suffix is not None else None
+        if stem in expected or name in left:
+            continue
+        if stem not in ours:
             fault = f"holds {name}, which is no sample of the source as {form}"
             raise DataError(folder, fault, "remove it, or choose another folder")
-    if left and not wanted:
-        # Made of another source: whoever named the wrong folder shall not lose what is in it.
-        raise DataError(folder, f"holds {min(left)} and no sample of this source", "choose another folder")
+        stray.append(name)
+    return stray
 
 
 def _is_note(name: str) -> bool:

@@ -22,7 +22,7 @@ from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.plan import derive_seed
 from pipelines.sample import SampleSpec
 from preprocess.hdf5 import Preparation, universe_shape
-from preprocess.produce import Job, Order, run
+from preprocess.produce import Job, Order, add_prune, run
 from preprocess.workforce import Task
 
 _SUFFIX = ".hdf5"
@@ -63,7 +63,7 @@ def split_universes(names: Sequence[str], validation: float, seed: int) -> tuple
 
 
 def order_preparation(
-    source: Path, target: Path, *, size: int, form: str, validation: float, seed: int
+    source: Path, target: Path, *, size: int, form: str, validation: float, seed: int, prune: bool = False
 ) -> list[tuple[Order, Task]]:
     """The orders to have the universes below `source` as samples in `target`/train and /validation."""
     universes = find_universes(source)
@@ -71,12 +71,15 @@ def order_preparation(
     if size < 1 or shape[0] % size:
         raise ConfigError("--sample-size", size, f"does not divide the universe {first} of shape {shape}")
     count = (shape[0] // size) ** 3
+    stems = {name: [f"{name}_{crop:03d}" for crop in range(count)] for name in universes}
+    # A universe that the draw has moved to the other split is not lost to this one.
+    samples = [stem for crops in stems.values() for stem in crops]
     orders: list[tuple[Order, Task]] = []
     for split, names in zip(
         ("train", "validation"), split_universes(list(universes), validation, seed), strict=True
     ):
-        jobs = [Job(str(universes[name]), [f"{name}_{crop:03d}" for crop in range(count)]) for name in names]
-        order = Order(target / split, form, SampleSpec(size, shape[3]), jobs)
+        jobs = [Job(str(universes[name]), stems[name]) for name in names]
+        order = Order(target / split, form, SampleSpec(size, shape[3]), jobs, samples, prune)
         orders.append((order, Preparation(list(shape), size, str(target / split), form)))
     return orders
 
@@ -95,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--validation", type=float, default=1 / 9, help="fraction of the universes")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of those")
     parser.add_argument("--workers", type=int, help="processes of each rank; None: two a core")
+    add_prune(parser)
     arguments = parser.read(argv)
 
     def orders() -> list[tuple[Order, Task]]:
@@ -105,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             form="tfrecord_gzip" if arguments.gzip else "tfrecord",
             validation=arguments.validation,
             seed=arguments.seed,
+            prune=arguments.prune,
         )
 
     return run(orders, workers=arguments.workers, unit="universe", target=arguments.output_dir)

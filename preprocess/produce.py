@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 import time
@@ -16,8 +17,8 @@ from pipelines.files import locked
 from pipelines.manifest import Entry
 from pipelines.sample import SampleSpec
 from preprocess.lost import Lost
-from preprocess.output import Journal, begin, finish, suspend
-from preprocess.progress import progress
+from preprocess.output import Journal, begin, finish, remove, suspend
+from preprocess.progress import STOPPED, progress
 from preprocess.workforce import Task, run_jobs
 
 _PROCESSES_A_CORE = 2
@@ -43,12 +44,16 @@ class Order:
     form: the format, a key of FORMATS.
     spec: the shape of every sample.
     jobs: what is made at a time; rank 0 alone needs to know.
+    samples: the stems of all samples that the source has, for this folder and for others; as `jobs`.
+    prune: whether samples that the source has not are removed from the folder, or refused.
     """
 
     target: Path
     form: str
     spec: SampleSpec
     jobs: Sequence[Job]
+    samples: Sequence[str]
+    prune: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ def produce(
             except OSError as error:
                 raise AccessError.writing(target, error) from error
             stems = (stem for job in order.jobs for stem in job.makes)
-            known.update(begin(target, order.form, order.spec, stems))
+            known.update(begin(target, order.form, order.spec, stems, order.samples, prune=order.prune))
             wanted = [(job, [known.get(stem) for stem in job.makes]) for job in order.jobs]
             return [wanted[rank :: world.size] for rank in range(world.size)]
 
@@ -96,6 +101,7 @@ def produce(
         jobs = ([job.source, _lines(job, noted)] for job, noted in mine)
         made: list[Entry] = []
         kept: list[str] = []
+        spoiled: list[Entry] = []
         faults: list[str] = []
         with (
             Journal(target, order.form, world.rank) as journal,
@@ -107,9 +113,10 @@ def produce(
                     made.append(Entry.from_json(line))
                     journal.add(made[-1])
                 kept += answer["kept"]
+                spoiled += map(Entry.from_json, answer["spoiled"])
                 faults += answer["faults"]
                 advance()
-        shares = world.gather_to_root((made, kept, faults))
+        shares = world.gather_to_root((made, kept, spoiled, faults))
 
         def settle() -> Produced:
             entries = {entry.stem: entry for share in shares for entry in share[0]}
@@ -117,11 +124,12 @@ def produce(
             result = Produced(
                 sum(entry.samples for entry in entries.values()),
                 sum(entry.samples for entry in there.values()),
-                tuple(sorted(fault for share in shares for fault in share[2])),
+                tuple(sorted(fault for share in shares for fault in share[3])),
             )
             entries |= there
             if result.faults:
                 suspend(target, order.form, entries.values())
+                remove(target, (entry for share in shares for entry in share[2]))
             else:
                 ordered = [entries[stem] for job in order.jobs for stem in job.makes]
                 finish(target, order.form, order.spec, ordered)
@@ -135,7 +143,7 @@ def run(
 ) -> int:
     """Produce what `orders`, called on rank 0, gives; the exit status, 0 if every source was sound."""
     world = launched()
-    with report_errors(world):
+    with report_errors(world, STOPPED):
         if workers is not None and workers < 1:
             raise ConfigError("--workers", workers, "expected at least one process")
         processes = workers or _PROCESSES_A_CORE * world.cores
@@ -144,7 +152,7 @@ def run(
 
         def heads() -> list[tuple[Order, Task]]:
             ordered.extend(orders())
-            return [(replace(order, jobs=()), task) for order, task in ordered]
+            return [(replace(order, jobs=(), samples=()), task) for order, task in ordered]
 
         with world.connected():
             for number, (head, task) in enumerate(world.on_root(heads)):
@@ -168,6 +176,13 @@ def run(
                     file=sys.stderr,
                 )
     return 1 if result.faults else 0
+
+
+def add_prune(parser: argparse.ArgumentParser) -> None:
+    """Let the command line say what `Order.prune` is."""
+    parser.add_argument(
+        "--prune", action="store_true", help="remove samples from the output that the input has no longer"
+    )
 
 
 def _unless_lost(answers: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[dict[str, Any]]:

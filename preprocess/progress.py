@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
+STOPPED = "stopped; the same command goes on from here"
+"""The last line of work that Ctrl-C has ended."""
+
 _LINE_SECONDS = 15.0
 """Between lines where stderr is no terminal."""
 

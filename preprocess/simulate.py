@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import get_args
 
 from pipelines.cli import OneLineParser
-from pipelines.dist import available_cores
-from pipelines.errors import ConfigError, DataError, UserError
+from pipelines.dist import World, available_cores, report_errors
+from pipelines.errors import ConfigError, DataError
 from pipelines.files import final_name, locked, remove_temporaries, write_chunks
 from pipelines.formats import FORMATS
-from preprocess.progress import progress
+from preprocess.progress import STOPPED, progress
 from preprocess.universe import SimulateConfig, Simulation, SplitName
 from preprocess.workforce import run_jobs
 
@@ -166,15 +165,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=kind, default=getattr(defaults, name), help=text)
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
     arguments = parser.read(argv)
-    try:
+    with report_errors(World(), STOPPED):
         config = SimulateConfig(**{name: getattr(arguments, name) for name in options})
         make_dataset(config, arguments.output, workers=arguments.workers, shown=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 128 + signal.SIGINT
     return 0
 
 

@@ -19,6 +19,7 @@ from pipelines.cli import OneLineParser
 from pipelines.dataset import SPLITS, open_folder
 from pipelines.dist import World, launched, report_errors
 from pipelines.errors import UserError
+from preprocess.progress import STOPPED
 from preprocess.staging import StageConfig, describe, stage
 
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--direct-io", action="store_true", help="read past the page cache")
     arguments = parser.read(argv)
     world, faults = launched(), 0
-    with report_errors(world):
+    with report_errors(world, STOPPED):
         config = StageConfig(
             str(arguments.output_dir),
             arguments.shard_type,

@@ -208,7 +208,8 @@ def _plan(
     own = wanted = np.zeros(len(split), dtype=bool)
     if not (trusted and all(world.gather(world.everywhere(lambda: not leads or is_staged(split, target))))):
         origins = find_origins(whole, world)[split.places(np.arange(len(split)))]
-        lacking = world.everywhere(lambda: look(split, target, origins, world, held) if leads else None)
+        told = split, whole, target, origins, world, held
+        lacking = world.everywhere(lambda: look(*told) if leads else None)
         opened = lacking is not None
         # In bits, since every rank hears of all nodes.
         shares = world.gather((peers.number, np.packbits(own if lacking is None else lacking)))

@@ -64,6 +64,11 @@ def payload_of(path: Path, content: bytes, spec: SampleSpec, *, whole: bool) -> 
     return PackedPayload(packed, packed.target)
 
 
+def member_stem(name: str) -> str:
+    """The stem of the sample in the member `name`, which may lead through folders."""
+    return name.rpartition("/")[2].removesuffix(MEMBER)
+
+
 def sample_members(path: Path) -> tuple[Member, ...]:
     """The samples in the shard at `path`, by its headers; DataError where it is no shard, or has none."""
     found = tuple(member for member in read_members(path) if member.name.endswith(MEMBER))

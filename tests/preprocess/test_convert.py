@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -337,10 +339,13 @@ def test_a_file_that_cannot_be_read_keeps_no_other_from_being_converted(
     for path in bad:
         find(path)
     assert converted(data, target, to) == Produced(made=12 - others, kept=others)
-    # What was made of one before is as nobody's as that of a damaged one.
+    # What was made of one before stays: it is of what may come back, or of all that is left.
     lose(bad[0])
-    assert program(CONVERT, *line).code == 1
-    assert len(open_folder(target)) == (11 if to == "npy" else 10)
+    done = program(CONVERT, *line)
+    assert done.code == 1 and f"error: {bad[0]}: cannot be read" in done.err
+    assert len(open_folder(target)) == 12 and not (target / MANIFEST).exists()
+    find(bad[0])
+    assert converted(data, target, to) == Produced(kept=12)
 
 
 def test_a_shard_that_is_lost_keeps_no_other_from_being_converted(tmp_path: Path) -> None:
@@ -436,3 +441,29 @@ def test_killed_at_any_moment(form: str, pattern: str, count: int, many: Path, t
         assert done.code == 0, done.err
         assert content(target) == undisturbed
     assert midway >= 10, f"only {midway} of 20 kills fell between the first file and the last"
+
+
+def test_a_conversion_that_ctrl_c_has_stopped_says_so_and_goes_on(tmp_path: Path) -> None:
+    data, target = write_tiny(tmp_path / "data", train=6, validation=1) / "train", tmp_path / "out"
+    converted(data, tmp_path / "undisturbed", "tfrecord")
+    last = data / "universe_0005_000_label.npy"
+    whole = (last.read_bytes(), last.stat().st_mtime_ns)
+    last.unlink()
+    os.mkfifo(last)  # Whoever reads it waits.
+    line = command(CONVERT, ["-i", data, "-o", target, "--to", "tfrecord", "--workers", "1"])
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (target / "universe_0004_000.tfrecord").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = started_by(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err == "stopped; the same command goes on from here\n"
+    wait_until_gone(workers)
+    last.unlink()
+    last.write_bytes(whole[0])
+    os.utime(last, ns=(0, whole[1]))
+    done = program(CONVERT, "-i", data, "-o", target, "--to", "tfrecord")
+    assert "1 samples made" in done.out and "5 were there" in done.out
+    assert content(target) == content(tmp_path / "undisturbed")

@@ -25,10 +25,15 @@ from preprocess.produce import Produced, produce
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def converted(source: Path, target: Path, to: str, a_shard: int = 2) -> Produced:
+def converted(source: Path, target: Path, to: str, a_shard: int = 2, *, prune: bool = False) -> Produced:
     """The samples in `source` as `to` in `target`, by this process alone."""
-    order, task = order_conversion(source, target, to, a_shard=a_shard)
+    order, task = order_conversion(source, target, to, a_shard=a_shard, prune=prune)
     return produce(order, task, world=World(), workers=1, unit="sample")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files in `folder`."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def tiny(tmp_path: Path, form: str = "npy", train: int = 4) -> Path:
@@ -115,10 +120,14 @@ def test_what_is_no_longer_wanted_is_removed_and_nothing_else(tmp_path: Path) ->
     assert len(converted(data, target, "packed").faults) == 1
     bad.write_bytes(whole)
     assert converted(data, target, "packed") == Produced(made=1, kept=4)
-    # Without two samples there is a shard less.
+    # Without two samples there is a shard less, but nothing goes that nobody has asked to go.
     for path in [*data.glob(f"{stem(4)}*"), *data.glob(f"{stem(3)}*")]:
         path.unlink()
-    assert converted(data, target, "packed") == Produced(made=1, kept=2)
+    before = content(target)
+    with pytest.raises(DataError, match=rf"not in the source, 2 in all, the first {stem(3)}; .* --prune"):
+        converted(data, target, "packed")
+    assert content(target) == before
+    assert converted(data, target, "packed", prune=True) == Produced(made=1, kept=2)
     assert sorted(path.name for path in target.glob("*.tar")) == ["shard_000000.tar", "shard_000001.tar"]
     assert len(open_folder(target)) == 3
     # What nobody vouches for is not ours, and is as it was.
@@ -138,13 +147,85 @@ def test_hidden_files_of_others_are_left_alone(name: str, tmp_path: Path) -> Non
     assert (target / name).read_text() == "mine"
 
 
-def test_a_folder_of_another_source_is_not_emptied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prune", [False, True])
+@pytest.mark.parametrize("notes", ["manifest", "journal", "none"])
+@pytest.mark.parametrize("to", ["tfrecord", "packed"])
+def test_a_folder_of_another_source_is_not_emptied(to: str, notes: str, prune: bool, tmp_path: Path) -> None:
     data, target = tiny(tmp_path), tmp_path / "out"
-    converted(data, target, "tfrecord")
+    converted(data, target, to)
+    if notes == "journal":
+        entries = Manifest.load(target)
+        assert entries is not None
+        with Journal(target, to, 0) as journal:
+            journal.add(entries.entries[0])
+    if notes != "manifest":
+        (target / MANIFEST).unlink()
+    before = content(target)
     other = tmp_path / "data" / "validation"
-    with pytest.raises(DataError, match="no sample of this source; choose another folder"):
-        converted(other, target, "tfrecord")
+    expected = "no sample of this source; choose another folder"
+    if (to, notes) == ("tfrecord", "none"):
+        expected = f"holds {stem(0)}.*which is no sample of the source"
+    # The names of shards are the same in every packed set.
+    with pytest.raises(DataError, match=expected):
+        converted(other, target, to, prune=prune)
+    assert content(target) == before
     assert len(open_folder(target)) == 4
+
+
+@pytest.mark.parametrize("to", ["npy", "packed"])
+def test_a_source_that_has_lost_some_takes_nothing_along(to: str, tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    converted(data, target, to)
+    before = content(target)
+    for path in data.glob(f"{stem(1)}*"):
+        path.unlink()
+    with pytest.raises(DataError, match=rf"not in the source, 1 in all, the first {stem(1)}; bring them"):
+        converted(data, target, to)
+    assert content(target) == before
+    # Of two shards of two, both hold others now.
+    done = Produced(made=3) if to == "packed" else Produced(kept=3)
+    assert converted(data, target, to, prune=True) == done
+    assert len(open_folder(target)) == 3
+    assert stem(1) not in [open_folder(target).stem(index) for index in range(3)]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_source_that_has_grown_at_its_beginning_is_packed_anew(finished: bool, tmp_path: Path) -> None:
+    data, target = tiny(tmp_path, train=5), tmp_path / "out"
+    first = {path: path.read_bytes() for path in data.glob(f"{stem(0)}*")}
+    for path in first:
+        path.unlink()
+    converted(data, target, "packed")
+    if not finished:
+        # As a run leaves it that was killed: files are there that no note tells of.
+        (target / MANIFEST).unlink()
+    for path, whole in first.items():
+        path.write_bytes(whole)
+    assert converted(data, target, "packed") == Produced(made=5)
+    converted(data, tmp_path / "undisturbed", "packed")
+    assert content(target) == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("to", ["tfrecord", "packed"])
+def test_what_was_made_of_a_source_that_is_out_of_reach_stays(to: str, tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    order = [f"{stem(index)}_data.npy\n" for index in range(4)]
+    (data / "files_data.lst").write_text("".join(order))
+    converted(data, target, to)
+    before = content(target)
+    away = tmp_path / "away.npy"
+    (data / f"{stem(1)}_label.npy").rename(away)
+    (data / f"{stem(1)}_label.npy").symlink_to("/proc/self/mem")
+    done = converted(data, target, to)
+    assert len(done.faults) == 1 and "cannot be read" in done.faults[0] and done.made == 0
+    left = content(target)
+    assert MANIFEST not in left
+    samples = [name for name in before if name.endswith((".tfrecord", ".tar"))]
+    assert samples and all(left[name] == before[name] for name in samples)
+    (data / f"{stem(1)}_label.npy").unlink()
+    away.rename(data / f"{stem(1)}_label.npy")
+    assert converted(data, target, to) == Produced(kept=4)
+    assert content(target) == before
 
 
 def test_a_universe_cut_in_part_can_be_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +245,8 @@ def test_a_universe_cut_in_part_can_be_taken_out(tmp_path: Path, capsys: pytest.
         # Its first crops are sound, its last are not.
         file["full"][7, 7, 7, 3] = -1
     assert prepare(line) == 1
-    assert len(list(train.glob(f"{name}_*.tfrecord"))) == 4 and not (train / MANIFEST).exists()
+    # A universe is there whole or not at all, so that it can be taken out as the last line says.
+    assert not list(train.glob(f"{name}_*")) and not (train / MANIFEST).exists()
     universe.unlink()
     assert prepare(line) == 0
     assert not list(train.glob(f"{name}_*")) and len(open_folder(train)) == 56

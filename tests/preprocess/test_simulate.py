@@ -164,7 +164,9 @@ def test_a_complete_folder_is_left_alone(made: Path) -> None:
 def test_other_settings_in_the_same_folder_are_refused(
     flags: list[str], said: str, made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*SMALL_FLAGS, *flags, "-o", str(made)]) == 1
+    with pytest.raises(SystemExit) as end:
+        main([*SMALL_FLAGS, *flags, "-o", str(made)])
+    assert end.value.code == 1
     line = capsys.readouterr().err
     assert f"simulate.{said}" in line and len(line.splitlines()) == 1
 
@@ -187,7 +189,9 @@ def test_other_settings_in_the_same_folder_are_refused(
 def test_settings_that_make_no_universe_are_refused(
     flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*SMALL_FLAGS, *flags, "-o", str(tmp_path / "new")]) == 1
+    with pytest.raises(SystemExit) as end:
+        main([*SMALL_FLAGS, *flags, "-o", str(tmp_path / "new")])
+    assert end.value.code == 1
     line = capsys.readouterr().err
     assert said in line and len(line.splitlines()) == 1
     assert not (tmp_path / "new").exists()

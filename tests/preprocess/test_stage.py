@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from pipelines.dist import World
 from pipelines.errors import AccessError, ConfigError, DataError, UserError
 from pipelines.files import locked, read_file
 from pipelines.formats import FORMATS
+from pipelines.manifest import MANIFEST
 from pipelines.reader import Reader
 from preprocess.convert import convert
 from preprocess.relay import of_place, to_read
@@ -384,6 +385,26 @@ def test_teams_have_shares_and_each_file_is_read_once(options: list[str], tmp_pa
     assert sorted(stems) == [f"universe_{index:04d}_000" for index in range(7)]
     assert abs(len(splits[0]) - len(splits[1])) == 1
     assert "staged 0 of 7" in on_nodes(4, 1, data, tmp_path / "disk", *shards)[0][1]
+
+
+@pytest.mark.parametrize(("form", "killed"), [("packed", False), ("npy", False), ("npy", True)])
+def test_nodes_in_another_order_change_their_shares(form: str, killed: bool, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=7, validation=2, form=form)
+
+    def staged_as(order: Sequence[int]) -> None:
+        done = as_srun(
+            2, 1, lambda n: [STAGE, "-i", data, "-o", tmp_path / str(order[n]), "--shard-type", "local"]
+        )
+        assert [code for code, _, _ in done] == [0, 0], done
+
+    staged_as([0, 1])
+    shares = [content(tmp_path / str(disk)) for disk in (0, 1)]
+    assert shares[0] != shares[1]
+    if killed:
+        # In the middle of the first node's staging, before it could note anything.
+        (tmp_path / "0" / "train" / MANIFEST).unlink()
+    staged_as([1, 0])
+    assert [content(tmp_path / str(disk)) for disk in (1, 0)] == shares
 
 
 def test_training_on_shares_scores_every_sample_and_resumes_on_as_many_nodes(tmp_path: Path) -> None:
