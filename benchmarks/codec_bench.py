@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks.samples import simulated
-from pipelines.dataset import open_folder
+from pipelines.folder import open_folder
 from pipelines.packing import tabulate
 from pipelines.sample import Sample
 from pipelines.transforms import LOGS

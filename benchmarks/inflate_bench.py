@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import harness
 from benchmarks.samples import simulated
 from pipelines.config import LoaderConfig
-from pipelines.dataset import open_folder
 from pipelines.decoders import DeviceDecoder
+from pipelines.folder import open_folder
 from pipelines.formats.packed import payload_of
 from pipelines.packing import encode
 from pipelines.sample import Sample, SampleSpec

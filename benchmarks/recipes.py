@@ -247,7 +247,7 @@ def _read(
     """Batches of the samples in `folder`, epoch after epoch, as training has them."""
     # Not every Python that measures resident data has what this takes.
     from pipelines.config import LoaderConfig
-    from pipelines.dataset import open_folder
+    from pipelines.folder import open_folder
     from pipelines.loader import Loader
     from pipelines.plan import Shard
 

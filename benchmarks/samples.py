@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines.dataset import Split, open_folder
+from pipelines.dataset import Split
+from pipelines.folder import open_folder
 from pipelines.formats import FORMATS
 from pipelines.formats.packed import MEMBER
 from pipelines.formats.tfrecord import SUFFIX, encode_example, frame

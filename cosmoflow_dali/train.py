@@ -32,9 +32,10 @@ from cosmoflow_dali.open_model import OpenCosmoFlow, input_statistics
 from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.summary import Result, finish
 from cosmoflow_dali.trainer import STOP_SIGNALS, Outcome, Trainer
-from pipelines.dataset import Split, open_split
+from pipelines.dataset import Split
 from pipelines.dist import World, available_cores, launched, report_errors
 from pipelines.errors import UserError
+from pipelines.folder import open_split
 from pipelines.loader import Loader
 from pipelines.plan import Shard
 from pipelines.reader import Reader

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.cli import OneLineParser
-from pipelines.dataset import SPLITS, open_folder
 from pipelines.dist import World
 from pipelines.errors import ConfigError, DataError
+from pipelines.folder import SPLITS, open_folder
 from pipelines.formats import FORMATS
 from pipelines.formats.packed import PackedFormat
 from preprocess.conversion import Conversion, lines_of

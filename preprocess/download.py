@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from pipelines.cli import OneLineParser
-from pipelines.dataset import SPLITS
 from pipelines.dist import World, available_cores, report_errors
 from pipelines.errors import AccessError, ConfigError, DataError
+from pipelines.folder import SPLITS
 from pipelines.formats.tfrecord import SUFFIX
 from pipelines.manifest import MANIFEST
 from preprocess.fetch import fetch

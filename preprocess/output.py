@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from pipelines.dataset import list_folder
 from pipelines.errors import AccessError, DataError
 from pipelines.files import LOCK, final_name, remove_temporaries, write_chunks
+from pipelines.folder import list_folder
 from pipelines.formats import FORMATS
 from pipelines.formats.npy import DATA, LABEL
 from pipelines.formats.packed import PackedFormat, member_stem, sample_members

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.cli import OneLineParser
-from pipelines.dataset import first_sound
 from pipelines.dist import World
 from pipelines.errors import AccessError, ConfigError, DataError
+from pipelines.folder import first_sound
 from pipelines.plan import derive_seed
 from pipelines.sample import SampleSpec
 from preprocess.hdf5 import Preparation, universe_shape

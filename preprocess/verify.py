@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.cli import OneLineParser
-from pipelines.dataset import SPLITS, Split, list_folder, open_folder
+from pipelines.dataset import Split
 from pipelines.dist import World, available_cores, report_errors
 from pipelines.errors import ConfigError, DataError
+from pipelines.folder import SPLITS, list_folder, open_folder
 from pipelines.formats import FORMATS
 from pipelines.lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.manifest import MANIFEST, Entry, Manifest

@@ -9,7 +9,7 @@ import pytest
 from helpers import write_tiny
 
 from cosmoflow_dali.baseline import features_of, fit_ridge
-from pipelines.dataset import open_split
+from pipelines.folder import open_split
 from pipelines.formats import FORMATS
 from pipelines.reader import Reader
 from pipelines.sample import Sample

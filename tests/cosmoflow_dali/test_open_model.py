@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from cosmoflow_dali import symmetry
 from cosmoflow_dali.open_model import BatchNorm, OpenConfig, OpenCosmoFlow, input_statistics, wrap
-from pipelines.dataset import open_split
 from pipelines.errors import ConfigError
+from pipelines.folder import open_split
 from pipelines.reader import Reader
 
 

@@ -22,9 +22,9 @@ from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
 from cosmoflow_dali.optim import AdamConfig, SGDConfig, build_optimizer, restore_optimizer, set_lr
 from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.step import Precision, forward_backward, make_scaler, settle_float32
-from pipelines.dataset import open_split
 from pipelines.dist import World, available_cores
 from pipelines.errors import ConfigError
+from pipelines.folder import open_split
 from pipelines.sample import Batch
 from preprocess.simulate import SimulateConfig, make_dataset
 

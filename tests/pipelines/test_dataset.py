@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from helpers import tiny_sample, write_tiny
 
-from pipelines.dataset import open_folder, open_split, read_sample
 from pipelines.errors import DataError
+from pipelines.folder import open_folder, open_split, read_sample
 from pipelines.formats import FORMATS
 from pipelines.lists import Listed, read_list, write_list
 from pipelines.manifest import Entry, Manifest

@@ -16,8 +16,8 @@ from nvidia.dali import fn, pipeline_def
 from packed_book import TABLE
 
 from pipelines.config import LoaderConfig
-from pipelines.dataset import open_split
 from pipelines.errors import DataError
+from pipelines.folder import open_split
 from pipelines.gather import arrays_of, gather
 from pipelines.graph import GraphSettings, define_packed_graph
 from pipelines.loader import Loader

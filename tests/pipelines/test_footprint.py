@@ -11,7 +11,8 @@ import pytest
 from helpers import ROOT, environment, write_tiny
 
 from pipelines.config import LoaderConfig
-from pipelines.dataset import Extents, Split, open_split
+from pipelines.dataset import Extents, Split
+from pipelines.folder import open_split
 from pipelines.footprint import device_bytes, host_bytes
 from pipelines.sample import SampleSpec
 
@@ -21,7 +22,7 @@ from pathlib import Path
 import nvidia.dali.fn
 import torch
 from pipelines.config import LoaderConfig
-from pipelines.dataset import open_split
+from pipelines.folder import open_split
 from pipelines.loader import Loader
 from pipelines.plan import Shard
 

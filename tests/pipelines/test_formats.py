@@ -23,8 +23,8 @@ from helpers import DATA, tiny_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.dataset import read_sample
 from pipelines.errors import DataError
+from pipelines.folder import read_sample
 from pipelines.formats import FORMATS, CountsPayload, tfrecord
 from pipelines.sample import Sample, SampleSpec
 

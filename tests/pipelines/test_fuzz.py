@@ -29,8 +29,8 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 from helpers import tiny_sample
 
-from pipelines.dataset import open_folder
 from pipelines.errors import DataError
+from pipelines.folder import open_folder
 from pipelines.formats import FORMATS
 from pipelines.formats.packed import MEMBER
 from pipelines.formats.tfrecord import encode_example, frame

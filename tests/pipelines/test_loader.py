@@ -16,9 +16,10 @@ import torch
 from helpers import DATA, write_tiny
 
 from pipelines.config import LoaderConfig
-from pipelines.dataset import Share, Split, open_split
+from pipelines.dataset import Share, Split
 from pipelines.decoders import FilesDecoder
 from pipelines.errors import ConfigError, DataError, UserError
+from pipelines.folder import open_split
 from pipelines.formats import FORMATS
 from pipelines.loader import Loader
 from pipelines.plan import Ragged, Shard

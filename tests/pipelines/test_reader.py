@@ -10,8 +10,9 @@ import torch
 from helpers import write_tiny
 
 from pipelines.config import LoaderConfig
-from pipelines.dataset import Split, open_folder, open_split
+from pipelines.dataset import Split
 from pipelines.errors import DataError
+from pipelines.folder import open_folder, open_split
 from pipelines.formats import CountsPayload
 from pipelines.loader import Loader
 from pipelines.plan import Ragged, Shard

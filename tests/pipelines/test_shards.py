@@ -19,8 +19,8 @@ import torch
 from helpers import tiny_sample, write_tiny
 
 from pipelines.config import LoaderConfig
-from pipelines.dataset import open_folder, open_split
 from pipelines.errors import AccessError, DataError
+from pipelines.folder import open_folder, open_split
 from pipelines.loader import Loader
 from pipelines.packing import encode
 from pipelines.plan import Shard

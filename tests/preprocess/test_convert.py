@@ -35,9 +35,9 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.dataset import open_folder
 from pipelines.dist import World
 from pipelines.errors import UserError
+from pipelines.folder import open_folder
 from pipelines.formats import FORMATS
 from pipelines.manifest import MANIFEST
 from pipelines.sample import Sample
@@ -252,7 +252,7 @@ def test_a_full_or_read_only_disk_is_one_line(
 FILL = """
 import shutil, sys
 from pathlib import Path
-from pipelines.dataset import open_folder
+from pipelines.folder import open_folder
 from preprocess import convert, prepare
 
 data, disk = Path(sys.argv[1]), Path(sys.argv[2], "x")

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 from helpers import program, tiny_sample, write_tiny
 
-from pipelines.dataset import open_folder
 from pipelines.dist import World
+from pipelines.folder import open_folder
 from pipelines.formats import FORMATS
 from pipelines.formats.tfrecord import encode_example, frame
 from pipelines.manifest import Manifest

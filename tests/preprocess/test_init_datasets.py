@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, environment, write_tiny
 
-from pipelines.dataset import open_split
+from pipelines.folder import open_split
 
 SRUN = """#!/bin/bash
 echo "$@" >> "$SRUN_LOG"
@@ -25,8 +25,8 @@ exit $status
 """
 
 
-def submit(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the script as sbatch would, from a copy, with `variables` exported."""
+def submit(tmp_path: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the script with `options` as sbatch would, from a copy, with `variables` exported."""
     tools = tmp_path / "bin"
     tools.mkdir(exist_ok=True)
     (tools / "srun").write_text(SRUN)
@@ -42,9 +42,8 @@ def submit(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]
         "SLURM_STEP_NODELIST": "localhost",
         "PYTHON": sys.executable,
     }
-    return subprocess.run(
-        ["bash", script], env=environment() | given | variables, capture_output=True, text=True, timeout=240
-    )
+    line, told = ["bash", str(script), *options], environment() | given | variables
+    return subprocess.run(line, env=told, capture_output=True, text=True, timeout=240)
 
 
 def test_both_splits_with_their_lists(tmp_path: Path) -> None:
@@ -68,6 +67,18 @@ def test_a_container_is_asked_for_with_what_it_must_see(tmp_path: Path) -> None:
     asked = (tmp_path / "srun.log").read_text()
     assert "--container-image=image" in asked and f"{data}:{data}:ro,{target}:{target}" in asked
     assert open_split(target, "train").form == "tfrecord"
+
+
+def test_what_the_source_has_lost_goes_where_the_job_is_told_so(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "src", train=4, validation=1, form="tfrecord_gzip")
+    told = {"DATA_SRC_DIR": str(data), "DATA_DST_DIR": str(tmp_path / "dst"), "DATA_FORMAT": "packed"}
+    assert submit(tmp_path, **told).returncode == 0
+    (data / "train" / "universe_0002_000.tfrecord").unlink()
+    done = submit(tmp_path, **told)
+    assert done.returncode != 0 and "the first universe_0002_000; bring them back" in done.stderr
+    assert len(open_split(tmp_path / "dst", "train")) == 4
+    assert submit(tmp_path, "--prune", **told).returncode == 0
+    assert len(open_split(tmp_path / "dst", "train")) == 3
 
 
 @pytest.mark.parametrize("missing", ["DATA_SRC_DIR", "DATA_DST_DIR"])

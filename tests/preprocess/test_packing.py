@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import program, tiny_sample, write_tiny
 
-from pipelines.dataset import open_folder, open_split
+from pipelines.folder import open_folder, open_split
 from pipelines.formats import FORMATS
 from pipelines.manifest import Manifest
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import program
 
-from pipelines.dataset import open_split
+from pipelines.folder import open_split
 from preprocess.hdf5 import crops
 from preprocess.prepare import find_universes, main, split_universes
 from preprocess.verify import main as verify

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from helpers import tiny_sample, write_tiny
 
-from pipelines.dataset import open_folder
 from pipelines.dist import World
 from pipelines.errors import AccessError, DataError
+from pipelines.folder import open_folder
 from pipelines.formats import FORMATS
 from pipelines.manifest import MANIFEST, Entry, Manifest
 from preprocess.convert import order_conversion

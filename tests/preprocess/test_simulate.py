@@ -15,8 +15,8 @@ import pytest
 import torch
 from helpers import ROOT, environment, program, run
 
-from pipelines.dataset import open_split
 from pipelines.errors import DataError
+from pipelines.folder import open_split
 from pipelines.formats import FORMATS
 from preprocess.cosmology import PowerSpectrum
 from preprocess.nbody import linear_modes

@@ -30,10 +30,10 @@ from helpers import (
 )
 
 from cosmoflow_dali.baseline import fit_ridge
-from pipelines.dataset import open_split
 from pipelines.dist import World
 from pipelines.errors import AccessError, ConfigError, DataError, UserError
 from pipelines.files import locked, read_file
+from pipelines.folder import open_split
 from pipelines.formats import FORMATS
 from pipelines.manifest import MANIFEST
 from pipelines.reader import Reader

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import program, tiny_sample, write_tiny
 
-from pipelines.dataset import open_folder
+from pipelines.folder import open_folder
 from pipelines.formats import FORMATS
 from pipelines.manifest import MANIFEST, Manifest
 from pipelines.sample import Sample
