@@ -26,8 +26,9 @@ import torch
 from benchmarks import harness
 from cosmoflow_dali.model import ReferenceConfig
 from cosmoflow_dali.networks import build_model
-from pipelines.dist import World, launched, report_errors
+from pipelines.dist import World
 from pipelines.errors import ConfigError, UserError
+from pipelines.exits import launched, report_errors
 
 _LARGE = 160 * 10**6
 """Bytes at which bandwidth is all that counts."""

@@ -16,8 +16,9 @@ from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.weights import load_trained
 from pipelines.cli import OneLineParser
 from pipelines.config import LoaderConfig
-from pipelines.dist import World, launched, report_errors
+from pipelines.dist import World
 from pipelines.errors import DataError
+from pipelines.exits import launched, report_errors
 from pipelines.folder import open_split
 from pipelines.loader import Loader
 from pipelines.plan import Shard

@@ -18,8 +18,9 @@ import torch
 from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.weights import Trained, load_trained
 from pipelines.cli import OneLineParser
-from pipelines.dist import World, report_errors
+from pipelines.dist import World
 from pipelines.errors import DataError
+from pipelines.exits import report_errors
 from pipelines.folder import read_sample
 from pipelines.sample import HALF_RANGE, PARAMETERS, to_physical
 from pipelines.transforms import transform

@@ -26,8 +26,9 @@ from cosmoflow_dali.mlperf_logs import BENCHMARK, Run, read_logs
 from cosmoflow_dali.published import ROWS
 from cosmoflow_dali.scores import Result, summarize
 from pipelines.cli import OneLineParser
-from pipelines.dist import World, report_errors
+from pipelines.dist import World
 from pipelines.errors import UserError
+from pipelines.exits import report_errors
 from pipelines.files import write_chunks
 
 if TYPE_CHECKING:

@@ -33,8 +33,9 @@ from cosmoflow_dali.process import settle_process
 from cosmoflow_dali.summary import Result, finish
 from cosmoflow_dali.trainer import STOP_SIGNALS, Outcome, Trainer
 from pipelines.dataset import Split
-from pipelines.dist import World, available_cores, launched, report_errors
+from pipelines.dist import World, available_cores
 from pipelines.errors import UserError
+from pipelines.exits import launched, report_errors
 from pipelines.folder import open_split
 from pipelines.loader import Loader
 from pipelines.plan import Shard

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from pipelines.dist import launched, report_errors
 from pipelines.errors import UserError
+from pipelines.exits import launched, report_errors
 
 
 class OneLineParser(argparse.ArgumentParser):

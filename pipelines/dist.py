@@ -9,11 +9,9 @@ arithmetic, no process group exists, and torch, which takes its time to import, 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -234,6 +232,16 @@ class World:
         """End this process with `status`, for a reason that this rank has told."""
         self._exit(status)
 
+    def part(self, reason: str, *, known: bool) -> None:
+        """Tell the others that this rank leaves, for a `reason` that it has told; all may have `known` it."""
+        if _watch is not None:
+            _watch.part(reason, known=known)
+
+    def await_word(self) -> None:
+        """Where another rank has gone: give the watch the time to find out which, and say so."""
+        if _watch is not None:
+            _watch.await_word()
+
     def _exit(self, status: int) -> NoReturn:
         if self.size == 1:
             sys.exit(status)
@@ -340,66 +348,3 @@ class World:
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value)
         return values
-
-
-def launched() -> World:
-    """`World.detect()`, where what is wrong with a launcher's variables ends the process with one line."""
-    with report_errors(World()):
-        return World.detect()
-
-
-@contextmanager
-def report_errors(world: World, stopped: str = "stopped") -> Iterator[None]:
-    """Leave the process with status 1 and one line where the body raises what a user can cause.
-
-    stopped: the line for Ctrl-C, which ends it with 130.
-    """
-    try:
-        yield
-    except UserError as error:
-        known = not isinstance(error, RankError)
-        # A fault that all ranks know of needs telling once.
-        if world.is_root or not known:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        _part(str(error), known=known)
-        if not known:
-            world.leave_first()
-        world.leave(1)
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr, flush=True)
-        _part(stopped, known=False)
-        world.leave_first(128 + signal.SIGINT)
-    except OSError as error:
-        # A file system that has gone, a right that was taken away: it says which file.
-        print(f"error: {RankError(world, UserError(str(error)))}", file=sys.stderr, flush=True)
-        _part(str(error), known=False)
-        world.leave_first()
-    except Exception as error:
-        if world.size == 1:
-            raise
-        if _lost_contact(error):
-            # Another rank has gone, and the watch finds out which.
-            if _watch is not None:
-                _watch.await_word()
-            print(f"error: rank {world.rank} of {world.size}: another rank has gone", file=sys.stderr)
-        else:
-            traceback.print_exc()
-            print(f"error: rank {world.rank} of {world.size}: {error}", file=sys.stderr)
-            _part(str(error), known=False)
-        world.leave_first()
-
-
-def _part(reason: str, *, known: bool) -> None:
-    """Tell the others that this rank leaves, for a `reason` that it has told, and they may have `known`."""
-    if _watch is not None:
-        _watch.part(reason, known=known)
-
-
-def _lost_contact(error: BaseException) -> bool:
-    """Whether `error` is what a collective raises when another rank has gone."""
-    import torch.distributed as dist
-
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(
-        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    )

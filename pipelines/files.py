@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 import re
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -56,10 +57,11 @@ class Written(NamedTuple):
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Have `write` fill a temporary file beside `path`, and give it that name once it is on disk.
 
-    The temporary name holds the process id, so that several writers of one path do not meet; the
-    last one to finish wins. AccessError where the file system refuses.
+    The temporary name holds a number drawn for it, so that several writers of one path do not meet, on
+    other nodes too, where processes may have the same ids; the last one to finish wins. AccessError
+    where the file system refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{secrets.randbits(48)}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             write(file)

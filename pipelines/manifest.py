@@ -191,4 +191,4 @@ def _count(value: Any) -> int:
     return count
 
 
-_REMEDY = "convert again, or write it anew with python -m preprocess.verify --write"
+_REMEDY = "remove it, and convert again or write it anew with python -m preprocess.verify --write"

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from pipelines.cli import OneLineParser
-from pipelines.dist import World, available_cores, report_errors
+from pipelines.dist import World, available_cores
 from pipelines.errors import AccessError, ConfigError, DataError
+from pipelines.exits import report_errors
 from pipelines.folder import SPLITS
 from pipelines.formats.tfrecord import SUFFIX
 from pipelines.manifest import MANIFEST

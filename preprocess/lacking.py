@@ -17,7 +17,7 @@ from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.files import locked
 from pipelines.manifest import Entry, Manifest, Source
 from preprocess.lost import Lost
-from preprocess.output import begin, remove, suspend
+from preprocess.output import begin, clear, remove, suspend
 from preprocess.relay import staged_form
 
 ORIGIN = np.dtype([("bytes", "<i8"), ("digest", "S16")])
@@ -52,15 +52,16 @@ def look(
         raise AccessError.writing(target, error) from error
     form, stems = staged_form(split), [split.stem(index) for index in range(len(split))]
     source = (whole.stem(index) for index in range(len(whole)))
-    known = begin(target, form, split.spec, stems, source, prune=True)
+    known, unwanted, surplus = begin(target, form, split.spec, stems, source, prune=True)
     sound = {
         stem: known[stem]
         for index, stem in enumerate(stems)
         if stem in known and _is_there(known[stem], target, origin_of(origins, index))
     }
     if len(sound) < len(stems):
-        suspend(target, form, sound.values())
+        suspend(target, form, [*sound.values(), *unwanted])
         remove(target, (entry for stem, entry in known.items() if stem not in sound))
+    clear(target, surplus)
     return np.array([stem not in sound for stem in stems], dtype=bool)
 
 

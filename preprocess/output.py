@@ -1,66 +1,85 @@
 """A folder of samples in the making, so that nothing is lost and nothing is made twice.
 
 Files appear under their names only when they are whole. Each one that does is noted in a journal,
-`.journal.<format>.<n>.jsonl` for writer n, from 1, in the lines that the manifest will have; a run
-that is killed leaves the journals, which the next one brings together in number 0, and makes what
-that does not vouch for. At the end they become the manifest and the list files, and are removed.
+`.journal.<format>.<n>.jsonl` for writer n, from 1, in the lines that the manifest will have, and before
+that as begun, without files. A run that is killed leaves the journals, which the next one brings
+together in number 0, and makes what that does not vouch for. At the end they become the manifest and
+the list files, and are removed; so is what the folder shall no longer have, which is noted till then.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from pipelines.errors import AccessError, DataError
 from pipelines.files import LOCK, final_name, remove_temporaries, write_chunks
 from pipelines.folder import list_folder
 from pipelines.formats import FORMATS
 from pipelines.formats.npy import DATA, LABEL
-from pipelines.formats.packed import PackedFormat, member_stem, sample_members
 from pipelines.lists import DATA_LIST, LABEL_LIST, Listed, write_list
 from pipelines.manifest import MANIFEST, Entry, Manifest
 from pipelines.sample import SampleSpec
+from preprocess.survey import by_stem, refuse_others
 
 _JOURNAL = re.compile(r"\.journal\.(?P<form>\w+)\.(?P<writer>\d+)\.jsonl")
 _OURS = (MANIFEST, DATA_LIST, LABEL_LIST)
+_STILL_OPEN = ".nfs"
+"""How NFS names a file that was removed and that somebody has open, as a lock is for a moment."""
+
+
+class Ready(NamedTuple):
+    """What is in a folder that may be written into.
+
+    known: what is noted of the entries that it shall have, by stem.
+    unwanted: others that are noted, to be noted until their files are gone.
+    surplus: the names of their files, and of those that nobody has noted, for `clear`.
+    """
+
+    known: dict[str, Entry]
+    unwanted: list[Entry]
+    surplus: list[str]
 
 
 def begin(
     folder: Path, form: str, spec: SampleSpec, stems: Iterable[str], source: Iterable[str], *, prune: bool
-) -> dict[str, Entry]:
-    """Make `folder` ready for the entries `stems` of `spec` as `form`: what it has of them, by stem.
+) -> Ready:
+    """Make `folder` ready for the entries `stems` of `spec` as `form`.
 
     source: all samples that there are to make entries of, here and elsewhere. What is in the folder
-        of others goes, with `prune`, or is refused.
+        of others is surplus, with `prune`, or refused.
 
-    Other entries of the source's samples, which are no longer wanted here, are removed. DataError where
-    the folder holds something else, which is left as it is. One process calls this, and nobody else
-    may be writing there.
+    DataError where the folder holds something else. No sample is touched. One process calls this, and
+    nobody else may be writing there.
     """
     expected, ours = set(stems), set(source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = list_folder(folder)
         found = noted(folder, form, spec)
-        known = {stem: entry for stem, entry in found.items() if stem in expected}
-        unwanted = [entry for stem, entry in found.items() if stem not in expected]
-        _check_samples(folder, form, ours, names, found, prune=prune)
-        stray = _check_names(folder, form, expected, ours, names, unwanted)
+        files = [name for name in names if not _is_of_writers(name, form)]
+        refuse_others(folder, form, files, found, ours, prune=prune)
         remove_temporaries(folder)
-        if unwanted or any(map(_JOURNAL.fullmatch, names)):
-            suspend(folder, form, known.values())
-        remove(folder, unwanted)
-        _unlink(folder, stray)
+        if any(map(_JOURNAL.fullmatch, names)):
+            suspend(folder, form, found.values())
     except OSError as error:
         raise AccessError.writing(folder, error) from error
-    return known
+    return Ready(
+        {stem: entry for stem, entry in found.items() if stem in expected and entry.parts},
+        [entry for stem, entry in found.items() if stem not in expected],
+        [name for stem, own in by_stem(form, files).items() if stem not in expected for name in own],
+    )
 
 
 def noted(folder: Path, form: str, spec: SampleSpec) -> dict[str, Entry]:
-    """What manifest and journals note of the files in `folder`, by stem; DataError for others than these."""
+    """What manifest and journals note of the files in `folder`, by stem; DataError for others than these.
+
+    An entry without parts is one that was begun: nothing vouches for its files.
+    """
     manifest = Manifest.load(folder)
     found = {entry.stem: entry for entry in manifest.entries} if manifest else {}
     journals = [match for match in map(_JOURNAL.fullmatch, list_folder(folder)) if match]
@@ -99,6 +118,14 @@ def suspend(folder: Path, form: str, entries: Iterable[Entry]) -> None:
     _unlink(folder, (name for name in list_folder(folder) if _is_note(name) and name != journal.name))
 
 
+def clear(folder: Path, names: Iterable[str]) -> None:
+    """Remove the files `names` from `folder`."""
+    try:
+        _unlink(folder, names)
+    except OSError as error:
+        raise AccessError.writing(folder, error) from error
+
+
 def remove(folder: Path, entries: Iterable[Entry]) -> None:
     """Remove those files of `entries` from `folder` that are as noted."""
     for entry in entries:
@@ -113,7 +140,7 @@ def list_files(form: str, stems: Sequence[str]) -> dict[str, list[str]]:
 
 def is_unfinished(name: str) -> bool:
     """Whether `name` is that of a file which a writer that was stopped has left."""
-    return bool(name == LOCK or _JOURNAL.fullmatch(name) or final_name(name))
+    return bool(_JOURNAL.fullmatch(name) or final_name(name))
 
 
 class Journal:
@@ -126,10 +153,17 @@ class Journal:
         except OSError as error:
             raise AccessError.writing(self._path, error) from error
 
+    def begin(self, stems: Iterable[str]) -> None:
+        """Note that files of `stems` may be written from now on, so that no earlier note vouches for them."""
+        self._write(Entry(stem, ()) for stem in stems)
+
     def add(self, entry: Entry) -> None:
         """Note that the files of `entry` are whole under their names."""
+        self._write([entry])
+
+    def _write(self, entries: Iterable[Entry]) -> None:
         try:
-            self._file.write(f"{json.dumps(entry.to_json())}\n")
+            self._file.writelines(f"{json.dumps(entry.to_json())}\n" for entry in entries)
             self._file.flush()
         except OSError as error:
             raise AccessError.writing(self._path, error) from error
@@ -148,71 +182,15 @@ class Journal:
                 raise AccessError.writing(self._path, late) from late
 
 
-def _check_samples(
-    folder: Path, form: str, ours: set[str], names: Sequence[str], found: Mapping[str, Entry], *, prune: bool
-) -> None:
-    """Refuse a folder that holds samples which are not `ours`: with `prune`, where it holds no others."""
-    held: set[str] = set()
-    there = set(names)
-    for entry in found.values():
-        if any(entry.stem + part.suffix in there for part in entry.parts):
-            members = [member_stem(member.name) for part in entry.parts for member in part.members]
-            held.update(members or [entry.stem])
-    if form == PackedFormat.name:
-        # What a shard holds its name does not tell; a run that was killed has left a few without a note.
-        for name in names:
-            stem = name.removesuffix(PackedFormat.suffix)
-            if stem != name and stem not in found and stem not in ours:
-                held.update(_members_of(folder / name))
-    others = held - ours
-    if others and others == held:
-        # Whoever named the wrong folder shall not lose what is in it.
-        fault = f"holds {min(others)} and no sample of this source"
-        raise DataError(folder, fault, "choose another folder")
-    if others and not prune:
-        fault = f"holds samples that are not in the source, {len(others)} in all, the first {min(others)}"
-        remedy = "bring them back there, choose another folder, or have them removed here with --prune"
-        raise DataError(folder, fault, remedy)
-
-
-def _members_of(shard: Path) -> list[str]:
-    """The stems of the samples in `shard`: none if it is damaged, so that it can be made again."""
-    try:
-        return [member_stem(member.name) for member in sample_members(shard)]
-    except AccessError:
-        raise
-    except DataError:
-        return []
-
-
-def _check_names(
-    folder: Path,
-    form: str,
-    expected: set[str],
-    ours: set[str],
-    names: Sequence[str],
-    unwanted: Sequence[Entry],
-) -> list[str]:
-    """Refuse a folder with files that nobody vouches for and that are not named as those of the source.
-
-    Returns those named as samples that are `ours`, but not `expected` in this folder.
-    """
-    parts = FORMATS[form].parts + FORMATS[form].extras
-    left = {name for entry in unwanted if entry.source for name in _whole(folder, entry)}
-    stray: list[str] = []
-    for name in names:
-        final = final_name(name)
-        if name == LOCK or _is_note(name) or (final and (_is_note(final) or final.endswith(parts))):
-            continue
-        suffix = next((part for part in parts if name.endswith(part)), None)
-        stem = name.removesuffix(suffix) if suffix is not None else None
-        if stem in expected or name in left:
-            continue
-        if stem not in ours:
-            fault = f"holds {name}, which is no sample of the source as {form}"
-            raise DataError(folder, fault, "remove it, or choose another folder")
-        stray.append(name)
-    return stray
+def _is_of_writers(name: str, form: str) -> bool:
+    """Whether `name` is that of a note, or of something else that writers of `form` leave."""
+    final, suffixes = final_name(name), FORMATS[form].parts + FORMATS[form].extras
+    return (
+        _is_note(name)
+        or name == LOCK
+        or name.startswith(_STILL_OPEN)
+        or bool(final and (_is_note(final) or final.endswith(suffixes)))
+    )
 
 
 def _is_note(name: str) -> bool:

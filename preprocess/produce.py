@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from pipelines.dist import World, launched, report_errors
+from pipelines.dist import World
 from pipelines.errors import AccessError, ConfigError
+from pipelines.exits import launched, report_errors
 from pipelines.files import locked
 from pipelines.manifest import Entry
 from pipelines.sample import SampleSpec
 from preprocess.lost import Lost
-from preprocess.output import Journal, begin, finish, remove, suspend
+from preprocess.output import Journal, Ready, begin, clear, finish, remove, suspend
 from preprocess.progress import STOPPED, progress
 from preprocess.workforce import Task, run_jobs
 
@@ -68,6 +69,15 @@ class Produced:
         return Produced(self.made + other.made, self.kept + other.kept, self.faults + other.faults)
 
 
+class _Outcome(NamedTuple):
+    """What became of a rank's share: entries, and lines; see `make_entries`."""
+
+    made: list[Entry]
+    kept: list[Entry]
+    spoiled: list[Entry]
+    faults: list[str]
+
+
 def produce(
     order: Order, task: Task, *, world: World, workers: int, unit: str, shown: bool = False
 ) -> Produced:
@@ -91,51 +101,58 @@ def produce(
             except OSError as error:
                 raise AccessError.writing(target, error) from error
             stems = (stem for job in order.jobs for stem in job.makes)
-            known.update(begin(target, order.form, order.spec, stems, order.samples, prune=order.prune))
-            wanted = [(job, [known.get(stem) for stem in job.makes]) for job in order.jobs]
+            ready.append(begin(target, order.form, order.spec, stems, order.samples, prune=order.prune))
+            wanted = [(job, [ready[0].known.get(stem) for stem in job.makes]) for job in order.jobs]
             return [wanted[rank :: world.size] for rank in range(world.size)]
 
+        def jobs() -> Iterator[Any]:
+            for job, noted in mine:
+                journal.begin(job.makes)
+                yield [job.source, _lines(job, noted)]
+
         locks: list[int] = []
-        known: dict[str, Entry] = {}
+        ready: list[Ready] = []
         mine = world.scatter(share)
-        jobs = ([job.source, _lines(job, noted)] for job, noted in mine)
-        made: list[Entry] = []
-        kept: list[str] = []
-        spoiled: list[Entry] = []
-        faults: list[str] = []
+        before = {entry.stem: entry for _, noted in mine for entry in noted if entry}
+        own = _Outcome([], [], [], [])
         with (
             Journal(target, order.form, world.rank) as journal,
             progress(len(mine), "done", unit, shown=shown and world.is_root) as advance,
-            contextlib.closing(run_jobs(task, jobs, workers, locks)) as answers,
+            contextlib.closing(run_jobs(task, jobs(), workers, locks)) as answers,
         ):
             for answer in world.alone(_unless_lost(answers)):
                 for line in answer["made"]:
-                    made.append(Entry.from_json(line))
-                    journal.add(made[-1])
-                kept += answer["kept"]
-                spoiled += map(Entry.from_json, answer["spoiled"])
-                faults += answer["faults"]
+                    own.made.append(Entry.from_json(line))
+                    journal.add(own.made[-1])
+                for stem in answer["kept"]:
+                    own.kept.append(before[stem])
+                    journal.add(own.kept[-1])
+                own.spoiled.extend(map(Entry.from_json, answer["spoiled"]))
+                own.faults.extend(answer["faults"])
                 advance()
-        shares = world.gather_to_root((made, kept, spoiled, faults))
+        outcomes = world.gather_to_root(own)
+        return world.on_root(lambda: _settle(order, ready[0], outcomes))
 
-        def settle() -> Produced:
-            entries = {entry.stem: entry for share in shares for entry in share[0]}
-            there = {stem: known[stem] for share in shares for stem in share[1]}
-            result = Produced(
-                sum(entry.samples for entry in entries.values()),
-                sum(entry.samples for entry in there.values()),
-                tuple(sorted(fault for share in shares for fault in share[3])),
-            )
-            entries |= there
-            if result.faults:
-                suspend(target, order.form, entries.values())
-                remove(target, (entry for share in shares for entry in share[2]))
-            else:
-                ordered = [entries[stem] for job in order.jobs for stem in job.makes]
-                finish(target, order.form, order.spec, ordered)
-            return result
 
-        return world.on_root(settle)
+def _settle(order: Order, ready: Ready, outcomes: Sequence[_Outcome]) -> Produced:
+    """Leave the folder as its samples are: finished, or with notes of what is sound."""
+    result = Produced(
+        sum(entry.samples for outcome in outcomes for entry in outcome.made),
+        sum(entry.samples for outcome in outcomes for entry in outcome.kept),
+        tuple(sorted(fault for outcome in outcomes for fault in outcome.faults)),
+    )
+    sound = (entry for outcome in outcomes for entry in (*outcome.made, *outcome.kept))
+    entries = {entry.stem: entry for entry in sound}
+    if result.faults:
+        spoiled = [entry for outcome in outcomes for entry in outcome.spoiled]
+        begun = (Entry(entry.stem, ()) for entry in spoiled)
+        suspend(order.target, order.form, [*entries.values(), *ready.unwanted, *begun])
+        remove(order.target, spoiled)
+    else:
+        clear(order.target, ready.surplus)
+        ordered = [entries[stem] for job in order.jobs for stem in job.makes]
+        finish(order.target, order.form, order.spec, ordered)
+    return result
 
 
 def run(

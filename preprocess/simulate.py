@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import get_args
 
 from pipelines.cli import OneLineParser
-from pipelines.dist import World, available_cores, report_errors
+from pipelines.dist import World, available_cores
 from pipelines.errors import ConfigError, DataError
+from pipelines.exits import report_errors
 from pipelines.files import final_name, locked, remove_temporaries, write_chunks
 from pipelines.formats import FORMATS
 from preprocess.progress import STOPPED, progress

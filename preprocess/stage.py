@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.cli import OneLineParser
-from pipelines.dist import World, launched, report_errors
+from pipelines.dist import World
 from pipelines.errors import UserError
+from pipelines.exits import launched, report_errors
 from pipelines.folder import SPLITS, open_folder
 from preprocess.progress import STOPPED
 from preprocess.staging import StageConfig, describe, stage

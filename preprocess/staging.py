@@ -257,6 +257,8 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
         # A node that lacks nothing may have no folder open.
         noting = Journal(plan.target, form, world.local_rank) if plan.own.any() else nullcontext()
         with noting as journal:
+            if journal:
+                journal.begin(plan.split.stem(index) for index in mine if plan.own[index])
             for index, taken, done in world.alone(samples):
                 read += taken
                 if isinstance(done, str):
@@ -272,7 +274,8 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
         if plan.opened:
             entries = noted(plan.target, form, plan.split.spec)
             stems = (plan.split.stem(index) for index in range(len(plan.split)))
-            finish(plan.target, form, plan.split.spec, [entries[stem] for stem in stems if stem in entries])
+            there = (entries[stem] for stem in stems if stem in entries)
+            finish(plan.target, form, plan.split.spec, [entry for entry in there if entry.parts])
 
     world.everywhere(end)
     return Staged(

@@ -20,8 +20,9 @@ from typing import Any
 
 from pipelines.cli import OneLineParser
 from pipelines.dataset import Split
-from pipelines.dist import World, available_cores, report_errors
+from pipelines.dist import World, available_cores
 from pipelines.errors import ConfigError, DataError
+from pipelines.exits import report_errors
 from pipelines.folder import SPLITS, list_folder, open_folder
 from pipelines.formats import FORMATS
 from pipelines.lists import DATA_LIST, LABEL_LIST, read_list

@@ -2,18 +2,24 @@
 
 It is a program of its own, not a `multiprocessing` child, so that it imports nothing of what its
 parent imported (MPI and CUDA must not be started twice) and so that it ends by itself: when the
-parent dies, its input ends. The first line names the task and holds its settings, each later one is
-a job; the answer is what the task makes of it, or {"error": ...}.
+parent dies, its input ends, and the kernel ends it, wherever it is: what it was about to write may be
+another run's by then. The first line names the task and holds its settings and the parent's process
+id, each later one is a job; the answer is what the task makes of it, or {"error": ...}.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 
 from pipelines.errors import UserError
+
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
 def main() -> None:
@@ -22,6 +28,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     header = json.loads(sys.stdin.readline())
+    _die_with(header["parent"])
     task = getattr(importlib.import_module(header["module"]), header["task"])(**header["settings"])
     for line in sys.stdin:
         try:
@@ -33,6 +40,13 @@ def main() -> None:
         except BrokenPipeError:
             # The parent has gone, so that nobody is left to hear of it.
             os._exit(1)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its `parent` dies; see prctl(2)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def _start(task: Task, pass_fds: Sequence[int]) -> subprocess.Popen[str]:
     )
     kind = type(task)
     settings = asdict(task)  # type: ignore[call-overload]
-    _send(worker, {"module": kind.__module__, "task": kind.__qualname__, "settings": settings})
+    header = {"module": kind.__module__, "task": kind.__qualname__, "settings": settings}
+    _send(worker, {**header, "parent": os.getpid()})
     return worker
 
 

@@ -279,7 +279,8 @@ def test_a_fault_on_one_rank_ends_all_of_them() -> None:
     # Rank 1 fails while the others already wait for it in a collective.
     program = """
 import torch
-from pipelines.dist import RankError, World, report_errors
+from pipelines.dist import RankError, World
+from pipelines.exits import report_errors
 from pipelines.errors import UserError
 
 world = World.detect()

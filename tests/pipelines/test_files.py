@@ -1,4 +1,4 @@
-"""One writer at a time in a folder."""
+"""Files that are whole or not there, and one writer at a time in a folder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from helpers import ROOT, environment
 
-from pipelines.files import LOCK, locked
+from pipelines.files import LOCK, locked, write_atomically, write_chunks
 
 COUNT = """
 import sys
@@ -36,6 +37,17 @@ def test_writers_take_turns(tmp_path: Path) -> None:
     assert [writer.wait(timeout=60) for writer in writers] == [0] * 4
     assert (tmp_path / "number").read_text() == "1200"
     assert not (tmp_path / LOCK).exists()
+
+
+def test_the_last_of_two_writers_of_one_file_wins(tmp_path: Path) -> None:
+    def write(file: BinaryIO) -> None:
+        write_chunks(tmp_path / "a", b"inner")
+        assert (tmp_path / "a").read_bytes() == b"inner"
+        file.write(b"outer")
+
+    write_atomically(tmp_path / "a", write)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"outer"
 
 
 def test_the_right_goes_with_the_descriptor_and_a_file_left_over_holds_nothing(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ _WAIT = """
 import sys, time
 import torch
 from pipelines import watch
-from pipelines.dist import RankError, World, report_errors
+from pipelines.dist import RankError, World
+from pipelines.exits import report_errors
 from pipelines.errors import UserError
 
 watch.SILENCE, watch.STALL = 6.0, 3.0
