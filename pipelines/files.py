@@ -185,12 +185,12 @@ def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
     """The right to write into `folder`, as a file descriptor that carries it.
 
     Where another process has it, `wait()` is called, and if it returns, waited. A file system
-    without locks gives the right to everyone.
+    without locks gives the right to everyone. AccessError where there is no right to be had.
     """
     # A file of its own, open for writing: NFS and Lustre carry no lock on a folder to other nodes.
     path, held = folder / LOCK, False
     while not held:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open_lock(path)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,7 +199,7 @@ def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError as error:
                 if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                    raise
+                    raise AccessError.writing(path, error) from error
             # Who had it before has removed the file, and others may hold the one that is there now.
             held = _is_at(path, descriptor)
             if held:
@@ -211,11 +211,25 @@ def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
             os.close(descriptor)
 
 
+def _open_lock(path: Path) -> int:
+    """The file at `path`, there or made, as a descriptor that can be locked."""
+    try:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            # Another user's run was killed and has left it. Most file systems lock what can be read.
+            return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise AccessError.writing(path, error) from error
+
+
 def _is_at(path: Path, descriptor: int) -> bool:
     """Whether the file that is open as `descriptor` is the one at `path`."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise AccessError.writing(path, error) from error
         return False
 
 

@@ -188,8 +188,8 @@ def run(
                 print(f"error: {fault}", file=sys.stderr)
             if result.faults:
                 print(
-                    f"error: {len(result.faults)} {unit}s are damaged; mend or remove them and run this "
-                    "again: it makes what is missing",
+                    f"error: {len(result.faults)} {unit}s are damaged or cannot be read; mend or "
+                    "remove them and run this again: it makes what is missing",
                     file=sys.stderr,
                 )
     return 1 if result.faults else 0

@@ -68,7 +68,7 @@ def _samples_in(
         return told
     shard = folder / (stem + PackedFormat.suffix)
     if shard.name not in names:
-        return told or []
+        return told
     try:
         return [member_stem(member.name) for member in sample_members(shard)]
     except AccessError:

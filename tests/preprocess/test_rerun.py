@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -21,6 +23,7 @@ from preprocess.convert import order_conversion
 from preprocess.output import Journal
 from preprocess.prepare import main as prepare
 from preprocess.produce import Produced, produce
+from preprocess.verify import main as verify
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -288,3 +291,129 @@ def test_two_samples_of_one_name_are_refused(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "packed" / "shard_000000.tar", tmp_path / "packed" / "shard_000001.tar")
     with pytest.raises(DataError, match=rf"000001\.tar/{stem(0)}.*same name as shard_000000\.tar/{stem(0)}"):
         open_folder(tmp_path / "packed")
+
+
+class Killed(BaseException):
+    """Nothing that anybody catches."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, where: type, name: str, which: Callable[[Any], bool]) -> None:
+    """Have the method `name` of `where` raise Killed when it is first called with what `which` is true of."""
+    method = getattr(where, name)
+
+    def killed(self: Any, *given: Any, **more: Any) -> Any:
+        if which(given[0] if given else self):
+            raise Killed
+        return method(self, *given, **more)
+
+    monkeypatch.setattr(where, name, killed)
+
+
+@pytest.mark.parametrize("to", ["npy", "packed"])
+def test_a_note_does_not_outlive_the_file_that_it_is_of(to: str, tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    (data / "files_data.lst").write_text("".join(f"{stem(index)}_data.npy\n" for index in range(4)))
+    converted(data, target, to)
+    before = content(target)
+    shutil.copytree(data, tmp_path / "earlier")
+    write_older(data, 1, 77)
+    (data / "files_data.lst").write_text("".join(f"{stem(index)}_data.npy\n" for index in (1, 0, 3, 2)))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        last = "shard_000001" if to == "packed" else stem(1)
+        kill_at(patch, Journal, "add", lambda entry: entry.stem == last)
+        converted(data, target, to)
+    assert content(target) != before
+    # The source as it was, its times too: what was made from the other one is noted nowhere.
+    shutil.rmtree(data)
+    shutil.copytree(tmp_path / "earlier", data)
+    done = converted(data, target, to)
+    assert done.made >= 1 and done.made + done.kept == 4
+    assert content(target) == before
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_a_run_that_is_killed_while_it_removes_goes_on(
+    prune: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, target = tiny(tmp_path, train=8), tmp_path / "out"
+    converted(data, target, "packed", a_shard=1)
+    for index in range(4) if prune else ():
+        for path in data.glob(f"{stem(index)}*"):
+            path.unlink()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, Path, "unlink", lambda path: str(path).endswith("shard_000006.tar"))
+        converted(data, target, "packed", a_shard=4, prune=prune)
+    assert not (target / "shard_000005.tar").exists() and (target / "shard_000006.tar").exists()
+    converted(data, target, "packed", a_shard=4, prune=prune)
+    converted(data, tmp_path / "undisturbed", "packed", a_shard=4)
+    assert content(target) == content(tmp_path / "undisturbed")
+
+
+def test_larger_shards_take_the_place_of_those_that_a_killed_run_has_not_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, Journal, "add", lambda entry: entry.stem == "shard_000003")
+        converted(data, target, "packed", a_shard=1)
+    assert (target / "shard_000003.tar").exists()
+    assert converted(data, target, "packed", a_shard=4) == Produced(made=4)
+    assert [path.name for path in target.glob("*.tar")] == ["shard_000000.tar"]
+
+
+def test_a_shard_that_is_named_as_a_sample_is_looked_into(tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    converted(tmp_path / "data" / "validation", target, "packed")
+    (target / "shard_000000.tar").rename(target / f"{stem(1)}.tar")
+    for name in ("shard_000000.idx", MANIFEST, "files_data.lst"):
+        (target / name).unlink()
+    with pytest.raises(DataError, match=rf"holds {stem(1)}\.tar, which is no sample of the source as packed"):
+        converted(data, target, "packed")
+    # One that is damaged tells nothing of what it holds.
+    with open(target / f"{stem(1)}.tar", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(DataError, match=rf"holds {stem(1)}\.tar, which is no sample of the source as packed"):
+        converted(data, target, "packed")
+
+
+def test_a_universe_that_a_killed_run_had_begun_can_be_taken_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, Journal, "add", lambda entry: entry.stem == stem(2))
+        converted(data, target, "npy")
+    assert (target / f"{stem(2)}_data.npy").exists()
+    for path in data.glob(f"{stem(2)}*"):
+        path.unlink()
+    with pytest.raises(DataError, match=rf"not in the source, 1 in all, the first {stem(2)}; .* --prune"):
+        converted(data, target, "npy")
+    assert converted(data, target, "npy", prune=True) == Produced(made=1, kept=2)
+    assert len(open_folder(target)) == 3 and not list(target.glob(f"{stem(2)}*"))
+
+
+@pytest.mark.parametrize("to", ["npy", "packed"])
+def test_prune_removes_what_verify_has_noted(to: str, tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    converted(data, target, to, a_shard=1)
+    (target / MANIFEST).unlink()
+    assert verify([str(target), "--write", "--workers", "1"]) == 0
+    for path in data.glob(f"{stem(2)}*"):
+        path.unlink()
+    with pytest.raises(DataError, match="--prune"):
+        converted(data, target, to, a_shard=1)
+    converted(data, target, to, a_shard=1, prune=True)
+    converted(data, tmp_path / "undisturbed", to, a_shard=1)
+    assert content(target) == content(tmp_path / "undisturbed")
+
+
+def test_the_way_out_of_a_damaged_manifest_leads_out(tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    converted(data, target, "npy")
+    before = content(target)
+    (target / MANIFEST).write_text("{")
+    with pytest.raises(DataError, match="remove it, and convert again or write it anew"):
+        converted(data, target, "npy")
+    (target / MANIFEST).unlink()
+    assert converted(data, target, "npy") == Produced(made=4)
+    assert content(target) == before

@@ -19,6 +19,11 @@ def test_a_worker_whose_parent_has_gone_says_nothing() -> None:
     os.close(answering)
     os.close(listening)
     # Something that can be called, made of settings.
-    header = {"module": "unittest.mock", "task": "Mock", "settings": {"return_value": "made"}}
+    header = {
+        "module": "unittest.mock",
+        "task": "Mock",
+        "settings": {"return_value": "made"},
+        "parent": os.getpid(),
+    }
     _, err = worker.communicate(json.dumps(header) + "\n1\n", timeout=60)
     assert (worker.returncode, err) == (1, "")
