@@ -34,6 +34,19 @@ _LOOKED_AT = 16
 """Files or samples tried before a folder is taken to hold none that is sound."""
 
 
+def parts_of(root: Path) -> list[str]:
+    """The folders of samples in `root`: those of SPLITS that are there, or without one of these ".".
+
+    DataError where samples lie beside them, so that nobody could tell which are meant.
+    """
+    parts = [split for split in SPLITS if (root / split).is_dir()]
+    for name in list_folder(root) if parts else ():
+        if name.endswith(_SUFFIXES):
+            fault = f"holds {name} beside {' and '.join(parts)}"
+            raise DataError(root, fault, "give one of these folders, or keep the sample elsewhere")
+    return parts or ["."]
+
+
 def open_split(root: Path, split: str) -> Split:
     """The samples in `root`/`split` ("train" or "validation"); see `open_folder`."""
     return open_folder(root / split)

@@ -17,7 +17,7 @@ from pathlib import Path
 from pipelines.cli import OneLineParser
 from pipelines.dist import World
 from pipelines.errors import ConfigError, DataError
-from pipelines.folder import SPLITS, open_folder
+from pipelines.folder import open_folder, parts_of
 from pipelines.formats import FORMATS
 from pipelines.formats.packed import PackedFormat
 from preprocess.conversion import Conversion, lines_of
@@ -77,10 +77,11 @@ def convert(
             raise ConfigError("--to", to, f"expected one of {', '.join(sorted(FORMATS))}")
         if a_shard < 1:
             raise ConfigError("--samples-per-shard", a_shard, "expected at least one")
-        splits = [split for split in SPLITS if (source / split).is_dir()]
-        pairs = [(source / split, target / split) for split in splits] or [(source, target)]
         return [
-            order_conversion(*pair, to, a_shard=a_shard, expected=expected, prune=prune) for pair in pairs
+            order_conversion(
+                source / part, target / part, to, a_shard=a_shard, expected=expected, prune=prune
+            )
+            for part in parts_of(source)
         ]
 
     return run(orders, workers=workers, unit="file", target=target)

@@ -23,7 +23,7 @@ from pipelines.dataset import Split
 from pipelines.dist import World, available_cores
 from pipelines.errors import ConfigError, DataError
 from pipelines.exits import report_errors
-from pipelines.folder import SPLITS, list_folder, open_folder
+from pipelines.folder import SPLITS, list_folder, open_folder, parts_of
 from pipelines.formats import FORMATS
 from pipelines.lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.manifest import MANIFEST, Entry, Manifest
@@ -173,8 +173,7 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
 
     With `write`, a sound folder that has no manifest gets one.
     """
-    splits = [root / split for split in SPLITS if (root / split).is_dir()]
-    reports = [verify_folder(folder, workers=workers, shown=True) for folder in splits or [root]]
+    reports = [verify_folder(root / part, workers=workers, shown=True) for part in parts_of(root)]
     if len(reports) == len(SPLITS):
         reports[1].faults["duplicates"] += check_apart(*reports)
     print(_table(reports))

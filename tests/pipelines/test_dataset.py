@@ -8,7 +8,7 @@ import pytest
 from helpers import tiny_sample, write_tiny
 
 from pipelines.errors import DataError
-from pipelines.folder import open_folder, open_split, read_sample
+from pipelines.folder import open_folder, open_split, parts_of, read_sample
 from pipelines.formats import FORMATS
 from pipelines.lists import Listed, read_list, write_list
 from pipelines.manifest import Entry, Manifest
@@ -87,6 +87,17 @@ def test_a_name_that_no_list_can_hold_is_refused(name: str, tmp_path: Path) -> N
     with pytest.raises(DataError, match="give it a name that lists can hold") as raised:
         open_folder(tmp_path)
     assert str(raised.value).isprintable()
+
+
+def test_a_folder_has_splits_or_samples_and_not_both(tmp_path: Path) -> None:
+    root = write_tiny(tmp_path / "data", train=1, validation=1)
+    assert parts_of(root) == ["train", "validation"]
+    assert parts_of(root / "train") == ["."]
+    write_tiny(tmp_path / "more", train=1, validation=1, form="tfrecord")
+    (sample,) = (tmp_path / "more" / "train").glob("*.tfrecord")
+    sample.rename(root / "x.tfrecord")
+    with pytest.raises(DataError, match=r"data: holds x.tfrecord beside train and validation; give one"):
+        parts_of(root)
 
 
 def test_temporary_files_of_a_writer_are_no_samples(tmp_path: Path) -> None:
