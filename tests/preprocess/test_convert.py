@@ -454,7 +454,15 @@ def test_a_conversion_that_is_stopped_while_it_reads_leaves_no_worker_and_goes_o
     last.unlink()
     os.mkfifo(last)  # Whoever reads it waits.
     line = command(CONVERT, ["-i", data, "-o", target, "--to", "tfrecord", "--workers", "1"])
-    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        line,
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background has Ctrl-C ignored, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not (target / "universe_0004_000.tfrecord").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
