@@ -36,7 +36,8 @@ def report_errors(world: World, stopped: str = "stopped") -> Iterator[None]:
             world.leave_first()
         world.leave(1)
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr, flush=True)
+        if world.is_root:
+            print(stopped, file=sys.stderr, flush=True)
         world.part(stopped, known=False)
         world.leave_first(128 + signal.SIGINT)
     except OSError as error:

@@ -22,7 +22,9 @@ TEMPORARY = ".tmp"
 """The suffix of a file that is being written; one that is left over is safe to remove."""
 
 LOCK = ".lock"
-"""The file by which a writer holds a folder; one that is left over holds nothing."""
+"""The file that a writer of a folder locks: NFS and Lustre carry no lock on the folder itself to other nodes.
+
+It stays: to remove it would take it from under somebody who waits for it."""
 
 _TEMPORARY = re.compile(rf"\.(.+)\.\d+{re.escape(TEMPORARY)}")
 """Its name, with the one that it is to get."""
@@ -182,55 +184,46 @@ def final_name(name: str) -> str | None:
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
-    """The right to write into `folder`, as a file descriptor that carries it.
+    """The right to write into `folder`, until the body ends, as a file descriptor.
 
-    Where another process has it, `wait()` is called, and if it returns, waited. A file system
-    without locks gives the right to everyone. AccessError where there is no right to be had.
+    Whoever inherits the descriptor keeps the right if this process is killed. Where another process
+    has it, `wait()` is called, and if it returns, waited. A file system without locks gives the right
+    to everyone. AccessError where there is none to be had.
     """
-    # A file of its own, open for writing: NFS and Lustre carry no lock on a folder to other nodes.
-    path, held = folder / LOCK, False
-    while not held:
-        descriptor = _open_lock(path)
+    path = folder / LOCK
+    descriptor = _open_lock(path)
+    try:
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                wait()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                    raise AccessError.writing(path, error) from error
-            # Who had it before has removed the file, and others may hold the one that is there now.
-            held = _is_at(path, descriptor)
-            if held:
-                try:
-                    yield descriptor
-                finally:
-                    path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                fault = "was left by another user's run, and cannot be locked"
+                raise AccessError(path, fault, "remove it while nobody writes there") from error
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise AccessError.writing(path, error) from error
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _open_lock(path: Path) -> int:
     """The file at `path`, there or made, as a descriptor that can be locked."""
     try:
+        # Open for writing, which NFS asks for; and for whoever may write into the folder.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with contextlib.suppress(PermissionError):
+            os.fchmod(descriptor, os.stat(path.parent).st_mode & 0o666)
+        return descriptor
+    except PermissionError as refused:
         try:
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:
-            # Another user's run was killed and has left it. Most file systems lock what can be read.
             return os.open(path, os.O_RDONLY)
+        except OSError:
+            raise AccessError.writing(path, refused) from refused
     except OSError as error:
         raise AccessError.writing(path, error) from error
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the file that is open as `descriptor` is the one at `path`."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):
-            raise AccessError.writing(path, error) from error
-        return False
 
 
 def read_file(path: Path, *, direct: bool = False) -> bytes:

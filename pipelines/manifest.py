@@ -82,7 +82,10 @@ class Source(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A sample, or a shard of them: its stem, its files, and what it was made from, if that is a file."""
+    """A sample, or a shard of them: its stem, its files, and what it was made from, if that is a file.
+
+    In a journal, one without files is a sample or shard that was begun and not finished.
+    """
 
     stem: str
     parts: tuple[Part, ...]
@@ -97,7 +100,12 @@ class Entry(NamedTuple):
     @property
     def samples(self) -> int:
         """How many it holds."""
-        return sum(len(part.members) for part in self.parts) or 1
+        return len(self.members) or min(1, len(self.parts))
+
+    @property
+    def members(self) -> list[str]:
+        """The names of the members, if it is a shard."""
+        return [member.name for part in self.parts for member in part.members]
 
     def to_json(self) -> list[Any]:
         """As a line of the manifest has it."""
@@ -123,7 +131,8 @@ class Entry(NamedTuple):
     def is_whole_in(self, folder: Path) -> bool:
         """Whether all its files are in `folder`, each of the length that stands here."""
         try:
-            return all(path.stat().st_size == part.bytes for path, part in self.files(folder))
+            there = all(path.stat().st_size == part.bytes for path, part in self.files(folder))
+            return there and bool(self.parts)
         except FileNotFoundError:
             return False
         except OSError as error:

@@ -58,7 +58,8 @@ class Conversion:
 
         files = dict.fromkeys(path for index in range(len(split)) for path in split.files(index))
         make = shard if self.sharded else samples
-        return make_entries(target, lambda: Source.of(split.names, files), wanted, make)
+        members = [split.stem(index) + MEMBER for index in range(len(split))] if self.sharded else ()
+        return make_entries(target, lambda: Source.of(split.names, files), wanted, make, members)
 
     def _split(self, lines: Sequence[Line]) -> Split:
         names, places, sums = zip(*lines, strict=True)
@@ -87,19 +88,20 @@ def _read(split: Split, index: int) -> Sample:
 def _members(split: Split) -> Iterator[tuple[str, Iterator[bytes]]]:
     """The members of a shard of all of `split`; DamagedError after the last one if some are damaged."""
     faults: list[str] = []
+    lost: list[str] = []
     unread: dict[str, str] = {}
-    sound = damaged = False
+    sound = False
     for index in range(len(split)):
         try:
             sample = _read(split, index)
         except DataError as error:
-            faults.append(str(error))
             if isinstance(error, UnreadableError):
+                lost.append(str(error))
                 unread[error.path] = error.fault
             else:
-                damaged = True
+                faults.append(str(error))
         else:
             sound = True
             yield split.stem(index) + MEMBER, encode(sample)
-    if faults:
-        raise DamagedError(faults, None if sound or damaged else unread, damaged=damaged)
+    if faults or lost:
+        raise DamagedError(faults, lost, {} if sound or faults else unread)

@@ -17,7 +17,7 @@ from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.files import locked
 from pipelines.manifest import Entry, Manifest, Source
 from preprocess.lost import Lost
-from preprocess.output import begin, clear, remove, suspend
+from preprocess.output import begin, clear, suspend
 from preprocess.relay import staged_form
 
 ORIGIN = np.dtype([("bytes", "<i8"), ("digest", "S16")])
@@ -32,8 +32,7 @@ def look(
 ) -> npt.NDArray[np.bool_] | None:
     """Which samples `target` lacks, and have it open for them; None where it is whole and left as it is.
 
-    What is there of others goes: of those of `whole` that are now for other nodes, and, since these are
-    copies, of those that `whole` has no longer.
+    Samples there that are other nodes' now, or that `whole` no longer has, are removed: they are copies.
     """
 
     def wait() -> None:
@@ -60,8 +59,8 @@ def look(
     }
     if len(sound) < len(stems):
         suspend(target, form, [*sound.values(), *unwanted])
-        remove(target, (entry for stem, entry in known.items() if stem not in sound))
-    clear(target, surplus)
+        clear(target, form, (stem for stem in known if stem not in sound))
+    clear(target, form, surplus)
     return np.array([stem not in sound for stem in stems], dtype=bool)
 
 

@@ -28,16 +28,14 @@ from preprocess.survey import by_stem, refuse_others
 
 _JOURNAL = re.compile(r"\.journal\.(?P<form>\w+)\.(?P<writer>\d+)\.jsonl")
 _OURS = (MANIFEST, DATA_LIST, LABEL_LIST)
-_STILL_OPEN = ".nfs"
-"""How NFS names a file that was removed and that somebody has open, as a lock is for a moment."""
 
 
 class Ready(NamedTuple):
     """What is in a folder that may be written into.
 
     known: what is noted of the entries that it shall have, by stem.
-    unwanted: others that are noted, to be noted until their files are gone.
-    surplus: the names of their files, and of those that nobody has noted, for `clear`.
+    unwanted: others that are noted, to stay so until their files are gone.
+    surplus: the stems of their files, and of those that nobody has noted, for `clear`.
     """
 
     known: dict[str, Entry]
@@ -48,37 +46,36 @@ class Ready(NamedTuple):
 def begin(
     folder: Path, form: str, spec: SampleSpec, stems: Iterable[str], source: Iterable[str], *, prune: bool
 ) -> Ready:
-    """Make `folder` ready for the entries `stems` of `spec` as `form`.
+    """Make `folder`, which is there, ready for the entries `stems` of `spec` as `form`.
 
-    source: all samples that there are to make entries of, here and elsewhere. What is in the folder
-        of others is surplus, with `prune`, or refused.
+    source: the stems of all samples of the source, of other splits too. What is in the folder of others
+        is surplus, with `prune`, or refused.
 
-    DataError where the folder holds something else. No sample is touched. One process calls this, and
-    nobody else may be writing there.
+    DataError where the folder holds something else. No sample is touched, but until `finish` there is
+    no manifest. One process calls this, and nobody else may be writing there.
     """
-    expected, ours = set(stems), set(source)
+    expected = set(stems)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         names = list_folder(folder)
         found = noted(folder, form, spec)
-        files = [name for name in names if not _is_of_writers(name, form)]
-        refuse_others(folder, form, files, found, ours, prune=prune)
+        files = by_stem(form, (name for name in names if not _is_of_writers(name, form)))
+        refuse_others(folder, form, files, found, set(source), prune=prune)
         remove_temporaries(folder)
-        if any(map(_JOURNAL.fullmatch, names)):
+        if any(map(_is_note, names)):
             suspend(folder, form, found.values())
     except OSError as error:
         raise AccessError.writing(folder, error) from error
     return Ready(
         {stem: entry for stem, entry in found.items() if stem in expected and entry.parts},
         [entry for stem, entry in found.items() if stem not in expected],
-        [name for stem, own in by_stem(form, files).items() if stem not in expected for name in own],
+        [stem for stem in files if stem not in expected],
     )
 
 
 def noted(folder: Path, form: str, spec: SampleSpec) -> dict[str, Entry]:
     """What manifest and journals note of the files in `folder`, by stem; DataError for others than these.
 
-    An entry without parts is one that was begun: nothing vouches for its files.
+    An entry without files is one that was begun and not finished: nothing vouches for what is there of it.
     """
     manifest = Manifest.load(folder)
     found = {entry.stem: entry for entry in manifest.entries} if manifest else {}
@@ -118,18 +115,10 @@ def suspend(folder: Path, form: str, entries: Iterable[Entry]) -> None:
     _unlink(folder, (name for name in list_folder(folder) if _is_note(name) and name != journal.name))
 
 
-def clear(folder: Path, names: Iterable[str]) -> None:
-    """Remove the files `names` from `folder`."""
-    try:
-        _unlink(folder, names)
-    except OSError as error:
-        raise AccessError.writing(folder, error) from error
-
-
-def remove(folder: Path, entries: Iterable[Entry]) -> None:
-    """Remove those files of `entries` from `folder` that are as noted."""
-    for entry in entries:
-        _unlink(folder, _whole(folder, entry))
+def clear(folder: Path, form: str, stems: Iterable[str]) -> None:
+    """Remove the files of the entries `stems` as `form` from `folder`."""
+    suffixes = FORMATS[form].extras + FORMATS[form].parts
+    _unlink(folder, (stem + suffix for stem in stems for suffix in suffixes))
 
 
 def list_files(form: str, stems: Sequence[str]) -> dict[str, list[str]]:
@@ -185,12 +174,7 @@ class Journal:
 def _is_of_writers(name: str, form: str) -> bool:
     """Whether `name` is that of a note, or of something else that writers of `form` leave."""
     final, suffixes = final_name(name), FORMATS[form].parts + FORMATS[form].extras
-    return (
-        _is_note(name)
-        or name == LOCK
-        or name.startswith(_STILL_OPEN)
-        or bool(final and (_is_note(final) or final.endswith(suffixes)))
-    )
+    return _is_note(name) or name == LOCK or bool(final and (_is_note(final) or final.endswith(suffixes)))
 
 
 def _is_note(name: str) -> bool:
@@ -202,12 +186,9 @@ def _journal(folder: Path, form: str, writer: int) -> Path:
     return folder / f".journal.{form}.{writer}.jsonl"
 
 
-def _whole(folder: Path, entry: Entry) -> list[str]:
-    """The names of the files of `entry` that are in `folder` and as long as noted."""
-    files = ((path, part) for path, part in entry.files(folder) if path.is_file())
-    return [path.name for path, part in files if path.stat().st_size == part.bytes]
-
-
 def _unlink(folder: Path, names: Iterable[str]) -> None:
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+    try:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise AccessError.writing(folder, error) from error

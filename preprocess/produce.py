@@ -18,7 +18,7 @@ from pipelines.files import locked
 from pipelines.manifest import Entry
 from pipelines.sample import SampleSpec
 from preprocess.lost import Lost
-from preprocess.output import Journal, Ready, begin, clear, finish, remove, suspend
+from preprocess.output import Journal, Ready, begin, clear, finish, suspend
 from preprocess.progress import STOPPED, progress
 from preprocess.workforce import Task, run_jobs
 
@@ -45,7 +45,7 @@ class Order:
     form: the format, a key of FORMATS.
     spec: the shape of every sample.
     jobs: what is made at a time; rank 0 alone needs to know.
-    samples: the stems of all samples that the source has, for this folder and for others; as `jobs`.
+    samples: the stems of all samples of the source, of other splits too; rank 0 alone needs to know.
     prune: whether samples that the source has not are removed from the folder, or refused.
     """
 
@@ -70,12 +70,13 @@ class Produced:
 
 
 class _Outcome(NamedTuple):
-    """What became of a rank's share: entries, and lines; see `make_entries`."""
+    """What became of a rank's share; see `make_entries`."""
 
     made: list[Entry]
     kept: list[Entry]
-    spoiled: list[Entry]
+    spoiled: list[str]
     faults: list[str]
+    lost: list[str]
 
 
 def produce(
@@ -114,7 +115,7 @@ def produce(
         ready: list[Ready] = []
         mine = world.scatter(share)
         before = {entry.stem: entry for _, noted in mine for entry in noted if entry}
-        own = _Outcome([], [], [], [])
+        own = _Outcome([], [], [], [], [])
         with (
             Journal(target, order.form, world.rank) as journal,
             progress(len(mine), "done", unit, shown=shown and world.is_root) as advance,
@@ -127,8 +128,9 @@ def produce(
                 for stem in answer["kept"]:
                     own.kept.append(before[stem])
                     journal.add(own.kept[-1])
-                own.spoiled.extend(map(Entry.from_json, answer["spoiled"]))
+                own.spoiled.extend(answer["spoiled"])
                 own.faults.extend(answer["faults"])
+                own.lost.extend(answer["lost"])
                 advance()
         outcomes = world.gather_to_root(own)
         return world.on_root(lambda: _settle(order, ready[0], outcomes))
@@ -139,17 +141,19 @@ def _settle(order: Order, ready: Ready, outcomes: Sequence[_Outcome]) -> Produce
     result = Produced(
         sum(entry.samples for outcome in outcomes for entry in outcome.made),
         sum(entry.samples for outcome in outcomes for entry in outcome.kept),
-        tuple(sorted(fault for outcome in outcomes for fault in outcome.faults)),
+        tuple(sorted(line for outcome in outcomes for line in (*outcome.faults, *outcome.lost))),
     )
     sound = (entry for outcome in outcomes for entry in (*outcome.made, *outcome.kept))
     entries = {entry.stem: entry for entry in sound}
     if result.faults:
-        spoiled = [entry for outcome in outcomes for entry in outcome.spoiled]
-        begun = (Entry(entry.stem, ()) for entry in spoiled)
+        spoiled = [stem for outcome in outcomes for stem in outcome.spoiled]
+        begun = (Entry(stem, ()) for stem in spoiled)
         suspend(order.target, order.form, [*entries.values(), *ready.unwanted, *begun])
-        remove(order.target, spoiled)
-    else:
-        clear(order.target, ready.surplus)
+        clear(order.target, order.form, spoiled)
+    if not any(outcome.lost for outcome in outcomes):
+        # Of what cannot be read, something may be in there that is nowhere else.
+        clear(order.target, order.form, ready.surplus)
+    if not result.faults:
         ordered = [entries[stem] for job in order.jobs for stem in job.makes]
         finish(order.target, order.form, order.spec, ordered)
     return result
@@ -188,8 +192,8 @@ def run(
                 print(f"error: {fault}", file=sys.stderr)
             if result.faults:
                 print(
-                    f"error: {len(result.faults)} {unit}s are damaged or cannot be read; mend or "
-                    "remove them and run this again: it makes what is missing",
+                    f"error: {len(result.faults)} {unit}s are damaged or cannot be read; mend them, "
+                    "or remove them and add --prune, and run this again: it makes what is missing",
                     file=sys.stderr,
                 )
     return 1 if result.faults else 0

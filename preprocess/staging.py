@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,8 +209,8 @@ def _plan(
     own = wanted = np.zeros(len(split), dtype=bool)
     if not (trusted and all(world.gather(world.everywhere(lambda: not leads or is_staged(split, target))))):
         origins = find_origins(whole, world)[split.places(np.arange(len(split)))]
-        told = split, whole, target, origins, world, held
-        lacking = world.everywhere(lambda: look(*told) if leads else None)
+        looking = partial(look, split, whole, target, origins, world, held)
+        lacking = world.everywhere(lambda: looking() if leads else None)
         opened = lacking is not None
         # In bits, since every rank hears of all nodes.
         shares = world.gather((peers.number, np.packbits(own if lacking is None else lacking)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipelines.errors import AccessError, DataError
@@ -15,37 +15,37 @@ from pipelines.manifest import Entry
 def refuse_others(
     folder: Path,
     form: str,
-    files: Sequence[str],
-    found: Mapping[str, Entry],
+    files: Mapping[str, Sequence[str]],
+    noted: Mapping[str, Entry],
     source: set[str],
     *,
     prune: bool,
 ) -> None:
-    """DataError where one of the `files` in `folder` is not of a sample of the `source` as `form`.
+    """DataError where a file in `folder` is of no sample of the source as `form`.
 
-    found: what is noted there, by stem; what is noted may be of other samples with `prune`, if some
-        are the source's.
+    files: their names by stem. noted: what is noted there, by stem. source: the stems of its samples.
+    prune: whether what is noted may be of other samples, if some are the source's.
     """
     held: set[str] = set()
-    for stem, names in by_stem(form, files).items():
-        samples = _samples_in(folder, form, stem, names, found.get(stem))
-        if samples is None or not (stem in found or source.issuperset(samples)):
-            fault = f"holds {names[0]}, which is no sample of the source as {form}"
+    for stem, names in files.items():
+        samples = _samples_in(folder, form, stem, names, noted.get(stem))
+        if samples is None or not (stem in noted or source.issuperset(samples)):
+            fault = f"holds {names[-1]}, which is no sample of the source as {form}"
             raise DataError(folder, fault, "remove it, or choose another folder")
         held.update(samples)
-    others = held - source
-    if others and others == held:
+    foreign = held - source
+    if foreign and foreign == held:
         # Whoever named the wrong folder shall not lose what is in it.
-        fault = f"holds {min(others)} and no sample of this source"
+        fault = f"holds {min(foreign)} and no sample of this source"
         raise DataError(folder, fault, "choose another folder")
-    if others and not prune:
-        fault = f"holds samples that are not in the source, {len(others)} in all, the first {min(others)}"
-        remedy = "bring them back there, choose another folder, or have them removed here with --prune"
+    if foreign and not prune:
+        fault = f"holds samples that are not in the source, {len(foreign)} in all, the first {min(foreign)}"
+        remedy = "bring them back to the source, choose another folder, or have them removed with --prune"
         raise DataError(folder, fault, remedy)
 
 
-def by_stem(form: str, files: Sequence[str]) -> dict[str, list[str]]:
-    """The names `files` of samples as `form` by their stems; of others, each by itself."""
+def by_stem(form: str, files: Iterable[str]) -> dict[str, list[str]]:
+    """The names `files` of samples as `form` by their stems, the index first; of others, each by itself."""
     suffixes = FORMATS[form].parts + FORMATS[form].extras
     found: dict[str, list[str]] = defaultdict(list)
     for name in files:
@@ -63,8 +63,8 @@ def _samples_in(
     if form != PackedFormat.name:
         return [stem]
     # A shard's name does not tell what it holds; nor does a note, if the shard is another one by now.
-    told = [member_stem(member.name) for part in noted.parts for member in part.members] if noted else None
-    if noted and noted.parts and noted.is_whole_in(folder):
+    told = list(map(member_stem, noted.members)) if noted else None
+    if noted and noted.is_whole_in(folder):
         return told
     shard = folder / (stem + PackedFormat.suffix)
     if shard.name not in names:

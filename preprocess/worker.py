@@ -2,8 +2,8 @@
 
 It is a program of its own, not a `multiprocessing` child, so that it imports nothing of what its
 parent imported (MPI and CUDA must not be started twice) and so that it ends by itself: when the
-parent dies, its input ends, and the kernel ends it, wherever it is: what it was about to write may be
-another run's by then. The first line names the task and holds its settings and the parent's process
+parent dies, its input ends, and the kernel kills it even in the middle of a write, because the folder
+may be another run's by then. The first line names the task and holds its settings and the parent's process
 id, each later one is a job; the answer is what the task makes of it, or {"error": ...}.
 """
 
@@ -44,7 +44,8 @@ def main() -> None:
 
 def _die_with(parent: int) -> None:
     """Have the kernel kill this process when its `parent` dies; see prctl(2)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl")
     if os.getppid() != parent:
         os._exit(1)
 

@@ -30,8 +30,8 @@ def run_jobs(
 ) -> Generator[tuple[Any, Any]]:
     """Have `workers` processes do `jobs`; (job, answer) as each is finished, in any order.
 
-    Each worker has one thread of arithmetic, and holds `pass_fds` open as long as it lives, which
-    can be a moment longer than its parent does.
+    Each worker has one thread of arithmetic, and holds `pass_fds` open as long as it lives, which can
+    be a moment longer than the thread that has started it: with that the kernel ends it.
 
     Raises a UserError for what a worker says it cannot do, or if one dies. No worker outlives the
     iterator.

@@ -19,8 +19,8 @@ from preprocess.entries import DamagedError
         AccessError.reading("/a", OSError(5, "Input/output error")),
         ConfigError("key", 3, "too many"),
         RankError(World(1, 2), DataError("/a", "is bad", "mend it")),
-        DamagedError(["/a: is bad", "/b: is bad"]),
-        DamagedError(["/a: cannot be read"], {"/a": "cannot be read"}, damaged=False),
+        DamagedError(["/a: is bad"], ["/b: cannot be read"], {}),
+        DamagedError([], ["/a: cannot be read"], {"/a": "cannot be read"}),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
-from helpers import ROOT, environment
+from helpers import ROOT, environment, kill, wait_until_gone
 
 from pipelines.files import LOCK, locked, write_atomically, write_chunks
 
@@ -26,6 +25,17 @@ for _ in range(int(sys.argv[2])):
 """
 
 
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from pipelines.files import locked
+
+with locked(Path(sys.argv[1]), lambda: None) as right:
+    print(subprocess.Popen(["sleep", "600"], pass_fds=[right], stdout=subprocess.DEVNULL).pid, flush=True)
+    time.sleep(600)
+"""
+
+
 def refuse() -> None:
     raise InterruptedError("held")
 
@@ -36,7 +46,6 @@ def test_writers_take_turns(tmp_path: Path) -> None:
     writers = [subprocess.Popen(line, cwd=ROOT, env=environment()) for _ in range(4)]
     assert [writer.wait(timeout=60) for writer in writers] == [0] * 4
     assert (tmp_path / "number").read_text() == "1200"
-    assert not (tmp_path / LOCK).exists()
 
 
 def test_the_last_of_two_writers_of_one_file_wins(tmp_path: Path) -> None:
@@ -50,15 +59,23 @@ def test_the_last_of_two_writers_of_one_file_wins(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"outer"
 
 
-def test_the_right_goes_with_the_descriptor_and_a_file_left_over_holds_nothing(tmp_path: Path) -> None:
-    (tmp_path / LOCK).touch()  # As a writer that was killed leaves it.
-    with locked(tmp_path, refuse) as right:
-        kept = os.dup(right)
-        with pytest.raises(InterruptedError), locked(tmp_path, refuse):
-            pass
-        # The file is the holder's to remove, not that of who was refused.
-        assert (tmp_path / LOCK).exists()
-    os.close(kept)
+def test_the_right_goes_with_the_descriptor(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        holder.kill()
+    with pytest.raises(InterruptedError), locked(tmp_path, refuse):
+        pass
+    kill([child])
+    wait_until_gone([child])
+    # The file that is left over holds nothing.
+    assert (tmp_path / LOCK).exists()
     with locked(tmp_path, refuse):
         pass
-    assert not list(tmp_path.iterdir())
+
+
+def test_whoever_may_write_into_the_folder_may_lock_it(tmp_path: Path) -> None:
+    tmp_path.chmod(0o775)
+    with locked(tmp_path, refuse):
+        assert (tmp_path / LOCK).stat().st_mode & 0o777 == 0o664

@@ -37,6 +37,7 @@ from hypothesis import strategies as st
 
 from pipelines.dist import World
 from pipelines.errors import UserError
+from pipelines.files import LOCK
 from pipelines.folder import open_folder
 from pipelines.formats import FORMATS
 from pipelines.manifest import MANIFEST
@@ -189,7 +190,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
         (target / name).write_text("mine")
         done = program(CONVERT, "-i", data, "-o", target, "--to", "tfrecord")
         assert done.code == 1 and f"holds {name}" in done.err
-        assert [path.name for path in target.iterdir()] == [name]
+        assert {path.name for path in target.iterdir()} == {name, LOCK}
+        assert (target / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -464,7 +466,10 @@ def test_a_conversion_that_is_stopped_while_it_reads_leaves_no_worker_and_goes_o
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
-    while not (target / "universe_0004_000.tfrecord").exists() and time.monotonic() < deadline:
+    journal = target / ".journal.tfrecord.1.jsonl"
+    # The worker is told of the last one when all others are noted.
+    while not (journal.exists() and "universe_0005_000" in journal.read_text()):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     workers = started_by(process.pid)
     assert len(workers) == 1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import program, tiny_sample, write_tiny
 
+from pipelines.files import LOCK
 from pipelines.folder import open_folder, open_split
 from pipelines.formats import FORMATS
 from pipelines.manifest import Manifest
@@ -33,7 +34,7 @@ def test_there_and_back(form: str, ranks: int, tmp_path: Path) -> None:
     shards = [f"shard_{number:06d}" for number in range(3)]
     train = tmp_path / "packed" / "train"
     expected = {f"{shard}{end}" for shard in shards for end in (".tar", ".idx")}
-    assert {path.name for path in train.iterdir()} == expected | {"manifest.jsonl", "files_data.lst"}
+    assert {path.name for path in train.iterdir()} == expected | {"manifest.jsonl", "files_data.lst", LOCK}
     assert (train / "files_data.lst").read_text().split() == [f"{shard}.tar" for shard in shards]
     assert program("preprocess.verify", tmp_path / "packed").code == 0
     back = program(CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "back", "--to", form, ranks=ranks)

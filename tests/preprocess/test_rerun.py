@@ -248,7 +248,7 @@ def test_a_universe_cut_in_part_can_be_taken_out(tmp_path: Path, capsys: pytest.
         # Its first crops are sound, its last are not.
         file["full"][7, 7, 7, 3] = -1
     assert prepare(line) == 1
-    # A universe is there whole or not at all, so that it can be taken out as the last line says.
+    # One that is damaged leaves nothing behind, so that it can be taken out as the last line says.
     assert not list(train.glob(f"{name}_*")) and not (train / MANIFEST).exists()
     universe.unlink()
     assert prepare(line) == 0
@@ -298,7 +298,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, where: type, name: str, which: Callable[[Any], bool]) -> None:
-    """Have the method `name` of `where` raise Killed when it is first called with what `which` is true of."""
+    """Have the method `name` of `where` raise Killed when it is called with what `which` is true of."""
     method = getattr(where, name)
 
     def killed(self: Any, *given: Any, **more: Any) -> Any:
@@ -344,6 +344,7 @@ def test_a_run_that_is_killed_while_it_removes_goes_on(
         kill_at(patch, Path, "unlink", lambda path: str(path).endswith("shard_000006.tar"))
         converted(data, target, "packed", a_shard=4, prune=prune)
     assert not (target / "shard_000005.tar").exists() and (target / "shard_000006.tar").exists()
+    assert not (target / MANIFEST).exists()
     converted(data, target, "packed", a_shard=4, prune=prune)
     converted(data, tmp_path / "undisturbed", "packed", a_shard=4)
     assert content(target) == content(tmp_path / "undisturbed")
@@ -417,3 +418,53 @@ def test_the_way_out_of_a_damaged_manifest_leads_out(tmp_path: Path) -> None:
     (target / MANIFEST).unlink()
     assert converted(data, target, "npy") == Produced(made=4)
     assert content(target) == before
+
+
+def test_shards_of_others_make_room_though_a_sample_is_damaged(tmp_path: Path) -> None:
+    data, target = tiny(tmp_path, train=8), tmp_path / "out"
+    converted(data, target, "packed", a_shard=1)
+    bad = data / f"{stem(5)}_data.npy"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-1])
+    assert len(converted(data, target, "packed", a_shard=4).faults) == 1
+    # What there is of it can be used: no sample is there twice.
+    assert len(open_folder(target)) == 4
+    bad.write_bytes(whole)
+    converted(data, target, "packed", a_shard=4)
+    converted(data, tmp_path / "undisturbed", "packed", a_shard=4)
+    assert content(target) == content(tmp_path / "undisturbed")
+
+
+def test_a_shard_of_others_is_not_kept_for_one_that_is_out_of_reach(tmp_path: Path) -> None:
+    data, target = tiny(tmp_path, train=5), tmp_path / "out"
+    away = {path: path.read_bytes() for path in data.glob(f"{stem(0)}*")}
+    for path in away:
+        path.unlink()
+    converted(data, target, "packed")
+    for path, whole in away.items():
+        path.write_bytes(whole)
+    label = data / f"{stem(3)}_label.npy"
+    label.rename(tmp_path / "label")
+    label.symlink_to("/proc/self/mem")
+    done = converted(data, target, "packed")
+    assert len(done.faults) == 1 and done.kept == 0
+    found = open_folder(target)
+    assert [found.stem(index) for index in range(len(found))] == [stem(index) for index in (0, 1, 4)]
+    label.unlink()
+    (tmp_path / "label").rename(label)
+    converted(data, target, "packed")
+    converted(data, tmp_path / "undisturbed", "packed")
+    assert content(target) == content(tmp_path / "undisturbed")
+
+
+def test_what_a_killed_run_has_made_of_a_source_that_is_then_damaged_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, Journal, "add", lambda entry: entry.stem == stem(2))
+        converted(data, target, "tfrecord")
+    bad = data / f"{stem(2)}_data.npy"
+    bad.write_bytes(bad.read_bytes()[:-1])
+    assert len(converted(data, target, "tfrecord").faults) == 1
+    assert not list(target.glob(f"{stem(2)}*")) and len(open_folder(target)) == 3
