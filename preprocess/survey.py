@@ -61,7 +61,10 @@ def _samples_in(
     if not all(name.removeprefix(stem) in (*FORMATS[form].parts, *FORMATS[form].extras) for name in names):
         return None
     if form != PackedFormat.name:
-        return [stem]
+        # Half a sample that a killed run had begun is none.
+        begun = noted and not noted.parts
+        half = begun and not {stem + part for part in FORMATS[form].parts} <= set(names)
+        return [] if half else [stem]
     # A shard's name does not tell what it holds; nor does a note, if the shard is another one by now.
     told = list(map(member_stem, noted.members)) if noted else None
     if noted and noted.is_whole_in(folder):
