@@ -58,7 +58,7 @@ def look(
         if stem in known and _is_there(known[stem], target, origin_of(origins, index))
     }
     if len(sound) < len(stems):
-        suspend(target, form, [*sound.values(), *unwanted])
+        suspend(target, form, split.spec, [*sound.values(), *unwanted])
         clear(target, form, (stem for stem in known if stem not in sound))
     clear(target, form, surplus)
     return np.array([stem not in sound for stem in stems], dtype=bool)

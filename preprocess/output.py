@@ -1,10 +1,11 @@
 """A folder of samples in the making, so that nothing is lost and nothing is made twice.
 
 Files appear under their names only when they are whole. Each one that does is noted in a journal,
-`.journal.<format>.<n>.jsonl` for writer n, from 1, in the lines that the manifest will have, and before
-that as begun, without files. A run that is killed leaves the journals, which the next one brings
-together in number 0, and makes what that does not vouch for. At the end they become the manifest and
-the list files, and are removed; so is what the folder shall no longer have, which is noted till then.
+`.journal.<format>.<n>.jsonl` for writer n, from 1, which begins with the shape of the samples and goes on
+in the lines that the manifest will have, each after one that says that it was begun, without files. A
+run that is killed leaves the journals, which the next one brings together in number 0, and makes what
+that does not vouch for. At the end they become the manifest and the list files, and are removed; so is
+what the folder shall no longer have, which is noted till then.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def begin(
         refuse_others(folder, form, files, found, set(source), prune=prune)
         remove_temporaries(folder)
         if any(map(_is_note, names)):
-            suspend(folder, form, found.values())
+            suspend(folder, form, spec, found.values())
     except OSError as error:
         raise AccessError.writing(folder, error) from error
     return Ready(
@@ -83,18 +84,27 @@ def noted(folder: Path, form: str, spec: SampleSpec) -> dict[str, Entry]:
     for other in [*([manifest.form] if manifest else []), *(match["form"] for match in journals)]:
         if other != form:
             raise DataError(folder, f"holds samples as {other}, not {form}", "choose another folder")
-    if manifest and manifest.spec != spec:
-        fault = f"holds samples of shape {manifest.spec.shape}, not {spec.shape}"
-        raise DataError(folder, fault, "choose another folder")
+    if manifest:
+        _check_shape(folder, manifest.spec, spec)
     # What a run has written follows what was there when it began.
     for match in sorted(journals, key=lambda match: int(match["writer"])):
         for line in (folder / match[0]).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                entry = Entry.from_json(json.loads(line))
+                fields = json.loads(line)
+                told = SampleSpec(**fields) if isinstance(fields, dict) else Entry.from_json(fields)
             except (ValueError, TypeError, OverflowError):
                 continue  # Cut off when its writer was killed: the sample is made again.
-            found[entry.stem] = entry
+            if isinstance(told, Entry):
+                found[told.stem] = told
+            else:
+                _check_shape(folder, told, spec)
     return found
+
+
+def _check_shape(folder: Path, there: SampleSpec, spec: SampleSpec) -> None:
+    if there != spec:
+        fault = f"holds samples of shape {there.shape}, not {spec.shape}"
+        raise DataError(folder, fault, "choose another folder")
 
 
 def finish(folder: Path, form: str, spec: SampleSpec, entries: Sequence[Entry]) -> None:
@@ -108,10 +118,11 @@ def finish(folder: Path, form: str, spec: SampleSpec, entries: Sequence[Entry]) 
     _unlink(folder, filter(_JOURNAL.fullmatch, list_folder(folder)))
 
 
-def suspend(folder: Path, form: str, entries: Iterable[Entry]) -> None:
+def suspend(folder: Path, form: str, spec: SampleSpec, entries: Iterable[Entry]) -> None:
     """Have nothing in `folder` vouch for other samples than `entries`, in one journal: more are to come."""
     journal = _journal(folder, form, 0)
-    write_chunks(journal, "".join(f"{json.dumps(entry.to_json())}\n" for entry in entries).encode())
+    lines = (_head(spec), *(json.dumps(entry.to_json()) for entry in entries), "")
+    write_chunks(journal, "\n".join(lines).encode())
     _unlink(folder, (name for name in list_folder(folder) if _is_note(name) and name != journal.name))
 
 
@@ -133,26 +144,27 @@ def is_unfinished(name: str) -> bool:
 
 
 class Journal:
-    """The notes of writer `number`, from 0, of the samples that it has finished as `form` in `folder`."""
+    """The notes of rank `rank` on the samples of `spec` that it makes as `form` in `folder`."""
 
-    def __init__(self, folder: Path, form: str, number: int) -> None:
-        self._path = _journal(folder, form, number + 1)
+    def __init__(self, folder: Path, form: str, spec: SampleSpec, rank: int) -> None:
+        self._path = _journal(folder, form, rank + 1)
         try:
             self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
             raise AccessError.writing(self._path, error) from error
+        self._file.write(f"{_head(spec)}\n")  # With the first note to the disk.
 
     def begin(self, stems: Iterable[str]) -> None:
         """Note that files of `stems` may be written from now on, so that no earlier note vouches for them."""
-        self._write(Entry(stem, ()) for stem in stems)
+        self._write(json.dumps(Entry(stem, ()).to_json()) for stem in stems)
 
     def add(self, entry: Entry) -> None:
         """Note that the files of `entry` are whole under their names."""
-        self._write([entry])
+        self._write([json.dumps(entry.to_json())])
 
-    def _write(self, entries: Iterable[Entry]) -> None:
+    def _write(self, lines: Iterable[str]) -> None:
         try:
-            self._file.writelines(f"{json.dumps(entry.to_json())}\n" for entry in entries)
+            self._file.writelines(f"{line}\n" for line in lines)
             self._file.flush()
         except OSError as error:
             raise AccessError.writing(self._path, error) from error
@@ -180,6 +192,11 @@ def _is_of_writers(name: str, form: str) -> bool:
 def _is_note(name: str) -> bool:
     """Whether `name` is that of a file that vouches for others."""
     return name in _OURS or bool(_JOURNAL.fullmatch(name))
+
+
+def _head(spec: SampleSpec) -> str:
+    """The first line of a journal."""
+    return json.dumps({"size": spec.size, "channels": spec.channels})
 
 
 def _journal(folder: Path, form: str, writer: int) -> Path:

@@ -117,7 +117,7 @@ def produce(
         before = {entry.stem: entry for _, noted in mine for entry in noted if entry}
         own = _Outcome([], [], [], [], [])
         with (
-            Journal(target, order.form, world.rank) as journal,
+            Journal(target, order.form, order.spec, world.rank) as journal,
             progress(len(mine), "done", unit, shown=shown and world.is_root) as advance,
             contextlib.closing(run_jobs(task, jobs(), workers, locks)) as answers,
         ):
@@ -148,7 +148,7 @@ def _settle(order: Order, ready: Ready, outcomes: Sequence[_Outcome]) -> Produce
     if result.faults:
         spoiled = [stem for outcome in outcomes for stem in outcome.spoiled]
         begun = (Entry(stem, ()) for stem in spoiled)
-        suspend(order.target, order.form, [*entries.values(), *ready.unwanted, *begun])
+        suspend(order.target, order.form, order.spec, [*entries.values(), *ready.unwanted, *begun])
         clear(order.target, order.form, spoiled)
     if not any(outcome.lost for outcome in outcomes):
         # Of what cannot be read, something may be in there that is nowhere else.

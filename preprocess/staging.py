@@ -256,7 +256,8 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
             direct=config.direct_io,
         )
         # A node that lacks nothing may have no folder open.
-        noting = Journal(plan.target, form, world.local_rank) if plan.own.any() else nullcontext()
+        told = plan.target, form, plan.split.spec, world.local_rank
+        noting = Journal(*told) if plan.own.any() else nullcontext()
         with noting as journal:
             if journal:
                 journal.begin(plan.split.stem(index) for index in mine if plan.own[index])

@@ -19,6 +19,7 @@ from pipelines.errors import AccessError, DataError
 from pipelines.folder import open_folder
 from pipelines.formats import FORMATS
 from pipelines.manifest import MANIFEST, Entry, Manifest
+from pipelines.sample import SampleSpec
 from preprocess.convert import order_conversion
 from preprocess.output import Journal
 from preprocess.prepare import main as prepare
@@ -65,7 +66,7 @@ def test_a_folder_of_another_format_is_refused(
     if not finished:
         entries = Manifest.load(target)
         assert entries is not None
-        with Journal(target, first, 0) as journal:
+        with Journal(target, first, entries.spec, 0) as journal:
             journal.add(entries.entries[0])
         (target / MANIFEST).unlink()
     before = {path: path.read_bytes() for path in target.iterdir()}
@@ -159,7 +160,7 @@ def test_a_folder_of_another_source_is_not_emptied(to: str, notes: str, prune: b
     if notes == "journal":
         entries = Manifest.load(target)
         assert entries is not None
-        with Journal(target, to, 0) as journal:
+        with Journal(target, to, entries.spec, 0) as journal:
             journal.add(entries.entries[0])
     if notes != "manifest":
         (target / MANIFEST).unlink()
@@ -279,7 +280,8 @@ def test_nothing_vouches_for_a_sample_whose_source_is_refused(to: str, tmp_path:
 
 def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / ".journal.npy.1.jsonl").symlink_to("/dev/full")
-    with pytest.raises(AccessError, match="cannot be written"), Journal(tmp_path, "npy", 0) as journal:
+    there = tmp_path, "npy", SampleSpec(16), 0
+    with pytest.raises(AccessError, match="cannot be written"), Journal(*there) as journal:
         journal.add(Entry("a", ()))
 
 
@@ -468,3 +470,21 @@ def test_what_a_killed_run_has_made_of_a_source_that_is_then_damaged_is_removed(
     bad.write_bytes(bad.read_bytes()[:-1])
     assert len(converted(data, target, "tfrecord").faults) == 1
     assert not list(target.glob(f"{stem(2)}*")) and len(open_folder(target)) == 3
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_folder_of_another_shape_is_refused(
+    killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    other = write_tiny(tmp_path / "other", train=4, validation=1, size=8) / "train"
+    if killed:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, Journal, "add", lambda entry: entry.stem == stem(2))
+            converted(data, target, "npy")
+    else:
+        converted(data, target, "npy")
+    before = content(target)
+    with pytest.raises(DataError, match=r"holds samples of shape \(16, 16, 16, 4\), not \(8, 8, 8, 4\)"):
+        converted(other, target, "npy")
+    assert content(target) == before
