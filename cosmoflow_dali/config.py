@@ -25,8 +25,8 @@ from cosmoflow_dali.optim import AdamConfig, SGDConfig
 from cosmoflow_dali.schedule import OneCycleConfig, StepDecayConfig
 from pipelines.config import LoaderConfig
 from pipelines.errors import ConfigError, DataError
+from preprocess.shares import StageConfig
 from preprocess.simulate import SimulateConfig
-from preprocess.staging import StageConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT = CONFIGS / "default.yaml"

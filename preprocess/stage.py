@@ -21,7 +21,8 @@ from pipelines.errors import UserError
 from pipelines.exits import launched, report_errors
 from pipelines.folder import SPLITS, open_folder
 from preprocess.progress import STOPPED
-from preprocess.staging import StageConfig, describe, stage
+from preprocess.shares import StageConfig
+from preprocess.staging import describe, stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:

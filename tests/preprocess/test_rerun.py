@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -299,8 +300,9 @@ class Killed(BaseException):
     """Nothing that anybody catches."""
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, where: type, name: str, which: Callable[[Any], bool]) -> None:
-    """Have the method `name` of `where` raise Killed when it is called with what `which` is true of."""
+@contextlib.contextmanager
+def killed_at(where: type, name: str, which: Callable[[Any], bool]) -> Iterator[None]:
+    """The body is killed when it calls the method `name` of `where` with what `which` is true of."""
     method = getattr(where, name)
 
     def killed(self: Any, *given: Any, **more: Any) -> Any:
@@ -308,7 +310,14 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, where: type, name: str, which: Call
             raise Killed
         return method(self, *given, **more)
 
-    monkeypatch.setattr(where, name, killed)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(where, name, killed)
+        yield
+
+
+def killed_before_noting(stem: str) -> contextlib.AbstractContextManager[None]:
+    """The body is killed when the entry `stem` is there and not yet noted."""
+    return killed_at(Journal, "add", lambda entry: entry.stem == stem)
 
 
 @pytest.mark.parametrize("to", ["npy", "packed"])
@@ -320,9 +329,7 @@ def test_a_note_does_not_outlive_the_file_that_it_is_of(to: str, tmp_path: Path)
     shutil.copytree(data, tmp_path / "earlier")
     write_older(data, 1, 77)
     (data / "files_data.lst").write_text("".join(f"{stem(index)}_data.npy\n" for index in (1, 0, 3, 2)))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        last = "shard_000001" if to == "packed" else stem(1)
-        kill_at(patch, Journal, "add", lambda entry: entry.stem == last)
+    with killed_before_noting("shard_000001" if to == "packed" else stem(1)):
         converted(data, target, to)
     assert content(target) != before
     # The source as it was, its times too: what was made from the other one is noted nowhere.
@@ -334,16 +341,13 @@ def test_a_note_does_not_outlive_the_file_that_it_is_of(to: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("prune", [False, True])
-def test_a_run_that_is_killed_while_it_removes_goes_on(
-    prune: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_killed_while_it_removes_goes_on(prune: bool, tmp_path: Path) -> None:
     data, target = tiny(tmp_path, train=8), tmp_path / "out"
     converted(data, target, "packed", a_shard=1)
     for index in range(4) if prune else ():
         for path in data.glob(f"{stem(index)}*"):
             path.unlink()
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, Path, "unlink", lambda path: str(path).endswith("shard_000006.tar"))
+    with killed_at(Path, "unlink", lambda path: str(path).endswith("shard_000006.tar")):
         converted(data, target, "packed", a_shard=4, prune=prune)
     assert not (target / "shard_000005.tar").exists() and (target / "shard_000006.tar").exists()
     assert not (target / MANIFEST).exists()
@@ -352,12 +356,9 @@ def test_a_run_that_is_killed_while_it_removes_goes_on(
     assert content(target) == content(tmp_path / "undisturbed")
 
 
-def test_larger_shards_take_the_place_of_those_that_a_killed_run_has_not_noted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_larger_shards_take_the_place_of_those_that_a_killed_run_has_not_noted(tmp_path: Path) -> None:
     data, target = tiny(tmp_path), tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, Journal, "add", lambda entry: entry.stem == "shard_000003")
+    with killed_before_noting("shard_000003"):
         converted(data, target, "packed", a_shard=1)
     assert (target / "shard_000003.tar").exists()
     assert converted(data, target, "packed", a_shard=4) == Produced(made=4)
@@ -379,12 +380,9 @@ def test_a_shard_that_is_named_as_a_sample_is_looked_into(tmp_path: Path) -> Non
         converted(data, target, "packed")
 
 
-def test_a_universe_that_a_killed_run_had_begun_can_be_taken_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_universe_that_a_killed_run_had_begun_can_be_taken_out(tmp_path: Path) -> None:
     data, target = tiny(tmp_path), tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, Journal, "add", lambda entry: entry.stem == stem(2))
+    with killed_before_noting(stem(2)):
         converted(data, target, "npy")
     assert (target / f"{stem(2)}_data.npy").exists()
     for path in data.glob(f"{stem(2)}*"):
@@ -459,12 +457,9 @@ def test_a_shard_of_others_is_not_kept_for_one_that_is_out_of_reach(tmp_path: Pa
     assert content(target) == content(tmp_path / "undisturbed")
 
 
-def test_what_a_killed_run_has_made_of_a_source_that_is_then_damaged_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_run_has_made_of_a_source_that_is_then_damaged_is_removed(tmp_path: Path) -> None:
     data, target = tiny(tmp_path), tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, Journal, "add", lambda entry: entry.stem == stem(2))
+    with killed_before_noting(stem(2)):
         converted(data, target, "tfrecord")
     bad = data / f"{stem(2)}_data.npy"
     bad.write_bytes(bad.read_bytes()[:-1])
@@ -473,14 +468,11 @@ def test_what_a_killed_run_has_made_of_a_source_that_is_then_damaged_is_removed(
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_folder_of_another_shape_is_refused(
-    killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_another_shape_is_refused(killed: bool, tmp_path: Path) -> None:
     data, target = tiny(tmp_path), tmp_path / "out"
     other = write_tiny(tmp_path / "other", train=4, validation=1, size=8) / "train"
     if killed:
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_at(patch, Journal, "add", lambda entry: entry.stem == stem(2))
+        with killed_before_noting(stem(2)):
             converted(data, target, "npy")
     else:
         converted(data, target, "npy")

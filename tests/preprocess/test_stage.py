@@ -39,7 +39,8 @@ from pipelines.manifest import MANIFEST
 from pipelines.reader import Reader
 from preprocess.convert import convert
 from preprocess.relay import of_place, to_read
-from preprocess.staging import StageConfig, Staged, share_of, stage
+from preprocess.shares import StageConfig, share_of
+from preprocess.staging import Staged, stage
 
 STAGE = "preprocess.stage"
 

@@ -1,0 +1,93 @@
+"""How a data set is staged: which nodes are a team, and which samples each team gets."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipelines.errors import ConfigError
+from pipelines.plan import Indices, shuffled
+
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+"""As os.path.expandvars knows them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageConfig:
+    """How a data set is staged.
+
+    dir: the folder on each node's own disk, which may name environment variables, such as $TMPDIR; it
+        becomes what the shared one is, or a share of it.
+    shard_type: "global" gives every node all samples; "local" gives each team of nodes a share, and
+        the teams together all of them.
+    shard_multiplier: nodes in a team, so copies of each sample, if shard_type is "local".
+    preshuffle: draw who gets which samples by `seed`; without it, each team gets every n-th.
+    seed: of that draw alone, so that models with seeds of their own find the same shares staged.
+    threads: of each rank, which read, inflate and write.
+    direct_io: read the shared file system past the page cache.
+    """
+
+    dir: str
+    shard_type: Literal["global", "local"] = "global"
+    shard_multiplier: int = 1
+    preshuffle: bool = False
+    seed: int = 0
+    threads: int = 8
+    direct_io: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "shard_multiplier"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"stage.{name}", getattr(self, name), "must be at least 1")
+        if self.shard_type == "global" and (self.shard_multiplier > 1 or self.preshuffle):
+            raise ConfigError(
+                "stage.shard_type", self.shard_type, "has one share; the other settings want local"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """`dir` on this node; ConfigError where it names an environment variable that is not set there."""
+        folder = os.path.expandvars(self.dir)
+        if "$" in folder:
+            unset = _VARIABLE.search(folder)
+            said = (
+                f"{unset[0]} is not set on {os.uname().nodename}: set it" if unset else "a lone $: name one"
+            )
+            raise ConfigError("stage.dir", self.dir, f"{said}, or write the folder without a variable")
+        return Path(folder)
+
+    def teams(self, nodes: int, models: int = 1) -> list[list[int]]:
+        """The nodes that have the same samples, for each share, of `nodes` that train `models` side by side.
+
+        Each model has nodes in a row, and all samples on them. ConfigError where the nodes do not
+        make up whole models, or a model's nodes whole teams.
+        """
+        if models < 1 or nodes % models:
+            said = f"do not share out the {nodes} nodes: take {_choices(nodes)} models, or other nodes"
+            raise ConfigError("models", models, said)
+        own = nodes // models
+        team = own if self.shard_type == "global" else self.shard_multiplier
+        if own % team:
+            said = f"does not divide the {own} nodes of a model: take {_choices(own)}, or other nodes"
+            raise ConfigError("stage.shard_multiplier", team, said)
+        return [
+            [first + place for first in range(share, nodes, own) for place in range(team)]
+            for share in range(0, own, team)
+        ]
+
+
+def _choices(nodes: int) -> str:
+    """Into how many equal parts `nodes` nodes can be divided, in words."""
+    found = [str(number) for number in range(1, nodes + 1) if nodes % number == 0]
+    return " or ".join(found)
+
+
+def share_of(samples: int, team: int, teams: int, seed: int | None) -> Indices:
+    """Which of `samples` samples the `team`-th of `teams` teams keeps, in its order; `seed` draws them."""
+    order = np.arange(samples) if seed is None else shuffled(samples, seed, "preshuffle")
+    return order[team::teams]
