@@ -130,7 +130,9 @@ class PlainGzip(Dataset[Item]):
 def plain_loader(dataset: Dataset[Item], split: Split, batch_size: int) -> Generator[int, None, None]:
     """A DataLoader of two workers, whose one epoch never ends: it too works ahead across epochs."""
     order = itertools.chain.from_iterable(planned(split, batch_size, epoch) for epoch in itertools.count())
-    for volume, _ in DataLoader(dataset, batch_size, sampler=order, num_workers=2):
+    # Not forks, which may crash where their parent has had threads, as of an earlier contest's pipelines.
+    loader = DataLoader(dataset, batch_size, sampler=order, num_workers=2, multiprocessing_context="spawn")
+    for volume, _ in loader:
         touch(volume.permute(0, 4, 1, 2, 3))
         yield len(volume)
 

@@ -111,7 +111,7 @@ def run(
         }
         for batches in plain.values():
             stack.enter_context(contextlib.closing(batches))
-            # Its workers are forks, which are best made before there are threads.
+            # Its workers start now, and import torch while nobody is timed.
             next(batches)
         of = {NPY_PLAIN: "npy", GZIP_PLAIN: PUBLISHED, FLOOR: "npy"}
         contestants, held = {}, {}

@@ -104,8 +104,10 @@ def exact_curve(universes: Universes) -> npt.NDArray[np.float64]:
     return curve("fp32", universes)
 
 
-# Processors have no fp16 of their own: 200 steps take ten minutes. Where there is a GPU, bf16 is its own too.
+# Processors have no fp16 of their own, and no bf16 either without AVX-512: 200 steps take ten minutes there.
+# Where there is a GPU, bf16 is its own too.
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "precision",
     [
@@ -283,25 +285,28 @@ def test_what_large_tensors_leave_is_kept() -> None:
     assert max(faults(kept=True)[1:]) < 1_000
 
 
-@pytest.mark.slow
-def test_steps_that_keep_their_memory_come_to_an_end_of_it() -> None:
+def peak_of_steps(huge_pages: str) -> int:
+    """The most memory, in KB, that a process of 300 steps has held, with that THP_MEM_ALLOC_ENABLE."""
     program = """
 import resource, torch
-from pathlib import Path
 from cosmoflow_dali.networks import build_model
 from cosmoflow_dali.open_model import OpenConfig
 from cosmoflow_dali.process import settle_process
 settle_process(torch.device("cpu"), 1)
 model = build_model(OpenConfig(), seed=0).train()
 volume = torch.rand(8, 32, 32, 32, 4).permute(0, 4, 1, 2, 3)
-for step in range(150):
+for _ in range(300):
     model(volume).square().mean().backward()
-    if step % 50 == 49:
-        print(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    done = run(["env", "-u", "THP_MEM_ALLOC_ENABLE", sys.executable, "-c", program])
-    early, _, late = map(int, done.out.split())
-    assert late < 1.05 * early
+    return int(run(["env", f"THP_MEM_ALLOC_ENABLE={huge_pages}", sys.executable, "-c", program]).out)
+
+
+@pytest.mark.slow
+def test_steps_that_keep_their_memory_come_to_an_end_of_it() -> None:
+    # Half as much again is what was seen at most, by where the kernel happens to put the heap; a megabyte
+    # that each step left behind would be twice as much.
+    assert peak_of_steps("1") < 1.8 * peak_of_steps("0")
 
 
 @pytest.mark.skipif(
