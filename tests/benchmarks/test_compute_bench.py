@@ -20,7 +20,9 @@ from pipelines.errors import ConfigError, UserError
 FLAGS = ["--size", "16", "--batch-size", "2", "--steps", "2", "--rounds", "2", "--device", "cpu"]
 
 
-@pytest.mark.parametrize(("network", "precision"), [("reference", "bf16"), ("open", "fp32")])
+@pytest.mark.parametrize(
+    ("network", "precision"), [("reference", "bf16"), pytest.param("open", "fp32", marks=pytest.mark.slow)]
+)
 def test_every_row_is_measured_and_the_result_is_kept(
     network: str,
     precision: str,
@@ -47,6 +49,7 @@ def test_every_row_is_measured_and_the_result_is_kept(
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+@pytest.mark.slow
 def test_the_whole_loop_reads_samples_while_it_takes_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

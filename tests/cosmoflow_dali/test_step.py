@@ -346,6 +346,7 @@ def test_a_run_on_a_graph_is_resumed(tiny: Path, tmp_path: Path) -> None:
     assert resumed == pytest.approx(whole, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_two_ranks_exchange_in_bf16_and_in_parts(tiny: Path, tmp_path: Path) -> None:
     losses = {}
     for name, compute in {"fp32": {}, "bf16": {"exchange": "bf16"}, "parts": {"micro_batch": 1}}.items():

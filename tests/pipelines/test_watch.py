@@ -47,7 +47,7 @@ def wait_until_met(ranks: Ranks) -> None:
         assert process.stdout is not None and process.stdout.readline() == "met\n"
 
 
-@pytest.mark.parametrize("victim", range(3))
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     ("number", "said"),
     [(signal.SIGKILL, "has died without a word"), (signal.SIGSTOP, "has said nothing for 6 s")],

@@ -319,7 +319,7 @@ def find(path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("to", "others"), [("npy", 10), ("packed", 8)])
-@pytest.mark.parametrize("first", [0, 5])
+@pytest.mark.parametrize("first", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_file_that_cannot_be_read_keeps_no_other_from_being_converted(
     first: int, to: str, others: int, ranks: int, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_what_is_missing_is_made_again_and_a_folder_can_grow(made: Path, tmp_pat
     assert digests(root) == digests(made)
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_nothing_that_a_rerun_does_not_mend(tmp_path: Path) -> None:
     def line(root: Path) -> list[str]:
         options = ["--train", "40", "--validation", "4", "--workers", "2", "-o", str(root)]

@@ -144,7 +144,7 @@ def test_a_damaged_sample_is_named_and_the_others_are_staged(tmp_path: Path) -> 
         assert len(list((tmp_path / "disk" / node / "train").glob("*_data.npy"))) == 4
 
 
-@pytest.mark.parametrize("first", [0, 5])
+@pytest.mark.parametrize("first", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_file_that_cannot_be_read_keeps_no_other_from_being_staged(first: int, tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=12, validation=1, form="tfrecord_gzip")
     bad = data / "train" / f"universe_{first:04d}_000.tfrecord"
@@ -388,7 +388,14 @@ def test_teams_have_shares_and_each_file_is_read_once(options: list[str], tmp_pa
     assert "staged 0 of 7" in on_nodes(4, 1, data, tmp_path / "disk", *shards)[0][1]
 
 
-@pytest.mark.parametrize(("form", "killed"), [("packed", False), ("npy", False), ("npy", True)])
+@pytest.mark.parametrize(
+    ("form", "killed"),
+    [
+        pytest.param("packed", False, marks=pytest.mark.slow),
+        pytest.param("npy", False, marks=pytest.mark.slow),
+        ("npy", True),
+    ],
+)
 def test_nodes_in_another_order_change_their_shares(form: str, killed: bool, tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=7, validation=2, form=form)
 
@@ -408,6 +415,7 @@ def test_nodes_in_another_order_change_their_shares(form: str, killed: bool, tmp
     assert [content(tmp_path / str(disk)) for disk in (1, 0)] == shares
 
 
+@pytest.mark.slow
 def test_training_on_shares_scores_every_sample_and_resumes_on_as_many_nodes(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=13, validation=5, form="tfrecord_gzip")
     stage = {"dir": str(tmp_path / "disk" / "$NODE"), "shard_type": "local", "preshuffle": True}
