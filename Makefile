@@ -17,18 +17,18 @@ RUN := $(VENV)/bin/python
 # A process a core, each with whole test modules, so that what a module's tests share is made once.
 PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help setup train test test-all gpu-check lint image clean
+.PHONY: help setup train test test-rest test-all gpu-check lint image clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(VENV)/.done ## Make the virtual environment in .venv with every pinned dependency.
 
-$(VENV)/.done: pyproject.toml constraints.txt pipelines/rows.c
+$(VENV)/.done: pyproject.toml constraints.txt pipelines/formats/packed/gather.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	rm -f pipelines/*.so
+	find pipelines -name "*.so" -delete
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),mpi,dev]'
 	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet $(TRITON)
 	touch $@
@@ -39,8 +39,10 @@ train: setup ## Train; ARGS="--config configs/NAME.yaml ..." changes what, NODES
 test: setup ## Run the tests that need no GPU, no SLURM and little time.
 	$(PYTEST) -m "not gpu and not slurm and not slow" $(ARGS)
 
-test-all: setup ## Run all tests; those whose hardware is not there say that they are skipped.
-	$(PYTEST) $(ARGS)
+test-rest: setup ## Run the tests that make test leaves out; those without their hardware are skipped.
+	$(PYTEST) -m "gpu or slurm or slow" $(ARGS)
+
+test-all: test test-rest ## Run all tests.
 
 gpu-check: ## Check a GPU with the Python that is there, without a set-up, in eight minutes.
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
@@ -49,8 +51,8 @@ lint: setup ## Check Python, C, shell scripts and the Dockerfile.
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	if command -v $(CC) >/dev/null; then $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only pipelines/rows.c; \
-	else echo "rows.c is not checked: there is no C compiler"; fi
+	if command -v $(CC) >/dev/null; then $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only pipelines/formats/packed/gather.c; \
+	else echo "gather.c is not checked: there is no C compiler"; fi
 	$(VENV)/bin/shellcheck --external-sources *.sub *.sh .ci/run configs/*.sh
 	$(VENV)/bin/hadolint Dockerfile
 
@@ -58,5 +60,5 @@ image: ## Build the container image cosmoflow-dali, on NVIDIA's PyTorch image.
 	docker build --tag cosmoflow-dali .
 
 clean: ## Remove what the tools made; data/ and runs/ stay.
-	rm -rf $(VENV) build pipelines/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

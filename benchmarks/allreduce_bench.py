@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import harness
-from cosmoflow_dali.model import ReferenceConfig
-from cosmoflow_dali.networks import build_model
-from pipelines.dist import World
+from cosmoflow_dali.models.build import build_model
+from cosmoflow_dali.models.reference import ReferenceConfig
+from pipelines.distributed.cli import launched, report_errors
+from pipelines.distributed.session import World
 from pipelines.errors import ConfigError, UserError
-from pipelines.exits import launched, report_errors
 
 _LARGE = 160 * 10**6
 """Bytes at which bandwidth is all that counts."""

@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks.samples import simulated
-from pipelines.folder import open_folder
-from pipelines.packing import tabulate
+from pipelines.dataset.open import open_folder
+from pipelines.formats.packed.encode import tabulate
+from pipelines.loading.transforms import LOGS
 from pipelines.sample import Sample
-from pipelines.transforms import LOGS
 
 Volume = npt.NDArray[np.float32]
 Rebuild = Callable[[Sequence[bytes]], Volume]

@@ -36,8 +36,8 @@ from benchmarks.layers import Layer
 from benchmarks.limits import copy_rate, matrix_rate, step_flops
 from benchmarks.picture import draw
 from benchmarks.recipes import Contestant, Recipe
-from cosmoflow_dali.engines import ComputeConfig
-from cosmoflow_dali.step import input_dtype, settle_float32
+from cosmoflow_dali.compute.engines import ComputeConfig
+from cosmoflow_dali.compute.step import input_dtype, settle_float32
 from pipelines.errors import UserError
 
 PLAIN, RECORD = "plain PyTorch", "the record's recipe"

@@ -18,9 +18,9 @@ from multiprocessing.synchronize import Barrier
 import torch
 
 from benchmarks import harness
-from benchmarks.contestants import ours
-from pipelines.config import LoaderConfig
-from pipelines.dataset import Split
+from benchmarks.candidates import ours
+from pipelines.dataset.dataset import Split
+from pipelines.loading.config import LoaderConfig
 
 SECONDS = {"h100": 0.0035, "a100": 0.00551}
 """A step of batch 1 on each, as MLPerf Storage's CosmoFlow workload has it."""

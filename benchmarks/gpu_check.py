@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
-from cosmoflow_dali import machine
+from cosmoflow_dali.reporting import system_info
 
 ROOT = harness.RESULTS.parent.parent
 
@@ -181,8 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{last.name:28} {last.outcome:9} {last.seconds:5.0f} s  {last.reason}", flush=True)
     record = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": machine.versions(),
-        "hardware": machine.hardware(),
+        "versions": system_info.versions(),
+        "hardware": system_info.hardware(),
         "parts": [asdict(outcome) for outcome in outcomes],
     }
     (folder / "gpu_check.json").write_text(json.dumps(record, indent=2) + "\n")

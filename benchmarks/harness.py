@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cosmoflow_dali import machine
+from cosmoflow_dali.reporting import system_info
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _POLL, _POLLS, _IDLE = 0.03, 4, 0.1
@@ -133,8 +133,8 @@ def save(name: str, options: Mapping[str, Any], results: Mapping[str, Any], fold
         "benchmark": name,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "options": {key: value for key, value in options.items() if not isinstance(value, Path)},
-        "versions": machine.versions(),
-        "hardware": machine.hardware(),
+        "versions": system_info.versions(),
+        "hardware": system_info.hardware(),
         "results": results,
     }
     folder.mkdir(parents=True, exist_ok=True)

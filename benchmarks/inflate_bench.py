@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks.samples import simulated
-from pipelines.config import LoaderConfig
-from pipelines.decoders import DeviceDecoder
-from pipelines.folder import open_folder
-from pipelines.formats.packed import payload_of
-from pipelines.packing import encode
+from pipelines.dataset.open import open_folder
+from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.format import payload_of
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.decoders import DeviceDecoder
 from pipelines.sample import Sample, SampleSpec
 
 _LEAD = 8

@@ -30,14 +30,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
-from benchmarks.contestants import PlainGzip, PlainNpy, bytes_read, dali_numpy, limit, ours, plain_loader
+from benchmarks.candidates import PlainGzip, PlainNpy, bytes_read, dali_numpy, limit, ours, plain_loader
 from benchmarks.emulation import PASSING, SECONDS, Utilisation, emulate
 from benchmarks.picture import draw
 from benchmarks.samples import make_splits
-from pipelines.config import LoaderConfig
-from pipelines.dataset import Split
-from pipelines.footprint import device_bytes, host_bytes
+from pipelines.dataset.dataset import Split
 from pipelines.formats import FORMATS
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.footprint import device_bytes, host_bytes
 
 FLOOR, NPY_PLAIN, GZIP_PLAIN = "DALI numpy reader", "DataLoader of npy", "DataLoader of gzip"
 PUBLISHED = "tfrecord_gzip"
@@ -80,7 +80,7 @@ class Result:
 
     figures: see `harness.Summary`.
     bytes_read: from files, a sample.
-    memory: what it holds on the device that it loads for, in bytes, by `pipelines.footprint`; 0 for
+    memory: what it holds on the device that it loads for, in bytes, by `pipelines.loading.footprint`; 0 for
         others' ways.
     plain, limit: who stands for these, by name.
     cpu_of_floor, cpu_of_limit: its CPU time a sample over theirs, so below 1 is less.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.clock import timed
-from cosmoflow_dali.blocks import max_block, plain_max_block
-from cosmoflow_dali.engines import ComputeConfig
-from cosmoflow_dali.model import CosmoFlow
-from cosmoflow_dali.step import autocast
+from benchmarks.timing import timed
+from cosmoflow_dali.compute.engines import ComputeConfig
+from cosmoflow_dali.compute.step import autocast
+from cosmoflow_dali.models.blocks import max_block, plain_max_block
+from cosmoflow_dali.models.reference import CosmoFlow
 from pipelines.sample import Batch
 
 Block = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -90,7 +90,7 @@ def _block(compute: ComputeConfig, number: int, *, plain: bool) -> Block:
         return plain_max_block
     if number == 0 and compute.first_block == "triton":
         # Triton may not be installed.
-        from cosmoflow_dali.first_block import first_block
+        from cosmoflow_dali.models.triton_block import first_block
 
         return first_block
     return max_block

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.clock import timed
 from benchmarks.recipes import Network, shape_of
-from cosmoflow_dali.networks import build_model
+from benchmarks.timing import timed
+from cosmoflow_dali.models.build import build_model
 
 MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}
 """Rows and columns of the matrices whose product is measured, by kind of device."""

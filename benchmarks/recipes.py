@@ -20,17 +20,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.clock import settle, timed
 from benchmarks.layers import Layer, layers_alone
-from cosmoflow_dali.blocks import LEAK
-from cosmoflow_dali.engines import ComputeConfig, distribute, make_engine
-from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
-from cosmoflow_dali.networks import build_model
-from cosmoflow_dali.open_model import OpenConfig, OpenCosmoFlow
-from cosmoflow_dali.optim import SGDConfig, build_optimizer, set_lr
-from cosmoflow_dali.process import settle_process
-from cosmoflow_dali.step import autocast, input_dtype, make_scaler
-from pipelines.dist import available_cores
+from benchmarks.timing import settle, timed
+from cosmoflow_dali.compute.engines import ComputeConfig, distribute, make_engine
+from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
+from cosmoflow_dali.compute.step import autocast, input_dtype, make_scaler
+from cosmoflow_dali.compute.torch_setup import settle_process
+from cosmoflow_dali.models.blocks import LEAK
+from cosmoflow_dali.models.build import build_model
+from cosmoflow_dali.models.open import OpenConfig, OpenCosmoFlow
+from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
+from pipelines.distributed.session import available_cores
 from pipelines.errors import UserError
 from pipelines.sample import Batch, SampleSpec
 
@@ -246,9 +246,9 @@ def _read(
 ) -> Iterator[Batch]:
     """Batches of the samples in `folder`, epoch after epoch, as training has them."""
     # Not every Python that measures resident data has what this takes.
-    from pipelines.config import LoaderConfig
-    from pipelines.folder import open_folder
-    from pipelines.loader import Loader
+    from pipelines.dataset.open import open_folder
+    from pipelines.loading.config import LoaderConfig
+    from pipelines.loading.loader import Loader
     from pipelines.plan import Shard
 
     loader = Loader(

@@ -8,15 +8,15 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines.dataset import Split
-from pipelines.folder import open_folder
+from pipelines.dataset.dataset import Split
+from pipelines.dataset.open import open_folder
 from pipelines.formats import FORMATS
-from pipelines.formats.packed import MEMBER
+from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.format import MEMBER
+from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.formats.tfrecord import SUFFIX, encode_example, frame
-from pipelines.packing import encode
 from pipelines.sample import Sample
-from pipelines.shards import write_shard
-from preprocess.universe import SimulateConfig, simulate_universe
+from preprocess.simulator.universe import SimulateConfig, simulate_universe
 
 _BOX = 128.0
 """Mpc/h along an edge: voxels of 1 Mpc/h at 128^3, as the published samples have."""

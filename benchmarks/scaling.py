@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks import scaling_model as model
-from benchmarks.published import BAR, Check, calibrated, calibration, check, gradients
+from benchmarks.model_validation import BAR, Check, calibrated, calibration, check, gradients
 from benchmarks.scaling_model import Break, Forecast, Gradients, Job, Machine, Outlook, Stages
-from cosmoflow_dali.published import NVIDIA, ROWS, Row
+from cosmoflow_dali.mlperf.published import NVIDIA, ROWS, Row
 from pipelines.errors import ConfigError, UserError
 
 SYSTEMS = {"h100": ("H100", NVIDIA), "a100": ("A100", NVIDIA), "measured": ("H100", NVIDIA)}

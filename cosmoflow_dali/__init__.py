@@ -1,1 +1,4 @@
-"""CosmoFlow: the network, its training step, and the programs that train, evaluate and predict."""
+"""The trainer: networks, training step, training loop, reports and MLPerf results.
+
+In: a folder of samples and a configuration. Out: a run folder with a trained network and its report.
+"""

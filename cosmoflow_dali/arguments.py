@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from cosmoflow_dali import runs
 from cosmoflow_dali.config import DEFAULT, TrainConfig, read_yaml, resolve
-from pipelines.cli import OneLineParser
+from cosmoflow_dali.training import run_dir as runs
+from pipelines.distributed.cli import OneLineParser
 from pipelines.errors import ConfigError
 
 _KEYS = {

@@ -18,15 +18,15 @@ from typing import Any, Literal, TypeAlias
 
 import yaml
 
-from cosmoflow_dali.engines import ComputeConfig
-from cosmoflow_dali.model import ReferenceConfig
-from cosmoflow_dali.networks import ModelConfig
-from cosmoflow_dali.optim import AdamConfig, SGDConfig
-from cosmoflow_dali.schedule import OneCycleConfig, StepDecayConfig
-from pipelines.config import LoaderConfig
+from cosmoflow_dali.compute.engines import ComputeConfig
+from cosmoflow_dali.compute.optim import AdamConfig, SGDConfig
+from cosmoflow_dali.compute.schedule import OneCycleConfig, StepDecayConfig
+from cosmoflow_dali.models.build import ModelConfig
+from cosmoflow_dali.models.reference import ReferenceConfig
 from pipelines.errors import ConfigError, DataError
-from preprocess.shares import StageConfig
+from pipelines.loading.config import LoaderConfig
 from preprocess.simulate import SimulateConfig
+from preprocess.staging.config import StageConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT = CONFIGS / "default.yaml"

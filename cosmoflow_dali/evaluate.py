@@ -11,16 +11,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cosmoflow_dali.evaluation import evaluate
-from cosmoflow_dali.process import settle_process
-from cosmoflow_dali.weights import load_trained
-from pipelines.cli import OneLineParser
-from pipelines.config import LoaderConfig
-from pipelines.dist import World
+from cosmoflow_dali.compute.torch_setup import settle_process
+from cosmoflow_dali.training.evaluation import evaluate
+from cosmoflow_dali.training.pretrained import load_trained
+from pipelines.dataset.open import open_split
+from pipelines.distributed.cli import OneLineParser, launched, report_errors
+from pipelines.distributed.session import World
 from pipelines.errors import DataError
-from pipelines.exits import launched, report_errors
-from pipelines.folder import open_split
-from pipelines.loader import Loader
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Loader
 from pipelines.plan import Shard
 
 

@@ -15,10 +15,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.cli import OneLineParser
-from pipelines.dist import World
+from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.distributed.session import World
 from pipelines.errors import ConfigError, DataError, UserError
-from pipelines.exits import report_errors
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _HANDED_ON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "MEETING_SECONDS", "NCCL_")

@@ -15,15 +15,14 @@ from pathlib import Path
 
 import torch
 
-from cosmoflow_dali.process import settle_process
-from cosmoflow_dali.weights import Trained, load_trained
-from pipelines.cli import OneLineParser
-from pipelines.dist import World
+from cosmoflow_dali.compute.torch_setup import settle_process
+from cosmoflow_dali.training.pretrained import Trained, load_trained
+from pipelines.dataset.open import read_sample
+from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.distributed.session import World
 from pipelines.errors import DataError
-from pipelines.exits import report_errors
-from pipelines.folder import read_sample
+from pipelines.loading.transforms import transform
 from pipelines.sample import HALF_RANGE, PARAMETERS, to_physical
-from pipelines.transforms import transform
 
 HEADER = ["file"] + [
     column

@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from mlperf_logging.benchmark_meta import get_result_file_counts
 
-from cosmoflow_dali.mlperf_checkers import USAGE
-from cosmoflow_dali.mlperf_events import TARGET_MAE
-from cosmoflow_dali.mlperf_logs import BENCHMARK, Run, read_logs
-from cosmoflow_dali.published import ROWS
-from cosmoflow_dali.scores import Result, summarize
-from pipelines.cli import OneLineParser
-from pipelines.dist import World
+from cosmoflow_dali.mlperf.checkers import USAGE
+from cosmoflow_dali.mlperf.events import TARGET_MAE
+from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run, read_logs
+from cosmoflow_dali.mlperf.published import ROWS
+from cosmoflow_dali.mlperf.scoring import Result, summarize
+from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.distributed.session import World
 from pipelines.errors import UserError
-from pipelines.exits import report_errors
-from pipelines.files import write_chunks
+from pipelines.io import write_chunks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _submit(folder: Path, results: Sequence[Result]) -> int:
     """Write the submission and print what the checkers say of it; how many refuse it."""
     # Only here: the convergence checker brings scipy, which takes its time.
-    from cosmoflow_dali.submission import write_submission
+    from cosmoflow_dali.mlperf.submission import write_submission
 
     submission = write_submission(folder, results)
     print(f"\nwrote {folder}")

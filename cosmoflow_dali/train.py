@@ -22,26 +22,28 @@ from typing import NoReturn
 import torch
 from mlperf_logging.mllog import constants
 
-from cosmoflow_dali import mlperf, runs
 from cosmoflow_dali.arguments import Arguments, of_model, parse
-from cosmoflow_dali.checkpoint import Checkpoint
+from cosmoflow_dali.compute.torch_setup import settle_process
 from cosmoflow_dali.config import TrainConfig
-from cosmoflow_dali.log import Console, RunLogs
-from cosmoflow_dali.networks import build_model
-from cosmoflow_dali.open_model import OpenCosmoFlow, input_statistics
-from cosmoflow_dali.process import settle_process
-from cosmoflow_dali.summary import Result, finish
-from cosmoflow_dali.trainer import STOP_SIGNALS, Outcome, Trainer
-from pipelines.dataset import Split
-from pipelines.dist import World, available_cores
+from cosmoflow_dali.mlperf import log_events as mlperf
+from cosmoflow_dali.models.build import build_model
+from cosmoflow_dali.models.open import OpenCosmoFlow
+from cosmoflow_dali.reporting.summary import Result, finish
+from cosmoflow_dali.training import run_dir as runs
+from cosmoflow_dali.training.checkpoint import Checkpoint
+from cosmoflow_dali.training.logs import Console, RunLogs
+from cosmoflow_dali.training.trainer import STOP_SIGNALS, Outcome, Trainer
+from pipelines.dataset.dataset import Split
+from pipelines.dataset.open import open_split
+from pipelines.distributed.cli import launched, report_errors
+from pipelines.distributed.session import World, available_cores
 from pipelines.errors import UserError
-from pipelines.exits import launched, report_errors
-from pipelines.folder import open_split
-from pipelines.loader import Loader
+from pipelines.loading.input_stats import input_statistics
+from pipelines.loading.loader import Loader
+from pipelines.loading.reader import Reader
 from pipelines.plan import Shard
-from pipelines.reader import Reader
 from preprocess.simulate import SETTINGS, make_dataset
-from preprocess.staging import describe, stage
+from preprocess.staging.stager import describe, stage
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,4 @@
-"""Making data sets: simulated universes, and conversion between the formats."""
+"""Programs that make, convert, check, download and stage data sets.
+
+In: a simulator's settings, HDF5 universes, or samples in any format. Out: folders of samples to train from.
+"""

@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.cli import OneLineParser
-from pipelines.dist import World
+from pipelines.dataset.open import open_folder, parts_of
+from pipelines.distributed.cli import OneLineParser
+from pipelines.distributed.session import World
 from pipelines.errors import ConfigError, DataError
-from pipelines.folder import open_folder, parts_of
 from pipelines.formats import FORMATS
-from pipelines.formats.packed import PackedFormat
-from preprocess.conversion import Conversion, lines_of
-from preprocess.produce import Job, Order, add_prune, run
-from preprocess.workforce import Task
+from pipelines.formats.packed.format import PackedFormat
+from preprocess.conversion.convert_task import Conversion, lines_of
+from preprocess.conversion.engine import Job, Order, add_prune, run
+from preprocess.conversion.worker_pool import Task
 
 A_SHARD = 64
 """Samples in a shard: 150 MB of packed ones of 128^3, and 9,216 shards of the published set."""

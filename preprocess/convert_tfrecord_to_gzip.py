@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.dist import World
+from pipelines.distributed.session import World
 from preprocess.convert import convert_as_original
 
 

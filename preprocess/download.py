@@ -15,15 +15,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from pipelines.cli import OneLineParser
-from pipelines.dist import World, available_cores
+from pipelines.dataset.manifest import MANIFEST
+from pipelines.dataset.open import SPLITS
+from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.distributed.session import World, available_cores
 from pipelines.errors import AccessError, ConfigError, DataError
-from pipelines.exits import report_errors
-from pipelines.folder import SPLITS
 from pipelines.formats.tfrecord import SUFFIX
-from pipelines.manifest import MANIFEST
+from preprocess.conversion.progress import STOPPED
 from preprocess.fetch import fetch
-from preprocess.progress import STOPPED
 from preprocess.verify import verify
 
 URL = "https://portal.nersc.gov/project/dasrepo/cosmoflow-benchmark/cosmoUniverse_2019_05_4parE_tf_small.tgz"

@@ -3,8 +3,9 @@
     python -m preprocess.prepare -i DIR -o DIR --gzip
     mpirun -n 64 python -m preprocess.prepare -i DIR -o DIR --gzip
 
-Every *.hdf5 file below the input folder is a universe (see `preprocess.hdf5`). Its samples are
-named `<parent folder>_<file's stem>_<crop>`, and all of them go to `train` or all to `validation`.
+Every *.hdf5 file below the input folder is a universe (see `preprocess.conversion.hdf5_task`). Its
+samples are named `<parent folder>_<file's stem>_<crop>`, and all of them go to `train` or all to
+`validation`.
 A run that was stopped goes on where it was.
 """
 
@@ -15,15 +16,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.cli import OneLineParser
-from pipelines.dist import World
+from pipelines.dataset.open import first_sound
+from pipelines.distributed.cli import OneLineParser
+from pipelines.distributed.session import World
 from pipelines.errors import AccessError, ConfigError, DataError
-from pipelines.folder import first_sound
 from pipelines.plan import derive_seed
 from pipelines.sample import SampleSpec
-from preprocess.hdf5 import Preparation, universe_shape
-from preprocess.produce import Job, Order, add_prune, run
-from preprocess.workforce import Task
+from preprocess.conversion.engine import Job, Order, add_prune, run
+from preprocess.conversion.hdf5_task import Preparation, universe_shape
+from preprocess.conversion.worker_pool import Task
 
 _SUFFIX = ".hdf5"
 

@@ -19,15 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from pipelines.cli import OneLineParser
-from pipelines.dist import World, available_cores
+from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.distributed.session import World, available_cores
 from pipelines.errors import ConfigError, DataError
-from pipelines.exits import report_errors
-from pipelines.files import final_name, locked, remove_temporaries, write_chunks
 from pipelines.formats import FORMATS
-from preprocess.progress import STOPPED, progress
-from preprocess.universe import SimulateConfig, Simulation, SplitName
-from preprocess.workforce import run_jobs
+from pipelines.io import final_name, locked, remove_temporaries, write_chunks
+from preprocess.conversion.progress import STOPPED, progress
+from preprocess.conversion.worker_pool import run_jobs
+from preprocess.simulator.universe import SimulateConfig, Simulation, SplitName
 
 __all__ = ["SETTINGS", "SimulateConfig", "make_dataset"]
 

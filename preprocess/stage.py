@@ -15,14 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.cli import OneLineParser
-from pipelines.dist import World
+from pipelines.dataset.open import SPLITS, open_folder
+from pipelines.distributed.cli import OneLineParser, launched, report_errors
+from pipelines.distributed.session import World
 from pipelines.errors import UserError
-from pipelines.exits import launched, report_errors
-from pipelines.folder import SPLITS, open_folder
-from preprocess.progress import STOPPED
-from preprocess.shares import StageConfig
-from preprocess.staging import describe, stage
+from preprocess.conversion.progress import STOPPED
+from preprocess.staging.config import StageConfig
+from preprocess.staging.stager import describe, stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:

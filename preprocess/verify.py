@@ -18,19 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli import OneLineParser
-from pipelines.dataset import Split
-from pipelines.dist import World, available_cores
+from pipelines.dataset.dataset import Split
+from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
+from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
+from pipelines.dataset.open import SPLITS, list_folder, open_folder, parts_of
+from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.distributed.session import World, available_cores
 from pipelines.errors import ConfigError, DataError
-from pipelines.exits import report_errors
-from pipelines.folder import SPLITS, list_folder, open_folder, parts_of
 from pipelines.formats import FORMATS
-from pipelines.lists import DATA_LIST, LABEL_LIST, read_list
-from pipelines.manifest import MANIFEST, Entry, Manifest
-from preprocess.checking import Check
-from preprocess.output import finish, is_unfinished, list_files
-from preprocess.progress import progress
-from preprocess.workforce import run_jobs
+from preprocess.conversion.journal import finish, is_unfinished, list_files
+from preprocess.conversion.progress import progress
+from preprocess.conversion.verify_task import Check
+from preprocess.conversion.worker_pool import run_jobs
 
 CHECKS = ("files", "sizes", "checksums", "content", "targets", "duplicates", "lists")
 _SHOWN = 20

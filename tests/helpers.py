@@ -26,7 +26,7 @@ from pipelines.formats import FORMATS
 from pipelines.sample import Sample
 
 if TYPE_CHECKING:
-    from preprocess.workforce import Task
+    from preprocess.conversion.worker_pool import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -172,7 +172,7 @@ def jobs_here() -> Iterator[None]:
             # As a worker is told of it, and answers.
             yield job, json.loads(json.dumps(task(json.loads(json.dumps(job)))))
 
-    with mock.patch("preprocess.produce.run_jobs", run_jobs):
+    with mock.patch("preprocess.conversion.engine.run_jobs", run_jobs):
         yield
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cosmoflow_dali.checkpoint import Checkpoint
+from cosmoflow_dali.training.checkpoint import Checkpoint
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

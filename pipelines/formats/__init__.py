@@ -2,7 +2,7 @@
 
 from pipelines.formats.base import CountsPayload, Format, Payload
 from pipelines.formats.npy import Npy
-from pipelines.formats.packed import PackedFormat, PackedPayload
+from pipelines.formats.packed.format import PackedFormat, PackedPayload
 from pipelines.formats.tfrecord import TFRecord
 
 FORMATS: dict[str, Format] = {

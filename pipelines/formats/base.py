@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.files import Written
-from pipelines.formats.packed import PackedPayload
+from pipelines.formats.packed.format import PackedPayload
+from pipelines.io import Written
 from pipelines.sample import Sample, SampleSpec
 
 

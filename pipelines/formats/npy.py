@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import AccessError, DataError
-from pipelines.files import Written, read_file, write_chunks
 from pipelines.formats.base import CountsPayload
+from pipelines.io import Written, read_file, write_chunks
 from pipelines.sample import Sample, SampleSpec, check_counts, check_target
 
 DATA, LABEL = "_data.npy", "_label.npy"

@@ -22,8 +22,8 @@ import numpy.typing as npt
 from zlib_ng import zlib_ng
 
 from pipelines.errors import DataError
-from pipelines.files import Written, read_file, write_chunks
 from pipelines.formats.base import CountsPayload
+from pipelines.io import Written, read_file, write_chunks
 from pipelines.sample import PARAMETERS, REDSHIFTS, Sample, SampleSpec, check_counts, check_target
 
 try:

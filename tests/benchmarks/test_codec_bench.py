@@ -9,7 +9,7 @@ import pytest
 from helpers import write_tiny
 
 from benchmarks import codec_bench, samples
-from pipelines.packing import encode
+from pipelines.formats.packed.encode import encode
 
 
 def test_every_candidate_is_measured_and_the_format_is_as_small_as_its_candidate(

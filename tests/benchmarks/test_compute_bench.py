@@ -13,8 +13,8 @@ from benchmarks import compute_bench, limits
 from benchmarks.harness import Spread
 from benchmarks.limits import step_flops
 from benchmarks.recipes import PlainOpen, PlainReference
-from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
-from cosmoflow_dali.open_model import OpenConfig, OpenCosmoFlow
+from cosmoflow_dali.models.open import OpenConfig, OpenCosmoFlow
+from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
 from pipelines.errors import ConfigError, UserError
 
 FLAGS = ["--size", "16", "--batch-size", "2", "--steps", "2", "--rounds", "2", "--device", "cpu"]

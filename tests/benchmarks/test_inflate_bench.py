@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks import inflate_bench, samples
-from pipelines.config import LoaderConfig
-from pipelines.decoders import DeviceDecoder
-from pipelines.loader import Loader
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.decoders import DeviceDecoder
+from pipelines.loading.loader import Loader
 from pipelines.plan import Shard
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import contestants, emulation, harness, io_bench, samples
-from pipelines.config import LoaderConfig
+from benchmarks import candidates, emulation, harness, io_bench, samples
 from pipelines.formats import FORMATS
 from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.loading.config import LoaderConfig
 
 FLAGS = ["--samples", "3", "--steps", "2", "--size", "32", "--rounds", "2", "--batch-size", "2"]
 
@@ -69,24 +69,24 @@ def test_all_contestants_deliver_the_same_logarithms(data: Path, monkeypatch: py
     splits = samples.make_splits(data, list(FORMATS), samples=3, size=32)
     expected = [np.log1p(samples.simulated(index, 32).counts.astype(float)) for index in range(3)]
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(contestants, "touch", lambda volume: seen.append(volume.clone()))
+    monkeypatch.setattr(candidates, "touch", lambda volume: seen.append(volume.clone()))
 
     def check(batches: Iterator[int]) -> None:
         seen.clear()
         assert list(itertools.islice(batches, 3)) == [1, 1, 1]
-        for index, volume in zip(contestants.planned(splits["npy"], 1, epoch=0), seen, strict=True):
+        for index, volume in zip(candidates.planned(splits["npy"], 1, epoch=0), seen, strict=True):
             assert volume.shape == (1, 4, 32, 32, 32) and volume.dtype == torch.float32
             assert volume.is_contiguous(memory_format=torch.channels_last_3d)
             np.testing.assert_allclose(volume[0].permute(1, 2, 3, 0), expected[index], rtol=1e-6)
 
     published = splits["tfrecord_gzip"]
-    check(contestants.plain_loader(contestants.PlainNpy(splits["npy"]), splits["npy"], 1))
-    check(contestants.plain_loader(contestants.PlainGzip(published), published, 1))
+    check(candidates.plain_loader(candidates.PlainNpy(splits["npy"]), splits["npy"], 1))
+    check(candidates.plain_loader(candidates.PlainGzip(published), published, 1))
     for direct in (False, True):
-        check(contestants.dali_numpy(splits["npy"], 1, threads=2, direct=direct))
+        check(candidates.dali_numpy(splits["npy"], 1, threads=2, direct=direct))
     for split in splits.values():
         for direct in (False, True):
-            with contestants.ours(split, LoaderConfig(direct_io=direct)) as batches:
+            with candidates.ours(split, LoaderConfig(direct_io=direct)) as batches:
                 check(batches)
 
 
@@ -96,7 +96,7 @@ def test_the_limit_reads_what_it_should(offset: int, length: int, direct: bool, 
     content = np.random.default_rng(1).bytes(10_000)
     (tmp_path / "a").write_bytes(content)
     into = mmap.mmap(-1, 4 * 4096)
-    contestants._read(tmp_path / "a", offset, length, into, direct=direct)
+    candidates._read(tmp_path / "a", offset, length, into, direct=direct)
     assert into[offset % 4096 :][:length] == content[offset : offset + length]
 
 

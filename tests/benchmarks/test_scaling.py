@@ -14,14 +14,14 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from benchmarks import harness, published, scaling
+from benchmarks import harness, model_validation, scaling
 from benchmarks import scaling_model as model
 from benchmarks.scaling_model import Forecast, Gradients, Job, Machine, Stages
-from cosmoflow_dali.published import ROWS, Row
+from cosmoflow_dali.mlperf.published import ROWS, Row
 from pipelines.errors import ConfigError
 
-SENT = published.gradients()
-MACHINE = replace(published.NODES["H100"], staging=2e9, file_system=400e9)
+SENT = model_validation.gradients()
+MACHINE = replace(model_validation.NODES["H100"], staging=2e9, file_system=400e9)
 STAGES = Stages(compute=0.004, forward=0.003, decode=0.005, read=model.PACKED)
 PREDICTED = [row for row in ROWS if not row.calibrates]
 FIGURES = ["--compute-ms", "4", "--decode-ms", "5"]
@@ -108,19 +108,19 @@ def test_epochs_to_the_target_are_mlperfs() -> None:
 
 @pytest.mark.parametrize("row", PREDICTED, ids=lambda row: row.source)
 def test_published_runs_are_predicted_within_the_bar(row: Row) -> None:
-    found = published.check(row, SENT)
-    assert abs(found.rate_error) <= published.BAR and found.met
+    found = model_validation.check(row, SENT)
+    assert abs(found.rate_error) <= model_validation.BAR and found.met
     # The model has to be worth it: closer than to say that a GPU does as much among more of them.
     assert abs(found.rate_error) <= abs(found.flat_error) + 1e-3
-    assert bool(row.beyond) == (abs(found.train_error) > published.BAR)
+    assert bool(row.beyond) == (abs(found.train_error) > model_validation.BAR)
     # Epochs are another matter: one entry's took 1.7 times MLPerf's mean for its batch.
     if not row.beyond and row.stack != "HelmholtzAI MXNet":
-        assert abs(found.table_error) <= published.BAR
+        assert abs(found.table_error) <= model_validation.BAR
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.calibrates], ids=lambda row: row.source)
 def test_a_calibration_gives_back_what_it_was_made_from(row: Row) -> None:
-    found = published.check(row, SENT)
+    found = model_validation.check(row, SENT)
     assert (found.rate_error, found.staging_error) == pytest.approx((0, 0), abs=1e-9)
     # The steps and the evaluations of an epoch, and staging, are all that a run consists of.
     assert abs(found.train_error) < 0.08
@@ -128,7 +128,7 @@ def test_a_calibration_gives_back_what_it_was_made_from(row: Row) -> None:
 
 def test_one_calibration_for_each_chip_is_told_of_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     checks, _, _ = scaling.main(["--nodes", "64", *FIGURES])
-    a100, h100 = published.calibration("A100"), published.calibration("H100")
+    a100, h100 = model_validation.calibration("A100"), model_validation.calibration("H100")
     assert (a100.batch, a100.version, h100.batch, h100.version) == (32, "v2.0", 32, "v3.0")
     predicted = [each for each in checks if each.row not in (a100, h100)]
     missed = [each for each in predicted if not each.met_by_chip]
@@ -146,7 +146,7 @@ def test_one_calibration_for_each_chip_is_told_of_as_it_is(capsys: pytest.Captur
             f"{100 * each.chip_rate_error:+.1f}",
             f"{100 * each.chip_train_error:+.1f}",
         ]
-        assert max(abs(each.chip_rate_error), abs(each.chip_train_error)) > published.BAR
+        assert max(abs(each.chip_rate_error), abs(each.chip_train_error)) > model_validation.BAR
 
 
 def test_each_family_is_calibrated_once_and_each_row_is_its_own() -> None:
@@ -210,7 +210,9 @@ def test_what_breaks_first_at_ten_thousand_gpus_is_named(capsys: pytest.CaptureF
     assert "not yet: sample count, beyond 524,288 GPUs" in printed
     # With as many models as that, staging takes as long as training.
     (files_break,) = (each for each in found if each.name == "shared file system")
-    machine, stages = published.calibrated(published.calibration("H100", "NVIDIA PyTorch"), SENT)
+    machine, stages = model_validation.calibrated(
+        model_validation.calibration("H100", "NVIDIA PyTorch"), SENT
+    )
     job = Job(4, 32, model.EPOCHS[32], models=round(files_break.gpus / 32))
     at = model.forecast(machine, replace(stages, compute=0.004, forward=0.004 / 3), SENT, job)
     assert at.staging == pytest.approx(at.train, rel=0.01)

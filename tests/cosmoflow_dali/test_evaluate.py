@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT, SIZE, config_file, program
 
-from cosmoflow_dali.model import CosmoFlow, ReferenceConfig
+from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
 
 DATA = ROOT / "tests" / "data"
 WEIGHTS = DATA / "keras_small.npz"

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from helpers import ROOT, environment
 
+from cosmoflow_dali.compute.optim import SGDConfig
+from cosmoflow_dali.compute.schedule import StepDecayConfig
 from cosmoflow_dali.config import CONFIGS, read_yaml, resolve
-from cosmoflow_dali.model import ReferenceConfig
-from cosmoflow_dali.optim import SGDConfig
-from cosmoflow_dali.schedule import StepDecayConfig
+from cosmoflow_dali.models.reference import ReferenceConfig
 
 SBATCH = """#!/bin/bash
 # Takes the options that run.sub is submitted with, and runs it at once.

@@ -16,7 +16,7 @@ from helpers import ROOT, Ranks, config_file, environment, write_tiny
 from left_behind import metrics, same_weights
 from slurm_cluster import Cluster, missing_programs
 
-from pipelines.folder import open_split
+from pipelines.dataset.open import open_split
 
 pytestmark = [
     pytest.mark.slurm,

@@ -13,10 +13,10 @@ from helpers import Ranks, command, config_file, started_by, wait_until_gone, wr
 
 from cosmoflow_dali import train
 from cosmoflow_dali.arguments import parse
-from cosmoflow_dali.log import Console
-from pipelines import dist
-from pipelines.dataset import Split
-from pipelines.dist import World
+from cosmoflow_dali.training.logs import Console
+from pipelines.dataset.dataset import Split
+from pipelines.distributed import session as dist
+from pipelines.distributed.session import World
 from pipelines.errors import UserError
 
 

@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 
-from pipelines.dist import RankError, World
+from pipelines.distributed.session import RankError, World
 from pipelines.errors import AccessError, ConfigError, DataError, UserError
-from preprocess.entries import DamagedError
+from preprocess.conversion.task_result import DamagedError
 
 
 @pytest.mark.parametrize(

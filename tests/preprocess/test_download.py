@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from helpers import program, write_tiny
 
+from pipelines.dataset.open import open_split
 from pipelines.errors import DataError, UserError
-from pipelines.folder import open_split
 from preprocess.download import main, unpack
 from preprocess.fetch import fetch
 

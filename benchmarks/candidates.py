@@ -1,0 +1,194 @@
+"""Who takes part in the benchmark of the input stage: endless iterators, an item for each batch delivered.
+
+All deliver (B, 4, size, size, size) float32 logarithms, in an order that is shuffled the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import itertools
+import mmap
+import os
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pipelines.dataset.dataset import Split
+from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Loader
+from pipelines.plan import Shard, plan_epoch
+
+_BLOCK = 4096
+"""What O_DIRECT reads multiples of, whatever the disk."""
+
+Item = tuple[torch.Tensor, npt.NDArray[np.float32]]
+
+
+def planned(split: Split, batch_size: int, epoch: int) -> list[int]:
+    """The samples of `epoch`, one batch after the other, in the order that all contestants keep."""
+    plan = plan_epoch(len(split), global_batch=batch_size, seed=0, epoch=epoch, shuffle=True, ragged="drop")
+    return plan.ravel().tolist()
+
+
+def touch(volume: torch.Tensor) -> None:
+    """Look at a delivered volume (B, 4, D, H, W), so that none is delivered in name only."""
+    assert volume[0, 0, 0, 0, 0].item() >= 0.0
+
+
+@contextlib.contextmanager
+def ours(split: Split, config: LoaderConfig, device: str = "cpu") -> Iterator[Iterator[int]]:
+    """The project's loader, targets and all, epoch after epoch."""
+    loader = Loader(
+        split, config, shard=Shard(), seed=0, shuffle=True, ragged="drop", device=torch.device(device)
+    )
+
+    def deliver() -> Iterator[int]:
+        for batch in itertools.chain.from_iterable(map(loader.batches, itertools.count())):
+            touch(batch.volume)
+            yield len(batch.volume)
+
+    with contextlib.closing(loader):
+        yield deliver()
+
+
+def dali_numpy(
+    split: Split, batch_size: int, threads: int, *, direct: bool = False
+) -> Generator[int, None, None]:
+    """DALI's own reader of the same .npy files, and the table of logarithms; without targets.
+
+    Its list of files is fixed, so it repeats the order of the first epoch. `direct` reads past the page
+    cache.
+    """
+    from nvidia.dali import fn, pipeline_def, types
+
+    files = [str(split.path(index)) for index in planned(split, batch_size, epoch=0)]
+    keys = np.arange(2**15)
+
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=None,
+        prefetch_queue_depth=2,
+        exec_dynamic=False,
+    )
+    def samples() -> Any:
+        counts = fn.readers.numpy(files=files, dont_use_mmap=direct, use_o_direct=direct)
+        values = np.log1p(keys).astype(np.float32).tolist()
+        return fn.lookup_table(counts, keys=keys.tolist(), values=values, dtype=types.FLOAT)
+
+    pipeline = samples()
+    pipeline.build()
+    while True:
+        (output,) = pipeline.run()
+        touch(torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 4, 1, 2, 3))
+        yield batch_size
+
+
+class PlainNpy(Dataset[Item]):
+    """What a torch user would write first for .npy pairs."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> Item:
+        """Logarithms (D, H, W, 4) float32, and the target (4,) float32."""
+        label, data = self._split.files(index)
+        return torch.log1p(torch.from_numpy(np.load(data))), np.load(label)
+
+
+class PlainGzip(Dataset[Item]):
+    """What a torch user would write first for the published files, knowing where the counts are."""
+
+    def __init__(self, split: Split) -> None:
+        sample = split.read(0)
+        self._split, self._target = split, sample.target.copy()
+        self._start = frame(encode_example(sample)).index(sample.counts.tobytes())
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> Item:
+        """Logarithms (D, H, W, 4) float32, and some target (4,) float32: reading the right one costs more."""
+        content = gzip.decompress(self._split.path(index).read_bytes())
+        shape = self._split.spec.shape
+        counts = np.frombuffer(content, np.int16, int(np.prod(shape)), self._start).reshape(shape)
+        return torch.from_numpy(np.log1p(counts.astype(np.float32))), self._target
+
+
+def plain_loader(dataset: Dataset[Item], split: Split, batch_size: int) -> Generator[int, None, None]:
+    """A DataLoader of two workers, whose one epoch never ends: it too works ahead across epochs."""
+    order = itertools.chain.from_iterable(planned(split, batch_size, epoch) for epoch in itertools.count())
+    # Not forks, which may crash where their parent has had threads, as of an earlier contest's pipelines.
+    loader = DataLoader(dataset, batch_size, sampler=order, num_workers=2, multiprocessing_context="spawn")
+    for volume, _ in loader:
+        touch(volume.permute(0, 4, 1, 2, 3))
+        yield len(volume)
+
+
+def limit(split: Split, batch_size: int, threads: int, *, direct: bool = False) -> Generator[int, None, None]:
+    """The least that `split`'s bytes cost here: `threads` read each sample's, and copy a ready volume of it.
+
+    Reading is from the page cache, or with `direct` past it, into memory that is used again; copying
+    is a memcpy.
+    """
+    ready = torch.zeros(split.spec.shape)
+    buffers = itertools.cycle([torch.zeros(batch_size, *split.spec.shape) for _ in range(3)])
+    # Maps, since O_DIRECT wants memory that starts where a page does.
+    room = int(bytes_read(split).max()) + 2 * _BLOCK
+    scratch = itertools.cycle([mmap.mmap(-1, room) for _ in range(3 * batch_size)])
+
+    def move(index: int, out: torch.Tensor, into: mmap.mmap) -> None:
+        for path in split.files(index):
+            offset = int(split.extents.offsets[index]) if split.extents else 0
+            length = int(split.extents.lengths[index]) if split.extents else path.stat().st_size
+            _read(path, offset, length, into, direct=direct)
+        np.copyto(out.numpy(), ready.numpy())
+
+    ahead: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
+    order = itertools.chain.from_iterable(planned(split, batch_size, epoch) for epoch in itertools.count())
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            while len(ahead) < 3:
+                out = next(buffers)
+                rows = zip(itertools.islice(order, batch_size), out, scratch, strict=False)
+                ahead.append((out, [pool.submit(move, *row) for row in rows]))
+            out, moved = ahead.popleft()
+            for future in moved:
+                future.result()
+            touch(out.permute(0, 4, 1, 2, 3))
+            yield batch_size
+
+
+def _read(path: Path, offset: int, length: int, into: mmap.mmap, *, direct: bool) -> None:
+    """Read whole blocks around those bytes of the file at `path`."""
+    start = offset // _BLOCK * _BLOCK
+    end = -(-(offset + length) // _BLOCK) * _BLOCK
+    flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
+    descriptor = os.open(path, flags)
+    try:
+        filled = 0
+        with memoryview(into) as view:
+            while start + filled < offset + length:
+                filled += os.preadv(descriptor, [view[filled : end - start]], start + filled)
+    finally:
+        os.close(descriptor)
+
+
+def bytes_read(split: Split) -> npt.NDArray[np.int64]:
+    """Bytes of each sample's files, or of its member in a shard."""
+    if split.extents:
+        return split.extents.lengths
+    sizes = [sum(path.stat().st_size for path in split.files(index)) for index in range(len(split))]
+    return np.array(sizes, np.int64)

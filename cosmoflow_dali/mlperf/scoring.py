@@ -1,0 +1,87 @@
+"""What the runs of a system come to: the figures that a submission reports.
+
+They follow the MLPerf HPC training rules, "HPC rules" below, and where these point to them the MLPerf
+training rules; mlperf_logs.py says where both are.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cosmoflow_dali.mlperf.parse_logs import Run, System
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The runs of one system and what they come to; times in minutes, None where the rules give no figure.
+
+    scaling: "strong", called Time To Solution since v3.0, or "weak", called Throughput.
+    time_to_train: the mean without the fastest and the slowest run. A strong run that does not count is
+        taken for an endless one, so that one may be dropped as the slowest and two leave no result
+        (training rules, section Benchmark Results); of weak ones submitters may prune any (HPC rules,
+        section Throughput).
+    at_once: how many of the runs that count ran at the same time at most.
+    time_to_train_all: TTTa, from the first run_start to the last run_stop of the runs that count (HPC
+        rules, section Throughput). Staging that ends before run_start is outside it.
+    models_per_minute: models trained by TTTa.
+    """
+
+    system: System
+    scaling: str
+    runs: tuple[Run, ...]
+    time_to_train: float | None
+    at_once: int
+    time_to_train_all: float | None
+    models_per_minute: float | None
+
+    @property
+    def counted(self) -> tuple[Run, ...]:
+        """The runs that count."""
+        return tuple(run for run in self.runs if run.counts)
+
+    def mean(self, figure: str) -> float | None:
+        """The mean of a `figure` of a Run over those that count and have it."""
+        values = [value for run in self.counted if (value := getattr(run, figure)) is not None]
+        return statistics.fmean(values) if values else None
+
+
+def summarize(runs: Sequence[Run]) -> list[Result]:
+    """The results of `runs`, one for each system and kind of scaling.
+
+    Where no folder is named after it, runs of a system that overlap in time are weak scaling.
+    """
+    systems: dict[tuple[System, str | None], list[Run]] = defaultdict(list)
+    seen = set()
+    for run in runs:
+        if run.system is not None and run.content not in seen:
+            seen.add(run.content)
+            systems[run.system, run.scaling].append(run)
+    return [
+        _result(system, scaling, sorted(members, key=_begin))
+        for (system, scaling), members in systems.items()
+    ]
+
+
+def _begin(run: Run) -> float:
+    return math.inf if run.start is None else run.start
+
+
+def _result(system: System, scaling: str | None, runs: Sequence[Run]) -> Result:
+    spans = [
+        (run.start, run.stop) for run in runs if run.counts and run.start is not None and run.stop is not None
+    ]
+    at_once = max((sum(a <= start < b for a, b in spans) for start, _ in spans), default=0)
+    scaling = scaling or ("weak" if at_once > 1 else "strong")
+    times = [run.minutes if run.counts and run.minutes else math.inf for run in runs]
+    if scaling == "weak":
+        times = [time for time in times if time < math.inf]
+    middle = sorted(times)[1:-1]
+    time = statistics.fmean(middle) if middle and max(middle) < math.inf else None
+    whole = None
+    if scaling == "weak" and spans:
+        whole = (max(stop for _, stop in spans) - min(start for start, _ in spans)) / 60
+    return Result(system, scaling, tuple(runs), time, at_once, whole, len(spans) / whole if whole else None)

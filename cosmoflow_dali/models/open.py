@@ -1,0 +1,149 @@
+"""A small network beside the reference one, for the open division and for small machines.
+
+It knows what the reference network has to learn: a periodic box has no edges (circular padding),
+the answer does not depend on where in the box a halo stands (global pooling), and the redshifts
+differ in scale (standardised input). Batch normalisation makes a few epochs enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from cosmoflow_dali.models.blocks import LEAK, mean_over_ranks, norm_block
+from cosmoflow_dali.models.reference import OUTPUT_SCALE
+from pipelines.errors import ConfigError
+from pipelines.sample import PARAMETERS, REDSHIFTS
+
+
+@dataclass(frozen=True, slots=True)
+class OpenConfig:
+    """The open network's shape.
+
+    size: edge of a sample in voxels. widths: filters of each convolution block, which halves the
+    edge. hidden: width of the dense layer.
+    """
+
+    kind: Literal["open"] = "open"
+    size: int = 32
+    widths: tuple[int, ...] = (8, 16, 32, 64)
+    hidden: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1:
+            raise ConfigError("model.widths", self.widths, "must be one width or more, each at least 1")
+        if self.hidden < 1:
+            raise ConfigError("model.hidden", self.hidden, "must be at least 1")
+        if self.size < 1 or self.size % 2 ** len(self.widths):
+            raise ConfigError(
+                "model.size",
+                self.size,
+                f"{len(self.widths)} blocks halve it as often: give a multiple of {2 ** len(self.widths)}",
+            )
+
+
+class OpenCosmoFlow(nn.Module):
+    """The open network: (B, 4, D, H, W) to targets (B, 4)."""
+
+    input_mean: torch.Tensor
+    input_std: torch.Tensor
+
+    def __init__(self, config: OpenConfig, seed: int = 0) -> None:
+        """Glorot-uniform kernels drawn from `seed`, biases zero; `fit_input` before training."""
+        super().__init__()
+        self.config = config
+        widths = [len(REDSHIFTS), *config.widths]
+        self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, bias=False) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(BatchNorm(width) for width in config.widths)
+        self.denses = nn.ModuleList(
+            [nn.Linear(widths[-1], config.hidden), nn.Linear(config.hidden, len(PARAMETERS))]
+        )
+        self.register_buffer("input_mean", torch.zeros(1, len(REDSHIFTS), 1, 1, 1))
+        self.register_buffer("input_std", torch.ones(1, len(REDSHIFTS), 1, 1, 1))
+        generator = torch.Generator().manual_seed(seed)
+        for layer in (*self.convs, *self.denses):
+            nn.init.xavier_uniform_(layer.get_parameter("weight"), generator=generator)
+        for dense in self.denses:
+            nn.init.zeros_(dense.get_parameter("bias"))
+        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    def fit_input(self, mean: npt.NDArray[np.float32], std: npt.NDArray[np.float32]) -> None:
+        """Standardise input by each redshift's `mean` and `std`, (4,) each; part of the state dict."""
+        self.input_mean.copy_(torch.from_numpy(mean).reshape(self.input_mean.shape))
+        self.input_std.copy_(torch.from_numpy(std).reshape(self.input_std.shape))
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        """Targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
+        hidden = torch.addcmul(-self.input_mean / self.input_std, volume, 1 / self.input_std)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            hidden = self._block(hidden, conv, norm)
+        hidden = functional.leaky_relu(self.denses[0](hidden.mean(dim=(2, 3, 4))), LEAK)
+        return OUTPUT_SCALE * torch.tanh(self.denses[1](hidden))
+
+    def _block(self, volume: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
+        assert isinstance(conv, nn.Conv3d) and isinstance(norm, BatchNorm)
+        if self.training and volume.device.type == "cpu":
+            pooled, mean, variance = norm_block(volume, conv.weight, norm.weight, norm.bias, norm.eps)
+            norm.remember(mean, variance, 8 * pooled.numel() // pooled.shape[1])
+            return pooled
+        return functional.avg_pool3d(functional.leaky_relu(norm(conv(wrap(volume))), LEAK), 2)
+
+
+class BatchNorm(nn.BatchNorm3d):
+    """Batch normalisation over the global batch: the ranks share their sums.
+
+    torch's own SyncBatchNorm does this on GPUs alone.
+    """
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` (B, C, D, H, W), normalised; equal batch sizes on all ranks."""
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(values)
+        axes, shape = (0, 2, 3, 4), (1, -1, 1, 1, 1)
+        mean = _MeanOverRanks.apply(values.mean(axes, keepdim=True))
+        centred = values - mean
+        variance = _MeanOverRanks.apply(centred.square().mean(axes, keepdim=True))
+        self.remember(mean.flatten(), variance.flatten(), values.numel() // values.shape[1])
+        scale = self.weight.reshape(shape) * torch.rsqrt(variance + self.eps)
+        return centred * scale + self.bias.reshape(shape)
+
+    @torch.no_grad()
+    def remember(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+        """Take a global batch's statistics (C,), the variance biased, into the running ones.
+
+        count: values of each channel on this rank.
+        """
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        count *= dist.get_world_size() if dist.is_initialized() else 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    """The mean over the ranks, whose gradient is the mean of the gradients."""
+
+    @staticmethod
+    def forward(context: object, value: torch.Tensor) -> torch.Tensor:
+        return mean_over_ranks(value.clone())
+
+    @staticmethod
+    def backward(context: object, gradient: torch.Tensor) -> torch.Tensor:
+        return mean_over_ranks(gradient.clone())
+
+
+def wrap(volume: torch.Tensor) -> torch.Tensor:
+    """`volume` (B, C, D, H, W) with one voxel of its periodic image on every side."""
+    for axis in (2, 3, 4):
+        first, last = volume.narrow(axis, 0, 1), volume.narrow(axis, volume.shape[axis] - 1, 1)
+        volume = torch.cat([last, volume, first], dim=axis)
+    return volume

@@ -1,0 +1,159 @@
+"""The reference network of MLPerf HPC's CosmoFlow.
+
+Five blocks of 3^3 convolution, LeakyReLU(0.3) and 2^3 max pooling, then three dense layers; the
+answer is 1.2 tanh (mlcommons/hpc cosmoflow/models/cosmoflow.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cosmoflow_dali.models.blocks import LEAK, max_block
+from pipelines.errors import ConfigError, UserError
+from pipelines.sample import PARAMETERS, REDSHIFTS
+
+OUTPUT_SCALE = 1.2
+"""Outputs reach a little beyond the targets' range, where tanh is not yet flat."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceConfig:
+    """The reference network's shape; the defaults are the benchmark's.
+
+    size: edge of a sample in voxels. blocks: convolution blocks, each halving the edge.
+    filters: of the first block; each later one has twice as many.
+    dense: widths of the two hidden dense layers. dropout: after each of them, 0 <= x < 1.
+    """
+
+    kind: Literal["reference"] = "reference"
+    size: int = 128
+    blocks: int = 5
+    filters: int = 32
+    dense: tuple[int, ...] = (128, 64)
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("size", "blocks", "filters"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}", getattr(self, name), "must be at least 1")
+        if self.size % 2**self.blocks:
+            raise ConfigError(
+                "model.size",
+                self.size,
+                f"{self.blocks} blocks halve it as often: give a multiple of {2**self.blocks}",
+            )
+        if len(self.dense) != 2 or min(self.dense) < 1:
+            raise ConfigError("model.dense", self.dense, "must be two widths of at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("model.dropout", self.dropout, "must be at least 0 and below 1")
+
+
+class CosmoFlow(nn.Module):
+    """The reference network: (B, 4, D, H, W) to targets (B, 4)."""
+
+    def __init__(self, config: ReferenceConfig, seed: int = 0) -> None:
+        """Glorot-uniform kernels drawn from `seed`, biases zero, as Keras begins."""
+        super().__init__()
+        self.config = config
+        self._first_block: Callable[..., torch.Tensor] = max_block
+        widths = [len(REDSHIFTS), *(config.filters * 2**block for block in range(config.blocks))]
+        self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, padding=1) for a, b in pairwise(widths))
+        features = widths[-1] * (config.size // 2**config.blocks) ** 3
+        self.denses = nn.ModuleList(
+            nn.Linear(a, b) for a, b in pairwise([features, *config.dense, len(PARAMETERS)])
+        )
+        generator = torch.Generator().manual_seed(seed)
+        for layer in (*self.convs, *self.denses):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            nn.init.zeros_(layer.bias)
+        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        """Targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
+        hidden = volume
+        for number, conv in enumerate(self.convs):
+            block = max_block if number else self._first_block
+            hidden = block(hidden, conv.get_parameter("weight"), conv.get_parameter("bias"))
+        # Keras flattens (D, H, W, C), so that the dense kernels mean the same here and there.
+        hidden = hidden.permute(0, 2, 3, 4, 1).flatten(1)
+        for dense in self.denses[:-1]:
+            hidden = functional.leaky_relu(dense(hidden), LEAK)
+            hidden = functional.dropout(hidden, self.config.dropout, self.training)
+        return OUTPUT_SCALE * torch.tanh(self.denses[-1](hidden))
+
+    def fuse_first_block(self) -> None:
+        """Compute the first block in one kernel of Triton; ConfigError where that cannot be."""
+        kernel = self.convs[0].get_parameter("weight")
+        try:
+            from cosmoflow_dali.models.triton_block import FILTERS, first_block, fits
+        except ImportError as error:
+            raise ConfigError("compute.first_block", "triton", "Triton is not installed") from error
+        if not fits(torch.empty(1, len(REDSHIFTS), 2, 2, 2), kernel):
+            reason = f"takes {', '.join(map(str, FILTERS))} filters, and there are {len(kernel)}"
+            raise ConfigError("compute.first_block", "triton", reason)
+        self._first_block = first_block
+
+    def decayed_parameters(self) -> list[nn.Parameter]:
+        """What weight decay works on: the kernels of the hidden dense layers."""
+        return [dense.get_parameter("weight") for dense in self.denses[:-1]]
+
+
+def from_reference_weights(mapping: Mapping[str, npt.ArrayLike]) -> CosmoFlow:
+    """The network with the Keras weights `mapping`.
+
+    They are conv0/kernel (3, 3, 3, in, out), conv0/bias (out,), ..., dense0/kernel (in, out), ...,
+    dense2/bias (4,). The network's depth, widths and size follow from the shapes; dropout is off.
+    UserError names a weight that is missing, left over or of a shape that does not fit.
+    """
+    arrays = {name: np.asarray(value, dtype=np.float32) for name, value in mapping.items()}
+    blocks = len([name for name in arrays if name.startswith("conv") and name.endswith("/kernel")])
+    names = [f"{layer}/{part}" for layer in _layers(blocks) for part in ("kernel", "bias")]
+    for name in names:
+        if name not in arrays:
+            raise UserError(f"the weights lack {name}; they have {', '.join(sorted(arrays)) or 'nothing'}")
+    left_over = sorted(arrays.keys() - set(names))
+    if left_over:
+        raise UserError(f"the weights hold {left_over[0]}, which the network has no place for")
+    config = _shape_of(arrays, blocks)
+    model = CosmoFlow(config)
+    layers = zip(_layers(blocks), (*model.convs, *model.denses), strict=True)
+    with torch.no_grad():
+        for name, layer in layers:
+            kernel = torch.from_numpy(arrays[f"{name}/kernel"])
+            # Keras: (..., in, out); torch: (out, in, ...).
+            kernel = kernel.movedim((-1, -2), (0, 1))
+            for parameter, part, value in (
+                (layer.weight, "kernel", kernel),
+                (layer.bias, "bias", torch.from_numpy(arrays[f"{name}/bias"])),
+            ):
+                if parameter.shape != value.shape:
+                    raise UserError(
+                        f"the weight {name}/{part} has shape {arrays[f'{name}/{part}'].shape}, which "
+                        "does not fit the layer before it"
+                    )
+                parameter.copy_(value)
+    return model
+
+
+def _layers(blocks: int) -> list[str]:
+    return [f"conv{block}" for block in range(blocks)] + [f"dense{layer}" for layer in range(3)]
+
+
+def _shape_of(arrays: dict[str, npt.NDArray[np.float32]], blocks: int) -> ReferenceConfig:
+    """The configuration that the kernels' last axes tell."""
+    filters = arrays["conv0/kernel"].shape[-1]
+    features, *_ = arrays["dense0/kernel"].shape
+    edge = round((features / (filters * 2 ** (blocks - 1))) ** (1 / 3))
+    dense = tuple(int(arrays[f"dense{layer}/kernel"].shape[-1]) for layer in range(2))
+    return ReferenceConfig(
+        size=max(edge, 1) * 2**blocks, blocks=blocks, filters=filters, dense=dense, dropout=0.0
+    )

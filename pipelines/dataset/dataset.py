@@ -1,0 +1,197 @@
+"""The samples of a folder, in order: where each one is, how it is read, and what vouches for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import crc32c
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.dataset.manifest import MANIFEST
+from pipelines.errors import DataError
+from pipelines.formats import FORMATS, CountsPayload, Format, Payload
+from pipelines.formats.packed.format import MEMBER, PackedFormat, member_stem, payload_of
+from pipelines.formats.packed.tar_shard import forget, read_member
+from pipelines.io import Member, read_file
+from pipelines.plan import Indices
+from pipelines.sample import Sample, SampleSpec
+
+_CHANGED = (
+    f"fetch or convert it again, or if it was changed on purpose, remove {MANIFEST} and write it anew with "
+    "python -m preprocess.verify --write"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """One of `count` shares of a split of `total` samples, as equal as can be.
+
+    places: the positions in the whole of this one's samples, int64.
+    seed: what drew the shares; None where each has every `count`-th sample.
+    """
+
+    places: Indices
+    count: int
+    total: int
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extents:
+    """Where samples lie in their shards: the first byte of each, and how many they are, int64."""
+
+    offsets: Indices
+    lengths: Indices
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """The samples of one folder, in the order of its manifest, its list file or their names.
+
+    root: the folder.
+    form: the name of their format, a key of FORMATS.
+    names: the files that hold the counts, one a sample; `<shard>/<member>` of those in shards.
+    spec: the shape of every sample.
+    extents: where in their shards they lie; None for samples in files of their own.
+    share: where its samples stand in a whole of which this is a share; None for the whole itself.
+    sums: what the folder's manifest says of the files that `files` gives, (samples, files, 2) int64: the
+        length in bytes and the CRC-32C of each, both -1 where it does not say. None for samples in shards,
+        which have CRCs of their own, and without a manifest.
+    """
+
+    root: Path
+    form: str
+    names: tuple[str, ...]
+    spec: SampleSpec
+    extents: Extents | None = None
+    share: Share | None = None
+    sums: npt.NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def format(self) -> Format:
+        """The format itself."""
+        return FORMATS[self.form]
+
+    @property
+    def total(self) -> int:
+        """How many samples the whole has."""
+        return self.share.total if self.share else len(self)
+
+    @property
+    def shares(self) -> int:
+        """Into how many shares the whole has been divided."""
+        return self.share.count if self.share else 1
+
+    @property
+    def division(self) -> str:
+        """How the whole has been divided, in words that are equal for equal shares."""
+        drawn = f" drawn with seed {self.share.seed}" if self.share and self.share.seed is not None else ""
+        return f"{self.shares} shares{drawn}" if self.shares > 1 else "one share"
+
+    def places(self, index: Indices) -> Indices:
+        """Where the samples `index` stand in the whole."""
+        return self.share.places[index] if self.share else index
+
+    def path(self, index: int) -> Path:
+        """The file that holds the counts of sample `index`, or its name in its shard."""
+        return self.root / self.names[index]
+
+    def stem(self, index: int) -> str:
+        """The name of sample `index`, whatever the format."""
+        name = self.names[index]
+        return member_stem(name) if self.extents else name.removesuffix(self.format.suffix)
+
+    @property
+    def units(self) -> list[str]:
+        """The stems of its samples' files, or of its shards, in order."""
+        if not self.extents:
+            return [self.stem(index) for index in range(len(self))]
+        shards = dict.fromkeys(name.partition("/")[0] for name in self.names)
+        return [shard.removesuffix(self.format.suffix) for shard in shards]
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The files that reading sample `index` needs."""
+        if self.extents:
+            return (self._place(index)[0],)
+        stem = self.stem(index)
+        return tuple(self.root / (stem + part) for part in self.format.parts)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What `contents` has of each sample."""
+        return (MEMBER,) if self.extents else self.format.parts
+
+    def contents(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
+        """The bytes of sample `index` as `Format.parse` takes them; `direct` reads past the page cache."""
+        if not self.extents:
+            files = zip(self.kinds, self.files(index), strict=True)
+            return {kind: read_file(path, direct=direct) for kind, path in files}
+        extent = int(self.extents.offsets[index]), int(self.extents.lengths[index])
+        return {MEMBER: read_member(*self._place(index), *extent, direct=direct)}
+
+    def _place(self, index: int) -> tuple[Path, str]:
+        """The shard that holds sample `index`, and its name there, which may lead through folders."""
+        shard, _, member = self.names[index].partition("/")
+        return self.root / shard, member
+
+    def vouched(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
+        """`contents`, compared with what the manifest says, if there is one; DataError names any fault.
+
+        For whoever makes other files of them: a format without checksums would have damage pass for sound.
+        """
+        contents = self.contents(index, direct=direct)
+        if self.sums is not None:
+            told = self.sums[index].tolist()
+            for path, content, (length, crc) in zip(self.files(index), contents.values(), told, strict=True):
+                if length >= 0 and len(content) != length:
+                    fault = f"has {len(content)} bytes where {MANIFEST} says {length}"
+                    raise DataError(path, fault, _CHANGED)
+                if length >= 0 and crc32c.crc32c(content) != crc:
+                    raise DataError(path, f"its CRC-32C is not that in {MANIFEST}", _CHANGED)
+        return contents
+
+    def read(self, index: int) -> Sample:
+        """Sample `index`, read and checked on the host; DataError names any fault."""
+        return self.format.parse(self.path(index), self.contents(index), self.spec)
+
+    def payload(self, index: int, *, whole: bool = False, direct: bool = False) -> Payload:
+        """Sample `index` for the pipeline; see `Format.payload`, and `contents` for `direct`."""
+        path = self.path(index)
+        if self.extents:
+            content = self.contents(index, direct=direct)[MEMBER]
+            return payload_of(path, content, self.spec, whole=whole)
+        if direct:
+            sample = self.format.parse(path, self.contents(index, direct=True), self.spec)
+            return CountsPayload(sample.counts, sample.target)
+        return self.format.payload(path, self.spec, whole=whole)
+
+    def take(self, index: Indices, share: Share | None = None) -> Split:
+        """The samples `index` alone; `share` says if they are one."""
+        names = tuple(self.names[i] for i in index.tolist())
+        extents = self.extents and Extents(self.extents.offsets[index], self.extents.lengths[index])
+        sums = None if self.sums is None else self.sums[index]
+        return replace(self, names=names, extents=extents, share=share, sums=sums)
+
+
+def of_shards(folder: Path, shards: Iterable[tuple[str, Sequence[Member]]], spec: SampleSpec) -> Split:
+    """The samples of `spec` in the `shards` of `folder`, each with its members.
+
+    DataError where two have the same name.
+    """
+    forget()
+    found = [(f"{name}/{member.name}", member) for name, members in shards for member in members]
+    first: dict[str, str] = {}
+    for name, member in found:
+        stem = member.name.rpartition("/")[2]
+        if stem in first:
+            raise DataError(folder / name, f"has the same name as {first[stem]}", "keep one of them")
+        first[stem] = name
+    places = np.array([member[1:] for _, member in found], np.int64).reshape(-1, 2)
+    extents = Extents(places[:, 0], places[:, 1])
+    return Split(folder, PackedFormat.name, tuple(name for name, _ in found), spec, extents)

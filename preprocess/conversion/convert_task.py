@@ -1,0 +1,107 @@
+"""The task of converting samples from a format to another."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.dataset.dataset import Extents, Split
+from pipelines.dataset.manifest import Source
+from pipelines.errors import DataError, UnreadableError
+from pipelines.formats import FORMATS
+from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.format import MEMBER
+from pipelines.formats.packed.tar_shard import SHARD, write_shard
+from pipelines.io import Written
+from pipelines.sample import Sample, SampleSpec
+from preprocess.conversion.task_result import DamagedError, make_entries
+
+Line = tuple[str, Sequence[int], Sequence[int]]
+"""A sample of the source: its name there; where in a shard it starts and how long it is; of each of its
+files the length and the CRC-32C by the manifest. Empty where there is no shard, or no manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """From the format `form` in the folder `source` to the format `to` in the folder `target`.
+
+    size, channels: of the samples' shape, (size, size, size, channels).
+    sharded: whether the samples of a job become one shard, or each a file of its own.
+    """
+
+    source: str
+    form: str
+    size: int
+    channels: int
+    target: str
+    to: str
+    sharded: bool
+
+    def __call__(self, job: tuple[Sequence[Line], Sequence[tuple[str, Any]]]) -> dict[str, Any]:
+        """Convert the samples job[0]; see `make_entries` for job[1] and the answer."""
+        lines, wanted = job
+        split, target = self._split(lines), Path(self.target)
+
+        def samples() -> Iterator[tuple[str, Sequence[Written]]]:
+            for index in range(len(split)):
+                stem = split.stem(index)
+                yield stem, FORMATS[self.to].write(target, stem, _read(split, index))
+
+        def shard() -> Iterator[tuple[str, Sequence[Written]]]:
+            ((stem, _),) = wanted
+            yield stem, write_shard(target / (stem + SHARD), _members(split))
+
+        files = dict.fromkeys(path for index in range(len(split)) for path in split.files(index))
+        make = shard if self.sharded else samples
+        members = [split.stem(index) + MEMBER for index in range(len(split))] if self.sharded else ()
+        return make_entries(target, lambda: Source.of(split.names, files), wanted, make, members)
+
+    def _split(self, lines: Sequence[Line]) -> Split:
+        names, places, sums = zip(*lines, strict=True)
+        extents = Extents(*np.array(places).T) if any(places) else None
+        told = np.array(sums).reshape(len(names), -1, 2) if any(sums) else None
+        spec = SampleSpec(self.size, self.channels)
+        return Split(Path(self.source), self.form, names, spec, extents, sums=told)
+
+
+def lines_of(split: Split) -> list[Line]:
+    """The samples of `split` as a Conversion is told of them."""
+    nothing: Iterable[Sequence[int]] = itertools.repeat(())
+    places = sums = nothing
+    if split.extents:
+        places = zip(split.extents.offsets.tolist(), split.extents.lengths.tolist(), strict=True)
+    if split.sums is not None:
+        sums = split.sums.reshape(len(split), -1).tolist()
+    return list(zip(split.names, places, sums, strict=False))
+
+
+def _read(split: Split, index: int) -> Sample:
+    """Sample `index`, checked in full, and against the manifest where there is one."""
+    return split.format.parse(split.path(index), split.vouched(index), split.spec)
+
+
+def _members(split: Split) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """The members of a shard of all of `split`; DamagedError after the last one if some are damaged."""
+    faults: list[str] = []
+    lost: list[str] = []
+    unread: dict[str, str] = {}
+    sound = False
+    for index in range(len(split)):
+        try:
+            sample = _read(split, index)
+        except DataError as error:
+            if isinstance(error, UnreadableError):
+                lost.append(str(error))
+                unread[error.path] = error.fault
+            else:
+                faults.append(str(error))
+        else:
+            sound = True
+            yield split.stem(index) + MEMBER, encode(sample)
+    if faults or lost:
+        raise DamagedError(faults, lost, {} if sound or faults else unread)

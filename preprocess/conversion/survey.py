@@ -1,0 +1,80 @@
+"""Whose the files in a folder are, looked at before anything is written there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pipelines.dataset.manifest import Entry
+from pipelines.errors import AccessError, DataError
+from pipelines.formats import FORMATS
+from pipelines.formats.packed.format import PackedFormat, member_stem, sample_members
+
+
+def refuse_others(
+    folder: Path,
+    form: str,
+    files: Mapping[str, Sequence[str]],
+    noted: Mapping[str, Entry],
+    source: set[str],
+    *,
+    prune: bool,
+) -> None:
+    """DataError where a file in `folder` is of no sample of the source as `form`.
+
+    files: their names by stem. noted: what is noted there, by stem. source: the stems of its samples.
+    prune: whether what is noted may be of other samples, if some are the source's.
+    """
+    held: set[str] = set()
+    for stem, names in files.items():
+        samples = _samples_in(folder, form, stem, names, noted.get(stem))
+        if samples is None or not (stem in noted or source.issuperset(samples)):
+            fault = f"holds {names[-1]}, which is no sample of the source as {form}"
+            raise DataError(folder, fault, "remove it, or choose another folder")
+        held.update(samples)
+    foreign = held - source
+    if foreign and foreign == held:
+        # Whoever named the wrong folder shall not lose what is in it.
+        fault = f"holds {min(foreign)} and no sample of this source"
+        raise DataError(folder, fault, "choose another folder")
+    if foreign and not prune:
+        fault = f"holds samples that are not in the source, {len(foreign)} in all, the first {min(foreign)}"
+        remedy = "bring them back to the source, choose another folder, or have them removed with --prune"
+        raise DataError(folder, fault, remedy)
+
+
+def by_stem(form: str, files: Iterable[str]) -> dict[str, list[str]]:
+    """The names `files` of samples as `form` by their stems, the index first; of others, each by itself."""
+    suffixes = FORMATS[form].parts + FORMATS[form].extras
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in files:
+        suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
+        found[name.removesuffix(suffix) if suffix else name].append(name)
+    return found
+
+
+def _samples_in(
+    folder: Path, form: str, stem: str, names: Sequence[str], noted: Entry | None
+) -> Sequence[str] | None:
+    """The stems of the samples in the files `names` of the stem; None if that cannot be told."""
+    if not all(name.removeprefix(stem) in (*FORMATS[form].parts, *FORMATS[form].extras) for name in names):
+        return None
+    if form != PackedFormat.name:
+        # Half a sample that a killed run had begun is none.
+        begun = noted and not noted.parts
+        half = begun and not {stem + part for part in FORMATS[form].parts} <= set(names)
+        return [] if half else [stem]
+    # A shard's name does not tell what it holds; nor does a note, if the shard is another one by now.
+    told = list(map(member_stem, noted.members)) if noted else None
+    if noted and noted.is_whole_in(folder):
+        return told
+    shard = folder / (stem + PackedFormat.suffix)
+    if shard.name not in names:
+        return told
+    try:
+        return [member_stem(member.name) for member in sample_members(shard)]
+    except AccessError:
+        raise
+    except DataError:
+        return told

@@ -1,0 +1,136 @@
+"""One simulated universe: the settings behind it, its name, and the samples it is cut into."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pipelines.errors import ConfigError
+from pipelines.formats import FORMATS
+from pipelines.plan import derive_seed
+from pipelines.sample import PARAMETERS, REDSHIFTS, Sample
+from preprocess.simulator.cosmology import Cosmology, PowerSpectrum, draw_target, growth
+from preprocess.simulator.nbody import evolve, linear_modes, step_redshifts
+
+SplitName = Literal["train", "validation"]
+
+SIZES = (32, 64, 128, 256)
+_MAX_MESH = 1024
+_MAX_CROPS = 8
+
+_LETTER: dict[SplitName, str] = {"train": "a", "validation": "b"}
+"""What a universe's name starts with, so that no two universes of a data set share one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulateConfig:
+    """What a simulated data set is made of; the same settings make the same bytes.
+
+    train, validation: universes in each split; each gives crops^3 samples.
+    size: voxels along each edge of a sample.
+    voxel: edge of a voxel in Mpc/h where H_0 is 70; it scales with H_0, as the published boxes do.
+    steps: time steps in all, the one to the first redshift included.
+    crops: samples along each edge of a universe.
+    seed: every universe is a pure function of this, its split and its number.
+    format: a key of `pipelines.formats.FORMATS`; "tfrecord_gzip" is the published one.
+    """
+
+    train: int = 4096
+    validation: int = 512
+    size: int = 32
+    voxel: float = 4.0
+    steps: int = 4
+    crops: int = 1
+    seed: int = 0
+    format: str = "tfrecord_gzip"
+
+    def __post_init__(self) -> None:
+        for split in ("train", "validation"):
+            if getattr(self, split) < 0:
+                raise ConfigError(f"simulate.{split}", getattr(self, split), "expected 0 or more universes")
+        if self.train + self.validation == 0:
+            raise ConfigError("simulate.train", 0, "with simulate.validation 0 too there is nothing to make")
+        if self.size not in SIZES:
+            raise ConfigError("simulate.size", self.size, f"expected one of {', '.join(map(str, SIZES))}")
+        if not (math.isfinite(self.voxel) and self.voxel > 0.0):
+            raise ConfigError("simulate.voxel", self.voxel, "expected a length above 0, in Mpc/h")
+        if self.steps < len(REDSHIFTS):
+            raise ConfigError(
+                "simulate.steps", self.steps, f"expected at least {len(REDSHIFTS)}, one a redshift"
+            )
+        if not 1 <= self.crops <= _MAX_CROPS or self.crops * self.size > _MAX_MESH:
+            raise ConfigError(
+                "simulate.crops",
+                self.crops,
+                f"expected 1 to {min(_MAX_CROPS, _MAX_MESH // self.size)} for simulate.size {self.size}",
+            )
+        if self.seed < 0:
+            raise ConfigError("simulate.seed", self.seed, "expected 0 or more")
+        if self.format not in FORMATS:
+            raise ConfigError("simulate.format", self.format, f"expected one of {', '.join(sorted(FORMATS))}")
+
+    def universes(self, split: SplitName) -> int:
+        """How many universes the split has."""
+        return self.train if split == "train" else self.validation
+
+    def stems(self, split: SplitName, universe: int) -> list[str]:
+        """The file stems of a universe's samples: `<parent dir>_<universe>_<crop>`, as published."""
+        return [f"univ_{_LETTER[split]}{universe:07d}_{crop:03d}" for crop in range(self.crops**3)]
+
+
+def simulate_universe(
+    config: SimulateConfig, split: SplitName, universe: int
+) -> Iterator[tuple[str, Sample]]:
+    """The samples of one universe with their file stems, cut in C order (axis 0, then 1, then 2).
+
+    Bit-identical on every run if PyTorch has one thread; other library versions or processors may
+    round differently.
+    """
+    rng = np.random.default_rng(derive_seed(config.seed, "universe", split, universe))
+    target = draw_target(rng)
+    cosmology = Cosmology.of_target(target)
+    mesh = config.size * config.crops
+    box = mesh * config.voxel * cosmology.H_0 / PARAMETERS[3].mean
+    modes = linear_modes(PowerSpectrum(cosmology), mesh, box, rng)
+    order = sorted(range(len(REDSHIFTS)), key=lambda channel: -REDSHIFTS[channel])
+    stops, recorded = step_redshifts([REDSHIFTS[channel] for channel in order], config.steps)
+    counts = np.empty((mesh, mesh, mesh, len(REDSHIFTS)), dtype=np.int16)
+    snapshots = evolve(modes, growth(cosmology.omega_m, stops), recorded)
+    for channel, snapshot in zip(order, snapshots, strict=True):
+        counts[..., channel] = snapshot
+    corners = itertools.product(range(0, mesh, config.size), repeat=3)
+    for stem, (i, j, k) in zip(config.stems(split, universe), corners, strict=True):
+        n = config.size
+        crop = counts[i : i + n, j : j + n, k : k + n]
+        yield stem, Sample(np.ascontiguousarray(crop), target)
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """The task of simulating one universe and writing its samples.
+
+    settings: of a SimulateConfig.
+    root: the data set's folder.
+    """
+
+    settings: dict[str, Any]
+    root: str
+
+    def __call__(self, job: tuple[SplitName, int]) -> list[int]:
+        """Do universe job[1] of split job[0]; the lengths of the files written, in bytes."""
+        split, universe = job
+        # One thread, so that the bits do not depend on how many cores the machine has.
+        torch.set_num_threads(1)
+        config = SimulateConfig(**self.settings)
+        return [
+            file.bytes
+            for stem, sample in simulate_universe(config, split, universe)
+            for file in FORMATS[config.format].write(Path(self.root, split), stem, sample)
+        ]

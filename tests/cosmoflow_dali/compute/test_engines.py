@@ -1,0 +1,175 @@
+"""The engines that need a GPU, against the eager one on the same GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cosmoflow_dali.compute.engines import ComputeConfig, Engine, distribute, make_engine
+from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
+from cosmoflow_dali.compute.step import Precision, seed_step, settle_float32
+from cosmoflow_dali.models.open import OpenConfig, OpenCosmoFlow
+from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
+from pipelines.sample import Batch, SampleSpec
+
+pytestmark = pytest.mark.gpu
+SIZE, BATCH = 32, 4
+CLOSE = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
+"""How near the gradients of two runs of the same kernels are: cuDNN sums in no fixed order."""
+
+
+def network(kind: str, dropout: float = 0.5) -> nn.Module:
+    if kind == "open":
+        return OpenCosmoFlow(OpenConfig(size=SIZE), seed=1).cuda()
+    shape = ReferenceConfig(size=SIZE, blocks=3, filters=16, dense=(32, 16), dropout=dropout)
+    return CosmoFlow(shape, seed=1).cuda()
+
+
+def batches(count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for _ in range(count):
+        volume = torch.rand(BATCH, SIZE, SIZE, SIZE, 4, generator=generator).cuda().permute(0, 4, 1, 2, 3)
+        target = torch.rand(BATCH, 4, generator=generator).cuda()
+        made.append(Batch(volume, target, np.arange(BATCH)))
+    return made
+
+
+def engine(model: nn.Module, compute: ComputeConfig, ranks: int = 1) -> tuple[Engine, torch.amp.GradScaler]:
+    device = torch.device("cuda")
+    settle_float32(compute.precision)
+    # The default scale overflows before it settles.
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, enabled=compute.precision == "fp16")
+    parallel = distribute(model, compute, device, ranks=ranks)
+    return make_engine(parallel, compute, scaler, SampleSpec(SIZE), BATCH, device), scaler
+
+
+def three_steps(model: nn.Module, compute: ComputeConfig, ranks: int = 1) -> list[tuple[float, torch.Tensor]]:
+    """The loss and all gradients of three batches, at the same weights."""
+    gradients, scaler = engine(model, compute, ranks)
+    steps = []
+    for step, batch in enumerate(batches(3)):
+        seed_step(7, 0, step, 0)
+        loss = gradients(batch)
+        flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        steps.append((loss.item(), flat.clone() / scaler.get_scale()))
+    return steps
+
+
+def assert_near(
+    ours: list[tuple[float, torch.Tensor]], eager: list[tuple[float, torch.Tensor]], close: float
+) -> None:
+    for (loss, found), (expected_loss, expected) in zip(ours, eager, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=close)
+        assert (found - expected).norm() <= close * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("precision", "micro_batch"),
+    [("fp32", None), ("tf32", None), ("fp16", None), ("bf16", None), ("fp32", 2)],
+)
+def test_losses_and_gradients_are_the_eager_ones(precision: Precision, micro_batch: int | None) -> None:
+    eager, graph = (
+        three_steps(network("reference"), ComputeConfig(precision, name, micro_batch))
+        for name in ("eager", "graph")
+    )
+    assert_near(graph, eager, CLOSE[precision])
+
+
+@pytest.mark.parametrize("name", ["eager", "graph", "compile"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_fused_first_block_is_taken_by_every_engine(
+    precision: Precision, name: Literal["eager", "graph", "compile"]
+) -> None:
+    plain, fused = (
+        three_steps(network("reference", dropout=0.0), compute)
+        for compute in (
+            ComputeConfig(precision, "eager"),
+            ComputeConfig(precision, name, first_block="triton"),
+        )
+    )
+    # In half precision a rounding makes another voxel the maximum here and there.
+    assert_near(fused, plain, {"fp32": 1e-4, "tf32": 2e-2}.get(precision, 0.1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_ones_are_too(precision: Precision) -> None:
+    # Without dropout, which it draws otherwise.
+    eager, compiled = (
+        three_steps(network("reference", dropout=0.0), ComputeConfig(precision, name))
+        for name in ("eager", "compile")
+    )
+    # It may choose other kernels for convolutions.
+    assert_near(compiled, eager, max(CLOSE[precision], 1e-4))
+
+
+@pytest.mark.parametrize("exchange", ["fp32", "bf16"])
+def test_a_graph_takes_in_what_ranks_exchange(exchange: Literal["fp32", "bf16"], tmp_path: Path) -> None:
+    eager = three_steps(network("reference"), ComputeConfig("fp32", "eager"))
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        compute = ComputeConfig("fp32", "graph", exchange=exchange)
+        # One rank, treated as several.
+        graph = three_steps(network("reference"), compute, ranks=2)
+    finally:
+        dist.destroy_process_group()
+    assert_near(graph, eager, 1e-5 if exchange == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", ["reference", "open"])
+def test_a_capture_leaves_all_but_gradients_as_it_was(kind: str, precision: Precision) -> None:
+    states = []
+    for name in ("eager", "graph"):
+        model = network(kind)
+        gradients, scaler = engine(model, ComputeConfig(precision, name))
+        optimizer = build_optimizer(SGDConfig(), model)
+        for step, batch in enumerate(batches(4)):
+            set_lr(optimizer, 0.01)
+            seed_step(7, 0, step, 0)
+            gradients(batch)
+            scaler.step(optimizer)
+            scaler.update()
+        momentum = {str(at): optimizer.state[p]["momentum_buffer"] for at, p in enumerate(model.parameters())}
+        states.append((model.state_dict() | momentum, scaler.state_dict(), torch.cuda.get_rng_state()))
+    (one, one_scale, one_rng), (other, other_scale, other_rng) = states
+    assert one_scale == other_scale and torch.equal(one_rng, other_rng)
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_the_next_batch_is_written_where_the_graph_reads() -> None:
+    model = network("reference").eval()
+    gradients, _ = engine(model, ComputeConfig("bf16", "graph"))
+    inputs = gradients.inputs
+    assert inputs is not None and inputs.volume.dtype == torch.bfloat16
+    losses = []
+    for batch in batches(2):
+        inputs.volume.copy_(batch.volume)
+        inputs.target.copy_(batch.target)
+        losses.append(gradients(inputs))
+    assert losses[0].item() != losses[1].item()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("amp_C") is None, reason="NVIDIA's apex is not installed")
+def test_apex_follows_the_same_rule() -> None:
+    weights = []
+    for implementation in ("apex", "fused"):
+        model = network("open")
+        gradients, _ = engine(model, ComputeConfig("fp32", "eager"))
+        optimizer = build_optimizer(SGDConfig(implementation=implementation), model)
+        for batch, lr in zip(batches(4), (0.01, 0.02, 0.005, 0.005), strict=True):
+            set_lr(optimizer, lr)
+            gradients(batch)
+            optimizer.step()
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)

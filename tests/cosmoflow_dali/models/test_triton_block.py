@@ -1,0 +1,144 @@
+"""The first block's kernel against torch in float64; in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from cosmoflow_dali.compute.step import forward_backward, settle_float32
+from cosmoflow_dali.models.blocks import LEAK, plain_max_block
+from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
+from cosmoflow_dali.models.triton_block import first_block, fits
+from pipelines.errors import ConfigError
+from pipelines.sample import Batch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [((1, 2, 2, 2), 16), ((2, 4, 6, 8), 32), ((1, 8, 8, 8), 64), ((3, 2, 4, 10), 16)]
+"""Of the volume, and how many filters."""
+
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Of the largest value: sums in float32 of rounded products, and the result's own rounding."""
+
+
+@pytest.fixture(autouse=True)
+def float32_is_ieee() -> None:
+    settle_float32("fp32")
+
+
+def inputs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(dtype).to(DEVICE)
+
+    batch, *edges = shape
+    volume = draw(batch, *edges, 4).permute(0, 4, 1, 2, 3)
+    # Half of a volume's voxels are empty, so that maxima tie.
+    volume = volume.clamp_min(0)
+    return [volume, draw(filters, 4, 3, 3, 3).requires_grad_(), draw(filters).requires_grad_()]
+
+
+# Triton's interpreter has no products of bfloat16.
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize(("shape", "filters"), SHAPES)
+def test_values_and_gradients_are_torchs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> None:
+    assert_torchs(shape, filters, dtype)
+
+
+def test_programs_share_the_cells_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Eight of the forward pass, and two of the backward pass with four shares each.
+    monkeypatch.setattr("cosmoflow_dali.models.triton_block._PROGRAMS", 2)
+    assert_torchs((1, 16, 16, 16), 16, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("edge", [64, 128])
+def test_volumes_of_the_benchmarks_sizes(edge: int, dtype: torch.dtype) -> None:
+    assert_torchs((1, edge, edge, edge), 32, dtype)
+
+
+def assert_torchs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> None:
+    """`first_block` has the values and gradients of torch in float64."""
+    volume, kernel, bias = inputs(shape, filters, dtype)
+    assert fits(volume, kernel)
+    exact = [each.detach().double().requires_grad_(each.requires_grad) for each in (volume, kernel, bias)]
+    ours, truth = first_block(volume, kernel, bias), plain_max_block(*exact)
+    assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last_3d)
+    close = ROUNDING[dtype]
+    torch.testing.assert_close(ours.double(), truth, rtol=close, atol=close * truth.abs().max().item())
+    gradient = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    *_, chosen = ours.grad_fn.saved_tensors  # type: ignore[union-attr]
+    found = torch.autograd.grad(ours, (kernel, bias), gradient)
+    wanted = torch.autograd.grad(truth, exact[1:], gradient.double())
+    for one, other in zip(found, wanted, strict=True):
+        # A rounding may make another voxel the maximum, and move that cell's whole gradient.
+        assert ((one.double() - other).norm() / other.norm()).item() < (1e-5 if close == 1e-5 else 0.1)
+    for one, other in zip(found, gradients_of_choice(exact, chosen, gradient), strict=True):
+        assert ((one.double() - other).norm() / other.norm()).item() < close
+
+
+def gradients_of_choice(
+    exact: list[torch.Tensor], chosen: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Those of kernel and bias in float64, where `chosen` (B, D/2, H/2, W/2, C) says which voxel is taken.
+
+    exact: volume, kernel and bias in float64. gradient: that of the result.
+    """
+    volume, kernel, bias = exact
+    active = functional.leaky_relu(functional.conv3d(volume, kernel, bias, padding=1), LEAK)
+    batch, filters, depth, height, width = gradient.shape
+    cells = active.view(batch, filters, depth, 2, height, 2, width, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
+    which = chosen.permute(0, 4, 1, 2, 3).long()[..., None]
+    picked = cells.reshape(*gradient.shape, 8).gather(-1, which)[..., 0]
+    return torch.autograd.grad(picked, (kernel, bias), gradient.double())
+
+
+def test_the_network_learns_the_same_with_it() -> None:
+    shape = ReferenceConfig(size=8, blocks=2, filters=16, dense=(16, 8), dropout=0.0)
+    plain, fused = (CosmoFlow(shape, seed=2).to(DEVICE) for _ in range(2))
+    fused.fuse_first_block()
+    generator = torch.Generator().manual_seed(4)
+    volume = torch.rand(2, 8, 8, 8, 4, generator=generator).to(DEVICE).permute(0, 4, 1, 2, 3)
+    batch = Batch(volume, torch.rand(2, 4, generator=generator).to(DEVICE), np.arange(2))
+    losses = [forward_backward(model, batch, "fp32") for model in (plain, fused)]
+    torch.testing.assert_close(*losses)
+    for one, other in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(volume), plain.eval()(volume))
+
+
+def test_of_equal_voxels_the_first_gets_the_gradient() -> None:
+    volume = torch.zeros(1, 4, 2, 2, 2, device=DEVICE).to(memory_format=torch.channels_last_3d)
+    kernel = torch.zeros(16, 4, 3, 3, 3, device=DEVICE, requires_grad=True)
+    first_block(volume + 1, kernel, torch.ones(16, device=DEVICE)).sum().backward()
+    assert kernel.grad is not None
+    # Seen from the cell's first voxel, the volume lies to the right: of each axis' three taps the last two.
+    expected = torch.zeros(3, 3, 3, device=DEVICE)
+    expected[1:, 1:, 1:] = 1
+    torch.testing.assert_close(kernel.grad[3, 2], expected)
+
+
+def test_what_is_no_number_is_not_hidden() -> None:
+    volume, kernel, bias = inputs((1, 4, 4, 4), 16, torch.float32)
+    volume = volume.clone()
+    volume[0, 1, 2, 3, 0] = float("nan")
+    found, truth = first_block(volume, kernel, bias), plain_max_block(volume, kernel, bias)
+    assert torch.equal(found.isnan(), truth.isnan()) and found.isnan().any()
+
+
+def test_what_does_not_fit_is_told() -> None:
+    volume, kernel, _ = inputs((1, 4, 4, 4), 16, torch.float32)
+    assert not fits(volume.clone().requires_grad_(), kernel)
+    assert (
+        not fits(volume[:, :, :3], kernel) and not fits(volume, kernel[:12]) and not fits(volume, kernel[:8])
+    )
+    with pytest.raises(ConfigError, match="takes 16, 32, 64 filters, and there are 8"):
+        CosmoFlow(ReferenceConfig(size=2, blocks=1, filters=8)).fuse_first_block()
+    assert fits(volume, kernel.repeat(4, 1, 1, 1, 1)) and not fits(volume, kernel.repeat(8, 1, 1, 1, 1))
+    assert not fits(volume[:, :2], kernel[:, :2])

@@ -1,0 +1,94 @@
+"""The report: one file that holds its pictures and says the run's figures."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cosmoflow_dali.config import resolve
+from cosmoflow_dali.reporting import summary
+from cosmoflow_dali.reporting import system_info as machine
+from cosmoflow_dali.reporting.html_report import write_report
+from cosmoflow_dali.training import run_dir as runs
+from cosmoflow_dali.training.evaluation import Evaluation
+from cosmoflow_dali.training.logs import Console
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """What a run of three epochs would have left, with a name that needs escaping."""
+    folder = tmp_path / "a <b> & c"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    targets = rng.uniform(-1, 1, (40, 4))
+    evaluation = Evaluation(np.arange(40), 0.8 * targets + 0.1 * rng.standard_normal((40, 4)), targets)
+    runs.save_config(folder, resolve({})[0])
+    runs.write_predictions(folder, evaluation)
+    trivial = evaluation.trivial_mae_per_parameter
+    summary = evaluation.scores() | {
+        "trivial_mae": float(np.mean(list(trivial.values()))),
+        "trivial_mae_per_parameter": trivial,
+        "residual_rms": evaluation.residual_rms,
+        "baseline": {"name": "ridge <x>", "mae": 0.3, "mae_per_parameter": trivial},
+        "outcome": "finished",
+        "seed": 3,
+        "epochs": 3,
+        "steps": 30,
+        "global_batch": 4,
+        "ranks": 2,
+        "parameters": 78100,
+        "samples_per_s": 12.3,
+        "data_wait_fraction": {"mean": 0.1, "worst_rank": 0.2},
+        "seconds": {"simulate": 3.0, "train": 20.0},
+        "versions": machine.versions(),
+        "hardware": machine.hardware(),
+    }
+    runs.write_summary(folder, summary)
+    timed = {"samples_per_s": 10.0, "data_wait_ms": 2.0, "step_ms": 20.0}
+    lines = [{"kind": "step", "step": s, "loss": 1 / s, "lr": 0.1 / s, **timed} for s in range(10, 31, 10)]
+    lines += [
+        {"kind": "eval", "step": s, "mae": 0.3, "mse": 0.1, "mae_per_parameter": trivial}
+        for s in (10, 20, 30)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_page_stands_alone_and_its_pictures_are_well_formed(run_folder: Path) -> None:
+    page = write_report(run_folder).read_text()
+    pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(pictures) == 3
+    for picture in pictures:
+        ElementTree.fromstring(picture)
+    links = re.findall(r'(?:src|href)="([^"#]+)"', page)
+    assert all(link.startswith("data:") for link in links)
+    assert "<script" not in page
+
+
+def test_it_says_the_figures_and_escapes_what_it_is_given(run_folder: Path) -> None:
+    page = write_report(run_folder).read_text()
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert f"{summary['mae']:.4f}" in page and f"{summary['trivial_mae']:.4f}" in page
+    assert "a &lt;b&gt; &amp; c" in page and "ridge &lt;x&gt;" in page and "<b>" not in page
+    # A standard error in physical units: H_0's is 7 km/s/Mpc for a residual of 1.
+    assert f"{7 * summary['residual_rms']['H_0']:.3g} km/s/Mpc" in page
+
+
+def test_without_matplotlib_there_is_none_and_the_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "cosmoflow_dali.reporting.html_report")
+    summary._report(tmp_path, Console(speaks=True))
+    said = capsys.readouterr()
+    assert "no report: this Python lacks matplotlib" in said.out + said.err and not list(tmp_path.iterdir())
+
+
+def test_the_same_run_gives_the_same_page(run_folder: Path) -> None:
+    assert write_report(run_folder).read_bytes() == write_report(run_folder).read_bytes()

@@ -1,0 +1,132 @@
+"""Data folders: recognised by looking, in the right order, and refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import tiny_sample, write_tiny
+
+from pipelines.dataset.file_lists import Listed, read_list, write_list
+from pipelines.dataset.manifest import Entry, Manifest
+from pipelines.dataset.open import open_folder, open_split, parts_of, read_sample
+from pipelines.errors import DataError
+from pipelines.formats import FORMATS
+from pipelines.sample import SampleSpec
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_the_format_is_recognised(form: str, tmp_path: Path) -> None:
+    split = open_split(write_tiny(tmp_path / "data", train=3, validation=1, form=form), "train")
+    assert (split.form, len(split), split.spec) == (form, 3, SampleSpec(16))
+    assert [split.stem(index) for index in range(3)] == [f"universe_000{index}_000" for index in range(3)]
+
+
+def test_the_list_files_decide_which_samples_and_in_which_order(tmp_path: Path) -> None:
+    root = write_tiny(tmp_path / "data", train=4, validation=1)
+    chosen = [f"universe_000{index}_000" for index in (2, 0, 3)]
+    for kind in ("data", "label"):
+        text = "".join(f"{stem}_{kind}.npy\n" for stem in chosen)
+        (root / "train" / f"files_{kind}.lst").write_text(text)
+    split = open_split(root, "train")
+    assert [split.stem(index) for index in range(len(split))] == chosen
+
+
+@pytest.mark.parametrize(
+    ("data", "label", "said"),
+    [
+        ("universe_0009_000_data.npy\n", None, "universe_0009_000"),
+        ("universe_0001_000_data.npy\n" * 2, None, "twice"),
+        ("universe_0001_000_data.npy\n", "universe_0002_000_label.npy\n", "files_label.lst"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused(data: str, label: str | None, said: str, tmp_path: Path) -> None:
+    root = write_tiny(tmp_path / "data", train=4, validation=1)
+    (root / "train" / "files_data.lst").write_text(data)
+    if label:
+        (root / "train" / "files_label.lst").write_text(label)
+    with pytest.raises(DataError, match=said):
+        open_split(root, "train")
+
+
+@pytest.mark.parametrize("form", ["npy", "tfrecord_gzip"])
+def test_a_name_may_have_blanks(form: str, tmp_path: Path) -> None:
+    for name in ("a b 12", " c", "d"):
+        FORMATS[form].write(tmp_path, name, tiny_sample(1))
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    for kind in ("data", "label") if form == "npy" else ("data",):
+        names = [name for name in sorted(sizes) if kind in name or form != "npy"]
+        write_list(
+            tmp_path / f"files_{kind}.lst",
+            (Listed(name, sizes[name] if form != "npy" else None) for name in names),
+        )
+        assert [listed.name for listed in read_list(tmp_path / f"files_{kind}.lst")] == names
+    split = open_folder(tmp_path)
+    assert [split.stem(index) for index in range(3)] == [" c", "a b 12", "d"]
+
+
+def test_what_is_no_data_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be listed"):
+        open_split(tmp_path, "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match="holds no samples"):
+        open_split(tmp_path, "train")
+    FORMATS["npy"].write(tmp_path / "train", "a", tiny_sample(0))
+    FORMATS["tfrecord"].write(tmp_path / "train", "b", tiny_sample(0))
+    with pytest.raises(DataError, match=r"b\.tfrecord and a_data\.npy"):
+        open_split(tmp_path, "train")
+    (tmp_path / "train" / "b.tfrecord").unlink()
+    (tmp_path / "train" / "a_label.npy").unlink()
+    with pytest.raises(DataError, match="no label file"):
+        open_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["a\udcff", "a\nb"])
+def test_a_name_that_no_list_can_hold_is_refused(name: str, tmp_path: Path) -> None:
+    FORMATS["tfrecord"].write(tmp_path, name, tiny_sample(0))
+    with pytest.raises(DataError, match="give it a name that lists can hold") as raised:
+        open_folder(tmp_path)
+    assert str(raised.value).isprintable()
+
+
+def test_a_folder_has_splits_or_samples_and_not_both(tmp_path: Path) -> None:
+    root = write_tiny(tmp_path / "data", train=1, validation=1)
+    assert parts_of(root) == ["train", "validation"]
+    assert parts_of(root / "train") == ["."]
+    write_tiny(tmp_path / "more", train=1, validation=1, form="tfrecord")
+    (sample,) = (tmp_path / "more" / "train").glob("*.tfrecord")
+    sample.rename(root / "x.tfrecord")
+    with pytest.raises(DataError, match=r"data: holds x.tfrecord beside train and validation; give one"):
+        parts_of(root)
+
+
+def test_temporary_files_of_a_writer_are_no_samples(tmp_path: Path) -> None:
+    root = write_tiny(tmp_path / "data", train=2, validation=1)
+    (root / "train" / ".universe_0009_000_data.npy.77.tmp").write_bytes(b"half")
+    assert len(open_split(root, "train")) == 2
+
+
+def test_two_kinds_of_tfrecord_in_one_folder_are_refused(tmp_path: Path) -> None:
+    for first, second in (("tfrecord", "tfrecord_gzip"), ("tfrecord_gzip", "tfrecord")):
+        root = write_tiny(tmp_path / first, train=1, validation=1, form=first)
+        FORMATS[second].write(root / "train", "z", tiny_sample(1))
+        split = open_split(root, "train")
+        with pytest.raises(DataError, match=r"z\.tfrecord.*keep the two kinds apart"):
+            split.read(1)
+
+
+def test_a_name_of_no_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no known format"):
+        read_sample(tmp_path / "a.hdf5")
+
+
+@pytest.mark.parametrize("number", [-1, 10**30])
+def test_numbers_that_no_file_has_are_refused(number: int, tmp_path: Path) -> None:
+    written = FORMATS["packed"].write(tmp_path, "a", tiny_sample(1))
+    for wrong in (
+        [file._replace(bytes=number) for file in written],
+        [file._replace(members=tuple(m._replace(offset=number) for m in file.members)) for file in written],
+    ):
+        Manifest("packed", SampleSpec(16), (Entry.of("a", wrong),)).save(tmp_path)
+        with pytest.raises(DataError, match="is no line of a manifest"):
+            open_folder(tmp_path)

@@ -1,0 +1,288 @@
+"""Shards: tar files that tar, and DALI, read as we do."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import resource
+import subprocess
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_sample, write_tiny
+
+from pipelines.dataset.open import open_folder, open_split
+from pipelines.errors import AccessError, DataError
+from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.tar_shard import forget, read_member, read_members, write_shard
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Loader
+from pipelines.plan import Shard
+from preprocess.convert import convert
+
+CONTENTS = {
+    "universe_0000_000.packed": b"",
+    "universe_0001_000.packed": b"x",
+    "universe_0002_000.packed": bytes(range(256)) * 2,
+    "universe_0003_000.packed": bytes(range(256)) * 5 + b"end",
+}
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    path = tmp_path / "shard_000000.tar"
+    write_shard(path, ((name, [content[:1], content[1:]]) for name, content in CONTENTS.items()))
+    return path
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Eleven samples in four shards."""
+    source = write_tiny(tmp_path / "npy", train=11, validation=1)
+    assert convert(source / "train", tmp_path / "packed" / "train", "packed", workers=1, a_shard=3) == 0
+    return tmp_path / "packed"
+
+
+def test_tar_reads_it(shard: Path) -> None:
+    with tarfile.open(shard) as tar:
+        assert tar.getnames() == list(CONTENTS)
+        for member in tar:
+            file = tar.extractfile(member)
+            assert file is not None and file.read() == CONTENTS[member.name]
+    done = subprocess.run(["tar", "--list", "--file", shard], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == list(CONTENTS) and done.stderr == ""
+
+
+def test_the_index_is_that_of_dalis_own_tool(shard: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs.idx"
+    tool = Path(sys.executable).with_name("wds2idx")
+    subprocess.run([tool, shard, theirs], check=True, capture_output=True)
+    assert shard.with_suffix(".idx").read_text() == theirs.read_text()
+
+
+def test_dalis_own_reader_finds_the_samples(packed: Path) -> None:
+    from nvidia.dali import fn, pipeline_def
+
+    shards = sorted((packed / "train").glob("*.tar"))
+    assert len(shards) == 4
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
+    def members() -> object:
+        indices = [str(path.with_suffix(".idx")) for path in shards]
+        return fn.readers.webdataset(paths=list(map(str, shards)), index_paths=indices, ext=["packed"])
+
+    pipeline, split = members(), open_split(packed, "train")
+    pipeline.build()
+    for index in range(len(split)):
+        (output,) = pipeline.run()
+        assert np.asarray(output.at(0)).tobytes() == split.contents(index)[".packed"]
+
+
+def test_members_are_found_and_read_in_any_order(shard: Path) -> None:
+    members = list(read_members(shard))
+    assert [member.name for member in members] == list(CONTENTS)
+    random.Random(2).shuffle(members)
+    with ThreadPoolExecutor(4) as threads:
+        for direct in (False, True):
+            read = threads.map(lambda member: read_member(shard, *member, direct=direct), members)  # noqa: B023
+            assert list(read) == [CONTENTS[member.name] for member in members]
+
+
+def test_what_is_cut_off_is_refused(shard: Path) -> None:
+    whole, *_, last = shard.read_bytes(), *read_members(shard)
+    ends = [0, 1, 511, 512, 513, last.offset - 512, last.offset - 1, last.offset + last.bytes - 1]
+    for end in ends:
+        shard.write_bytes(whole[:end])
+        with pytest.raises(DataError, match=r"is no whole tar|is cut off") as raised:
+            read_members(shard)
+        assert raised.value.path == str(shard)
+        with pytest.raises(DataError, match="is cut off: the shard ends after"):
+            read_member(shard, *last, direct=True)
+
+
+def test_a_header_that_changed_is_refused(shard: Path) -> None:
+    whole = shard.read_bytes()
+    for at in (0, 130, 150, 512 + 99):
+        broken = bytearray(whole)
+        broken[at] ^= 1
+        shard.write_bytes(broken)
+        with pytest.raises(DataError, match="is no whole tar: at byte"):
+            read_members(shard)
+
+
+def test_a_member_of_less_than_nothing_is_refused(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[124:136] = (256**12 - 512).to_bytes(
+        12, "big"
+    )  # A sound header otherwise, which leads back to itself.
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="at byte 0, a member of -512 bytes"):
+        read_members(shard)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ({"name": "line\nbreak.packed"}, "is no whole tar: at byte 0, the name 'line"),
+        ({"name": "a.packed", "type": tarfile.LNKTYPE}, "has a.packed of type b'1', which a shard has not"),
+        ({"name": "a.packed", "type": tarfile.SYMTYPE}, "of type b'2'"),
+        ({"name": "long" * 40 + ".packed"}, "of type b'L'"),
+        ({"name": "a.packed", "pax_headers": {"path": "b.packed"}}, "of type b'x'"),
+        ({"name": "a.packed", "type": tarfile.GNUTYPE_SPARSE}, "of type b'S'"),
+    ],
+)
+def test_members_that_would_be_lost_or_misread_are_refused(
+    kind: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    member = tarfile.TarInfo()
+    for name, value in kind.items():
+        setattr(member, name, value)
+    form = tarfile.PAX_FORMAT if member.pax_headers else tarfile.GNU_FORMAT
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        tar.addfile(member)
+    with pytest.raises(DataError, match=said) as raised:
+        read_members(tmp_path / "a.tar")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_folders_and_finer_times_in_a_tar_are_passed_over(form: int, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.packed").write_bytes(b"sample")
+    folder = tarfile.TarInfo("other")
+    # Which says nothing of what is in the file.
+    folder.type, folder.size = tarfile.DIRTYPE, 1024
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        tar.addfile(folder)
+        tar.add(tmp_path / "data", "data")
+    (member,) = read_members(tmp_path / "a.tar")
+    assert member.name == "data/a.packed" and read_member(tmp_path / "a.tar", *member) == b"sample"
+
+
+def test_what_is_not_there_or_cannot_be_held(tmp_path: Path) -> None:
+    with pytest.raises(AccessError, match="cannot be read"):
+        read_members(tmp_path / "none.tar")
+    with pytest.raises(AccessError, match="cannot be read"):
+        read_member(tmp_path / "none.tar", "a", 0, 1)
+    with pytest.raises(DataError, match="cannot hold a member named"):
+        write_shard(tmp_path / "a.tar", [("x" * 300, [b""])])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_members_that_fail_leave_no_shard(tmp_path: Path) -> None:
+    def contents() -> object:
+        yield "a.packed", [b"a"]
+        raise DataError(tmp_path, "fails", "so what")
+
+    with pytest.raises(DataError, match="so what"):
+        write_shard(tmp_path / "a.tar", contents())  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("gone", [[], ["manifest.jsonl"], ["manifest.jsonl", "files_data.lst"]])
+def test_a_folder_of_shards_is_read_with_and_without_its_manifest(gone: list[str], packed: Path) -> None:
+    for name in gone:
+        (packed / "train" / name).unlink()
+    split = open_split(packed, "train")
+    assert [split.stem(index) for index in range(len(split))] == [
+        f"universe_{index:04d}_000" for index in range(11)
+    ]
+    assert split.units == [f"shard_{index:06d}" for index in range(4)]
+    for index in random.Random(1).sample(range(11), 11):
+        np.testing.assert_array_equal(split.read(index).counts, tiny_sample(index).counts)
+        assert split.payload(index).target.tolist() == tiny_sample(index).target.tolist()
+
+
+def test_members_may_lie_in_folders(packed: Path, tmp_path: Path) -> None:
+    shard, folder = tmp_path / "s.tar", packed / "train"
+    first = sorted(folder.glob("*.tar"))[0]
+    contents = {name: read_member(first, name, *place) for name, *place in read_members(first)}
+    write_shard(shard, ((f"some/where/{name}", [content]) for name, content in contents.items()))
+    split = open_folder(tmp_path)
+    assert split.units == ["s"] and split.files(0) == (shard,)
+    for index in range(len(contents)):
+        np.testing.assert_array_equal(split.read(index).counts, tiny_sample(index).counts)
+
+
+def test_a_process_opens_a_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / f"{number}.tar" for number in range(2000)]
+    for path in paths:
+        path.write_bytes(b"content")
+    opened, theirs = [], os.open
+
+    def noted(path: Path, flags: int) -> int:
+        opened.append(path)
+        return theirs(path, flags)
+
+    monkeypatch.setattr(os, "open", noted)
+    forget()
+    for path in (*paths, *paths):
+        assert read_member(path, "x", 3, 2) == b"te"
+    assert opened == paths
+    forget()
+
+
+def test_what_is_no_shard_of_samples_is_named(packed: Path, tmp_path: Path) -> None:
+    for name in ("manifest.jsonl", "files_data.lst"):
+        (packed / "train" / name).unlink()
+    other = packed / "train" / "shard_000002.tar"
+    write_shard(other, [("readme.txt", [b"nothing here"])])
+    with pytest.raises(DataError, match="holds no samples; expected a tar of") as raised:
+        open_split(packed, "train")
+    assert raised.value.path == str(other)
+
+
+def test_a_manifest_that_is_wrong_about_a_shard_is_noticed(packed: Path) -> None:
+    open_split(packed, "train").read(4)
+    path = packed / "train" / "shard_000001.tar"
+    one, two, three = read_members(path)
+    content = {member.name: read_member(path, *member) for member in (one, two, three)}
+    # The same samples, but elsewhere: who goes by the old manifest reads the wrong bytes.
+    write_shard(path, [(name, [content[name]]) for name in (three.name, two.name, one.name)])
+    fresh = open_folder(packed / "train")
+    assert one.bytes != three.bytes
+    with pytest.raises(DataError, match=f"{path.name}/{two.name}"):
+        fresh.read(4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_epoch_of_many_small_samples_holds_memory_flat(tmp_path: Path) -> None:
+    samples, shards = 200_000, 100
+    content = [b"".join(encode(tiny_sample(index, 4))) for index in range(50)]
+    (tmp_path / "train").mkdir()
+    for shard in range(shards):
+        names = (f"universe_{shard:03d}_{index:05d}.packed" for index in range(samples // shards))
+        members = ((name, [content[index % 50]]) for index, name in enumerate(names))
+        write_shard(tmp_path / "train" / f"shard_{shard:06d}.tar", members)
+    loader = Loader(
+        open_split(tmp_path, "train"),
+        LoaderConfig(batch_size=64),
+        shard=Shard(),
+        seed=1,
+        shuffle=True,
+        ragged="drop",
+        device=torch.device("cpu"),
+    )
+    held: list[int] = []
+    for step, batch in enumerate(itertools.chain(loader.batches(0), loader.batches(1))):
+        assert len(batch.index) == 64
+        if step % 100 == 0:
+            # Pages that are resident; proc_pid_statm(5).
+            held.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    loader.close()
+    assert len(held) == 2 * (samples // 64) // 100 + 1
+    # Less than ten megabytes more over the second epoch: 50 bytes a sample. Over the first one, after its
+    # tenth, less than twenty: malloc comes to its size in steps of some four.
+    half = len(held) // 2 + 1
+    assert max(held[3:half]) - held[3] < 20_000_000
+    assert max(held[half:]) - held[half] < 10_000_000

@@ -1,0 +1,301 @@
+"""Formats: what comes out is what went in, TensorFlow's own files included, and damage is named."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+import random
+import stat
+import struct
+import tempfile
+import tracemalloc
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import crc32c
+import numpy as np
+import numpy.typing as npt
+import pytest
+from helpers import DATA, tiny_sample
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.dataset.open import read_sample
+from pipelines.errors import DataError
+from pipelines.formats import FORMATS, CountsPayload, tfrecord
+from pipelines.sample import Sample, SampleSpec
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    form=st.sampled_from(sorted(FORMATS)),
+    size=st.integers(1, 9),
+    channels=st.just(4),
+    seed=st.integers(0, 2**32 - 1),
+    most=st.sampled_from([1, 3, 255, 256, 32767]),
+)
+def test_reading_gives_what_was_written(form: str, size: int, channels: int, seed: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, most, (size, size, size, channels), dtype=np.int16, endpoint=True)
+    sample = Sample(counts, rng.uniform(-1, 1, 4).astype(np.float32))
+    with tempfile.TemporaryDirectory() as folder:
+        written = FORMATS[form].write(Path(folder), "universe_000", sample)
+        assert {file.path.name for file in written} == {path.name for path in Path(folder).iterdir()}
+        found = read_sample(Path(folder) / f"universe_000{FORMATS[form].suffix}")
+    np.testing.assert_array_equal(found.counts, sample.counts)
+    np.testing.assert_array_equal(found.target, sample.target)
+    assert found.counts.dtype == np.int16 and found.target.dtype == np.float32
+
+
+@pytest.mark.parametrize("folder", ["tfrecord_gzip", "tfrecord_plain"])
+def test_files_written_by_tensorflow_are_read_exactly(folder: str) -> None:
+    with np.load(DATA / "keras_small.npz") as keras:
+        counts, targets = keras["counts"], keras["targets"]
+    for path, count, target in zip(sorted((DATA / folder).iterdir()), counts, targets, strict=True):
+        sample = read_sample(path)
+        np.testing.assert_array_equal(sample.counts, count)
+        np.testing.assert_array_equal(sample.target, target)
+
+
+def _masked(data: bytes) -> bytes:
+    crc = crc32c.crc32c(data)
+    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def _record(example: bytes) -> bytes:
+    length = struct.pack("<Q", len(example))
+    return length + _masked(length) + example + _masked(example)
+
+
+def _message(number: int, body: bytes) -> bytes:
+    length, varint = len(body), b""
+    while length >= 128:
+        varint, length = varint + bytes([length % 128 + 128]), length // 128
+    return bytes([8 * number + 2]) + varint + bytes([length]) + body
+
+
+def _example(sample: Sample, *, packed: bool, y_first: bool, extra: bool) -> bytes:
+    """An Example as other writers of protobuf may lay it out."""
+    floats = [struct.pack("<f", value) for value in sample.target]
+    values = _message(1, b"".join(floats)) if packed else b"".join(b"\x0d" + value for value in floats)
+    features = {
+        b"x": _message(1, _message(1, sample.counts.astype("<i2").tobytes())),
+        b"y": _message(2, values),
+    }
+    if extra:
+        features = {b"id": _message(3, _message(1, b"\x05")), **features, b"": _message(1, b"")}
+    names = sorted(features, reverse=y_first)
+    entries = [_message(1, _message(1, name) + _message(2, features[name])) for name in names]
+    return _message(1, b"".join(entries))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("y_first", [True, False])
+@pytest.mark.parametrize("extra", [True, False])
+def test_any_layout_that_protobuf_allows_is_read(
+    packed: bool, y_first: bool, extra: bool, tmp_path: Path
+) -> None:
+    sample = tiny_sample(1)
+    path = tmp_path / "a.tfrecord"
+    path.write_bytes(_record(_example(sample, packed=packed, y_first=y_first, extra=extra)))
+    found = read_sample(path)
+    np.testing.assert_array_equal(found.counts, sample.counts)
+    np.testing.assert_array_equal(found.target, sample.target)
+
+
+def test_our_gzip_is_gzip_and_our_npy_is_npy(tmp_path: Path) -> None:
+    sample = tiny_sample(2)
+    (compressed,) = FORMATS["tfrecord_gzip"].write(tmp_path, "a", sample)
+    index, plain = FORMATS["tfrecord"].write(tmp_path, "b", sample)
+    record = plain.path.read_bytes()
+    assert gzip.decompress(compressed.path.read_bytes()) == record
+    assert index.path.name == "b.tfrecord.idx" and index.path.read_text() == f"0 {len(record)}\n"
+    FORMATS["npy"].write(tmp_path, "a", sample)
+    np.testing.assert_array_equal(np.load(tmp_path / "a_data.npy"), sample.counts)
+    np.testing.assert_array_equal(np.load(tmp_path / "a_label.npy"), sample.target)
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_no_damage_passes_for_a_sample(form: str, tmp_path: Path) -> None:
+    sample, rng = tiny_sample(3), random.Random(7)
+    FORMATS[form].write(tmp_path, "a", sample)
+    files = [tmp_path / f"a{part}" for part in FORMATS[form].parts]
+    path = tmp_path / f"a{FORMATS[form].suffix}"
+    refused = 0
+    for _ in range(200):
+        victim = rng.choice(files)
+        whole = victim.read_bytes()
+        broken = bytearray(whole)
+        if rng.random() < 0.4:
+            del broken[rng.randrange(len(broken)) :]
+        else:
+            broken[rng.randrange(min(len(broken), 300))] ^= 1 << rng.randrange(8)
+        victim.write_bytes(broken)
+        try:
+            found = FORMATS[form].read(path)
+        except DataError as error:
+            assert error.path == str(victim)
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            # npy has no checksum, and a gzip header has a few bytes that mean nothing.
+            same = np.array_equal(found.counts, sample.counts) and np.array_equal(found.target, sample.target)
+            assert same or form == "npy"
+        victim.write_bytes(whole)
+    assert refused > (100 if form != "npy" else 60)
+
+
+def _bad_npy(folder: Path, counts: Array | None = None, target: Array | None = None) -> Path:
+    sample = tiny_sample(4)
+    np.save(folder / "a_data.npy", sample.counts if counts is None else counts)
+    np.save(folder / "a_label.npy", sample.target if target is None else target)
+    return folder / "a_data.npy"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"counts": np.zeros((16, 16, 16, 4), np.int32)}, "int32"),
+        ({"counts": np.zeros((16, 16, 4), np.int16)}, "shape"),
+        ({"counts": np.zeros((16, 16, 8, 4), np.int16)}, "shape"),
+        ({"counts": np.zeros((8, 8, 8, 4), np.int16)}, "(8, 8, 8, 4)"),
+        ({"counts": np.full((16, 16, 16, 4), -1, np.int16)}, "-1"),
+        ({"counts": np.asfortranarray(np.zeros((16, 16, 16, 4), np.int16))}, "Fortran"),
+        ({"counts": np.zeros((16, 16, 16, 4), ">i2")}, ">i2"),
+        ({"counts": np.array([{}], dtype=object)}, "holds"),
+        ({"target": np.zeros(3, np.float32)}, "(3,)"),
+        ({"target": np.zeros(4)}, "float64"),
+        ({"target": np.array([0, 0, np.nan, 0], np.float32)}, "nan"),
+        ({"target": np.array([0, 0, np.inf, 0], np.float32)}, "inf"),
+    ],
+)
+def test_a_bad_npy_is_refused_before_dali_sees_it(fault: dict[str, Array], said: str, tmp_path: Path) -> None:
+    path = _bad_npy(tmp_path, **fault)
+    spec = SampleSpec(16)
+    for use in (FORMATS["npy"].read, FORMATS["npy"].payload):
+        if use == FORMATS["npy"].payload and said == "-1":
+            continue  # the table makes NaN of it, and the trainer then reads the sample again
+        with pytest.raises(DataError) as refusal:
+            use(path, spec)
+        assert said in str(refusal.value) and str(tmp_path) in str(refusal.value)
+
+
+def test_what_is_no_single_record_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tfrecord"
+    record = _record(_example(tiny_sample(5), packed=True, y_first=False, extra=False))
+    for content, said in (
+        (record + record, "behind its one record"),
+        (gzip.compress(record) + gzip.compress(record), "behind its gzip stream"),
+        (gzip.compress(record)[:-4], "cut off"),
+        (zlib.compress(record), "cut off|CRC"),
+        (_record(b"\xff\xff\xff"), "no tf.train.Example"),
+        (_record(b""), "feature x"),
+        (_record(_message(1, b"")), "feature x"),
+        (b"", "cut off"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=said):
+            read_sample(path)
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fails)
+    for form in FORMATS.values():
+        with pytest.raises(DataError, match="No space"):
+            form.write(tmp_path, "a", tiny_sample(6))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_headers_are_read_by_many_threads_at_once(tmp_path: Path) -> None:
+    # Python's parser, which reads the headers, is not safe in threads: each shape here needs it anew.
+    sizes = range(1, 33)
+    for size in sizes:
+        np.save(tmp_path / f"{size}_data.npy", np.zeros((size, size, size, 4), np.int16))
+        np.save(tmp_path / f"{size}_label.npy", np.zeros(4, np.float32))
+
+    def size_of(size: int) -> int:
+        payload = FORMATS["npy"].payload(tmp_path / f"{size}_data.npy", SampleSpec(size))
+        assert isinstance(payload, CountsPayload)
+        return int(payload.counts.shape[0])
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert list(pool.map(size_of, sizes)) == list(sizes)
+
+
+@pytest.mark.parametrize("form", ["tfrecord", "tfrecord_gzip"])
+def test_what_a_record_cannot_give_back_is_not_written(form: str, tmp_path: Path) -> None:
+    sample = Sample(np.zeros((8, 8, 8, 32), np.int16), tiny_sample(1).target)
+    with pytest.raises(DataError, match="cannot hold 32 channels: a TFRecord has 4; use npy or packed"):
+        FORMATS[form].write(tmp_path, "a", sample)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_one_gzip_member_is_read_and_nothing_goes_unnoticed_behind_it(
+    without: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if without:
+        monkeypatch.setattr(tfrecord, "deflate", None)
+    # Counts, stored as they are, whose bytes look like the beginning of a member.
+    counts = tiny_sample(5).counts
+    counts[1, 2, 3, :3] = np.frombuffer(b"\x00\x1f\x8b\x08\x00\x01", "<i2")
+    record = _record(_example(Sample(counts, tiny_sample(5).target), packed=True, y_first=False, extra=False))
+    path = tmp_path / "a.tfrecord"
+    for level in (0, 6):
+        member = gzip.compress(record, level, mtime=7)
+        assert (b"\x1f\x8b\x08\x00" in member[1:]) == (level == 0)
+        path.write_bytes(member)
+        np.testing.assert_array_equal(read_sample(path).counts, counts)
+        for more in (member, gzip.compress(record), b"\0", bytes(512), member[-8:], b"\0" + member[-8:]):
+            path.write_bytes(member + more)
+            with pytest.raises(DataError, match="behind its gzip stream"):
+                read_sample(path)
+        for damaged in (member[:-8] + b"????" + member[-4:], member[:-4] + b"????", member[:-9], member[:40]):
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match="gzip stream is"):
+                read_sample(path)
+
+
+@pytest.mark.parametrize("told", [0, 1, 64 << 20, 2**32 - 1])
+def test_a_gzip_bomb_is_not_inflated(told: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.tfrecord"
+    path.write_bytes(gzip.compress(bytes(64 << 20))[:-4] + struct.pack("<I", told))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="inflates to more than the 32768 bytes of a sample"):
+        FORMATS["tfrecord_gzip"].read(path, SampleSpec(16))
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_a_folder_that_cannot_be_synced_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def fail_on_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_on_folders)
+    with pytest.raises(DataError, match=r"a_label\.npy: cannot be written \(Input/output error\)"):
+        FORMATS["npy"].write(tmp_path, "a", tiny_sample(1))
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_a_large_sample_comes_back(form: str, tmp_path: Path) -> None:
+    # Beyond 1 MiB, past the page cache.
+    sample = tiny_sample(1, size=80)
+    written = FORMATS[form].write(tmp_path, "a", sample)
+    for file in written:
+        assert (len(content := file.path.read_bytes()), crc32c.crc32c(content)) == (file.bytes, file.crc32c)
+    found = read_sample(tmp_path / f"a{FORMATS[form].suffix}")
+    np.testing.assert_array_equal(found.counts, sample.counts)
+    np.testing.assert_array_equal(found.target, sample.target)

@@ -1,0 +1,385 @@
+"""Damaged files at random: the readers refuse them, or read what independent decoders read.
+
+The oracles are Python's gzip and tarfile, numpy.load, Google's protobuf with TensorFlow's message
+types, and `packed_book`; lists and manifests must be again what they are when written and read.
+TFRecords, packed samples and tar headers get sound checksums around damage, or the parsers behind
+those would see none.
+FUZZ_SECONDS sets how long each kind of file is tried; 3 in `make test-all`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import random
+import struct
+import tarfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import crc32c
+import h5py
+import numpy as np
+import packed_book
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+from helpers import tiny_sample
+
+from pipelines.dataset.file_lists import Listed, read_list, write_list
+from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
+from pipelines.dataset.open import open_folder
+from pipelines.errors import DataError
+from pipelines.formats import FORMATS
+from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.format import MEMBER
+from pipelines.formats.packed.tar_shard import forget, read_members, write_shard
+from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.sample import Sample, SampleSpec
+from preprocess.conversion.hdf5_task import crops, universe_shape
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
+FEWEST = 1500
+"""Files of each kind, however slow the machine is today: enough for the counts that the tests ask for."""
+
+
+def example_type() -> type[message.Message]:
+    """tensorflow.Example, as tensorflow/core/example/{example,feature}.proto define it."""
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tensorflow", syntax="proto3")
+    kinds = descriptor_pb2.FieldDescriptorProto
+
+    def add(name: str, *fields: tuple[str, int, int, str]) -> descriptor_pb2.DescriptorProto:
+        made = file.message_type.add(name=name)
+        for field, number, kind, type_name in fields:
+            repeated = (field == "value" and name.endswith("List")) or type_name.endswith("Entry")
+            label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
+            made.field.add(name=field, number=number, type=kind, label=label, type_name=type_name or None)
+        return made
+
+    add("BytesList", ("value", 1, kinds.TYPE_BYTES, ""))
+    add("FloatList", ("value", 1, kinds.TYPE_FLOAT, ""))
+    add("Int64List", ("value", 1, kinds.TYPE_INT64, ""))
+    feature = add(
+        "Feature",
+        ("bytes_list", 1, kinds.TYPE_MESSAGE, ".tensorflow.BytesList"),
+        ("float_list", 2, kinds.TYPE_MESSAGE, ".tensorflow.FloatList"),
+        ("int64_list", 3, kinds.TYPE_MESSAGE, ".tensorflow.Int64List"),
+    )
+    feature.oneof_decl.add(name="kind")
+    for field in feature.field:
+        field.oneof_index = 0
+    features = add("Features", ("feature", 1, kinds.TYPE_MESSAGE, ".tensorflow.Features.FeatureEntry"))
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=kinds.TYPE_STRING, label=kinds.LABEL_OPTIONAL)
+    label, kind = kinds.LABEL_OPTIONAL, kinds.TYPE_MESSAGE
+    entry.field.add(name="value", number=2, type=kind, label=label, type_name=".tensorflow.Feature")
+    add("Example", ("features", 1, kinds.TYPE_MESSAGE, ".tensorflow.Features"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
+
+
+EXAMPLE = example_type()
+
+
+def mutated(data: bytes, chance: random.Random, near: int) -> bytes:
+    """`data` with one to three damages, mostly within `near` bytes of its ends."""
+    broken = bytearray(data)
+    for _ in range(chance.randint(1, 3)):
+        if not broken:
+            break
+        at = chance.randrange(len(broken))
+        if chance.random() < 0.8:
+            at = min(at, chance.randrange(near)) if chance.random() < 0.5 else max(at, len(broken) - near)
+        match chance.randrange(6):
+            case 0:
+                broken[at] ^= 1 << chance.randrange(8)
+            case 1:
+                broken[at] = chance.choice([0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)])
+            case 2:
+                del broken[at : at + chance.choice([1, 2, 4, 8, 1000])]
+            case 3:
+                broken[at:at] = chance.randbytes(chance.choice([1, 2, 4, 8, 1000]))
+            case 4:
+                del broken[at:]
+            case 5:
+                other = chance.randrange(len(broken))
+                broken[at : at + 16] = broken[other : other + 16]
+    return bytes(broken)
+
+
+def by_protobuf(record: bytes) -> Sample:
+    """What Google's decoder finds in `record`; raises where it finds no sample."""
+    example = EXAMPLE.FromString(record)
+    features = example.features.feature
+    (counts,), target = features["x"].bytes_list.value, features["y"].float_list.value
+    size = round((len(counts) / 8) ** (1 / 3))
+    return Sample(
+        np.frombuffer(counts, "<i2").reshape(size, size, size, 4), np.array(target, np.float32).reshape(4)
+    )
+
+
+def by_numpy(data: bytes, label: bytes) -> Sample:
+    """What numpy.load finds."""
+    return Sample(*(np.load(io.BytesIO(content), allow_pickle=False) for content in (data, label)))
+
+
+def fuzz(path: Path, write: Callable[[random.Random], Callable[[], Sample]]) -> tuple[int, int]:
+    """Write files with `write` and read `path` until the time is up; how many were read, and refused."""
+    chance, read, refused = random.Random(11), 0, 0
+    deadline = time.monotonic() + SECONDS
+    names = ("npy", "packed", "tfrecord")
+    form = next(FORMATS[name] for name in names if path.name.endswith(FORMATS[name].suffix))
+    if "gzip" in path.name:
+        form = FORMATS["tfrecord_gzip"]
+    while time.monotonic() < deadline or read + refused < FEWEST:
+        oracle = write(chance)
+        start = time.monotonic()
+        try:
+            found = form.read(path)
+        except DataError as error:
+            assert str(path.parent) in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        finally:
+            assert time.monotonic() - start < 5, "a damaged file took its time"
+        expected = oracle()
+        np.testing.assert_array_equal(found.counts, expected.counts)
+        np.testing.assert_array_equal(found.target, expected.target)
+        read += 1
+    return read, refused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_records_with_sound_crcs(tmp_path: Path) -> None:
+    whole, path = encode_example(tiny_sample(1, size=2)), tmp_path / "a.tfrecord"
+
+    def write(chance: random.Random) -> Callable[[], Sample]:
+        record = mutated(whole, chance, near=32)
+        path.write_bytes(frame(record))
+        return lambda: by_protobuf(record)
+
+    read, refused = fuzz(path, write)
+    # Damage in the counts leaves a legal record, damage around them mostly does not.
+    assert read > 20 and refused > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_containers(tmp_path: Path) -> None:
+    whole, path = frame(encode_example(tiny_sample(1, size=2))), tmp_path / "a.tfrecord"
+
+    def write(chance: random.Random) -> Callable[[], Sample]:
+        content = mutated(whole, chance, near=16)
+        path.write_bytes(content)
+
+        def oracle() -> Sample:
+            assert content == whole, "a CRC that is wrong was taken for right"
+            return by_protobuf(content[12:-4])
+
+        return oracle
+
+    assert fuzz(path, write)[1] > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_gzip_streams(tmp_path: Path) -> None:
+    whole, path = gzip.compress(frame(encode_example(tiny_sample(1, size=2)))), tmp_path / "gzip.tfrecord"
+
+    def write(chance: random.Random) -> Callable[[], Sample]:
+        content = mutated(whole, chance, near=12)
+        if chance.random() < 0.2 and len(content) > 18:
+            # With a trailer that agrees, so that the record behind it is looked at.
+            inflated = zlib.decompressobj(-15).decompress(whole[10:])
+            cut = chance.randrange(len(inflated))
+            content = gzip.compress(inflated[:cut] + inflated[cut + 1 :])
+        elif chance.random() < 0.2:
+            # The length in the trailer lies.
+            content = whole[:-4] + struct.pack(
+                "<I", chance.choice([0, 1, 2**31, 2**32 - 1, chance.randrange(2**20)])
+            )
+        path.write_bytes(content)
+        return lambda: by_protobuf(gzip.decompress(content)[12:-4])
+
+    assert fuzz(path, write)[1] > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_npy_pairs(tmp_path: Path) -> None:
+    path, label = tmp_path / "a_data.npy", tmp_path / "a_label.npy"
+    FORMATS["npy"].write(tmp_path, "a", tiny_sample(1, size=2))
+    whole = path.read_bytes(), label.read_bytes()
+
+    def write(chance: random.Random) -> Callable[[], Sample]:
+        data, target = whole
+        if chance.random() < 0.7:
+            data = mutated(data, chance, near=128)
+        else:
+            target = mutated(target, chance, near=128)
+        path.write_bytes(data)
+        label.write_bytes(target)
+        return lambda: by_numpy(data, target)
+
+    read, refused = fuzz(path, write)
+    assert read > 20 and refused > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_packed_samples_with_sound_checksums(tmp_path: Path) -> None:
+    whole, path = b"".join(encode(tiny_sample(1, size=4), slices=2)), tmp_path / "a.tar"
+
+    def write(chance: random.Random) -> Callable[[], Sample]:
+        content = with_checksums(mutated(whole, chance, near=160))
+        write_shard(path, [(f"a{MEMBER}", [content])])
+        forget()
+        return lambda: Sample(*packed_book.read(content))
+
+    read, refused = fuzz(path, write)
+    assert read > 20 and refused > 20
+
+
+def tried(attempt: Callable[[random.Random], None]) -> tuple[int, int]:
+    """Call `attempt` until the time is up; how often it went well, and how often it refused."""
+    chance, well, refused = random.Random(12), 0, 0
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline or well + refused < FEWEST:
+        start = time.monotonic()
+        try:
+            attempt(chance)
+            well += 1
+        except DataError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        assert time.monotonic() - start < 5, "a damaged file took its time"
+    return well, refused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_tar_headers(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(path, [(f"{name}{MEMBER}", [bytes(700)]) for name in "abc"])
+    whole = path.read_bytes()
+
+    def attempt(chance: random.Random) -> None:
+        content = bytearray(whole)
+        at = chance.choice([0, 1536, 3072])
+        header = mutated(whole[at : at + 512], chance, near=512)[:512].ljust(512, b"\0")
+        if chance.random() < 0.3:
+            # A length in base 256, of either sign.
+            header = header[:124] + chance.choice([b"\x80", b"\xff"]) + chance.randbytes(11) + header[136:]
+        content[at : at + 512] = header
+        content[at + 148 : at + 156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+        path.write_bytes(content)
+        found = read_members(path)
+        assert all(0 < member.offset <= member.offset + member.bytes <= len(content) for member in found)
+        with tarfile.open(path) as tar:
+            expected = tar.getmembers()
+        if all(member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) for member in expected):
+            assert list(found) == [(member.name, member.offset_data, member.size) for member in expected]
+
+    well, refused = tried(attempt)
+    assert well > 20 and refused > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_lists(tmp_path: Path) -> None:
+    path, again = tmp_path / "files_data.lst", tmp_path / "again.lst"
+    write_list(path, [Listed(f"a {index}.tfrecord", 7 * index) for index in range(9)])
+    whole = path.read_bytes()
+
+    def attempt(chance: random.Random) -> None:
+        path.write_bytes(mutated(whole, chance, near=64))
+        found = read_list(path)
+        assert all(entry.name for entry in found)
+        write_list(again, found)
+        assert read_list(again) == found
+
+    # Most of what can be in a list is a name.
+    well, refused = tried(attempt)
+    assert well > 20 and refused > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("form", ["npy", "packed"])
+def test_manifests(form: str, tmp_path: Path) -> None:
+    folder, again = tmp_path / "folder", tmp_path / "again"
+    folder.mkdir()
+    again.mkdir()
+    entries = [
+        Entry.of(f"u{index}", FORMATS[form].write(folder, f"u{index}", tiny_sample(index, size=2)))
+        for index in range(3)
+    ]
+    Manifest(form, SampleSpec(2), tuple(entries)).save(folder)
+    whole = (folder / MANIFEST).read_bytes()
+
+    def attempt(chance: random.Random) -> None:
+        (folder / MANIFEST).write_bytes(mutated(whole, chance, near=120))
+        found = Manifest.load(folder)
+        assert found is not None
+        found.save(again)
+        assert Manifest.load(again) == found
+        split = open_folder(folder)
+        for index in range(len(split)):
+            with contextlib.suppress(DataError):
+                # Nothing but a sample: the manifest may name another one, but vouches for none.
+                split.read(index)
+
+    well, refused = tried(attempt)
+    assert well > 20 and refused > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_universes(tmp_path: Path) -> None:
+    path, size = tmp_path / "u.hdf5", 4
+    with h5py.File(path, "w") as file:
+        file["full"], file["unitPar"] = np.ones((size, size, size, 4), np.int16), np.zeros(4)
+    whole = path.read_bytes()
+    assert len(whole) < 4096
+
+    def attempt(chance: random.Random) -> None:
+        # Its structure is in the first two thirds.
+        path.write_bytes(mutated(whole, chance, near=len(whole)))
+        universe_shape(path)
+        # Of that shape the first universe was, as `prepare` has checked.
+        (sample,) = crops(path, (size, size, size, 4), size)
+        assert sample.counts.shape == (size, size, size, 4) and sample.counts.min() >= 0
+
+    well, refused = tried(attempt)
+    assert well > 20 and refused > 20
+
+
+def with_checksums(content: bytes) -> bytes:
+    """`content`, a packed sample, with whatever checksums its header leads one to expect."""
+    fixed = bytearray(content)
+    if len(content) < 64:
+        return content
+    size, _, slices, planes, _, table_bytes = struct.unpack_from("<6I", content, 12)
+    blocks = size // slices * planes if 0 < slices <= size < 1000 and planes < 5 else 0
+    if 64 + 8 * blocks > len(content):
+        return content
+    start = beginning = len(packed_book.padded(bytes(64 + 8 * blocks))) + -(-table_bytes // 16) * 16
+    total = 0
+    for at in range(64, 64 + 8 * blocks, 8):
+        length = int.from_bytes(content[at : at + 4], "little")
+        end = start + -(-length // 16) * 16
+        with contextlib.suppress(IndexError):
+            total += sum(packed_book.lz4_inflate(content[start : start + length]))
+        struct.pack_into("<I", fixed, at + 4, crc32c.crc32c(content[start:end]))
+        start = end
+    struct.pack_into("<I", fixed, 52, crc32c.crc32c(content[beginning:]))
+    struct.pack_into("<I", fixed, 60, total % 2**32)
+    covered = bytes(fixed[:56]) + bytes(fixed[60:beginning])
+    struct.pack_into("<I", fixed, 56, crc32c.crc32c(covered))
+    return bytes(fixed)

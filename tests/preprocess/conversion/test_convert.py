@@ -1,0 +1,487 @@
+"""Conversion: nothing lost, nothing made twice, whatever happens on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from helpers import (
+    DATA,
+    ROOT,
+    can_mount,
+    command,
+    environment,
+    jobs_here,
+    kill,
+    mounted,
+    program,
+    run,
+    started_by,
+    tiny_sample,
+    wait_until_gone,
+    write_tiny,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.dataset.manifest import MANIFEST
+from pipelines.dataset.open import open_folder
+from pipelines.distributed.session import World
+from pipelines.errors import UserError
+from pipelines.formats import FORMATS
+from pipelines.io import LOCK
+from pipelines.sample import Sample
+from preprocess.conversion.engine import Produced, produce
+from preprocess.convert import order_conversion
+
+CONVERT = "preprocess.convert"
+
+
+def converted(source: Path, target: Path, to: str) -> Produced:
+    """The samples in `source` as `to` in `target`, by this process alone."""
+    order, task = order_conversion(source, target, to, a_shard=2)
+    return produce(order, task, world=World(), workers=1, unit="sample")
+
+
+def content(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in `folder`, hidden ones too, by name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("start", sorted(FORMATS))
+@pytest.mark.parametrize("via", sorted(FORMATS))
+@settings(max_examples=4, deadline=None)
+@given(
+    samples=st.integers(1, 5),
+    size=st.integers(1, 9),
+    most=st.sampled_from([1, 255, 256, 32767]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_there_and_back_is_the_identity(
+    start: str, via: str, samples: int, size: int, most: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    with jobs_here(), tempfile.TemporaryDirectory() as name:
+        source, middle, back = (Path(name, folder) for folder in ("source", "middle", "back"))
+        # Shards of several samples have no other writer than the converter.
+        written = Path(name, "npy") if start == "packed" else source
+        written.mkdir()
+        for index in range(samples):
+            counts = rng.integers(0, most, (size, size, size, 4), dtype=np.int16, endpoint=True)
+            sample = Sample(counts, rng.uniform(-1, 1, 4).astype(np.float32))
+            FORMATS["npy" if start == "packed" else start].write(written, f"universe_{index:03d}", sample)
+        if written != source:
+            converted(written, source, start)
+            (source / MANIFEST).unlink()
+        before = content(source)
+        assert converted(source, middle, via).made == samples
+        assert converted(middle, back, start).made == samples
+        assert content(source) == before
+        # Byte for byte; beside the samples are the manifest and the lists.
+        assert {file: digest for file, digest in content(back).items() if file in before} == before
+        first, second = open_folder(source), open_folder(middle)
+        assert [first.stem(i) for i in range(samples)] == [second.stem(i) for i in range(samples)]
+        for index in range(samples):
+            np.testing.assert_array_equal(first.read(index).counts, second.read(index).counts)
+            np.testing.assert_array_equal(first.read(index).target, second.read(index).target)
+
+
+@pytest.mark.parametrize("folder", ["tfrecord_gzip", "tfrecord_plain"])
+def test_what_tensorflow_wrote_as_npy(folder: str, tmp_path: Path) -> None:
+    converted(DATA / folder, tmp_path, "npy")
+    with np.load(DATA / "keras_small.npz") as keras:
+        for stem, counts, target in zip(
+            (tmp_path / "files_data.lst").read_text().split(), keras["counts"], keras["targets"], strict=True
+        ):
+            np.testing.assert_array_equal(np.load(tmp_path / stem), counts)
+            np.testing.assert_array_equal(np.load(tmp_path / stem.replace("data", "label")), target)
+
+
+def test_both_splits_and_the_lists_of_the_original(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=5, validation=2, form="tfrecord_gzip")
+    done = program(CONVERT, "-i", data, "-o", tmp_path / "npy", "--to", "npy")
+    assert done.code == 0, done.err
+    stems = [f"universe_{index:04d}_000" for index in range(5)]
+    listed = (tmp_path / "npy" / "train" / "files_data.lst").read_text()
+    assert listed == "".join(f"{stem}_data.npy\n" for stem in stems)
+    listed = (tmp_path / "npy" / "train" / "files_label.lst").read_text()
+    assert listed == "".join(f"{stem}_label.npy\n" for stem in stems)
+    assert len(open_folder(tmp_path / "npy" / "validation")) == 2
+    gzip = tmp_path / "gzip"
+    done = program(
+        "preprocess.convert_tfrecord_to_gzip", "-i", data / "train", "-o", gzip, "-c", "gzip", ranks=3
+    )
+    assert done.code == 0, done.err
+    lines = (gzip / "files_data.lst").read_text().splitlines()
+    assert lines == [f"{stem}.tfrecord {(gzip / f'{stem}.tfrecord').stat().st_size}" for stem in stems]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_no_tail_is_dropped(ranks: int, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=7, validation=1, form="tfrecord_gzip") / "train"
+    done = program(
+        "preprocess.convert_tfrecord_to_numpy", "-i", data, "-o", tmp_path / "npy", "-c", "gzip", ranks=ranks
+    )
+    assert done.code == 0, done.err
+    assert "7 samples made" in done.out
+    converted(data, tmp_path / "alone", "npy")
+    assert content(tmp_path / "npy") == content(tmp_path / "alone")
+
+
+def test_a_rerun_makes_only_what_is_missing_or_does_not_match(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=6, validation=1, form="tfrecord") / "train"
+    target = tmp_path / "npy"
+    assert converted(data, target, "npy") == Produced(made=6)
+    before = content(target)
+    written = {path.name: path.stat().st_mtime_ns for path in target.glob("*.npy")}
+    assert converted(data, target, "npy") == Produced(kept=6)
+    assert {path.name: path.stat().st_mtime_ns for path in target.glob("*.npy")} == written
+    (target / "universe_0001_000_data.npy").unlink()
+    (target / "universe_0002_000_label.npy").write_bytes(b"short")
+    assert converted(data, target, "npy") == Produced(made=2, kept=4)
+    assert content(target) == before
+    # A source that has changed is another sample.
+    FORMATS["tfrecord"].write(data, "universe_0004_000", tiny_sample(99))
+    assert converted(data, target, "npy") == Produced(made=1, kept=5)
+    np.testing.assert_array_equal(open_folder(target).read(4).counts, tiny_sample(99).counts)
+
+
+def test_a_damaged_sample_keeps_no_other_from_being_converted(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=5, validation=1, form="tfrecord") / "train"
+    path = data / "universe_0002_000.tfrecord"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for ranks in (1, 2):
+        target = tmp_path / f"npy{ranks}"
+        done = program(CONVERT, "-i", data, "-o", target, "--to", "npy", ranks=ranks)
+        assert done.code == 1
+        assert f"error: {path}: the record's CRC is wrong" in done.err and "Traceback" not in done.err
+        assert len(list(target.glob("*_data.npy"))) == 4 and not (target / MANIFEST).exists()
+    path.write_bytes(whole)
+    assert converted(data, target, "npy") == Produced(made=1, kept=4)
+
+
+def test_the_order_of_a_list_is_kept(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=3, validation=1) / "train"
+    order = [f"universe_{index:04d}_000" for index in (2, 0, 1)]
+    for kind in ("data", "label"):
+        (data / f"files_{kind}.lst").write_text("".join(f"{stem}_{kind}.npy\n" for stem in order))
+    converted(data, tmp_path / "gzip", "tfrecord_gzip")
+    split = open_folder(tmp_path / "gzip")
+    assert [split.stem(index) for index in range(3)] == order
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=2, validation=1) / "train"
+    for name in ("thesis.tex", "other_000.tfrecord", "universe_0000_000_data.npy"):
+        target = tmp_path / name / "target"
+        target.mkdir(parents=True)
+        (target / name).write_text("mine")
+        done = program(CONVERT, "-i", data, "-o", target, "--to", "tfrecord")
+        assert done.code == 1 and f"holds {name}" in done.err
+        assert {path.name for path in target.iterdir()} == {name, LOCK}
+        assert (target / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-i", "{data}", "-o", "{data}", "--to", "npy"], "is the source itself"),
+        (["-i", "{data}", "-o", "{out}", "--to", "npz"], "--to = 'npz': expected one of npy"),
+        (["-i", "{data}/none", "-o", "{out}", "--to", "npy"], "cannot be listed (No such file"),
+        (["-i", "{data}", "-o", "{out}", "--to", "npy", "--workers", "0"], "--workers = 0"),
+        (["-i", "{data}", "-o", "/proc/x", "--to", "npy"], "/proc/x: cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_does_not_fit_is_one_line(
+    ranks: int, arguments: list[str], said: str, tiny: Path, tmp_path: Path
+) -> None:
+    data, out = tiny / "train", tmp_path / "out"
+    filled = [argument.format(data=data, out=out) for argument in arguments]
+    done = program(CONVERT, *filled, ranks=ranks)
+    assert done.code == 1
+    lines = [line for line in done.err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and said in lines[0] and "Traceback" not in done.err
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty samples of 32^3, enough to be interrupted."""
+    folder = tmp_path_factory.mktemp("many")
+    write_tiny(folder, train=60, validation=1, form="tfrecord_gzip", size=32)
+    return folder / "train"
+
+
+def whole_files(folder: Path) -> int:
+    """How many files of samples `folder` has; fails if one is not whole."""
+    found = list(folder.glob("*.npy"))
+    for path in found:
+        np.load(path)
+    return len(found)
+
+
+@pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("size=3m", "cannot be written (No space left on device)"), ("ro", "cannot be written (Read-only file")],
+)
+def test_a_full_or_read_only_disk_is_one_line(
+    options: str, said: str, ranks: int, many: Path, tmp_path: Path
+) -> None:
+    start = time.monotonic()
+    line = command(CONVERT, ["-i", many, "-o", tmp_path, "--to", "npy"], ranks=ranks)
+    done = run(mounted(options, tmp_path, line))
+    assert done.code == 1, done.err
+    assert said in done.err and "Traceback" not in done.err
+    # Nothing half under a final name.
+    assert set(done.out.split()) <= {str(128 + 2 * 4 * 32**3)}
+    assert time.monotonic() - start < 60
+
+
+FILL = """
+import shutil, sys
+from pathlib import Path
+from pipelines.dataset.open import open_folder
+from preprocess import convert, prepare
+
+data, disk = Path(sys.argv[1]), Path(sys.argv[2], "x")
+cuts = ["--sample-size", "64", "--validation", "0.5"]
+for name, main, source, options in (
+    ("npy", convert.main, "npy", ["--to", "npy"]),
+    ("tfrecord", convert.main, "npy", ["--to", "tfrecord"]),
+    ("packed", convert.main, "npy", ["--to", "packed", "--samples-per-shard", "2"]),
+    ("prepared", prepare.main, "hdf5", cuts),
+):
+    try:
+        main(["-i", str(data / source), "-o", str(disk), "--workers", "1", *options])
+    except SystemExit as end:
+        print(name, end.code)
+    samples = ("_data.npy", ".tfrecord", ".tar")
+    for folder in {path.parent for path in disk.rglob("*.*") if path.name.endswith(samples)}:
+        split = open_folder(folder)
+        print(name, "whole", *(split.read(index).counts.shape for index in range(len(split))))
+    shutil.rmtree(disk)
+"""
+
+
+@pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
+def test_a_disk_that_is_full_in_the_middle_of_a_large_file(tmp_path: Path) -> None:
+    data, disk = tmp_path / "data", tmp_path / "disk"
+    counts = np.random.default_rng(1).integers(0, 32767, (64, 64, 64, 4), dtype=np.int16)
+    for folder in (data / "npy" / "train", data / "npy" / "validation", data / "hdf5", disk):
+        folder.mkdir(parents=True)
+    for index, split in enumerate(["train", "train", "train", "validation"]):
+        FORMATS["npy"].write(data / "npy" / split, f"u_{index}", Sample(counts, tiny_sample(index).target))
+    for index in range(2):
+        with h5py.File(data / "hdf5" / f"u_{index}.hdf5", "w") as file:
+            file["full"], file["unitPar"] = counts, np.zeros(4)
+    # Room for one file of 2 MiB: the second is too many, and so is a shard of two.
+    line = [sys.executable, "-c", FILL, str(data), str(disk)]
+    done = run(mounted("size=3500k", disk, line))
+    said = [line for line in done.err.splitlines() if line.startswith("error")]
+    assert len(said) == 4, done
+    assert all("cannot be written (No space left on device)" in line for line in said)
+    names = ("npy", "tfrecord", "packed", "prepared")
+    printed = [line for line in done.out.splitlines() if line.startswith(names)]
+    whole = "whole (64, 64, 64, 4)"
+    assert printed == [
+        *("npy 1", f"npy {whole}"),
+        *("tfrecord 1", f"tfrecord {whole}"),
+        "packed 1",
+        *("prepared 1", f"prepared {whole}"),
+    ]
+
+
+def lose(path: Path) -> None:
+    """Have `path` in its folder's list, and refuse to be read, as a file whose storage target is lost."""
+    path.rename(path.with_name(f"{path.name}.lost"))
+    path.symlink_to("nowhere")
+
+
+def find(path: Path) -> None:
+    """The inverse."""
+    path.unlink()
+    path.with_name(f"{path.name}.lost").rename(path)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("to", "others"), [("npy", 10), ("packed", 8)])
+@pytest.mark.parametrize("first", [0, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_converted(
+    first: int, to: str, others: int, ranks: int, tmp_path: Path
+) -> None:
+    data = write_tiny(tmp_path / "data", train=12, validation=1, form="tfrecord_gzip") / "train"
+    target = tmp_path / "out"
+    bad = [data / f"universe_{index:04d}_000.tfrecord" for index in (first, first + 3)]
+    for path in bad:
+        lose(path)
+    line = ["-i", data, "-o", target, "--to", to, "--samples-per-shard", 2]
+    done = program(CONVERT, *line, ranks=ranks)
+    assert done.code == 1 and "Traceback" not in done.err
+    for path in bad:
+        assert done.err.count(f"error: {path}: cannot be read (No such file or directory)") == 1
+    assert f"{others} samples made" in done.out and not (target / MANIFEST).exists()
+    assert len(open_folder(target)) == others
+    # A rerun tries again, and is done once they are there.
+    done = program(CONVERT, *line)
+    assert ": 0 samples made" in done.out and f" {others} were there" in done.out
+    for path in bad:
+        find(path)
+    assert converted(data, target, to) == Produced(made=12 - others, kept=others)
+    # What was made of one before stays: it is of what may come back, or of all that is left.
+    lose(bad[0])
+    done = program(CONVERT, *line)
+    assert done.code == 1 and f"error: {bad[0]}: cannot be read" in done.err
+    assert len(open_folder(target)) == 12 and not (target / MANIFEST).exists()
+    find(bad[0])
+    assert converted(data, target, to) == Produced(kept=12)
+
+
+def test_a_shard_that_is_lost_keeps_no_other_from_being_converted(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=60, validation=1, form="tfrecord") / "train"
+    order, task = order_conversion(data, tmp_path / "packed", "packed", a_shard=20)
+    produce(order, task, world=World(), workers=2, unit="file")
+    shard = tmp_path / "packed" / "shard_000001.tar"
+    shard.rename(tmp_path / "shard")
+    done = program(CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "npy", "--to", "npy")
+    assert done.code == 1 and f"error: {shard}: cannot be read" in done.err
+    assert "40 samples made" in done.out and "20 files are damaged" in done.err
+    (tmp_path / "shard").rename(shard)
+    done = program(CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "npy", "--to", "npy")
+    assert done.code == 0 and "20 samples made" in done.out and "40 were there" in done.out
+
+
+@pytest.mark.parametrize("to", ["npy", "packed"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_many_in_a_row_that_cannot_be_read_end_the_run(ranks: int, to: str, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=80, validation=1, form="tfrecord_gzip") / "train"
+    line = ["-i", data, "-o", tmp_path / "out", "--to", to, "--samples-per-shard", 20, "--workers", 1]
+    assert program(CONVERT, *line).code == 0
+    before = content(tmp_path / "out")
+    for path in sorted(data.iterdir())[20:]:
+        lose(path)
+    done = program(CONVERT, *line, ranks=ranks)
+    assert done.code == 1 and "Traceback" not in done.err
+    tried = 16 if to == "npy" else 19
+    assert (
+        f"cannot be read (No such file or directory), nor can the {tried} files tried before it" in done.err
+    )
+    assert "samples made" not in done.out
+    for path in sorted(data.glob("*.tfrecord"))[20:]:
+        find(path)
+    assert program(CONVERT, *line).code == 0 and content(tmp_path / "out") == before
+
+
+def test_nothing_is_removed_for_a_source_that_is_not_there_at_all(tmp_path: Path) -> None:
+    data, target = write_tiny(tmp_path / "data", train=4, validation=1) / "train", tmp_path / "out"
+    converted(data, target, "packed")
+    order, task = order_conversion(data, target, "packed", a_shard=2)
+    data.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match=f"{data}: cannot be read"):
+        produce(order, task, world=World(), workers=1, unit="file")
+    assert len(list(target.glob("*.tar"))) == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_source_that_vanishes_is_one_line(ranks: int, many: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "npy"
+    shutil.copytree(many, source)
+    line = command(CONVERT, ["-i", source, "-o", target, "--to", "npy"], ranks=ranks)
+    running = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    while len(list(target.glob("*_data.npy"))) < 3 and running.poll() is None:
+        pass
+    source.rename(tmp_path / "gone")
+    gone = time.monotonic()
+    _, err = running.communicate(timeout=60)
+    assert time.monotonic() - gone < 30
+    assert running.returncode == 1
+    assert "cannot be read (No such file or directory)" in err and "Traceback" not in err
+    assert whole_files(target) > 0 and not (target / MANIFEST).exists()
+    (tmp_path / "gone").rename(source)
+    converted(source, target, "npy")
+    converted(source, tmp_path / "undisturbed", "npy")
+    assert content(target) == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("form", "pattern", "count"), [("npy", "*_data.npy", 60), ("packed", "*.tar", 20)])
+def test_killed_at_any_moment(form: str, pattern: str, count: int, many: Path, tmp_path: Path) -> None:
+    chance, midway, target = random.Random(3), 0, tmp_path / "target"
+    arguments = ["-i", many, "-o", target, "--to", form, "--samples-per-shard", 3]
+    assert program(CONVERT, *arguments).code == 0
+    undisturbed = content(target)
+    for _ in range(20):
+        shutil.rmtree(target, ignore_errors=True)
+        line, quiet = command(CONVERT, arguments, ranks=3), subprocess.DEVNULL
+        running = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=quiet, stderr=quiet)
+        # From before the first file on, somewhere between one file and the next; more come before it hits.
+        files = chance.randrange(0, count * 3 // 4)
+        while len(list(target.glob(pattern))) < files and running.poll() is None:
+            pass
+        time.sleep(chance.uniform(0, 0.01))
+        # mpirun and its ranks, or one of them, of which the others then hear.
+        processes = [running.pid, *started_by(running.pid)]
+        kill(chance.choice([processes, [chance.choice(processes)]]))
+        running.wait(timeout=30)
+        wait_until_gone(processes)
+        midway += 0 < len(list(target.glob(pattern))) < count
+        done = program(CONVERT, *arguments)
+        assert done.code == 0, done.err
+        assert content(target) == undisturbed
+    assert midway >= 10, f"only {midway} of 20 kills fell between the first file and the last"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_conversion_that_is_stopped_while_it_reads_leaves_no_worker_and_goes_on(
+    stop: signal.Signals, tmp_path: Path
+) -> None:
+    data, target = write_tiny(tmp_path / "data", train=6, validation=1) / "train", tmp_path / "out"
+    converted(data, tmp_path / "undisturbed", "tfrecord")
+    last = data / "universe_0005_000_label.npy"
+    whole = (last.read_bytes(), last.stat().st_mtime_ns)
+    last.unlink()
+    os.mkfifo(last)  # Whoever reads it waits.
+    line = command(CONVERT, ["-i", data, "-o", target, "--to", "tfrecord", "--workers", "1"])
+    process = subprocess.Popen(
+        line,
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background has Ctrl-C ignored, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    journal = target / ".journal.tfrecord.1.jsonl"
+    # The worker is told of the last one when all others are noted.
+    while not (journal.exists() and "universe_0005_000" in journal.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = started_by(process.pid)
+    assert len(workers) == 1
+    process.send_signal(stop)
+    _, err = process.communicate(timeout=30)
+    if stop == signal.SIGINT:
+        assert (process.returncode, err) == (130, "stopped; the same command goes on from here\n")
+    # What it was about to write may be another run's by now.
+    wait_until_gone(workers)
+    last.unlink()
+    last.write_bytes(whole[0])
+    os.utime(last, ns=(0, whole[1]))
+    done = program(CONVERT, "-i", data, "-o", target, "--to", "tfrecord")
+    assert "1 samples made" in done.out and "5 were there" in done.out
+    assert content(target) == content(tmp_path / "undisturbed")

@@ -1,0 +1,94 @@
+"""The SLURM script, on a stand-in for srun that starts a rank for each of two nodes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, environment, write_tiny
+
+from pipelines.dataset.open import open_split
+
+SRUN = """#!/bin/bash
+echo "$@" >> "$SRUN_LOG"
+while [[ "$1" == --* ]]; do shift; done
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=0 SLURM_STEP_TASKS_PER_NODE='1(x2)' "$@" &
+    ranks+=($!)
+done
+status=0
+for rank in "${ranks[@]}"; do wait "$rank" || status=1; done
+exit $status
+"""
+
+
+def submit(tmp_path: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the script with `options` as sbatch would, from a copy, with `variables` exported."""
+    tools = tmp_path / "bin"
+    tools.mkdir(exist_ok=True)
+    (tools / "srun").write_text(SRUN)
+    (tools / "srun").chmod(0o755)
+    script = tmp_path / "slurm_script"
+    script.write_bytes((ROOT / "init_datasets.sub").read_bytes())
+    given = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SRUN_LOG": str(tmp_path / "srun.log"),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_CPUS_ON_NODE": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "PYTHON": sys.executable,
+    }
+    line, told = ["bash", str(script), *options], environment() | given | variables
+    return subprocess.run(line, env=told, capture_output=True, text=True, timeout=240)
+
+
+def test_both_splits_with_their_lists(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "src", train=5, validation=2, form="tfrecord_gzip")
+    done = submit(tmp_path, DATA_SRC_DIR=str(data), DATA_DST_DIR=str(tmp_path / "dst"))
+    assert done.returncode == 0, done.stderr
+    for split, count in (("train", 5), ("validation", 2)):
+        assert len(open_split(tmp_path / "dst", split)) == count
+        assert len((tmp_path / "dst" / split / "files_label.lst").read_text().splitlines()) == count
+    asked = (tmp_path / "srun.log").read_text()
+    assert "--container" not in asked and "--mpi=none" in asked
+
+
+def test_a_container_is_asked_for_with_what_it_must_see(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "src", train=2, validation=1, form="tfrecord_gzip")
+    target = tmp_path / "dst"
+    done = submit(
+        tmp_path, DATA_SRC_DIR=str(data), DATA_DST_DIR=str(target), CONT="image", DATA_FORMAT="tfrecord"
+    )
+    assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "srun.log").read_text()
+    assert "--container-image=image" in asked and f"{data}:{data}:ro,{target}:{target}" in asked
+    assert open_split(target, "train").form == "tfrecord"
+
+
+def test_what_the_source_has_lost_goes_where_the_job_is_told_so(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "src", train=4, validation=1, form="tfrecord_gzip")
+    told = {"DATA_SRC_DIR": str(data), "DATA_DST_DIR": str(tmp_path / "dst"), "DATA_FORMAT": "packed"}
+    assert submit(tmp_path, **told).returncode == 0
+    (data / "train" / "universe_0002_000.tfrecord").unlink()
+    done = submit(tmp_path, **told)
+    assert done.returncode != 0 and "the first universe_0002_000; bring them back" in done.stderr
+    assert len(open_split(tmp_path / "dst", "train")) == 4
+    assert submit(tmp_path, "--prune", **told).returncode == 0
+    assert len(open_split(tmp_path / "dst", "train")) == 3
+
+
+@pytest.mark.parametrize("missing", ["DATA_SRC_DIR", "DATA_DST_DIR"])
+def test_a_missing_variable_is_named(missing: str, tmp_path: Path) -> None:
+    variables = {"DATA_SRC_DIR": str(tmp_path), "DATA_DST_DIR": str(tmp_path / "dst")}
+    del variables[missing]
+    done = submit(tmp_path, **variables)
+    assert done.returncode != 0 and missing in done.stderr
+
+
+def test_a_rank_that_fails_fails_the_job(tmp_path: Path) -> None:
+    done = submit(tmp_path, DATA_SRC_DIR=str(tmp_path / "none"), DATA_DST_DIR=str(tmp_path / "dst"))
+    assert done.returncode != 0 and "cannot be listed" in done.stderr

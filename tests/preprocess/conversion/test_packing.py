@@ -1,0 +1,122 @@
+"""Conversion to shards and from them, and staging of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import program, tiny_sample, write_tiny
+
+from pipelines.dataset.manifest import Manifest
+from pipelines.dataset.open import open_folder, open_split
+from pipelines.formats import FORMATS
+from pipelines.io import LOCK
+
+CONVERT = "preprocess.convert"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` but manifests, which have times in them."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.jsonl")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("form", ["tfrecord_gzip", pytest.param("npy", marks=pytest.mark.slow)])
+def test_there_and_back(form: str, ranks: int, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=11, validation=2, form=form)
+    to_packed = ["-i", data, "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 4]
+    done = program(CONVERT, *to_packed, ranks=ranks)
+    assert done.code == 0, done.err
+    assert "13 samples made" in done.out and "0 were there" in done.out
+    shards = [f"shard_{number:06d}" for number in range(3)]
+    train = tmp_path / "packed" / "train"
+    expected = {f"{shard}{end}" for shard in shards for end in (".tar", ".idx")}
+    assert {path.name for path in train.iterdir()} == expected | {"manifest.jsonl", "files_data.lst", LOCK}
+    assert (train / "files_data.lst").read_text().split() == [f"{shard}.tar" for shard in shards]
+    assert program("preprocess.verify", tmp_path / "packed").code == 0
+    back = program(CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "back", "--to", form, ranks=ranks)
+    assert back.code == 0, back.err
+    for name, found in content(data).items():
+        assert (tmp_path / "back" / name).read_bytes() == found
+    again = program(CONVERT, *to_packed)
+    assert "0 samples made" in again.out and "13 were there" in again.out
+
+
+def test_a_change_of_one_sample_makes_its_shard_anew(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=9, validation=1)
+    line = ["-i", data / "train", "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 4]
+    assert program(CONVERT, *line).code == 0
+    before = content(tmp_path / "packed")
+    FORMATS["npy"].write(data / "train", "universe_0005_000", tiny_sample(77))
+    done = program(CONVERT, *line)
+    assert "4 samples made" in done.out and "5 were there" in done.out
+    changed = {name for name, found in content(tmp_path / "packed").items() if before.get(name) != found}
+    assert changed == {"shard_000001.tar", "shard_000001.idx"}
+    np.testing.assert_array_equal(open_folder(tmp_path / "packed").read(5).counts, tiny_sample(77).counts)
+
+
+def test_every_damaged_sample_is_named_and_the_other_shards_are_made(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=9, validation=1, form="tfrecord_gzip")
+    line = ["-i", data / "train", "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 3]
+    bad = [data / "train" / f"universe_000{number}_000.tfrecord" for number in (3, 5)]
+    whole = [path.read_bytes() for path in bad]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:-9])
+    done = program(CONVERT, *line)
+    assert done.code == 1
+    assert all(f"error: {path}: its gzip stream is cut off" in done.err for path in bad)
+    assert sorted(path.name for path in (tmp_path / "packed").glob("*.tar")) == [
+        "shard_000000.tar",
+        "shard_000002.tar",
+    ]
+    assert Manifest.load(tmp_path / "packed") is None
+    for path, sound in zip(bad, whole, strict=True):
+        path.write_bytes(sound)
+    done = program(CONVERT, *line)
+    assert done.code == 0 and "3 samples made" in done.out and "6 were there" in done.out
+
+
+def test_verify_names_a_damaged_sample_in_its_shard(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=6, validation=1)
+    line = ["-i", data / "train", "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 3]
+    assert program(CONVERT, *line).code == 0
+    split = open_folder(tmp_path / "packed")
+    assert split.extents is not None
+    shard = split.files(4)[0]
+    broken = bytearray(shard.read_bytes())
+    broken[int(split.extents.offsets[4] + split.extents.lengths[4]) - 20] ^= 1
+    shard.write_bytes(broken)
+    done = program("preprocess.verify", tmp_path / "packed")
+    assert done.code == 1 and f"checksums: {shard}: its CRC-32C is not the manifest's" in done.err
+    (tmp_path / "packed" / "manifest.jsonl").unlink()
+    done = program("preprocess.verify", tmp_path / "packed")
+    assert done.code == 1 and f"content: {split.path(4)}: the CRC of plane" in done.err
+
+
+def test_a_shard_of_no_samples_is_refused(tiny: Path, tmp_path: Path) -> None:
+    done = program(CONVERT, "-i", tiny, "-o", tmp_path, "--to", "packed", "--samples-per-shard", 0)
+    assert done.code == 1 and "--samples-per-shard = 0: expected at least one" in done.err
+
+
+def test_packed_samples_are_staged_as_they_are(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=7, validation=2)
+    line = ["-i", data, "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 3]
+    assert program(CONVERT, *line).code == 0
+    done = program("preprocess.stage", "-i", tmp_path / "packed", "-o", tmp_path / "disk")
+    assert done.code == 0, done.err
+    source, staged = (open_split(tmp_path / name, "train") for name in ("packed", "disk"))
+    assert source.extents is not None
+    assert f"{int(source.extents.lengths.sum()):,} bytes read" in done.out
+    assert [staged.stem(index) for index in range(7)] == [source.stem(index) for index in range(7)]
+    for index in range(7):
+        assert staged.contents(index) == source.contents(index)
+    assert (
+        "staged 0 of 7" in program("preprocess.stage", "-i", tmp_path / "packed", "-o", tmp_path / "disk").out
+    )
+    # A shard that changed is staged again, and no other.
+    os.utime(tmp_path / "packed" / "train" / "shard_000001.tar", ns=(0, 1))
+    done = program("preprocess.stage", "-i", tmp_path / "packed", "-o", tmp_path / "disk")
+    assert "staged 3 of 7" in done.out

@@ -1,0 +1,191 @@
+"""Universes in, samples out: every voxel once, no universe in both splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from helpers import program
+
+from pipelines.dataset.open import open_split
+from preprocess.conversion.hdf5_task import crops
+from preprocess.prepare import find_universes, main, split_universes
+from preprocess.verify import main as verify
+
+EDGE, SIZE = 8, 4
+
+
+def write_universe(path: Path, seed: int, **changes: object) -> None:
+    """A universe of 8^3 in the published layout; `changes` replace its parts."""
+    rng = np.random.default_rng(seed)
+    parts: dict[str, object] = {
+        "full": rng.poisson(1.0, (EDGE, EDGE, EDGE, 4)).astype(np.int16),
+        "unitPar": rng.uniform(-1, 1, 4),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for name, value in (parts | changes).items():
+            if value is not None:
+                file[name] = value
+
+
+@pytest.fixture
+def universes(tmp_path: Path) -> Path:
+    """Nine universes in three folders, as the published ones lie."""
+    for index in range(9):
+        write_universe(tmp_path / "in" / f"2169{index % 3}" / f"univ_ics_{index}.hdf5", index)
+    return tmp_path / "in"
+
+
+def test_names_crops_and_splits(universes: Path, tmp_path: Path) -> None:
+    assert main(["-i", str(universes), "-o", str(tmp_path / "out"), "--sample-size", "4", "--gzip"]) == 0
+    splits = {name: open_split(tmp_path / "out", name) for name in ("train", "validation")}
+    assert {name: len(split) for name, split in splits.items()} == {"train": 64, "validation": 8}
+    seen: dict[str, np.ndarray] = {}
+    for split in splits.values():
+        assert split.form == "tfrecord_gzip" and split.spec.shape == (4, 4, 4, 4)
+        for index in range(len(split)):
+            universe, _, crop = split.stem(index).rpartition("_")
+            i, j, k = np.unravel_index(int(crop), (2, 2, 2))
+            whole = seen.setdefault(universe, np.full((EDGE, EDGE, EDGE, 4), -1, np.int16))
+            part = whole[4 * i : 4 * i + 4, 4 * j : 4 * j + 4, 4 * k : 4 * k + 4]
+            assert (part == -1).all()
+            part[...] = split.read(index).counts
+    # As the reference names them: the folder, then the file.
+    assert set(seen) == {f"2169{index % 3}_univ_ics_{index}" for index in range(9)}
+    for path in universes.rglob("*.hdf5"):
+        with h5py.File(path) as file:
+            np.testing.assert_array_equal(seen[f"{path.parent.name}_{path.stem}"], file["full"][:])
+    train, validation = ({split.stem(i)[:-4] for i in range(len(split))} for split in splits.values())
+    assert not train & validation
+    assert verify([str(tmp_path / "out")]) == 0
+
+
+def test_crops_are_those_of_numpy_split(tmp_path: Path) -> None:
+    # The reference cuts with three nested numpy.split.
+    write_universe(tmp_path / "u.hdf5", 3)
+    with h5py.File(tmp_path / "u.hdf5") as file:
+        whole, target = file["full"][:], file["unitPar"][:]
+    expected = [c for a in np.split(whole, 2, 0) for b in np.split(a, 2, 1) for c in np.split(b, 2, 2)]
+    found = list(crops(tmp_path / "u.hdf5", whole.shape, SIZE))
+    assert len(found) == len(expected) == 8
+    for sample, crop in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(sample.counts, crop)
+        np.testing.assert_array_equal(sample.target, target.astype(np.float32))
+
+
+def test_a_rerun_and_other_ranks_change_nothing(universes: Path, tmp_path: Path) -> None:
+    def content(root: Path) -> dict[str, str]:
+        files = (path for path in sorted(root.rglob("*")) if path.is_file())
+        return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    arguments = ["-i", str(universes), "--sample-size", "4"]
+    assert main([*arguments, "-o", str(tmp_path / "one")]) == 0
+    once = content(tmp_path / "one")
+    (tmp_path / "one" / "train" / "21690_univ_ics_0_003.tfrecord").unlink(missing_ok=True)
+    assert main([*arguments, "-o", str(tmp_path / "one")]) == 0
+    assert content(tmp_path / "one") == once
+    done = program("preprocess.prepare", *arguments, "-o", tmp_path / "two", ranks=2)
+    assert done.code == 0, done.err
+    assert content(tmp_path / "two") == once
+
+
+def test_the_draw_depends_on_names_and_seed_alone() -> None:
+    names = [f"u_{index}" for index in range(90)]
+    train, validation = split_universes(names, 1 / 9, seed=0)
+    assert len(validation) == 10 and not set(train) & set(validation)
+    again = split_universes(names[::-1], 1 / 9, seed=0)
+    assert set(again[1]) == set(validation)
+    assert set(split_universes(names, 1 / 9, seed=1)[1]) != set(validation)
+
+
+def write_times(path: Path) -> None:
+    """A universe whose counts are of a type that HDF5 has and numpy has not."""
+    write_universe(path, 1, full=None)
+    with h5py.File(path, "a") as file:
+        space = h5py.h5s.create_simple((EDGE, EDGE, EDGE, 4))
+        h5py.h5d.create(file.id, b"full", h5py.h5t.UNIX_D32LE, space)
+
+
+def lose(path: Path) -> None:
+    """Leave the name of a universe that cannot be read."""
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no counts": (lambda path: write_universe(path, 1, full=None), "has no data set full"),
+    "no target": (lambda path: write_universe(path, 1, unitPar=None), "has no data set unitPar"),
+    "floats": (lambda path: write_universe(path, 1, full=np.ones((8, 8, 8, 4))), "full is float64"),
+    "no cube": (
+        lambda path: write_universe(path, 1, full=np.ones((8, 8, 4, 4), np.int16)),
+        "full has shape (8, 8, 4, 4)",
+    ),
+    "gone": (lose, "cannot be read (No such file"),
+    "too many": (
+        lambda path: write_universe(path, 1, full=np.full((8, 8, 8, 4), 40000)),
+        "counts run from 40000 to 40000",
+    ),
+    "below zero": (
+        lambda path: write_universe(path, 1, full=np.full((8, 8, 8, 4), -1)),
+        "counts run from -1 to -1",
+    ),
+    "another shape": (
+        lambda path: write_universe(path, 1, full=np.ones((4, 4, 4, 4), np.int16)),
+        "full has shape (4, 4, 4, 4)",
+    ),
+    "a target that is none": (
+        lambda path: write_universe(path, 1, unitPar=np.full(4, np.nan)),
+        "the target is [nan",
+    ),
+    "three parameters": (lambda path: write_universe(path, 1, unitPar=np.zeros(3)), "of shape (3,)"),
+    "no HDF5": (lambda path: path.write_bytes(b"no"), "cannot be read as HDF5"),
+    "times": (write_times, "cannot be read as HDF5 (No NumPy equivalent"),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:700]), "cannot be read as HDF5"),
+}
+
+
+# One that is sound by itself makes the shape, if it is the first.
+EVERYWHERE = [(fault, 4) for fault in BAD] + [(fault, 0) for fault in BAD if fault != "another shape"]
+
+
+@pytest.mark.parametrize(("fault", "number"), EVERYWHERE)
+def test_a_bad_universe_keeps_no_other_from_being_cut(
+    fault: str, number: int, universes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, said = BAD[fault]
+    bad = universes / f"2169{number % 3}" / f"univ_ics_{number}.hdf5"
+    damage(bad)
+    assert main(["-i", str(universes), "-o", str(tmp_path / "out"), "--sample-size", "4"]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if str(bad) in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
+    assert len(list((tmp_path / "out").rglob("*.tfrecord"))) == 64
+    bad.unlink()
+    write_universe(bad, number)
+    assert main(["-i", str(universes), "-o", str(tmp_path / "out"), "--sample-size", "4"]) == 0
+
+
+def test_where_no_universe_is_sound_the_first_is_named(universes: Path, tmp_path: Path) -> None:
+    for path in universes.rglob("*.hdf5"):
+        path.write_bytes(b"no")
+    done = program("preprocess.prepare", "-i", universes, "-o", tmp_path / "out", "--sample-size", "4")
+    assert done.code == 1 and done.err.startswith(f"error: {universes}/21690/univ_ics_0.hdf5: cannot be read")
+
+
+def test_what_does_not_fit_is_one_line(universes: Path, tmp_path: Path) -> None:
+    for arguments, said in (
+        (["-i", universes, "--sample-size", "3"], "--sample-size = 3: does not divide"),
+        (["-i", universes, "--sample-size", "4", "--validation", "1.5"], "--validation = 1.5"),
+        (["-i", tmp_path / "none"], "cannot be read (No such file"),
+        (["-i", universes.parent / "out"], "cannot be read"),
+    ):
+        done = program("preprocess.prepare", *arguments, "-o", tmp_path / "out")
+        assert done.code == 1
+        assert said in done.err and "Traceback" not in done.err
+    write_universe(tmp_path / "in" / "more" / "21690" / "univ_ics_0.hdf5", 1)
+    with pytest.raises(Exception, match="same names"):
+        find_universes(universes)

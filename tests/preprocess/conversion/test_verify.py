@@ -1,0 +1,139 @@
+"""Verification finds every fault that is put into a folder, under its right name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import program, tiny_sample, write_tiny
+
+from pipelines.dataset.manifest import MANIFEST, Manifest
+from pipelines.dataset.open import open_folder
+from pipelines.formats import FORMATS
+from pipelines.sample import Sample
+from preprocess.verify import CHECKS, main, verify_folder
+
+
+@pytest.fixture(scope="module", params=sorted(FORMATS))
+def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five training and two validation samples with manifests and lists, as the converter leaves them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = write_tiny(folder / "source", train=5, validation=2, form="npy")
+    to = ["--to", request.param, "--samples-per-shard", 1]
+    done = program("preprocess.convert", "-i", source, "-o", folder / "data", *to)
+    assert done.code == 0, done.err
+    return folder / "data"
+
+
+def test_what_the_converter_makes_is_sound(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(sound)]) == 0
+    out, err = capsys.readouterr()
+    for check in CHECKS:
+        (line,) = (line for line in out.splitlines() if line.startswith(check))
+        assert line.split() == [check, "ok", "ok"]
+    assert err == ""
+
+
+def _flip(path: Path, at: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def _data(folder: Path, index: int = 2) -> Path:
+    return open_folder(folder).files(index)[-1]
+
+
+def _rewrite(folder: Path, sample: Sample, *, index: int = 2) -> None:
+    """Put `sample` in, where no manifest or list says anything else, so that only its content can tell."""
+    split, manifest = open_folder(folder), Manifest.load(folder)
+    assert manifest is not None
+    split.format.write(folder, _data(folder, index).name.removesuffix(split.format.suffix), sample)
+    for name in (MANIFEST, "files_data.lst", "files_label.lst"):
+        (folder / name).unlink(missing_ok=True)
+
+
+FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a flipped bit": ("checksums", lambda folder: _flip(_data(folder))),
+    "a byte too few": ("sizes", lambda folder: _data(folder).write_bytes(_data(folder).read_bytes()[:-1])),
+    "a lost file": ("files", lambda folder: _data(folder).unlink()),
+    "a file too many": (
+        "files",
+        lambda folder: shutil.copy(_data(folder), folder / _data(folder).name.replace("0002", "0009")),
+    ),
+    "what a writer left": ("files", lambda folder: (folder / ".x_data.npy.77.tmp").write_text("x")),
+    "a journal": ("files", lambda folder: (folder / ".journal.npy.1.jsonl").write_text("x")),
+    "a target beyond 1": (
+        "targets",
+        lambda folder: _rewrite(folder, Sample(tiny_sample(2).counts, np.full(4, 1.1, np.float32))),
+    ),
+    "a target that is none": (
+        "content",
+        lambda folder: _rewrite(
+            folder, Sample(tiny_sample(2).counts, np.array([0, 0, np.nan, 0], np.float32))
+        ),
+    ),
+    "a count below zero": (
+        "content",
+        lambda folder: _rewrite(folder, Sample(tiny_sample(2).counts - np.int16(1), tiny_sample(2).target)),
+    ),
+    "another shape": ("content", lambda folder: _rewrite(folder, tiny_sample(2, size=8))),
+    "the same sample twice": ("duplicates", lambda folder: _rewrite(folder, tiny_sample(1))),
+    "a list in another order": (
+        "lists",
+        lambda folder: (folder / "files_data.lst").write_text(
+            "\n".join(reversed((folder / "files_data.lst").read_text().splitlines()))
+        ),
+    ),
+    "a list that is gone": ("lists", lambda folder: (folder / "files_data.lst").unlink()),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found(fault: str, sound: Path, tmp_path: Path) -> None:
+    check, make = FAULTS[fault]
+    folder = tmp_path / "train"
+    shutil.copytree(sound / "train", folder)
+    make(folder)
+    report = verify_folder(folder, workers=1, shown=False)
+    found = {name for name, lines in report.faults.items() if lines}
+    # The list of gzip files has their lengths too.
+    assert found == {check} or (fault == "a byte too few" and found == {check, "lists"})
+    lines = report.faults[check]
+    assert all(str(folder) in line and "\n" not in line for line in lines)
+
+
+def test_a_universe_in_both_splits(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sound, data)
+    other = Sample(tiny_sample(50).counts, tiny_sample(3).target)
+    _rewrite(data / "validation", other, index=1)
+    assert main([str(data)]) == 1
+    assert "in" in (err := capsys.readouterr().err) and str(data / "train") in err
+
+
+def test_a_sound_folder_is_given_a_manifest(sound: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sound, data)
+    expected = Manifest.load(data / "train")
+    assert expected is not None
+    for split in ("train", "validation"):
+        for name in (MANIFEST, "files_data.lst"):
+            (data / split / name).unlink()
+        (data / split / "files_label.lst").unlink(missing_ok=True)
+    assert main([str(data)]) == 0
+    assert not (data / "train" / MANIFEST).exists()
+    assert main([str(data), "--write"]) == 0
+    found = Manifest.load(data / "train")
+    assert found is not None
+    assert [entry[:2] for entry in found.entries] == [entry[:2] for entry in expected.entries]
+    assert main([str(data)]) == 0
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    done = program("preprocess.verify", tmp_path / "none")
+    assert done.code == 1
+    assert done.err.startswith("error:") and "Traceback" not in done.err and "none" in done.err

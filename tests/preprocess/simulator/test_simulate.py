@@ -1,0 +1,214 @@
+"""The simulator as a program: the same bytes whatever happens on the way, and refusals in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, environment, program, run
+
+from pipelines.dataset.open import open_split
+from pipelines.errors import DataError
+from pipelines.formats import FORMATS
+from preprocess.simulate import main, make_dataset
+from preprocess.simulator.cosmology import PowerSpectrum
+from preprocess.simulator.nbody import linear_modes
+from preprocess.simulator.universe import SimulateConfig, simulate_universe
+
+SIMULATE = "preprocess.simulate"
+SMALL = SimulateConfig(train=3, validation=2)
+SMALL_FLAGS = ["--train", "3", "--validation", "2"]
+
+
+def digests(root: Path) -> dict[str, str]:
+    """The SHA-256 of every file below `root`, by name."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three and two universes, made by one worker."""
+    root = tmp_path_factory.mktemp("made")
+    make_dataset(SMALL, root, workers=1, shown=False)
+    return root
+
+
+def test_the_published_format_and_names(made: Path) -> None:
+    for split, count in (("train", 3), ("validation", 2)):
+        found = open_split(made, split)
+        assert (found.form, len(found), found.spec.shape) == ("tfrecord_gzip", count, (32, 32, 32, 4))
+        for index in range(count):
+            sample = found.read(index)
+            assert np.abs(sample.target).max() <= 1
+            # Every particle is in some voxel, at every redshift.
+            assert (sample.counts.sum(axis=(0, 1, 2), dtype=np.int64) == 32**3).all()
+            # z = 0 comes first, and matter clusters with time.
+            assert (np.diff(sample.counts.var(axis=(0, 1, 2))) < 0).all()
+
+
+def test_the_number_of_workers_changes_no_byte(made: Path, tmp_path: Path) -> None:
+    make_dataset(SMALL, tmp_path / "three", workers=3, shown=False)
+    assert digests(tmp_path / "three") == digests(made)
+
+
+def test_what_is_missing_is_made_again_and_a_folder_can_grow(made: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    make_dataset(SimulateConfig(train=1, validation=2), root, workers=2, shown=False)
+    make_dataset(SMALL, root, workers=2, shown=False)
+    next((root / "train").glob("*.tfrecord")).unlink()
+    (root / "train" / ".univ_a0000000_000.tfrecord.1.tmp").write_bytes(b"half")
+    make_dataset(SMALL, root, workers=2, shown=False)
+    assert digests(root) == digests(made)
+
+
+@pytest.mark.slow
+def test_kill_9_leaves_nothing_that_a_rerun_does_not_mend(tmp_path: Path) -> None:
+    def line(root: Path) -> list[str]:
+        options = ["--train", "40", "--validation", "4", "--workers", "2", "-o", str(root)]
+        return [sys.executable, "-m", SIMULATE, *options]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(line(whole)).code == 0
+    process = subprocess.Popen(line(killed), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(killed.glob("train/univ*"))) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    present = digests(killed)
+    assert 8 <= len([name for name in present if name.startswith("train/univ")]) < 40
+    assert all(digest == digests(whole)[name] for name, digest in present.items() if "/univ" in name)
+    done = run(line(killed))
+    assert done.code == 0, done.err
+    assert digests(killed) == digests(whole)
+
+
+def test_no_universe_is_in_both_splits_nor_twice(made: Path) -> None:
+    samples = [open_split(made, split) for split in ("train", "validation")]
+    every = [split.read(index) for split in samples for index in range(len(split))]
+    for one, other in itertools.combinations(every, 2):
+        assert not np.allclose(one.target, other.target, atol=1e-4)
+        # Two fields that share their initial conditions correlate; these do so by chance alone.
+        first, second = (np.log1p(sample.counts[..., 0].astype(float)).ravel() for sample in (one, other))
+        assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
+    stems = [split.stem(index) for split in samples for index in range(len(split))]
+    assert len(set(stems)) == len(stems)
+
+
+def test_crops_are_the_whole_box_cut_in_c_order() -> None:
+    config = SimulateConfig(train=1, validation=0, size=32, crops=2)
+    crops = dict(simulate_universe(config, "train", 0))
+    assert [stem[-3:] for stem in crops] == [f"{crop:03d}" for crop in range(8)]
+    box = np.zeros((64, 64, 64, 4), np.int16)
+    places = itertools.product((0, 32), repeat=3)
+    for sample, (i, j, k) in zip(crops.values(), places, strict=True):
+        box[i : i + 32, j : j + 32, k : k + 32] = sample.counts
+    assert (box.sum(axis=(0, 1, 2), dtype=np.int64) == 64**3).all()
+    assert len({sample.target.tobytes() for sample in crops.values()}) == 1
+    # A crop's edge is not the box's: neighbours go on across the seam more smoothly than across the box.
+    field = np.log1p(box[..., 0].astype(float))
+    seam = np.corrcoef(field[31].ravel(), field[32].ravel())[0, 1]
+    apart = np.corrcoef(field[0].ravel(), field[31].ravel())[0, 1]
+    assert seam > 0.2 > abs(apart)
+
+
+def test_the_box_grows_with_h_0() -> None:
+    # In the published set the box is 512 H_0 / 70 Mpc/h wide, so a voxel holds H_0's imprint; a larger
+    # voxel smooths more, which the same spectrum shows as a smaller variance.
+    boxes = []
+
+    def spy(spectrum: PowerSpectrum, size: int, box: float, rng: np.random.Generator) -> torch.Tensor:
+        boxes.append(box)
+        return linear_modes(spectrum, size, box, rng)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("preprocess.simulator.universe.linear_modes", spy)
+        for universe in range(3):
+            ((_, sample),) = simulate_universe(SMALL, "train", universe)
+            assert boxes[-1] == pytest.approx(32 * 4.0 * (1 + 0.1 * sample.target[3]), rel=1e-6)
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_any_format_holds_the_same_universes(form: str, made: Path, tmp_path: Path) -> None:
+    make_dataset(SimulateConfig(train=1, validation=1, format=form), tmp_path, workers=1, shown=False)
+    found, published = open_split(tmp_path, "train"), open_split(made, "train")
+    assert found.form == form
+    np.testing.assert_array_equal(found.read(0).counts, published.read(0).counts)
+
+
+def test_a_complete_folder_is_left_alone(made: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    done = program(SIMULATE, "--train", 3, "--validation", 2, "-o", made)
+    assert done.code == 0 and "complete" in done.out
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seed", "1"], "seed"),
+        (["--voxel", "2"], "voxel"),
+        (["--steps", "8"], "steps"),
+        (["--train", "2"], "train"),
+        (["--format", "npy"], "format"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused(
+    flags: list[str], said: str, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*SMALL_FLAGS, *flags, "-o", str(made)])
+    assert end.value.code == 1
+    line = capsys.readouterr().err
+    assert f"simulate.{said}" in line and len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--size", "33"], "simulate.size = 33"),
+        (["--steps", "3"], "simulate.steps = 3"),
+        (["--voxel", "-1"], "simulate.voxel = -1.0"),
+        (["--voxel", "nan"], "simulate.voxel = nan"),
+        (["--crops", "0"], "simulate.crops = 0"),
+        (["--crops", "5", "--size", "256"], "simulate.crops = 5"),
+        (["--train", "-1"], "simulate.train = -1"),
+        (["--seed", "-1"], "simulate.seed = -1"),
+        (["--format", "hdf5"], "simulate.format = 'hdf5'"),
+        (["--workers", "0"], "workers = 0"),
+    ],
+)
+def test_settings_that_make_no_universe_are_refused(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*SMALL_FLAGS, *flags, "-o", str(tmp_path / "new")])
+    assert end.value.code == 1
+    line = capsys.readouterr().err
+    assert said in line and len(line.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "precious.tfrecord").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"simulation\.json"):
+        make_dataset(SMALL, tmp_path, workers=1, shown=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train"]
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match="file"):
+        make_dataset(SMALL, tmp_path / "file", workers=1, shown=False)
+
+
+def test_the_record_says_what_the_folder_was_made_with(made: Path) -> None:
+    record = json.loads((made / "simulation.json").read_text())
+    assert (record["train"], record["seed"], record["voxel"]) == (3, 0, 4.0)

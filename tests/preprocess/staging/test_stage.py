@@ -1,0 +1,522 @@
+"""Staging: every sample on every node, each file read once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import (
+    ROOT,
+    can_mount,
+    command,
+    config_file,
+    environment,
+    mounted,
+    program,
+    run,
+    tiny_sample,
+    write_tiny,
+)
+
+from cosmoflow_dali.reporting.ridge_baseline import fit_ridge
+from pipelines.dataset.manifest import MANIFEST
+from pipelines.dataset.open import open_split
+from pipelines.distributed.session import World
+from pipelines.errors import AccessError, ConfigError, DataError, UserError
+from pipelines.formats import FORMATS
+from pipelines.io import locked, read_file
+from pipelines.loading.reader import Reader
+from preprocess.convert import convert
+from preprocess.staging.config import StageConfig, share_of
+from preprocess.staging.stager import Staged, stage
+from preprocess.staging.transfer import of_place, to_read
+
+STAGE = "preprocess.stage"
+
+
+def on_nodes(nodes: int, ranks: int, source: Path, target: Path, *options: str) -> list[tuple[int, str, str]]:
+    """Stage `source` on `nodes` nodes of `ranks` each, node n's disk being `target`/n."""
+
+    def line(node: int) -> list[object]:
+        return [STAGE, "-i", source, "-o", target / str(node), *options]
+
+    return as_srun(nodes, ranks, line)
+
+
+def as_srun(nodes: int, ranks: int, line: Callable[[int], list[object]]) -> list[tuple[int, str, str]]:
+    """Run `python -m line(n)` as srun would on each node n: the ranks' exit statuses, output and errors.
+
+    NODE tells a program the number of its node, for paths that are each node's own.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = []
+    for rank in range(nodes * ranks):
+        place = {
+            "SLURM_PROCID": str(rank),
+            "SLURM_STEP_NUM_TASKS": str(nodes * ranks),
+            "SLURM_LOCALID": str(rank % ranks),
+            "SLURM_STEP_TASKS_PER_NODE": f"{ranks}(x{nodes})",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "NODE": str(rank // ranks),
+        }
+        started = [sys.executable, "-m", *map(str, line(rank // ranks))]
+        pipe, told = subprocess.PIPE, environment() | place
+        running.append(subprocess.Popen(started, cwd=ROOT, env=told, stdout=pipe, stderr=pipe, text=True))
+    # Read all of them while waiting: a pipe that is full would stop its rank, and with it the others.
+    with ThreadPoolExecutor(len(running)) as readers:
+        said = list(readers.map(lambda process: process.communicate(timeout=240), running))
+    return [(process.returncode, out, err) for process, (out, err) in zip(running, said, strict=True)]
+
+
+def content(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file below `folder`, by name."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), (3, 2)])
+@pytest.mark.parametrize("form", ["tfrecord_gzip", "npy"])
+def test_every_node_has_everything_and_each_file_was_read_once(
+    form: str, nodes: int, ranks: int, tmp_path: Path
+) -> None:
+    data = write_tiny(tmp_path / "data", train=7, validation=2, form=form)
+    before = content(data)
+    done = on_nodes(nodes, ranks, data, tmp_path / "disk")
+    assert [code for code, _, _ in done] == [0] * (nodes * ranks), done
+    size = sum(path.stat().st_size for path in (data / "train").iterdir())
+    assert f"staged 7 of 7 samples on {nodes} nodes" in done[0][1] and f"{size:,} bytes read" in done[0][1]
+    first = content(tmp_path / "disk" / "0")
+    for node in range(nodes):
+        assert content(tmp_path / "disk" / str(node)) == first
+        split = open_split(tmp_path / "disk" / str(node), "train")
+        assert (split.form, len(split)) == ("npy", 7)
+        for index in range(7):
+            expected = tiny_sample(index)
+            np.testing.assert_array_equal(split.read(index).counts, expected.counts)
+            np.testing.assert_array_equal(split.read(index).target, expected.target)
+    assert content(data) == before
+
+
+def test_a_second_run_stages_nothing_and_a_node_that_lost_something_gets_it_back(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=6, validation=1, form="tfrecord_gzip")
+    on_nodes(2, 1, data, tmp_path / "disk")
+    first = content(tmp_path / "disk" / "0")
+    done = on_nodes(2, 1, data, tmp_path / "disk")
+    assert "staged 0 of 6 samples" in done[0][1] and " 0 bytes read" in done[0][1]
+    (tmp_path / "disk" / "1" / "train" / "universe_0003_000_data.npy").unlink()
+    kept = (tmp_path / "disk" / "0" / "train" / "universe_0003_000_data.npy").stat()
+    FORMATS["tfrecord_gzip"].write(data / "train", "universe_0004_000", tiny_sample(77))
+    done = on_nodes(2, 1, data, tmp_path / "disk")
+    assert "staged 2 of 6 samples" in done[0][1]
+    # The node that had it still has the very file.
+    assert (tmp_path / "disk" / "0" / "train" / "universe_0003_000_data.npy").stat() == kept
+    again = content(tmp_path / "disk" / "1")
+    assert again == content(tmp_path / "disk" / "0") and again.keys() == first.keys()
+    np.testing.assert_array_equal(
+        open_split(tmp_path / "disk" / "0", "train").read(4).counts, tiny_sample(77).counts
+    )
+
+
+def test_a_damaged_sample_is_named_and_the_others_are_staged(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=5, validation=1, form="tfrecord_gzip")
+    bad = data / "train" / "universe_0002_000.tfrecord"
+    bad.write_bytes(bad.read_bytes()[:-9])
+    done = on_nodes(2, 1, data, tmp_path / "disk")
+    assert [code for code, _, _ in done] == [1, 1]
+    assert f"error: {bad}: its gzip stream is cut off" in done[0][2]
+    assert "staged 4 of 5 samples on 2 nodes" in done[0][1]
+    assert "1 samples are damaged" in done[0][2] and "Traceback" not in "".join(err for _, _, err in done)
+    for node in "01":
+        assert len(list((tmp_path / "disk" / node / "train").glob("*_data.npy"))) == 4
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_staged(first: int, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=12, validation=1, form="tfrecord_gzip")
+    bad = data / "train" / f"universe_{first:04d}_000.tfrecord"
+    bad.rename(tmp_path / "lost")
+    bad.symlink_to("nowhere")
+    for done_before in (False, True):
+        done = on_nodes(2, 1, data, tmp_path / "disk")
+        assert [code for code, _, _ in done] == [1, 1]
+        assert f"error: {bad}: cannot be read (No such file or directory)" in done[0][2]
+        there = 0 if done_before else 11
+        assert f"staged {there} of 12 samples on 2 nodes" in done[0][1]
+        assert "error: 1 samples are damaged" in done[0][2] and "Traceback" not in done[0][2] + done[1][2]
+        assert [len(open_split(tmp_path / "disk" / node, "train")) for node in "01"] == [11, 11]
+    bad.unlink()
+    (tmp_path / "lost").rename(bad)
+    assert [code for code, _, _ in on_nodes(2, 1, data, tmp_path / "disk")] == [0, 0]
+    assert [len(open_split(tmp_path / "disk" / node, "train")) for node in "01"] == [12, 12]
+
+
+def test_a_source_that_is_lost_whole_ends_staging_and_nothing_is_removed(tmp_path: Path) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=20, validation=1), tmp_path / "disk"
+    staged(data, disk)
+    before = content(disk)
+    splits = {name: open_split(data, name) for name in ("train", "validation")}
+    (data / "train").rename(tmp_path / "gone")
+    with pytest.raises(AccessError, match=f"{data}/train: cannot be read"):
+        stage(splits, disk, StageConfig(str(disk)), World())
+    # The folder is there, and no file in it.
+    (data / "train").mkdir()
+    with pytest.raises(AccessError, match=r"cannot be read .*, nor can the 16 files tried before it"):
+        stage(splits, disk, StageConfig(str(disk)), World())
+    assert content(disk) == before
+
+
+def test_files_that_are_lost_while_staging_end_it_if_they_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=40, validation=1), tmp_path / "disk"
+
+    def lost(path: Path, *, direct: bool = False) -> bytes:
+        there = int(path.name[9:13]) not in range(20, 40)
+        return read_file(path if there else path.with_suffix(".lost"), direct=direct)
+
+    monkeypatch.setattr("pipelines.dataset.dataset.read_file", lost)
+    with pytest.raises(UserError, match="nor can the 16 files tried before it"):
+        staged(data, disk)
+    monkeypatch.undo()
+    assert staged(data, disk)[0].faults == ()
+    assert len(open_split(disk, "train")) == 40
+
+
+def test_training_goes_on_without_a_file_that_cannot_be_staged(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=8, validation=2, form="tfrecord_gzip")
+    bad = data / "train" / "universe_0002_000.tfrecord"
+    bad.unlink()
+    bad.symlink_to("nowhere")
+    where = {"dir": str(data), "stage": {"dir": str(tmp_path / "disk")}}
+    loader = {"batch_size": 4, "on_bad_sample": "skip"}
+    config = config_file(tmp_path / "c.yaml", data, data=where, loader=loader, epochs=1)
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_samples"]["train"] == 1
+    logged = (tmp_path / "run" / "mlperf.log").read_text().splitlines()
+    (stop,) = (line for line in logged if '"staging_stop"' in line)
+    assert '"samples": 9' in stop
+
+
+def test_a_node_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=3, validation=1)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "1").write_text("a file where the folder should be")
+    start = time.monotonic()
+    done = on_nodes(2, 1, data, tmp_path / "disk")
+    assert [code for code, _, _ in done] == [1, 1]
+    assert "cannot be written (Not a directory)" in done[0][2] and "Traceback" not in done[0][2] + done[1][2]
+    assert time.monotonic() - start < 60
+
+
+def staged(data: Path, disk: Path, *, beside: int = 0, trusted: bool = False) -> list[Staged]:
+    """Stage `data` to `disk` with this process alone, `beside` others on its node for another model."""
+    splits = {name: open_split(data, name) for name in ("train", "validation")}
+    done = stage(splits, disk, StageConfig(str(disk)), World(beside=beside), trusted=trusted)
+    for (split, _), name in zip(done, splits, strict=True):
+        assert split.root == disk / name
+    return [staged for _, staged in done]
+
+
+def test_what_has_become_of_the_source_since_it_was_staged(tmp_path: Path) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=4, validation=1, form="tfrecord"), tmp_path / "disk"
+    assert [one.samples for one in staged(data, disk)] == [4, 1]
+    bad = data / "train" / "universe_0002_000.tfrecord"
+    bad.write_bytes(bad.read_bytes()[:-9])
+    assert staged(data, disk)[0].faults[0].startswith(f"{bad}: is cut off")
+    # Neither the manifest nor the folder has the sample that was staged before.
+    left = open_split(disk, "train")
+    assert [left.stem(index) for index in range(len(left))] == [f"universe_000{n}_000" for n in (0, 1, 3)]
+    assert not list((disk / "train").glob("universe_0002*"))
+    FORMATS["tfrecord"].write(data / "train", "universe_0002_000", tiny_sample(2))
+    assert [one.samples for one in staged(data, disk)] == [1, 0]
+    assert len(open_split(disk, "train")) == 4
+    # Just staged, the folders are taken for what they are; without that word the sources are asked.
+    (data / "train" / "universe_0000_000.tfrecord").unlink()
+    splits = {name: open_split(data, name) for name in ("train", "validation")}
+    assert len(splits["train"]) == 3
+    shutil.rmtree(disk)
+    staged(data, disk)
+    for path in (data / "train").iterdir():
+        os.utime(path, ns=(0, 1))
+    assert [one.samples for one in staged(data, disk, trusted=True)] == [0, 0]
+    assert [one.samples for one in staged(data, disk)] == [3, 0]
+
+
+def test_a_shard_that_is_cut_off_keeps_no_other_from_being_staged(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=6, validation=1)
+    for name in ("train", "validation"):
+        assert convert(data / name, tmp_path / "packed" / name, "packed", workers=1, a_shard=3) == 0
+    shard = tmp_path / "packed" / "train" / "shard_000001.tar"
+    shard.write_bytes(shard.read_bytes()[:600])
+    train, validation = staged(tmp_path / "packed", tmp_path / "disk")
+    assert (train.samples, len(train.faults)) == (3, 3) and all(
+        "is cut off: the shard ends" in fault for fault in train.faults
+    )
+    assert validation.faults == () and len(open_split(tmp_path / "disk", "train")) == 3
+
+
+def test_samples_of_a_shard_that_is_lost_are_counted_and_it_is_named_once(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=6, validation=1)
+    for name in ("train", "validation"):
+        assert convert(data / name, tmp_path / "packed" / name, "packed", workers=1, a_shard=3) == 0
+    shard = tmp_path / "packed" / "train" / "shard_000001.tar"
+    shard.unlink()
+    done = program(STAGE, "-i", tmp_path / "packed", "-o", tmp_path / "disk")
+    assert done.code == 1 and "staged 3 of 6 samples" in done.out and "3 samples are damaged" in done.err
+    assert done.err.count(f"error: {shard}: cannot be read") == 1
+
+
+def test_the_room_for_both_splits_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=2, validation=2, form="tfrecord"), tmp_path / "disk"
+    usage = shutil.disk_usage(tmp_path)
+    # Enough for the counts, and not for what goes with them.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * 2 * 4 * 16**3))
+    with pytest.raises(DataError, match=f"{disk}: has 131072 bytes free on .* and 163840 are to come"):
+        staged(data, disk)
+    assert not list(disk.rglob("*.npy"))
+
+
+def test_two_models_on_a_node_stage_one_after_the_other(tmp_path: Path) -> None:
+    data, disk = write_tiny(tmp_path / "data", train=2, validation=1), tmp_path / "disk"
+    (disk / "train").mkdir(parents=True)
+    with ThreadPoolExecutor(1) as other:
+        with locked(disk / "train", lambda: None):
+            waiting = other.submit(staged, data, disk, beside=1)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            with pytest.raises(DataError, match="is being written into by another process"):
+                staged(data, disk)
+        assert [one.samples for one in waiting.result(timeout=30)] == [2, 1]
+        with locked(disk / "train", lambda: None):
+            assert [one.samples for one in staged(data, disk)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("a_node", "nodes", "models", "multiplier"),
+    [
+        (1, 1, 1, 1),
+        (1, 3, 1, 3),
+        (2, 1, 1, 1),
+        (4, 15, 1, 5),
+        (8, 64, 1, 64),
+        (8, 64, 8, 1),
+        (8, 512, 128, 4),
+        (4, 24, 3, 2),
+        (1, 4096, 1, 2),
+    ],
+)
+@pytest.mark.parametrize("samples", [0, 1, 1000, 4097])
+def test_any_number_of_ranks_reads_each_sample_once_and_writes_it_once_a_node(
+    samples: int, a_node: int, nodes: int, models: int, multiplier: int
+) -> None:
+    config = StageConfig("x", "local", multiplier, preshuffle=True, seed=5)
+    teams, alone = config.teams(nodes, models), config.teams(nodes // models)
+    read, written = np.zeros(samples, int), np.zeros((models, samples), int)
+    for number, team in enumerate(teams):
+        share = share_of(samples, number, len(teams), config.seed)
+        # A model that stages for itself finds on its nodes what was staged for all of them.
+        for place, node in enumerate(team):
+            assert node % (nodes // models) in alone[number]
+            for local_rank in range(a_node):
+                world = World(node * a_node + local_rank, nodes * a_node, local_rank, a_node, "srun")
+                mine = of_place(share, world)
+                written[node // (nodes // models), mine] += 1
+                own = to_read(mine.tolist(), place, len(team))
+                read[own] += 1
+                # What it reads is what its peers expect of it: its turns.
+                assert own == [index for turn, index in enumerate(mine.tolist()) if turn % len(team) == place]
+    assert sorted(node for team in teams for node in team) == list(range(nodes))
+    # The bytes read are the data set's, whatever the number of copies, which is that of nodes in a team.
+    assert (read == 1).all()
+    assert (written == multiplier).all()
+
+
+def test_models_side_by_side_share_one_staging(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=7, validation=3, form="tfrecord_gzip")
+    options = ["--shard-type", "local", "--preshuffle", "--seed", "4"]
+    done = on_nodes(4, 1, data, tmp_path / "disk", *options, "--models", "2")
+    assert [code for code, _, _ in done] == [0] * 4, done
+    size = sum(path.stat().st_size for path in (data / "train").iterdir())
+    assert "staged 7 of 7 samples on 4 nodes" in done[0][1] and f"{size:,} bytes read" in done[0][1]
+    disks = [content(tmp_path / "disk" / str(node)) for node in range(4)]
+    assert disks[0] == disks[2] and disks[1] == disks[3] and disks[0] != disks[1]
+    # The second model, alone on its nodes, has nothing left to stage.
+    alone = as_srun(2, 1, lambda n: [STAGE, "-i", data, "-o", tmp_path / "disk" / str(n + 2), *options])
+    assert "staged 0 of 7" in alone[0][1], alone
+
+
+@pytest.mark.parametrize(("samples", "teams"), [(7, 2), (8, 4), (65536, 512), (524288, 100)])
+def test_shares_are_as_equal_as_can_be_and_the_draw_is_the_same_for_all(samples: int, teams: int) -> None:
+    for seed in (None, 3):
+        shares = [share_of(samples, team, teams, seed) for team in range(teams)]
+        assert {len(share) for share in shares} <= {samples // teams, -(-samples // teams)}
+        np.testing.assert_array_equal(np.sort(np.concatenate(shares)), np.arange(samples))
+    assert not np.array_equal(share_of(samples, 0, teams, 3), share_of(samples, 0, teams, 4))
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param([], marks=pytest.mark.slow), ["--preshuffle", "--seed", "3"]]
+)
+def test_teams_have_shares_and_each_file_is_read_once(options: list[str], tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=7, validation=3, form="tfrecord_gzip")
+    shards = ["--shard-type", "local", "--shard-multiplier", "2", *options]
+    done = on_nodes(4, 1, data, tmp_path / "disk", *shards)
+    assert [code for code, _, _ in done] == [0] * 4, done
+    size = sum(path.stat().st_size for path in (data / "train").iterdir())
+    assert "staged 7 of 7 samples on 4 nodes" in done[0][1] and f"{size:,} bytes read" in done[0][1]
+    disks = [content(tmp_path / "disk" / str(node)) for node in range(4)]
+    assert disks[0] == disks[1] and disks[2] == disks[3]
+    splits = [open_split(tmp_path / "disk" / str(node), "train") for node in (0, 2)]
+    stems = [split.stem(index) for split in splits for index in range(len(split))]
+    assert sorted(stems) == [f"universe_{index:04d}_000" for index in range(7)]
+    assert abs(len(splits[0]) - len(splits[1])) == 1
+    assert "staged 0 of 7" in on_nodes(4, 1, data, tmp_path / "disk", *shards)[0][1]
+
+
+@pytest.mark.parametrize(
+    ("form", "killed"),
+    [
+        pytest.param("packed", False, marks=pytest.mark.slow),
+        pytest.param("npy", False, marks=pytest.mark.slow),
+        ("npy", True),
+    ],
+)
+def test_nodes_in_another_order_change_their_shares(form: str, killed: bool, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=7, validation=2, form=form)
+
+    def staged_as(order: Sequence[int]) -> None:
+        done = as_srun(
+            2, 1, lambda n: [STAGE, "-i", data, "-o", tmp_path / str(order[n]), "--shard-type", "local"]
+        )
+        assert [code for code, _, _ in done] == [0, 0], done
+
+    staged_as([0, 1])
+    shares = [content(tmp_path / str(disk)) for disk in (0, 1)]
+    assert shares[0] != shares[1]
+    if killed:
+        # In the middle of the first node's staging, before it could note anything.
+        (tmp_path / "0" / "train" / MANIFEST).unlink()
+    staged_as([1, 0])
+    assert [content(tmp_path / str(disk)) for disk in (1, 0)] == shares
+
+
+@pytest.mark.slow
+def test_training_on_shares_scores_every_sample_and_resumes_on_as_many_nodes(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=13, validation=5, form="tfrecord_gzip")
+    stage = {"dir": str(tmp_path / "disk" / "$NODE"), "shard_type": "local", "preshuffle": True}
+    where = {"dir": str(data), "stage": stage}
+
+    def line(epochs: int, batch_size: int, *more: str) -> Callable[[int], list[object]]:
+        changes = {"data": where, "loader": {"batch_size": batch_size}, "epochs": epochs, "baseline": True}
+        config = config_file(tmp_path / "c.yaml", data, **changes)
+        return lambda _: ["cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run", *more]
+
+    done = as_srun(2, 1, line(2, 2))
+    assert [code for code, _, _ in done] == [0, 0], done
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["samples"] == 5
+    assert (summary["epochs"], summary["steps"]) == (2, 2 * (13 // 2 // 2))
+    ridge = fit_ridge(*(Reader(open_split(data, split)) for split in ("train", "validation")))
+    assert summary["baseline"]["mae"] == pytest.approx(ridge.mae)
+    rows = (tmp_path / "run" / "predictions.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == list(range(5))
+    # The score is that of the whole split, however it was shared out.
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    alone = program("cosmoflow_dali.evaluate", "--data-dir", data, "--weights", newest)
+    assert json.loads(alone.out)["mae"] == pytest.approx(summary["mae"], abs=1e-6)
+    # The same two nodes go on; one node would train in another order.
+    done = as_srun(2, 1, line(3, 2, "--resume"))
+    assert [code for code, _, _ in done] == [0, 0], done
+    shutil.rmtree(tmp_path / "disk")
+    ((code, _, err),) = as_srun(1, 1, line(4, 4, "--resume"))
+    assert code == 1
+    assert "data.stage = 'one share': the run was trained on 2 shares drawn with seed 0" in err
+    assert "Traceback" not in err
+
+
+def test_nodes_that_share_a_folder_are_told_and_do_not_wait_for_each_other(
+    tiny: Path, tmp_path: Path
+) -> None:
+    done = as_srun(2, 1, lambda _: [STAGE, "-i", tiny, "-o", tmp_path / "disk"])
+    assert [code for code, _, _ in done] == [1, 1]
+    assert "stage to each node's own disk" in done[0][2] and "Traceback" not in done[0][2] + done[1][2]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--shard-type", "local", "--shard-multiplier", "2"],
+            "shard_multiplier = 2: does not divide the 3 nodes of a model: take 1 or 3, or other nodes",
+        ),
+        (["--preshuffle"], "stage.shard_type = 'global': has one share"),
+        (["--shard-type", "local", "--shard-multiplier", "0"], "stage.shard_multiplier = 0"),
+        (["--models", "2"], "models = 2: do not share out the 3 nodes: take 1 or 3 models, or other nodes"),
+    ],
+)
+def test_shares_that_do_not_fit_are_refused(
+    options: list[str], said: str, tiny: Path, tmp_path: Path
+) -> None:
+    done = on_nodes(3, 1, tiny, tmp_path / "disk", *options)
+    assert {code for code, _, _ in done} == {1}
+    assert said in done[0][2] and "Traceback" not in done[0][2]
+
+
+@pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
+def test_a_node_without_room_is_told_before_anything_is_copied(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=9, validation=1, form="tfrecord_gzip")
+    (tmp_path / "disk").mkdir()
+    line = command(STAGE, ["-i", data, "-o", tmp_path / "disk"])
+    done = run(mounted("size=200k", tmp_path / "disk", line))
+    assert done.code == 1
+    assert "bytes free on" in done.err and "409600 are to come" in done.err and "Traceback" not in done.err
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        (
+            "$NO_SUCH/x",
+            r"stage.dir = '\$NO_SUCH/x': \$NO_SUCH is not set on \S+: set it, or write the folder",
+        ),
+        ("/x/${NO_SUCH}/$HOME", r"\$\{NO_SUCH\} is not set on \S+: set it, or write the folder without"),
+        ("/x/$", r"stage.dir = '/x/\$': a lone \$: name one, or write the folder without a variable"),
+    ],
+)
+def test_a_folder_that_names_no_variable_is_refused(folder: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        _ = StageConfig(folder).folder
+
+
+def test_direct_reads_give_the_same_bytes(tmp_path: Path) -> None:
+    for length in (0, 1, 4095, 4096, 4097, 1 << 20, (1 << 20) + 17):
+        path = tmp_path / str(length)
+        path.write_bytes(os.urandom(length))
+        assert read_file(path, direct=True) == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["-i", "{tiny}/none"], "cannot be listed"), (["-i", "{tiny}", "--threads", "0"], "stage.threads = 0")],
+)
+def test_what_does_not_fit_is_one_line(arguments: list[str], said: str, tiny: Path, tmp_path: Path) -> None:
+    filled = [argument.format(tiny=tiny) for argument in arguments]
+    done = program(STAGE, *filled, "-o", tmp_path / "x")
+    assert done.code == 1
+    assert said in done.err and "Traceback" not in done.err
