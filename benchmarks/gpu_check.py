@@ -71,14 +71,19 @@ def parts(folder: Path, scratch: Path) -> list[Part]:
     """All parts, what the others rest on first."""
     tests = ROOT / "tests"
     engines, block, parity, step = (
-        str(tests / "cosmoflow_dali" / f"test_{name}.py")
-        for name in ("engines", "first_block", "parity", "step")
+        str(tests / "cosmoflow_dali" / name)
+        for name in (
+            "compute/test_engines.py",
+            "models/test_triton_block.py",
+            "models/test_keras_parity.py",
+            "compute/test_step.py",
+        )
     )
     data = [
         str(tests / name)
         for name in (
-            "pipelines/test_decoders.py",
-            "pipelines/test_loader.py",
+            "pipelines/loading/test_decoders.py",
+            "pipelines/loading/test_loader.py",
             "benchmarks/test_inflate_bench.py",
         )
     ]
