@@ -35,7 +35,7 @@ from benchmarks.emulation import PASSING, SECONDS, Utilisation, emulate
 from benchmarks.picture import draw
 from benchmarks.samples import make_splits
 from pipelines.dataset.dataset import Split
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.footprint import device_bytes, host_bytes
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pipelines.dataset.dataset import Split
 from pipelines.dataset.open import open_folder
-from pipelines.formats import FORMATS
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.format import MEMBER
 from pipelines.formats.packed.tar_shard import write_shard
+from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import SUFFIX, encode_example, frame
 from pipelines.sample import Sample
 from preprocess.simulator.universe import SimulateConfig, simulate_universe

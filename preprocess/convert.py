@@ -18,8 +18,8 @@ from pipelines.dataset.open import open_folder, parts_of
 from pipelines.distributed.cli import OneLineParser
 from pipelines.distributed.session import World
 from pipelines.errors import ConfigError, DataError
-from pipelines.formats import FORMATS
 from pipelines.formats.packed.format import PackedFormat
+from pipelines.formats.registry import FORMATS
 from preprocess.conversion.convert_task import Conversion, lines_of
 from preprocess.conversion.engine import Job, Order, add_prune, run
 from preprocess.conversion.worker_pool import Task

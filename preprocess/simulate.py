@@ -22,7 +22,7 @@ from typing import get_args
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.session import World, available_cores
 from pipelines.errors import ConfigError, DataError
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.io import final_name, locked, remove_temporaries, write_chunks
 from preprocess.conversion.progress import STOPPED, progress
 from preprocess.conversion.worker_pool import run_jobs

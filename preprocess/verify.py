@@ -25,7 +25,7 @@ from pipelines.dataset.open import SPLITS, list_folder, open_folder, parts_of
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.session import World, available_cores
 from pipelines.errors import ConfigError, DataError
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from preprocess.conversion.journal import finish, is_unfinished, list_files
 from preprocess.conversion.progress import progress
 from preprocess.conversion.verify_task import Check

@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import yaml
 
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.errors import DataError
-from pipelines.formats import FORMATS, CountsPayload, Format, Payload
+from pipelines.formats.base import CountsPayload, Format, Payload
 from pipelines.formats.packed.format import MEMBER, PackedFormat, member_stem, payload_of
 from pipelines.formats.packed.tar_shard import forget, read_member
+from pipelines.formats.registry import FORMATS
 from pipelines.io import Member, read_file
 from pipelines.plan import Indices
 from pipelines.sample import Sample, SampleSpec

@@ -15,9 +15,9 @@ from pipelines.dataset.dataset import Split, of_shards
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.errors import AccessError, DataError
-from pipelines.formats import FORMATS
 from pipelines.formats.npy import DATA, LABEL
 from pipelines.formats.packed.format import PackedFormat, sample_members
+from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import GZIP_MAGIC
 from pipelines.sample import Sample, SampleSpec
 

@@ -1,18 +1,5 @@
-"""The formats that samples are kept in, by name."""
+"""The file formats of samples: NumPy pairs, TFRecords (plain and gzip), and packed samples in shards.
 
-from pipelines.formats.base import CountsPayload, Format, Payload
-from pipelines.formats.npy import Npy
-from pipelines.formats.packed.format import PackedFormat, PackedPayload
-from pipelines.formats.tfrecord import TFRecord
-
-FORMATS: dict[str, Format] = {
-    form.name: form
-    for form in (
-        TFRecord("tfrecord_gzip", compressed=True),
-        TFRecord("tfrecord", compressed=False),
-        Npy(),
-        PackedFormat(),
-    )
-}
-
-__all__ = ["FORMATS", "CountsPayload", "Format", "PackedPayload", "Payload"]
+In: a `Sample` to write, or the bytes of a file. Out: those files, or the sample with its checksums compared.
+`registry.FORMATS` has them all by name.
+"""

@@ -20,7 +20,7 @@ import torch
 
 from pipelines.dataset.dataset import Split
 from pipelines.errors import ConfigError
-from pipelines.formats import CountsPayload, Payload
+from pipelines.formats.base import CountsPayload, Payload
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.decode import Packed
 from pipelines.formats.packed.format import PackedFormat

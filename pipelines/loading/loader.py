@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from pipelines.dataset.dataset import Split
-from pipelines.formats import CountsPayload, Payload
+from pipelines.formats.base import CountsPayload, Payload
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.format import PackedFormat, payload_of
 from pipelines.loading.config import LoaderConfig

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from pipelines.dataset.dataset import Split
 from pipelines.errors import DataError
-from pipelines.formats import Payload
+from pipelines.formats.base import Payload
 from pipelines.sample import Sample
 
 OnBadSample: TypeAlias = Literal["fail", "skip"]

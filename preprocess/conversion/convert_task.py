@@ -13,10 +13,10 @@ import numpy as np
 from pipelines.dataset.dataset import Extents, Split
 from pipelines.dataset.manifest import Source
 from pipelines.errors import DataError, UnreadableError
-from pipelines.formats import FORMATS
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.format import MEMBER
 from pipelines.formats.packed.tar_shard import SHARD, write_shard
+from pipelines.formats.registry import FORMATS
 from pipelines.io import Written
 from pipelines.sample import Sample, SampleSpec
 from preprocess.conversion.task_result import DamagedError, make_entries

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipelines.dataset.manifest import Source
 from pipelines.errors import AccessError, DataError
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.io import Written
 from pipelines.sample import COUNT_LIMIT, Sample, check_target
 from preprocess.conversion.task_result import make_entries

@@ -21,8 +21,8 @@ from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, Listed, write_li
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import list_folder
 from pipelines.errors import AccessError, DataError
-from pipelines.formats import FORMATS
 from pipelines.formats.npy import DATA, LABEL
+from pipelines.formats.registry import FORMATS
 from pipelines.io import LOCK, final_name, remove_temporaries, write_chunks
 from pipelines.sample import SampleSpec
 from preprocess.conversion.survey import by_stem, refuse_others

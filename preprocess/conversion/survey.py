@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipelines.dataset.manifest import Entry
 from pipelines.errors import AccessError, DataError
-from pipelines.formats import FORMATS
 from pipelines.formats.packed.format import PackedFormat, member_stem, sample_members
+from pipelines.formats.registry import FORMATS
 
 
 def refuse_others(

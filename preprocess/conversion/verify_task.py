@@ -14,8 +14,8 @@ from zlib_ng import zlib_ng
 from pipelines.dataset.dataset import Split, of_shards
 from pipelines.dataset.manifest import Entry, Part
 from pipelines.errors import DataError
-from pipelines.formats import FORMATS
 from pipelines.formats.packed.format import MEMBER, PackedFormat, sample_members
+from pipelines.formats.registry import FORMATS
 from pipelines.io import Written, read_file
 from pipelines.sample import Sample, SampleSpec
 

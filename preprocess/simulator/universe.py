@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipelines.errors import ConfigError
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.plan import derive_seed
 from pipelines.sample import PARAMETERS, REDSHIFTS, Sample
 from preprocess.simulator.cosmology import Cosmology, PowerSpectrum, draw_target, growth

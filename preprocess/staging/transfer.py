@@ -13,10 +13,10 @@ from pipelines.dataset.manifest import Entry, Source
 from pipelines.distributed.node_groups import Peers
 from pipelines.distributed.session import World
 from pipelines.errors import AccessError, DataError, UnreadableError
-from pipelines.formats import FORMATS
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.format import MEMBER, payload_of
 from pipelines.formats.packed.tar_shard import SHARD, write_shard
+from pipelines.formats.registry import FORMATS
 from pipelines.io import Written
 from pipelines.plan import Indices
 from preprocess.conversion.read_failures import Lost

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import candidates, emulation, harness, io_bench, samples
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import encode_example, frame
 from pipelines.loading.config import LoaderConfig
 

@@ -10,7 +10,7 @@ from helpers import write_tiny
 
 from cosmoflow_dali.reporting.ridge_baseline import features_of, fit_ridge
 from pipelines.dataset.open import open_split
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.loading.reader import Reader
 from pipelines.sample import Sample
 

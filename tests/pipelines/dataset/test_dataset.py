@@ -11,7 +11,7 @@ from pipelines.dataset.file_lists import Listed, read_list, write_list
 from pipelines.dataset.manifest import Entry, Manifest
 from pipelines.dataset.open import open_folder, open_split, parts_of, read_sample
 from pipelines.errors import DataError
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.sample import SampleSpec
 
 

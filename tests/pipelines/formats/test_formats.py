@@ -25,7 +25,9 @@ from hypothesis import strategies as st
 
 from pipelines.dataset.open import read_sample
 from pipelines.errors import DataError
-from pipelines.formats import FORMATS, CountsPayload, tfrecord
+from pipelines.formats import tfrecord
+from pipelines.formats.base import CountsPayload
+from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample, SampleSpec
 
 Array: TypeAlias = npt.NDArray[Any]

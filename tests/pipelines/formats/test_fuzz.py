@@ -33,10 +33,10 @@ from pipelines.dataset.file_lists import Listed, read_list, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
-from pipelines.formats import FORMATS
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.format import MEMBER
 from pipelines.formats.packed.tar_shard import forget, read_members, write_shard
+from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import encode_example, frame
 from pipelines.sample import Sample, SampleSpec
 from preprocess.conversion.hdf5_task import crops, universe_shape

@@ -18,7 +18,7 @@ from helpers import DATA, write_tiny
 from pipelines.dataset.dataset import Share, Split
 from pipelines.dataset.open import open_split
 from pipelines.errors import ConfigError, DataError, UserError
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.decoders import FilesDecoder
 from pipelines.loading.loader import Loader

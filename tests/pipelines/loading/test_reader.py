@@ -12,7 +12,7 @@ from helpers import write_tiny
 from pipelines.dataset.dataset import Split
 from pipelines.dataset.open import open_folder, open_split
 from pipelines.errors import DataError
-from pipelines.formats import CountsPayload
+from pipelines.formats.base import CountsPayload
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader

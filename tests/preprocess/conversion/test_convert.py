@@ -39,7 +39,7 @@ from pipelines.dataset.manifest import MANIFEST
 from pipelines.dataset.open import open_folder
 from pipelines.distributed.session import World
 from pipelines.errors import UserError
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.io import LOCK
 from pipelines.sample import Sample
 from preprocess.conversion.engine import Produced, produce

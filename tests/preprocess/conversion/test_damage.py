@@ -15,7 +15,7 @@ from helpers import program, tiny_sample, write_tiny
 from pipelines.dataset.manifest import Manifest
 from pipelines.dataset.open import open_folder
 from pipelines.distributed.session import World
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import encode_example, frame
 from pipelines.sample import Sample
 from preprocess.conversion.engine import produce

@@ -11,7 +11,7 @@ from helpers import program, tiny_sample, write_tiny
 
 from pipelines.dataset.manifest import Manifest
 from pipelines.dataset.open import open_folder, open_split
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.io import LOCK
 
 CONVERT = "preprocess.convert"

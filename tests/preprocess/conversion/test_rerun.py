@@ -19,7 +19,7 @@ from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import open_folder
 from pipelines.distributed.session import World
 from pipelines.errors import AccessError, DataError
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.sample import SampleSpec
 from preprocess.conversion.engine import Produced, produce
 from preprocess.conversion.journal import Journal

@@ -12,7 +12,7 @@ from helpers import program, tiny_sample, write_tiny
 
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.dataset.open import open_folder
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample
 from preprocess.verify import CHECKS, main, verify_folder
 

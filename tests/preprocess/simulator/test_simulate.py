@@ -17,7 +17,7 @@ from helpers import ROOT, environment, program, run
 
 from pipelines.dataset.open import open_split
 from pipelines.errors import DataError
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from preprocess.simulate import main, make_dataset
 from preprocess.simulator.cosmology import PowerSpectrum
 from preprocess.simulator.nbody import linear_modes

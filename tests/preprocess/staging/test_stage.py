@@ -34,7 +34,7 @@ from pipelines.dataset.manifest import MANIFEST
 from pipelines.dataset.open import open_split
 from pipelines.distributed.session import World
 from pipelines.errors import AccessError, ConfigError, DataError, UserError
-from pipelines.formats import FORMATS
+from pipelines.formats.registry import FORMATS
 from pipelines.io import locked, read_file
 from pipelines.loading.reader import Reader
 from preprocess.convert import convert

@@ -14,10 +14,10 @@ from packed_book import TABLE
 from packed_book import write as build
 
 from pipelines.errors import AccessError, DataError
-from pipelines.formats import FORMATS
 from pipelines.formats.packed.decode import read_slices
 from pipelines.formats.packed.encode import encode, slices_of
 from pipelines.formats.packed.format import payload_of
+from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample, SampleSpec
 
 PATH = Path("shard_000000.tar/universe_0000.packed")

@@ -1,0 +1,17 @@
+"""The formats that samples are kept in, by name."""
+
+from pipelines.formats.base import Format
+from pipelines.formats.npy import Npy
+from pipelines.formats.packed.format import PackedFormat
+from pipelines.formats.tfrecord import TFRecord
+
+FORMATS: dict[str, Format] = {
+    form.name: form
+    for form in (
+        TFRecord("tfrecord_gzip", compressed=True),
+        TFRecord("tfrecord", compressed=False),
+        Npy(),
+        PackedFormat(),
+    )
+}
+
