@@ -119,4 +119,4 @@ def main(argv: Sequence[str] | None = None) -> list[Reduced]:
 
 if __name__ == "__main__":
     main()
-    World.detect().leave(0)
+    World.detect().exit_together(0)

@@ -21,11 +21,11 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.formats.tfrecord import encode_example, frame
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
-from pipelines.plan import Shard, plan_epoch
+from pipelines.plan import RankSlice, plan_epoch
 
 _BLOCK = 4096
 """What O_DIRECT reads multiples of, whatever the disk."""
@@ -33,7 +33,7 @@ _BLOCK = 4096
 Item = tuple[torch.Tensor, npt.NDArray[np.float32]]
 
 
-def planned(split: Split, batch_size: int, epoch: int) -> list[int]:
+def planned(split: SampleDataset, batch_size: int, epoch: int) -> list[int]:
     """The samples of `epoch`, one batch after the other, in the order that all contestants keep."""
     plan = plan_epoch(len(split), global_batch=batch_size, seed=0, epoch=epoch, shuffle=True, ragged="drop")
     return plan.ravel().tolist()
@@ -45,10 +45,10 @@ def touch(volume: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def ours(split: Split, config: LoaderConfig, device: str = "cpu") -> Iterator[Iterator[int]]:
+def ours(split: SampleDataset, config: LoaderConfig, device: str = "cpu") -> Iterator[Iterator[int]]:
     """The project's loader, targets and all, epoch after epoch."""
     loader = Loader(
-        split, config, shard=Shard(), seed=0, shuffle=True, ragged="drop", device=torch.device(device)
+        split, config, shard=RankSlice(), seed=0, shuffle=True, ragged="drop", device=torch.device(device)
     )
 
     def deliver() -> Iterator[int]:
@@ -61,7 +61,7 @@ def ours(split: Split, config: LoaderConfig, device: str = "cpu") -> Iterator[It
 
 
 def dali_numpy(
-    split: Split, batch_size: int, threads: int, *, direct: bool = False
+    split: SampleDataset, batch_size: int, threads: int, *, direct: bool = False
 ) -> Generator[int, None, None]:
     """DALI's own reader of the same .npy files, and the table of logarithms; without targets.
 
@@ -96,7 +96,7 @@ def dali_numpy(
 class PlainNpy(Dataset[Item]):
     """What a torch user would write first for .npy pairs."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: SampleDataset) -> None:
         self._split = split
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ class PlainNpy(Dataset[Item]):
 class PlainGzip(Dataset[Item]):
     """What a torch user would write first for the published files, knowing where the counts are."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: SampleDataset) -> None:
         sample = split.read(0)
         self._split, self._target = split, sample.target.copy()
         self._start = frame(encode_example(sample)).index(sample.counts.tobytes())
@@ -127,7 +127,7 @@ class PlainGzip(Dataset[Item]):
         return torch.from_numpy(np.log1p(counts.astype(np.float32))), self._target
 
 
-def plain_loader(dataset: Dataset[Item], split: Split, batch_size: int) -> Generator[int, None, None]:
+def plain_loader(dataset: Dataset[Item], split: SampleDataset, batch_size: int) -> Generator[int, None, None]:
     """A DataLoader of two workers, whose one epoch never ends: it too works ahead across epochs."""
     order = itertools.chain.from_iterable(planned(split, batch_size, epoch) for epoch in itertools.count())
     # Not forks, which may crash where their parent has had threads, as of an earlier contest's pipelines.
@@ -137,7 +137,9 @@ def plain_loader(dataset: Dataset[Item], split: Split, batch_size: int) -> Gener
         yield len(volume)
 
 
-def limit(split: Split, batch_size: int, threads: int, *, direct: bool = False) -> Generator[int, None, None]:
+def limit(
+    split: SampleDataset, batch_size: int, threads: int, *, direct: bool = False
+) -> Generator[int, None, None]:
     """The least that `split`'s bytes cost here: `threads` read each sample's, and copy a ready volume of it.
 
     Reading is from the page cache, or with `direct` past it, into memory that is used again; copying
@@ -186,7 +188,7 @@ def _read(path: Path, offset: int, length: int, into: mmap.mmap, *, direct: bool
         os.close(descriptor)
 
 
-def bytes_read(split: Split) -> npt.NDArray[np.int64]:
+def bytes_read(split: SampleDataset) -> npt.NDArray[np.int64]:
     """Bytes of each sample's files, or of its member in a shard."""
     if split.extents:
         return split.extents.lengths

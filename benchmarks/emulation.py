@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.candidates import ours
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.loading.config import LoaderConfig
 
 SECONDS = {"h100": 0.0035, "a100": 0.00551}
@@ -50,7 +50,7 @@ class Utilisation:
 
 
 def emulate(
-    split: Split, config: LoaderConfig, seconds: float, *, device: str, accelerators: int, steps: int
+    split: SampleDataset, config: LoaderConfig, seconds: float, *, device: str, accelerators: int, steps: int
 ) -> Utilisation:
     """Run `steps` steps on each of `accelerators` that take `seconds` a batch, each a process of its own.
 
@@ -102,7 +102,7 @@ def _wait_for(processes: Sequence[SpawnProcess]) -> None:
 
 
 def _accelerator(
-    split: Split,
+    split: SampleDataset,
     config: LoaderConfig,
     seconds: float,
     device: str,

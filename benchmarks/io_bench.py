@@ -34,7 +34,7 @@ from benchmarks.candidates import PlainGzip, PlainNpy, bytes_read, dali_numpy, l
 from benchmarks.emulation import PASSING, SECONDS, Utilisation, emulate
 from benchmarks.picture import draw
 from benchmarks.samples import make_splits
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.footprint import device_bytes, host_bytes
@@ -100,7 +100,7 @@ class Result:
 
 
 def run(
-    splits: dict[str, Split], forms: Sequence[str], setting: Setting, steps: int, rounds: int
+    splits: dict[str, SampleDataset], forms: Sequence[str], setting: Setting, steps: int, rounds: int
 ) -> dict[str, Result]:
     """One contest of `forms` at `setting`: `rounds` rounds, `steps` batches a turn."""
     batch_size, threads, direct = setting.batch_size, setting.threads, setting.config.direct_io
@@ -115,15 +115,15 @@ def run(
             next(batches)
         of = {NPY_PLAIN: "npy", GZIP_PLAIN: PUBLISHED, FLOOR: "npy"}
         contestants, held = {}, {}
-        for form, device in itertools.product(forms, _devices()):
-            name = _on(form, device)
-            contestants[name] = stack.enter_context(ours(splits[form], setting.config, device))
-            of[name] = form
+        for format_name, device in itertools.product(forms, _devices()):
+            name = _on(format_name, device)
+            contestants[name] = stack.enter_context(ours(splits[format_name], setting.config, device))
+            of[name] = format_name
             on_host = device == "cpu"
-            held[name] = (host_bytes if on_host else device_bytes)(splits[form], setting.config)
-        for form in dict.fromkeys(of.values()):
-            contestants[_limit(form)] = limit(splits[form], batch_size, threads, direct=direct)
-            of[_limit(form)] = form
+            held[name] = (host_bytes if on_host else device_bytes)(splits[format_name], setting.config)
+        for format_name in dict.fromkeys(of.values()):
+            contestants[_limit(format_name)] = limit(splits[format_name], batch_size, threads, direct=direct)
+            of[_limit(format_name)] = format_name
         contestants[FLOOR] = dali_numpy(splits["npy"], batch_size, threads, direct=direct)
         for name in (FLOOR, *map(_limit, set(of.values()))):
             stack.enter_context(contextlib.closing(contestants[name]))  # type: ignore[type-var]
@@ -132,8 +132,8 @@ def run(
     results = {}
     for name, each in readings.items():
         split = splits[of[name]]
-        first = NPY_PLAIN if split.form == "npy" else GZIP_PLAIN
-        least = _limit(split.form)
+        first = NPY_PLAIN if split.format_name == "npy" else GZIP_PLAIN
+        least = _limit(split.format_name)
         results[name] = Result(
             figures=harness.summarise(each, split.spec.bytes),
             bytes_read=float(bytes_read(split).mean()),
@@ -148,13 +148,13 @@ def run(
     return results
 
 
-def _limit(form: str) -> str:
-    return f"limit of {form}"
+def _limit(format_name: str) -> str:
+    return f"limit of {format_name}"
 
 
-def _on(form: str, device: str) -> str:
-    """What a row of `form` is called."""
-    return form if device == "cpu" else f"{form}, GPU"
+def _on(format_name: str, device: str) -> str:
+    """What a row of `format_name` is called."""
+    return format_name if device == "cpu" else f"{format_name}, GPU"
 
 
 def _devices() -> list[str]:
@@ -180,24 +180,24 @@ def show(setting: Setting, results: dict[str, Result]) -> None:
     print(f"floor: {FLOOR}; plain: {NPY_PLAIN} for npy, {GZIP_PLAIN} for the others; medians (p10-p90)")
     if setting.config.direct_io:
         print("the plain ways read from the page cache all the same, as one would write them first")
-    for form, bars in BARS.items():
-        if form not in results:
+    for format_name, bars in BARS.items():
+        if format_name not in results:
             continue
         for quantity, bar in bars.items():
-            result = results[form]
+            result = results[format_name]
             value = result.figures.cpu_ms if quantity == "cpu_ms" else getattr(result, quantity)
             most = "least" if quantity.startswith("speed") else "most"
-            print(f"{form}, {quantity}: {value.median:.2f}; claimed of 128^3: at {most} {bar:g}")
+            print(f"{format_name}, {quantity}: {value.median:.2f}; claimed of 128^3: at {most} {bar:g}")
 
 
 def show_utilisation(found: dict[str, Utilisation], seconds: float) -> None:
     """Print how busy the emulated accelerators were kept."""
-    for form, one in found.items():
+    for format_name, one in found.items():
         verdict = "passes" if min(one.each) >= PASSING else "does not pass"
         each = f" ({min(one.each):.1%} to {max(one.each):.1%})" if one.accelerators > 1 else ""
         print(
-            f"{form:14} {one.accelerators} x {1e3 * seconds:g} ms a step: utilisation {one.mean:.1%}{each}, "
-            f"{verdict} at {PASSING:.0%}; {one.samples_per_s:.0f} samples/s, {one.cpu_ms:.1f} ms CPU a sample"
+            f"{format_name:14} {one.accelerators} x {1e3 * seconds:g} ms a step: utilisation {one.mean:.1%}{each}"
+            f", {verdict} at {PASSING:.0%}; {one.samples_per_s:.0f} samples/s, {one.cpu_ms:.1f} ms CPU a sample"
         )
 
 
@@ -283,14 +283,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
 
 
 def _emulate(
-    splits: dict[str, Split], settings: Sequence[Setting], options: argparse.Namespace
+    splits: dict[str, SampleDataset], settings: Sequence[Setting], options: argparse.Namespace
 ) -> dict[str, dict[str, Utilisation]]:
     found: dict[str, dict[str, Utilisation]] = {}
     for setting in settings:
         seconds, steps = options.emulate * setting.batch_size, 4 * options.steps * options.rounds
         print(setting)
         found[str(setting)] = {
-            _on(form, device): emulate(
+            _on(format_name, device): emulate(
                 split,
                 setting.config,
                 seconds,
@@ -298,7 +298,7 @@ def _emulate(
                 accelerators=options.accelerators,
                 steps=steps,
             )
-            for form, split in splits.items()
+            for format_name, split in splits.items()
             for device in _devices()
         }
         show_utilisation(found[str(setting)], seconds)

@@ -249,12 +249,12 @@ def _read(
     from pipelines.dataset.open import open_folder
     from pipelines.loading.config import LoaderConfig
     from pipelines.loading.loader import Loader
-    from pipelines.plan import Shard
+    from pipelines.plan import RankSlice
 
     loader = Loader(
         open_folder(folder),
         LoaderConfig(batch_size),
-        shard=Shard(),
+        shard=RankSlice(),
         seed=0,
         shuffle=True,
         ragged="drop",

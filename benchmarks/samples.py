@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_folder
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.format import MEMBER
@@ -38,21 +38,21 @@ def compressed(sample: Sample) -> bytes:
     return gzip.compress(frame(encode_example(sample)), _PUBLISHED_LEVEL, mtime=0)
 
 
-def make_splits(root: Path, forms: Sequence[str], samples: int, size: int) -> dict[str, Split]:
+def make_splits(root: Path, forms: Sequence[str], samples: int, size: int) -> dict[str, SampleDataset]:
     """`samples` simulated samples of `size`^3 in each of `forms`, in the page cache; made if missing."""
     splits = {}
-    for form in forms:
-        folder = root / f"{samples}x{size}" / form
+    for format_name in forms:
+        folder = root / f"{samples}x{size}" / format_name
         if not folder.exists():
             # Under another name until it is whole: who is interrupted leaves no set that looks like one.
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write(partial, form, [(_stem(index), simulated(index, size)) for index in range(samples)])
+            _write(partial, format_name, [(_stem(index), simulated(index, size)) for index in range(samples)])
             partial.rename(folder)
         for file in folder.iterdir():
             file.read_bytes()
-        splits[form] = open_folder(folder)
+        splits[format_name] = open_folder(folder)
     return splits
 
 
@@ -60,14 +60,14 @@ def _stem(index: int) -> str:
     return f"universe_{index:04d}"
 
 
-def _write(folder: Path, form: str, samples: Sequence[tuple[str, Sample]]) -> None:
-    if form == "packed":
+def _write(folder: Path, format_name: str, samples: Sequence[tuple[str, Sample]]) -> None:
+    if format_name == "packed":
         write_shard(
             folder / "shard_000000.tar", ((stem + MEMBER, encode(sample)) for stem, sample in samples)
         )
         return
-    write: Callable[[Path, str, Sample], object] = FORMATS[form].write
-    if form == "tfrecord_gzip":
+    write: Callable[[Path, str, Sample], object] = FORMATS[format_name].write
+    if format_name == "tfrecord_gzip":
 
         def write(folder: Path, stem: str, sample: Sample) -> object:
             return (folder / f"{stem}{SUFFIX}").write_bytes(compressed(sample))

@@ -20,7 +20,7 @@ from pipelines.distributed.session import World
 from pipelines.errors import DataError
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
-from pipelines.plan import Shard
+from pipelines.plan import RankSlice
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = world.device(arguments.device)
         settle_process(device, world.cores)
         with world.connected(device):
-            trained = world.everywhere(lambda: load_trained(arguments.weights))
-            split = world.on_root(lambda: open_split(arguments.data_dir, arguments.split))
+            trained = world.run_on_all_ranks(lambda: load_trained(arguments.weights))
+            split = world.run_on_root(lambda: open_split(arguments.data_dir, arguments.split))
             if split.spec.size != trained.size:
                 raise DataError(
                     split.root,
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             loader = Loader(
                 split,
                 replace(config, apply_log=trained.apply_log),
-                shard=Shard(world.rank, world.size),
+                shard=RankSlice(world.rank, world.size),
                 seed=0,
                 shuffle=False,
                 ragged="pad",
@@ -66,4 +66,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    World.detect().leave(main())
+    World.detect().exit_together(main())

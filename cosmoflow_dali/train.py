@@ -33,7 +33,7 @@ from cosmoflow_dali.training import run_dir as runs
 from cosmoflow_dali.training.checkpoint import Checkpoint
 from cosmoflow_dali.training.logs import Console, RunLogs
 from cosmoflow_dali.training.trainer import STOP_SIGNALS, Outcome, Trainer
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_split
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.session import World, available_cores
@@ -41,7 +41,7 @@ from pipelines.errors import UserError
 from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader
-from pipelines.plan import Shard
+from pipelines.plan import RankSlice
 from preprocess.simulate import SETTINGS, make_dataset
 from preprocess.staging.stager import describe, stage
 
@@ -54,8 +54,8 @@ class Setup:
     seed: int
     folder: Path
     checkpoint: Checkpoint | None
-    train: Split
-    validation: Split
+    train: SampleDataset
+    validation: SampleDataset
     seconds: dict[str, float]
 
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settle_process(device, world.cores, arguments.config.compute.precision)
         began_ms = arguments.staged_since or round(1e3 * time.time())
         with world.connected(device):
-            setup = world.on_root(lambda: _set_up(arguments, world, console))
+            setup = world.run_on_root(lambda: _set_up(arguments, world, console))
             lengths = setup.checkpoint.logs if setup.checkpoint else None
             with RunLogs(setup.folder if world.is_root else None, lengths) as logs:
                 if setup.checkpoint is None:
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if result is not None:
                 # The others wait for the report: a launcher may end a rank that is long in following them.
                 told = setup.folder, setup.config, result, setup.train, setup.validation, world, console
-                world.on_root(partial(finish, *told))
+                world.run_on_root(partial(finish, *told))
         if result is None:
             console.say(f"stopped by a signal; go on with --run-dir {setup.folder} --resume")
             return os.EX_TEMPFAIL
@@ -98,7 +98,7 @@ def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
     """Find or make the run's folder and its data, on rank 0."""
     config, checkpoint = arguments.config, None
     folder = arguments.run_dir or Path("runs") / f"{arguments.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with world.busy("looking for a run to go on with"):
+    with world.stall_guard("looking for a run to go on with"):
         resumes = arguments.resume and (folder / runs.CONFIG).exists()
         if resumes:
             config, checkpoint = runs.go_on(folder, config, world.size)
@@ -114,7 +114,7 @@ def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
         start = time.perf_counter()
         make_dataset(simulate, root, workers=available_cores(), shown=True)
         seconds["simulate"] = time.perf_counter() - start
-    with world.busy("opening the data set"):
+    with world.stall_guard("opening the data set"):
         train, validation = open_split(root, "train"), open_split(root, "validation")
     runs.check_data(config, checkpoint, world.size, train, validation)
     if resumes:
@@ -137,11 +137,11 @@ def _train(
     if isinstance(model, OpenCosmoFlow) and checkpoint is None:
         reader = Reader(setup.train, config.loader.on_bad_sample)
         apply_log = config.loader.apply_log
-        model.fit_input(*world.on_root(lambda: input_statistics(reader, apply_log=apply_log)))
+        model.fit_input(*world.run_on_root(lambda: input_statistics(reader, apply_log=apply_log)))
     runs.check_shares(checkpoint, setup.train)
     # Ranks that have the same samples share them out; those of other nodes have others.
     readers = world.size // setup.train.shares
-    shard = Shard(world.rank % readers, readers)
+    shard = RankSlice(world.rank % readers, readers)
     train = Loader(
         setup.train,
         config.loader,
@@ -237,4 +237,4 @@ def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
 if __name__ == "__main__":
     for each in STOP_SIGNALS:
         signal.signal(each, _leave_at_once)
-    World.detect().leave(main())
+    World.detect().exit_together(main())

@@ -40,7 +40,7 @@ _BLOCK = 4096
 _scratch = threading.local()
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A file inside a file: its name, and where its bytes start and how many they are."""
 
     name: str
@@ -54,7 +54,7 @@ class Written(NamedTuple):
     path: Path
     bytes: int
     crc32c: int
-    members: tuple[Member, ...] = ()
+    members: tuple[TarMember, ...] = ()
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -269,7 +269,7 @@ def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes
         os.close(descriptor)
 
 
-def allow_open(count: int) -> int:
+def raise_open_file_limit(count: int) -> int:
     """Have the system let this process have `count` open, or as many as it does let it; how many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= count:

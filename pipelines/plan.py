@@ -22,7 +22,7 @@ Ragged: TypeAlias = Literal["drop", "pad"]
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class RankSlice:
     """One reader's part of every step: the `index`-th of `count` equal parts."""
 
     index: int = 0

@@ -43,8 +43,10 @@ def order_conversion(
         has no samples, none of the format `expected`, or is `target`.
     """
     split = open_folder(source)
-    if expected is not None and split.form != expected:
-        raise DataError(source, f"holds {split.form}", f"expected {expected}, as the command line says")
+    if expected is not None and split.format_name != expected:
+        raise DataError(
+            source, f"holds {split.format_name}", f"expected {expected}, as the command line says"
+        )
     if target.exists() and target.samefile(source):
         raise DataError(target, "is the source itself", "choose another folder")
     lines, sharded = lines_of(split), to == PackedFormat.name
@@ -55,7 +57,7 @@ def order_conversion(
     else:
         jobs = [Job([line], [stem]) for line, stem in zip(lines, stems, strict=True)]
     conversion = Conversion(
-        str(source), split.form, split.spec.size, split.spec.channels, str(target), to, sharded
+        str(source), split.format_name, split.spec.size, split.spec.channels, str(target), to, sharded
     )
     return Order(target, to, split.spec, jobs, stems, prune), conversion
 
@@ -137,4 +139,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    World.detect().leave(main())
+    World.detect().exit_together(main())

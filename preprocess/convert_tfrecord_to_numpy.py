@@ -17,4 +17,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    World.detect().leave(main())
+    World.detect().exit_together(main())

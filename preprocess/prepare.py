@@ -64,7 +64,14 @@ def split_universes(names: Sequence[str], validation: float, seed: int) -> tuple
 
 
 def order_preparation(
-    source: Path, target: Path, *, size: int, form: str, validation: float, seed: int, prune: bool = False
+    source: Path,
+    target: Path,
+    *,
+    size: int,
+    format_name: str,
+    validation: float,
+    seed: int,
+    prune: bool = False,
 ) -> list[tuple[Order, Task]]:
     """The orders to have the universes below `source` as samples in `target`/train and /validation."""
     universes = find_universes(source)
@@ -80,8 +87,8 @@ def order_preparation(
         ("train", "validation"), split_universes(list(universes), validation, seed), strict=True
     ):
         jobs = [Job(str(universes[name]), stems[name]) for name in names]
-        order = Order(target / split, form, SampleSpec(size, shape[3]), jobs, samples, prune)
-        orders.append((order, Preparation(list(shape), size, str(target / split), form)))
+        order = Order(target / split, format_name, SampleSpec(size, shape[3]), jobs, samples, prune)
+        orders.append((order, Preparation(list(shape), size, str(target / split), format_name)))
     return orders
 
 
@@ -107,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.input_dir,
             arguments.output_dir,
             size=arguments.sample_size,
-            form="tfrecord_gzip" if arguments.gzip else "tfrecord",
+            format_name="tfrecord_gzip" if arguments.gzip else "tfrecord",
             validation=arguments.validation,
             seed=arguments.seed,
             prune=arguments.prune,
@@ -117,4 +124,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    World.detect().leave(main())
+    World.detect().exit_together(main())

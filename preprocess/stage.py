@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.direct_io,
         )
         with world.connected():
-            splits = world.on_root(lambda: {name: open_folder(arguments.input_dir / name) for name in SPLITS})
+            splits = world.run_on_root(
+                lambda: {name: open_folder(arguments.input_dir / name) for name in SPLITS}
+            )
             for there, staged in stage(splits, config.folder, config, world, arguments.models):
                 if world.is_root:
                     print(describe(there, staged, world.nodes))
@@ -64,4 +66,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    World.detect().leave(main())
+    World.detect().exit_together(main())

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import SPLITS, list_folder, open_folder, parts_of
@@ -48,7 +48,7 @@ class Report:
     targets: all targets.
     """
 
-    split: Split
+    split: SampleDataset
     manifest: Manifest | None
     faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -66,10 +66,10 @@ def verify_folder(folder: Path, *, workers: int, shown: bool) -> Report:
     split, manifest = open_folder(folder), Manifest.load(folder)
     report = Report(split, manifest)
     noted = {entry.stem: entry.to_json() for entry in manifest.entries} if manifest else {}
-    stems = split.units
+    stems = split.entry_names
     _check_names(report, set(stems))
     _check_lists(report)
-    task = Check(str(folder), split.form, split.spec.size, split.spec.channels)
+    task = Check(str(folder), split.format_name, split.spec.size, split.spec.channels)
     jobs = ([stem, noted.get(stem)] for stem in stems)
     with (
         progress(len(stems), "checked", "file", shown=shown) as advance,
@@ -105,8 +105,8 @@ def _take(report: Report, stem: str, answer: dict[str, Any]) -> None:
 
 def _check_names(report: Report, stems: set[str]) -> None:
     """Files in the folder that belong to no sample, and what writers have left."""
-    folder, form = report.split.root, report.split.format
-    known = {stem + part for stem in stems for part in (*form.parts, *form.extras)}
+    folder, format_name = report.split.root, report.split.format
+    known = {stem + part for stem in stems for part in (*format_name.parts, *format_name.extras)}
     known |= {MANIFEST, DATA_LIST, LABEL_LIST}
     for name in list_folder(folder):
         if is_unfinished(name):
@@ -121,9 +121,9 @@ def _check_names(report: Report, stems: set[str]) -> None:
 def _check_lists(report: Report) -> None:
     """The list files, if there are any, against the samples in their order."""
     folder, split = report.split.root, report.split
-    stems = split.units
+    stems = split.entry_names
     present = set(list_folder(folder))
-    for name, expected in list_files(split.form, stems).items():
+    for name, expected in list_files(split.format_name, stems).items():
         if name not in present:
             if report.manifest:
                 report.faults["lists"].append(f"{folder / name}: is missing; convert again")
@@ -146,7 +146,7 @@ def _check_lists(report: Report) -> None:
 def _table(reports: Sequence[Report]) -> str:
     rows: list[tuple[str, ...]] = [
         ("", *(report.split.root.name for report in reports)),
-        ("format", *(report.split.form for report in reports)),
+        ("format", *(report.split.format_name for report in reports)),
         ("shape", *("x".join(map(str, report.split.spec.shape)) for report in reports)),
         ("samples", *(f"{len(report.split):,}" for report in reports)),
         ("bytes", *(f"{report.bytes:,}" for report in reports)),
@@ -182,8 +182,8 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
     for report in reports:
         if write and report.manifest is None and not any(report.faults.values()):
             split = report.split
-            entries = [report.entries[stem] for stem in split.units]
-            finish(split.root, split.form, split.spec, entries)
+            entries = [report.entries[stem] for stem in split.entry_names]
+            finish(split.root, split.format_name, split.spec, entries)
             print(f"wrote {split.root / MANIFEST}")
     return 1 if faults else 0
 

@@ -41,12 +41,14 @@ def tiny_sample(index: int, size: int = SIZE) -> Sample:
     return Sample(rng.poisson(field).astype(np.int16), target)
 
 
-def write_tiny(root: Path, *, train: int, validation: int, form: str = "npy", size: int = SIZE) -> Path:
-    """A data set of `train` and `validation` tiny samples in `form` at `root`."""
+def write_tiny(
+    root: Path, *, train: int, validation: int, format_name: str = "npy", size: int = SIZE
+) -> Path:
+    """A data set of `train` and `validation` tiny samples in `format_name` at `root`."""
     for split, first, count in (("train", 0, train), ("validation", 1000, validation)):
         (root / split).mkdir(parents=True)
         for index in range(first, first + count):
-            FORMATS[form].write(root / split, f"universe_{index:04d}_000", tiny_sample(index, size))
+            FORMATS[format_name].write(root / split, f"universe_{index:04d}_000", tiny_sample(index, size))
     return root
 
 

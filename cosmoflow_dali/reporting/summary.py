@@ -15,7 +15,7 @@ from cosmoflow_dali.training import run_dir as runs
 from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.logs import Console
 from cosmoflow_dali.training.trainer import Outcome
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.distributed.session import World
 from pipelines.loading.reader import Reader
 
@@ -48,8 +48,8 @@ def finish(
     folder: Path,
     config: TrainConfig,
     result: Result,
-    train: Split,
-    validation: Split,
+    train: SampleDataset,
+    validation: SampleDataset,
     world: World,
     console: Console,
 ) -> None:

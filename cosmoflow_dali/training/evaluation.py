@@ -79,8 +79,8 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
     model.eval()
     table: torch.Tensor | None = None
     with torch.no_grad():
-        loaded = world.timely(loader.batches(epoch), "waiting for a validation sample")
-        for batch in world.alone(loaded):
+        loaded = world.with_stall_guard(loader.batches(epoch), "waiting for a validation sample")
+        for batch in world.tag_rank_errors(loaded):
             if table is None:
                 # Whether a sample was seen, what the network made of it, and its target.
                 shape = loader.split.total, 3, len(PARAMETERS)
@@ -100,7 +100,7 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
     bad = index[~np.isfinite(predictions[index]).all(axis=1)]
     if bad.size:
         own = np.arange(len(loader.split))
-        world.everywhere(lambda: loader.explain(own[np.isin(loader.split.places(own), bad)]))
+        world.run_on_all_ranks(lambda: loader.explain(own[np.isin(loader.split.places(own), bad)]))
         raise UserError(
             f"the network's answer for {bad.size} of {loader.split.total} sound samples is not a number: "
             "its training has diverged; lower the learning rate"

@@ -23,7 +23,7 @@ from cosmoflow_dali.compute.schedule import StepDecayConfig
 from cosmoflow_dali.config import TrainConfig, flatten, read_yaml, resolve, to_tree
 from cosmoflow_dali.training.checkpoint import Checkpoint
 from cosmoflow_dali.training.evaluation import Evaluation
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import ConfigError, DataError
 from pipelines.io import TEMPORARY, write_chunks
 from pipelines.plan import plan_epoch
@@ -103,7 +103,11 @@ def go_on(folder: Path, config: TrainConfig, ranks: int) -> tuple[TrainConfig, C
 
 
 def check_data(
-    config: TrainConfig, checkpoint: Checkpoint | None, ranks: int, train: Split, validation: Split
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    ranks: int,
+    train: SampleDataset,
+    validation: SampleDataset,
 ) -> None:
     """UserError unless the splits fit the network, the ranks, and the run that `checkpoint` is of."""
     batch, wanted = config.loader.batch_size, config.global_batch
@@ -137,11 +141,11 @@ def check_data(
         )
 
 
-def check_shares(checkpoint: Checkpoint | None, train: Split) -> None:
+def check_shares(checkpoint: Checkpoint | None, train: SampleDataset) -> None:
     """ConfigError unless the nodes have `train` in the shares that they had in the run of `checkpoint`."""
-    if checkpoint is not None and checkpoint.division != train.division:
+    if checkpoint is not None and checkpoint.division != train.partition_signature:
         said = f"the run was trained on {checkpoint.division}, which decides its order; stage as then"
-        raise ConfigError("data.stage", train.division, said)
+        raise ConfigError("data.stage", train.partition_signature, said)
 
 
 def write_predictions(folder: Path, evaluation: Evaluation) -> None:

@@ -148,8 +148,8 @@ class Trainer:
         self.clock.reset()
         try:
             loaded = self._train.batches(epoch, first, self._gradients.inputs)
-            timely = self._world.timely(loaded, "waiting for a training sample")
-            batches = self.clock.waiting(self._world.alone(timely))
+            timely = self._world.with_stall_guard(loaded, "waiting for a training sample")
+            batches = self.clock.waiting(self._world.tag_rank_errors(timely))
             for step, batch in enumerate(batches, first):
                 self._step(epoch, step, batch)
                 self.position = Position(epoch, (step + 1) * self._global_batch)
@@ -209,7 +209,7 @@ class Trainer:
             "data_wait_ms": 1e3 * waited / len(means),
             "step_ms": 1e3 * seconds / len(means),
         }
-        with self._world.busy("writing metrics.jsonl"):
+        with self._world.stall_guard("writing metrics.jsonl"):
             self._logs.metric(record)
         self._console.advance(
             len(means),
@@ -232,7 +232,7 @@ class Trainer:
         if not bad:
             return
         index = self._window[bad[0]][1]
-        self._world.everywhere(lambda: self._train.explain(index))
+        self._world.run_on_all_ranks(lambda: self._train.explain(index))
         step = self.steps - len(means) + bad[0] + 1
         raise UserError(
             f"the loss is {means[bad[0]]} at step {step} (epoch {self.position.epoch + 1}), and the samples "
@@ -295,7 +295,7 @@ class Trainer:
             seed=self._seed,
             global_batch=self._global_batch,
             train_samples=self._train.split.total,
-            division=self._train.split.division,
+            division=self._train.split.partition_signature,
             position=self.position,
             model=self._model.state_dict(),
             optimizer=self._optimizer.state_dict(),
@@ -305,7 +305,7 @@ class Trainer:
             skipped=self._skipped,
             logs=self._logs.lengths(),
         )
-        with self._world.busy("writing a checkpoint"):
+        with self._world.stall_guard("writing a checkpoint"):
             state.save(self._folder / "checkpoints")
 
     def _restore(self, checkpoint: Checkpoint) -> None:

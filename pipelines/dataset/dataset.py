@@ -16,7 +16,7 @@ from pipelines.formats.base import CountsPayload, Format, Payload
 from pipelines.formats.packed.format import MEMBER, PackedFormat, member_stem, payload_of
 from pipelines.formats.packed.tar_shard import forget, read_member
 from pipelines.formats.registry import FORMATS
-from pipelines.io import Member, read_file
+from pipelines.io import TarMember, read_file
 from pipelines.plan import Indices
 from pipelines.sample import Sample, SampleSpec
 
@@ -27,7 +27,7 @@ _CHANGED = (
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Share:
+class Partition:
     """One of `count` shares of a split of `total` samples, as equal as can be.
 
     places: the positions in the whole of this one's samples, int64.
@@ -49,7 +49,7 @@ class Extents:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Split:
+class SampleDataset:
     """The samples of one folder, in the order of its manifest, its list file or their names.
 
     root: the folder.
@@ -64,11 +64,11 @@ class Split:
     """
 
     root: Path
-    form: str
+    format_name: str
     names: tuple[str, ...]
     spec: SampleSpec
     extents: Extents | None = None
-    share: Share | None = None
+    share: Partition | None = None
     sums: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class Split:
     @property
     def format(self) -> Format:
         """The format itself."""
-        return FORMATS[self.form]
+        return FORMATS[self.format_name]
 
     @property
     def total(self) -> int:
@@ -90,7 +90,7 @@ class Split:
         return self.share.count if self.share else 1
 
     @property
-    def division(self) -> str:
+    def partition_signature(self) -> str:
         """How the whole has been divided, in words that are equal for equal shares."""
         drawn = f" drawn with seed {self.share.seed}" if self.share and self.share.seed is not None else ""
         return f"{self.shares} shares{drawn}" if self.shares > 1 else "one share"
@@ -109,7 +109,7 @@ class Split:
         return member_stem(name) if self.extents else name.removesuffix(self.format.suffix)
 
     @property
-    def units(self) -> list[str]:
+    def entry_names(self) -> list[str]:
         """The stems of its samples' files, or of its shards, in order."""
         if not self.extents:
             return [self.stem(index) for index in range(len(self))]
@@ -124,14 +124,14 @@ class Split:
         return tuple(self.root / (stem + part) for part in self.format.parts)
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def file_keys(self) -> tuple[str, ...]:
         """What `contents` has of each sample."""
         return (MEMBER,) if self.extents else self.format.parts
 
-    def contents(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
+    def read_files(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
         """The bytes of sample `index` as `Format.parse` takes them; `direct` reads past the page cache."""
         if not self.extents:
-            files = zip(self.kinds, self.files(index), strict=True)
+            files = zip(self.file_keys, self.files(index), strict=True)
             return {kind: read_file(path, direct=direct) for kind, path in files}
         extent = int(self.extents.offsets[index]), int(self.extents.lengths[index])
         return {MEMBER: read_member(*self._place(index), *extent, direct=direct)}
@@ -141,12 +141,12 @@ class Split:
         shard, _, member = self.names[index].partition("/")
         return self.root / shard, member
 
-    def vouched(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
+    def read_verified(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
         """`contents`, compared with what the manifest says, if there is one; DataError names any fault.
 
         For whoever makes other files of them: a format without checksums would have damage pass for sound.
         """
-        contents = self.contents(index, direct=direct)
+        contents = self.read_files(index, direct=direct)
         if self.sums is not None:
             told = self.sums[index].tolist()
             for path, content, (length, crc) in zip(self.files(index), contents.values(), told, strict=True):
@@ -159,20 +159,20 @@ class Split:
 
     def read(self, index: int) -> Sample:
         """Sample `index`, read and checked on the host; DataError names any fault."""
-        return self.format.parse(self.path(index), self.contents(index), self.spec)
+        return self.format.parse(self.path(index), self.read_files(index), self.spec)
 
     def payload(self, index: int, *, whole: bool = False, direct: bool = False) -> Payload:
         """Sample `index` for the pipeline; see `Format.payload`, and `contents` for `direct`."""
         path = self.path(index)
         if self.extents:
-            content = self.contents(index, direct=direct)[MEMBER]
+            content = self.read_files(index, direct=direct)[MEMBER]
             return payload_of(path, content, self.spec, whole=whole)
         if direct:
-            sample = self.format.parse(path, self.contents(index, direct=True), self.spec)
+            sample = self.format.parse(path, self.read_files(index, direct=True), self.spec)
             return CountsPayload(sample.counts, sample.target)
         return self.format.payload(path, self.spec, whole=whole)
 
-    def take(self, index: Indices, share: Share | None = None) -> Split:
+    def take(self, index: Indices, share: Partition | None = None) -> SampleDataset:
         """The samples `index` alone; `share` says if they are one."""
         names = tuple(self.names[i] for i in index.tolist())
         extents = self.extents and Extents(self.extents.offsets[index], self.extents.lengths[index])
@@ -180,7 +180,9 @@ class Split:
         return replace(self, names=names, extents=extents, share=share, sums=sums)
 
 
-def of_shards(folder: Path, shards: Iterable[tuple[str, Sequence[Member]]], spec: SampleSpec) -> Split:
+def of_shards(
+    folder: Path, shards: Iterable[tuple[str, Sequence[TarMember]]], spec: SampleSpec
+) -> SampleDataset:
     """The samples of `spec` in the `shards` of `folder`, each with its members.
 
     DataError where two have the same name.
@@ -195,4 +197,4 @@ def of_shards(folder: Path, shards: Iterable[tuple[str, Sequence[Member]]], spec
         first[stem] = name
     places = np.array([member[1:] for _, member in found], np.int64).reshape(-1, 2)
     extents = Extents(places[:, 0], places[:, 1])
-    return Split(folder, PackedFormat.name, tuple(name for name, _ in found), spec, extents)
+    return SampleDataset(folder, PackedFormat.name, tuple(name for name, _ in found), spec, extents)

@@ -26,20 +26,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.errors import AccessError, DataError
-from pipelines.io import Member, Written, read_file, write_chunks
+from pipelines.io import TarMember, Written, read_file, write_chunks
 from pipelines.sample import SampleSpec
 
 MANIFEST = "manifest.jsonl"
 _VERSION, _READABLE = 2, (1, 2)
 
 
-class Part(NamedTuple):
+class FileRecord(NamedTuple):
     """A file of an entry: the end of its name, its length, the CRC-32C of its content, its members if any."""
 
     suffix: str
     bytes: int
     crc32c: int
-    members: tuple[Member, ...] = ()
+    members: tuple[TarMember, ...] = ()
 
     def to_json(self) -> list[Any]:
         """As a line of the manifest has it."""
@@ -47,15 +47,15 @@ class Part(NamedTuple):
         return [*line, [list(member) for member in self.members]] if self.members else line
 
     @staticmethod
-    def from_json(line: Any) -> Part:
+    def from_json(line: Any) -> FileRecord:
         """The inverse; ValueError or TypeError for anything else."""
         suffix, length, crc, *more = line
         (found,) = more or [()]
-        members = tuple(Member(str(name), _count(offset), _count(size)) for name, offset, size in found)
-        return Part(str(suffix), _count(length), _count(int(crc, 16)), members)
+        members = tuple(TarMember(str(name), _count(offset), _count(size)) for name, offset, size in found)
+        return FileRecord(str(suffix), _count(length), _count(int(crc, 16)), members)
 
 
-class Source(NamedTuple):
+class SourceFingerprint(NamedTuple):
     """What tells whether the files that an entry was made from have changed since.
 
     bytes: of all files. digest: of all that was asked of them, in hexadecimal.
@@ -67,7 +67,7 @@ class Source(NamedTuple):
     @staticmethod
     def of(
         names: Iterable[str], paths: Iterable[Path], stat: Callable[[Path], os.stat_result] = os.stat
-    ) -> Source:
+    ) -> SourceFingerprint:
         """Of what is known as `names`, in this order, in the files `paths`, of each of which `stat` is asked.
 
         AccessError where one is not there.
@@ -78,7 +78,7 @@ class Source(NamedTuple):
             raise AccessError.reading(error.filename, error) from error
         told = [list(names), [(name, file.st_size, file.st_mtime_ns) for name, file in found]]
         digest = hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
-        return Source(sum(file.st_size for _, file in found), digest)
+        return SourceFingerprint(sum(file.st_size for _, file in found), digest)
 
 
 class Entry(NamedTuple):
@@ -88,13 +88,13 @@ class Entry(NamedTuple):
     """
 
     stem: str
-    parts: tuple[Part, ...]
-    source: Source | None = None
+    parts: tuple[FileRecord, ...]
+    source: SourceFingerprint | None = None
 
     @staticmethod
-    def of(stem: str, written: Sequence[Written], source: Source | None = None) -> Entry:
+    def of(stem: str, written: Sequence[Written], source: SourceFingerprint | None = None) -> Entry:
         """The entry `stem` of the files `written`."""
-        parts = (Part(file.path.name.removeprefix(stem), *file[1:]) for file in written)
+        parts = (FileRecord(file.path.name.removeprefix(stem), *file[1:]) for file in written)
         return Entry(stem, tuple(parts), source)
 
     @property
@@ -116,15 +116,15 @@ class Entry(NamedTuple):
     def from_json(line: Any) -> Entry:
         """The inverse; ValueError, TypeError or OverflowError for anything else."""
         stem, parts, source = line
-        read = tuple(map(Part.from_json, parts))
+        read = tuple(map(FileRecord.from_json, parts))
         if not isinstance(stem, str) or "/" in stem or any("/" in part.suffix for part in read):
             raise ValueError("a name that is none")
         if source is not None:
             length, digest = source
-            source = Source(int(length), str(digest))
+            source = SourceFingerprint(int(length), str(digest))
         return Entry(stem, read, source)
 
-    def files(self, folder: Path) -> Iterator[tuple[Path, Part]]:
+    def files(self, folder: Path) -> Iterator[tuple[Path, FileRecord]]:
         """Each file's path, if it is in `folder`, with what stands here of it."""
         return ((folder / (self.stem + part.suffix), part) for part in self.parts)
 
@@ -148,7 +148,7 @@ class Manifest:
     entries: one a sample, or one a shard, in order.
     """
 
-    form: str
+    format_name: str
     spec: SampleSpec
     entries: tuple[Entry, ...]
 
@@ -156,7 +156,7 @@ class Manifest:
         """Write this into `folder`, whole or not at all."""
         header = {
             "manifest": _VERSION,
-            "format": self.form,
+            "format": self.format_name,
             "size": self.spec.size,
             "channels": self.spec.channels,
             "samples": sum(entry.samples for entry in self.entries),

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipelines.dataset.dataset import Split, of_shards
+from pipelines.dataset.dataset import SampleDataset, of_shards
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.errors import AccessError, DataError
@@ -24,7 +24,7 @@ from pipelines.sample import Sample, SampleSpec
 SPLITS = ("train", "validation")
 """The folders of a data set."""
 
-_SUFFIXES = tuple(dict.fromkeys(form.suffix for form in FORMATS.values()))
+_SUFFIXES = tuple(dict.fromkeys(format_name.suffix for format_name in FORMATS.values()))
 _EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
 
 _Item = TypeVar("_Item")
@@ -47,12 +47,12 @@ def parts_of(root: Path) -> list[str]:
     return parts or ["."]
 
 
-def open_split(root: Path, split: str) -> Split:
+def open_split(root: Path, split: str) -> SampleDataset:
     """The samples in `root`/`split` ("train" or "validation"); see `open_folder`."""
     return open_folder(root / split)
 
 
-def open_folder(folder: Path) -> Split:
+def open_folder(folder: Path) -> SampleDataset:
     """The samples in `folder`: those of its manifest if it has one, else those that a look finds.
 
     Looking means listing the folder, in the order of `files_data.lst` if that is there, and reading
@@ -77,11 +77,11 @@ def open_folder(folder: Path) -> Split:
     for name in ordered:
         if not name.isprintable():
             raise DataError(folder, f"holds {name!a}", "give it a name that lists can hold, in UTF-8")
-    form = first_sound(ordered, lambda name: _form_of(folder / name, suffix))
-    if form == PackedFormat.name:
+    format_name = first_sound(ordered, lambda name: _form_of(folder / name, suffix))
+    if format_name == PackedFormat.name:
         split = of_shards(folder, ((name, sample_members(folder / name)) for name in ordered), SampleSpec(1))
     else:
-        split = Split(folder, form, ordered, SampleSpec(1))
+        split = SampleDataset(folder, format_name, ordered, SampleSpec(1))
     return replace(split, spec=_shape_of_first(split))
 
 
@@ -129,39 +129,39 @@ def tfrecord_form(path: Path) -> str:
 
 def _form_of(path: Path, suffix: str) -> str:
     """The format of the file at `path`, whose name ends with `suffix`."""
-    forms = [form.name for form in FORMATS.values() if form.suffix == suffix]
+    forms = [format_name.name for format_name in FORMATS.values() if format_name.suffix == suffix]
     return forms[0] if len(forms) == 1 else tfrecord_form(path)
 
 
-def _of_manifest(folder: Path, manifest: Manifest) -> Split:
-    if manifest.form not in FORMATS:
+def _of_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
+    if manifest.format_name not in FORMATS:
         raise DataError(
             folder / MANIFEST,
-            f"names the format {manifest.form!r}",
+            f"names the format {manifest.format_name!r}",
             f"this program knows {', '.join(sorted(FORMATS))}",
         )
     if not manifest.entries:
         raise DataError(folder, "holds no samples", "its manifest is empty")
-    if manifest.form == PackedFormat.name:
+    if manifest.format_name == PackedFormat.name:
         shards = (
             (entry.stem + part.suffix, part.members) for entry in manifest.entries for part in entry.parts
         )
         return of_shards(folder, shards, manifest.spec)
-    form = FORMATS[manifest.form]
-    names = tuple(entry.stem + form.suffix for entry in manifest.entries)
-    sums = np.full((len(names), len(form.parts), 2), -1, np.int64)
+    format_name = FORMATS[manifest.format_name]
+    names = tuple(entry.stem + format_name.suffix for entry in manifest.entries)
+    sums = np.full((len(names), len(format_name.parts), 2), -1, np.int64)
     for row, entry in zip(sums, manifest.entries, strict=True):
         for part in entry.parts:
-            if part.suffix in form.parts:
-                row[form.parts.index(part.suffix)] = part.bytes, part.crc32c
-    return Split(folder, manifest.form, names, manifest.spec, sums=sums)
+            if part.suffix in format_name.parts:
+                row[format_name.parts.index(part.suffix)] = part.bytes, part.crc32c
+    return SampleDataset(folder, manifest.format_name, names, manifest.spec, sums=sums)
 
 
-def _shape_of_first(split: Split) -> SampleSpec:
+def _shape_of_first(split: SampleDataset) -> SampleSpec:
     """The shape of the first sound sample; that others are not is for whoever reads them to say."""
 
     def shape(index: int) -> SampleSpec:
-        size, _, _, channels = split.format.parse(split.path(index), split.contents(index)).counts.shape
+        size, _, _, channels = split.format.parse(split.path(index), split.read_files(index)).counts.shape
         return SampleSpec(size, channels)
 
     return first_sound(range(len(split)), shape)

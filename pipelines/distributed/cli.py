@@ -48,30 +48,30 @@ def report_errors(world: World, stopped: str = "stopped") -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr, flush=True)
         world.part(str(error), known=known)
         if not known:
-            world.leave_first()
-        world.leave(1)
+            world.exit_now()
+        world.exit_together(1)
     except KeyboardInterrupt:
         if world.is_root:
             print(stopped, file=sys.stderr, flush=True)
         world.part(stopped, known=False)
-        world.leave_first(128 + signal.SIGINT)
+        world.exit_now(128 + signal.SIGINT)
     except OSError as error:
         # A file system that has gone, a right that was taken away: it says which file.
         print(f"error: {RankError(world, UserError(str(error)))}", file=sys.stderr, flush=True)
         world.part(str(error), known=False)
-        world.leave_first()
+        world.exit_now()
     except Exception as error:
         if world.size == 1:
             raise
         if _lost_contact(error):
             # Another rank has gone, and the watch finds out which.
-            world.await_word()
+            world.wait_for_failure_report()
             print(f"error: rank {world.rank} of {world.size}: another rank has gone", file=sys.stderr)
         else:
             traceback.print_exc()
             print(f"error: rank {world.rank} of {world.size}: {error}", file=sys.stderr)
             world.part(str(error), known=False)
-        world.leave_first()
+        world.exit_now()
 
 
 def _lost_contact(error: BaseException) -> bool:

@@ -216,7 +216,7 @@ class World:
         dist.destroy_process_group()
         _watch.end()
 
-    def leave(self, status: int) -> NoReturn:
+    def exit_together(self, status: int) -> NoReturn:
         """End this process with `status`, which all ranks end with; rank 0 has told the reason of a fault."""
         if _watch is None:
             if status != 0 and not self.is_root:
@@ -228,7 +228,7 @@ class World:
             _watch.outlast_root()
         self._exit(status)
 
-    def leave_first(self, status: int = 1) -> NoReturn:
+    def exit_now(self, status: int = 1) -> NoReturn:
         """End this process with `status`, for a reason that this rank has told."""
         self._exit(status)
 
@@ -237,7 +237,7 @@ class World:
         if _watch is not None:
             _watch.part(reason, known=known)
 
-    def await_word(self) -> None:
+    def wait_for_failure_report(self) -> None:
         """Where another rank has gone: give the watch the time to find out which, and say so."""
         if _watch is not None:
             _watch.await_word()
@@ -251,7 +251,7 @@ class World:
         sys.stderr.flush()
         os._exit(status)
 
-    def on_root(self, make: Callable[[], T]) -> T:
+    def run_on_root(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; a UserError there is raised on every rank."""
         if self.size == 1:
             return make()
@@ -269,7 +269,7 @@ class World:
             raise result
         return result  # type: ignore[return-value]
 
-    def everywhere(self, make: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, make: Callable[[], T]) -> T:
         """`make()` on every rank; if it raises a UserError on any, every rank raises the first of them."""
         if self.size == 1:
             return make()
@@ -291,7 +291,7 @@ class World:
     def scatter(self, make: Callable[[], list[T]]) -> T:
         """What `make` returns on rank 0 for this rank, by rank; a UserError there is raised on every rank."""
         shares: list[T] = []
-        self.on_root(lambda: shares.extend(make()))
+        self.run_on_root(lambda: shares.extend(make()))
         if self.size == 1:
             return shares[0]
         import torch.distributed as dist
@@ -310,24 +310,24 @@ class World:
         dist.gather_object(value, values if self.is_root else None, dst=0)
         return values
 
-    def alone(self, items: Iterable[T]) -> Iterator[T]:
+    def tag_rank_errors(self, items: Iterable[T]) -> Iterator[T]:
         """`items`; a UserError among them is one that only this rank knows of, and is raised as such."""
         try:
             yield from items
         except UserError as error:
             raise RankError(self, error) from error
 
-    def timely(self, items: Iterable[T], what: str) -> Iterator[T]:
+    def with_stall_guard(self, items: Iterable[T], what: str) -> Iterator[T]:
         """`items`, each of which ought to come soon; a rank that is stuck at one is told of as `what`."""
         iterator = iter(items)
         while True:
-            with self.busy(what):
+            with self.stall_guard(what):
                 item = next(iterator, None)
             if item is None:
                 return
             yield item
 
-    def busy(self, what: str) -> AbstractContextManager[None]:
+    def stall_guard(self, what: str) -> AbstractContextManager[None]:
         """While the body runs this rank is about `what`, which the watch tells of if it takes too long."""
         return _watch.busy(what) if _watch is not None else nullcontext()
 

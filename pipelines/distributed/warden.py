@@ -42,9 +42,9 @@ class Warden(watch.Watch):
         super().__init__(0, size)
         self._meeting = meeting
         # A GPU check without a set-up has no crc32c, and reads no files.
-        from pipelines.io import allow_open
+        from pipelines.io import raise_open_file_limit
 
-        allow_open(size + 256)
+        raise_open_file_limit(size + 256)
         self._door: socket.socket | None = listen(meeting, size)
         self._listening = selectors.DefaultSelector()
         self._listening.register(self._door, selectors.EVENT_READ)

@@ -6,12 +6,11 @@ from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.tfrecord import TFRecord
 
 FORMATS: dict[str, Format] = {
-    form.name: form
-    for form in (
+    format_name.name: format_name
+    for format_name in (
         TFRecord("tfrecord_gzip", compressed=True),
         TFRecord("tfrecord", compressed=False),
         Npy(),
         PackedFormat(),
     )
 }
-

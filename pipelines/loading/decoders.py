@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import ConfigError
 from pipelines.formats.base import CountsPayload, Payload
 from pipelines.formats.npy import Npy
@@ -37,7 +37,7 @@ from pipelines.loading.transforms import table_of
 from pipelines.plan import Indices
 from pipelines.sample import SampleSpec
 
-Source = Callable[[], Sequence[Payload]]
+NextPayloads = Callable[[], Sequence[Payload]]
 """Hands out the next batch of payloads."""
 
 Rows = Callable[[int, int], Iterator[Indices]]
@@ -115,7 +115,7 @@ class _DaliDecoder:
 class CountsDecoder(_DaliDecoder):
     """Counts through DALI's graph, on the CPU or on a GPU."""
 
-    def __init__(self, source: Source, config: LoaderConfig, device: torch.device) -> None:
+    def __init__(self, source: NextPayloads, config: LoaderConfig, device: torch.device) -> None:
         super().__init__(config, device)
 
         def counts() -> list[npt.NDArray[np.int16]]:
@@ -148,7 +148,12 @@ class FilesDecoder(_DaliDecoder):
     """
 
     def __init__(
-        self, split: Split, source: Source, rows: Rows, config: LoaderConfig, device: torch.device
+        self,
+        split: SampleDataset,
+        source: NextPayloads,
+        rows: Rows,
+        config: LoaderConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(config, device)
         self.ahead = READ_AHEAD + config.prefetch
@@ -181,7 +186,7 @@ class HostDecoder:
     which are used again, are most of the memory that a loader of packed samples has.
     """
 
-    def __init__(self, source: Source, spec: SampleSpec, config: LoaderConfig) -> None:
+    def __init__(self, source: NextPayloads, spec: SampleSpec, config: LoaderConfig) -> None:
         self.ahead = host_ahead(config)
         self._source, self._apply_log = source, config.apply_log
         self._table = table_of(apply_log=config.apply_log)
@@ -224,7 +229,9 @@ class HostDecoder:
 class DeviceDecoder(_DaliDecoder):
     """Packed samples on a GPU: DALI inflates them there, and torch gathers each voxel's values."""
 
-    def __init__(self, source: Source, spec: SampleSpec, config: LoaderConfig, device: torch.device) -> None:
+    def __init__(
+        self, source: NextPayloads, spec: SampleSpec, config: LoaderConfig, device: torch.device
+    ) -> None:
         super().__init__(config, device)
         self._source, self._apply_log = source, config.apply_log
         self._volume = torch.empty(config.batch_size, *spec.shape, device=device).permute(0, 4, 1, 2, 3)
@@ -259,7 +266,7 @@ class DeviceDecoder(_DaliDecoder):
 
 
 def make_decoder(
-    split: Split, source: Source, rows: Rows, config: LoaderConfig, device: torch.device
+    split: SampleDataset, source: NextPayloads, rows: Rows, config: LoaderConfig, device: torch.device
 ) -> Decoder:
     """What decodes the samples of `split` for `device`, as they come from `source`, in the order of `rows`.
 
@@ -270,16 +277,18 @@ def make_decoder(
         # What fills up the steps of a share without samples is in no file.
         if len(split):
             return FilesDecoder(split, source, rows, config, device)
-    if split.form != PackedFormat.name:
+    if split.format_name != PackedFormat.name:
         return CountsDecoder(source, config, device)
     if device.type == "cuda":
         return DeviceDecoder(source, split.spec, config, device)
     return HostDecoder(source, split.spec, config)
 
 
-def _check_direct(split: Split, device: torch.device) -> None:
-    if split.form != Npy.name:
-        raise ConfigError("loader.gpu_direct", True, f"takes npy samples, and {split.root} has {split.form}")
+def _check_direct(split: SampleDataset, device: torch.device) -> None:
+    if split.format_name != Npy.name:
+        raise ConfigError(
+            "loader.gpu_direct", True, f"takes npy samples, and {split.root} has {split.format_name}"
+        )
     if device.type != "cuda":
         raise ConfigError("loader.gpu_direct", True, "takes samples to a GPU, and there is none to train on")
 

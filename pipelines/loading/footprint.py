@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.decode import TOGETHER
 from pipelines.formats.packed.encode import slices_of
@@ -25,7 +25,7 @@ def host_ahead(config: LoaderConfig) -> int:
     return config.prefetch + -(-config.threads // config.batch_size)
 
 
-def host_bytes(split: Split, config: LoaderConfig, device: str = "cpu") -> int:
+def host_bytes(split: SampleDataset, config: LoaderConfig, device: str = "cpu") -> int:
     """Bytes of host memory that a loader of `split` for a `device` of that kind holds once it is under way.
 
     Volumes, on the CPU, are batches being made, ready or in use. Of packed samples, those have
@@ -33,7 +33,7 @@ def host_bytes(split: Split, config: LoaderConfig, device: str = "cpu") -> int:
     mapped are the kernel's, not counted.
     """
     volume, size = 2 * split.spec.bytes, split.spec.size
-    packed = split.form == PackedFormat.name
+    packed = split.format_name == PackedFormat.name
     if packed and device == "cpu":
         batches = host_ahead(config) + 1
         voxels = max(TOGETHER, slices_of(size) * size**2)
@@ -41,22 +41,22 @@ def host_bytes(split: Split, config: LoaderConfig, device: str = "cpu") -> int:
         return config.batch_size * batches * (volume + _longest(split)) + scratch
     batches = config.prefetch + 1
     volumes = config.batch_size * batches * volume if device == "cpu" else 0
-    if split.form == Npy.name and not config.direct_io and config.on_bad_sample == "fail":
+    if split.format_name == Npy.name and not config.direct_io and config.on_bad_sample == "fail":
         return volumes
     payload = _longest(split) if packed else split.spec.bytes
     return volumes + config.batch_size * (batches + READ_AHEAD + 1) * payload
 
 
-def device_bytes(split: Split, config: LoaderConfig) -> int:
+def device_bytes(split: SampleDataset, config: LoaderConfig) -> int:
     """Bytes of GPU memory that a loader of `split` holds there: the batch in use, and what DALI has ready."""
     volume, voxels = 2 * split.spec.bytes, split.spec.size**3
-    if split.form != PackedFormat.name:
+    if split.format_name != PackedFormat.name:
         return config.batch_size * (volume + config.prefetch * (split.spec.bytes + volume))
     table = min(voxels, _ROWS) * split.spec.channels * (2 + 4)
     ready = _longest(split) + 2 * voxels + table
     return config.batch_size * (volume + config.prefetch * ready) + _GATHER_SCRATCH * voxels
 
 
-def _longest(split: Split) -> int:
+def _longest(split: SampleDataset) -> int:
     """Bytes of the longest packed sample."""
     return int(split.extents.lengths.max(initial=0)) if split.extents else 0

@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.formats.base import CountsPayload, Payload
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.format import PackedFormat, payload_of
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.decoders import Finish, make_decoder
 from pipelines.loading.reader import Reader
-from pipelines.plan import Indices, Ragged, Shard, plan_epoch
+from pipelines.plan import Indices, Ragged, RankSlice, plan_epoch
 from pipelines.sample import PARAMETERS, Batch, Sample
 
 
@@ -45,10 +45,10 @@ class Loader:
 
     def __init__(
         self,
-        split: Split,
+        split: SampleDataset,
         config: LoaderConfig,
         *,
-        shard: Shard,
+        shard: RankSlice,
         seed: int,
         shuffle: bool,
         ragged: Ragged,
@@ -159,7 +159,7 @@ class Loader:
         No sample of the split, which may be a share that has none.
         """
         sample = Sample(np.ones(self.split.spec.shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
-        if self.split.form == PackedFormat.name:
+        if self.split.format_name == PackedFormat.name:
             return payload_of(self.split.root, b"".join(encode(sample)), self.split.spec, whole=False)
         return CountsPayload(sample.counts, sample.target)
 

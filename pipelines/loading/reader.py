@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import DataError
 from pipelines.formats.base import Payload
 from pipelines.sample import Sample
@@ -29,7 +29,9 @@ class Reader:
     skipped: the fault of each sample passed over so far, by its file's path.
     """
 
-    def __init__(self, split: Split, on_bad_sample: OnBadSample = "fail", *, direct_io: bool = False) -> None:
+    def __init__(
+        self, split: SampleDataset, on_bad_sample: OnBadSample = "fail", *, direct_io: bool = False
+    ) -> None:
         self.split = split
         self.skipped: dict[str, str] = {}
         self._direct = direct_io

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.dataset.dataset import Extents, Split
-from pipelines.dataset.manifest import Source
+from pipelines.dataset.dataset import Extents, SampleDataset
+from pipelines.dataset.manifest import SourceFingerprint
 from pipelines.errors import DataError, UnreadableError
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.format import MEMBER
@@ -28,14 +28,14 @@ files the length and the CRC-32C by the manifest. Empty where there is no shard,
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """From the format `form` in the folder `source` to the format `to` in the folder `target`.
+    """From the format `format_name` in the folder `source` to the format `to` in the folder `target`.
 
     size, channels: of the samples' shape, (size, size, size, channels).
     sharded: whether the samples of a job become one shard, or each a file of its own.
     """
 
     source: str
-    form: str
+    format_name: str
     size: int
     channels: int
     target: str
@@ -59,17 +59,17 @@ class Conversion:
         files = dict.fromkeys(path for index in range(len(split)) for path in split.files(index))
         make = shard if self.sharded else samples
         members = [split.stem(index) + MEMBER for index in range(len(split))] if self.sharded else ()
-        return make_entries(target, lambda: Source.of(split.names, files), wanted, make, members)
+        return make_entries(target, lambda: SourceFingerprint.of(split.names, files), wanted, make, members)
 
-    def _split(self, lines: Sequence[Line]) -> Split:
+    def _split(self, lines: Sequence[Line]) -> SampleDataset:
         names, places, sums = zip(*lines, strict=True)
         extents = Extents(*np.array(places).T) if any(places) else None
         told = np.array(sums).reshape(len(names), -1, 2) if any(sums) else None
         spec = SampleSpec(self.size, self.channels)
-        return Split(Path(self.source), self.form, names, spec, extents, sums=told)
+        return SampleDataset(Path(self.source), self.format_name, names, spec, extents, sums=told)
 
 
-def lines_of(split: Split) -> list[Line]:
+def lines_of(split: SampleDataset) -> list[Line]:
     """The samples of `split` as a Conversion is told of them."""
     nothing: Iterable[Sequence[int]] = itertools.repeat(())
     places = sums = nothing
@@ -80,12 +80,12 @@ def lines_of(split: Split) -> list[Line]:
     return list(zip(split.names, places, sums, strict=False))
 
 
-def _read(split: Split, index: int) -> Sample:
+def _read(split: SampleDataset, index: int) -> Sample:
     """Sample `index`, checked in full, and against the manifest where there is one."""
-    return split.format.parse(split.path(index), split.vouched(index), split.spec)
+    return split.format.parse(split.path(index), split.read_verified(index), split.spec)
 
 
-def _members(split: Split) -> Iterator[tuple[str, Iterator[bytes]]]:
+def _members(split: SampleDataset) -> Iterator[tuple[str, Iterator[bytes]]]:
     """The members of a shard of all of `split`; DamagedError after the last one if some are damaged."""
     faults: list[str] = []
     lost: list[str] = []

@@ -50,7 +50,7 @@ class Order:
     """
 
     target: Path
-    form: str
+    format_name: str
     spec: SampleSpec
     jobs: Sequence[Job]
     samples: Sequence[str]
@@ -102,7 +102,9 @@ def produce(
             except OSError as error:
                 raise AccessError.writing(target, error) from error
             stems = (stem for job in order.jobs for stem in job.makes)
-            ready.append(begin(target, order.form, order.spec, stems, order.samples, prune=order.prune))
+            ready.append(
+                begin(target, order.format_name, order.spec, stems, order.samples, prune=order.prune)
+            )
             wanted = [(job, [ready[0].known.get(stem) for stem in job.makes]) for job in order.jobs]
             return [wanted[rank :: world.size] for rank in range(world.size)]
 
@@ -117,11 +119,11 @@ def produce(
         before = {entry.stem: entry for _, noted in mine for entry in noted if entry}
         own = _Outcome([], [], [], [], [])
         with (
-            Journal(target, order.form, order.spec, world.rank) as journal,
+            Journal(target, order.format_name, order.spec, world.rank) as journal,
             progress(len(mine), "done", unit, shown=shown and world.is_root) as advance,
             contextlib.closing(run_jobs(task, jobs(), workers, locks)) as answers,
         ):
-            for answer in world.alone(_unless_lost(answers)):
+            for answer in world.tag_rank_errors(_unless_lost(answers)):
                 for line in answer["made"]:
                     own.made.append(Entry.from_json(line))
                     journal.add(own.made[-1])
@@ -133,7 +135,7 @@ def produce(
                 own.lost.extend(answer["lost"])
                 advance()
         outcomes = world.gather_to_root(own)
-        return world.on_root(lambda: _settle(order, ready[0], outcomes))
+        return world.run_on_root(lambda: _settle(order, ready[0], outcomes))
 
 
 def _settle(order: Order, ready: Ready, outcomes: Sequence[_Outcome]) -> Produced:
@@ -148,14 +150,14 @@ def _settle(order: Order, ready: Ready, outcomes: Sequence[_Outcome]) -> Produce
     if result.faults:
         spoiled = [stem for outcome in outcomes for stem in outcome.spoiled]
         begun = (Entry(stem, ()) for stem in spoiled)
-        suspend(order.target, order.form, order.spec, [*entries.values(), *ready.unwanted, *begun])
-        clear(order.target, order.form, spoiled)
+        suspend(order.target, order.format_name, order.spec, [*entries.values(), *ready.unwanted, *begun])
+        clear(order.target, order.format_name, spoiled)
     if not any(outcome.lost for outcome in outcomes):
         # Of what cannot be read, something may be in there that is nowhere else.
-        clear(order.target, order.form, ready.surplus)
+        clear(order.target, order.format_name, ready.surplus)
     if not result.faults:
         ordered = [entries[stem] for job in order.jobs for stem in job.makes]
-        finish(order.target, order.form, order.spec, ordered)
+        finish(order.target, order.format_name, order.spec, ordered)
     return result
 
 
@@ -176,7 +178,7 @@ def run(
             return [(replace(order, jobs=(), samples=()), task) for order, task in ordered]
 
         with world.connected():
-            for number, (head, task) in enumerate(world.on_root(heads)):
+            for number, (head, task) in enumerate(world.run_on_root(heads)):
                 result += produce(
                     ordered[number][0] if world.is_root else head,
                     task,

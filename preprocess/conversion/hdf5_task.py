@@ -17,7 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pipelines.dataset.manifest import Source
+from pipelines.dataset.manifest import SourceFingerprint
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.io import Written
@@ -98,12 +98,12 @@ def _reading(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """The task of cutting universes of `shape` into samples of `size`^3, as `form` in folder `target`."""
+    """The task of cutting universes of `shape` into samples of `size`^3, as `format_name` in `target`."""
 
     shape: list[int]
     size: int
     target: str
-    form: str
+    format_name: str
 
     def __call__(self, job: tuple[str, list[tuple[str, Any]]]) -> dict[str, Any]:
         """Cut the universe at job[0]; see `make_entries` for job[1] and the answer."""
@@ -112,8 +112,8 @@ class Preparation:
         def make() -> Iterator[tuple[str, Sequence[Written]]]:
             cut = crops(path, tuple(self.shape), self.size)
             for (stem, _), sample in zip(wanted, cut, strict=True):
-                yield stem, FORMATS[self.form].write(Path(self.target), stem, sample)
+                yield stem, FORMATS[self.format_name].write(Path(self.target), stem, sample)
 
         # By what it is cut into, which another size of samples changes.
         stems = [stem for stem, _ in wanted]
-        return make_entries(Path(self.target), lambda: Source.of(stems, [path]), wanted, make)
+        return make_entries(Path(self.target), lambda: SourceFingerprint.of(stems, [path]), wanted, make)

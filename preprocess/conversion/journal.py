@@ -45,9 +45,15 @@ class Ready(NamedTuple):
 
 
 def begin(
-    folder: Path, form: str, spec: SampleSpec, stems: Iterable[str], source: Iterable[str], *, prune: bool
+    folder: Path,
+    format_name: str,
+    spec: SampleSpec,
+    stems: Iterable[str],
+    source: Iterable[str],
+    *,
+    prune: bool,
 ) -> Ready:
-    """Make `folder`, which is there, ready for the entries `stems` of `spec` as `form`.
+    """Make `folder`, which is there, ready for the entries `stems` of `spec` as `format_name`.
 
     source: the stems of all samples of the source, of other splits too. What is in the folder of others
         is surplus, with `prune`, or refused.
@@ -58,12 +64,12 @@ def begin(
     expected = set(stems)
     try:
         names = list_folder(folder)
-        found = noted(folder, form, spec)
-        files = by_stem(form, (name for name in names if not _is_of_writers(name, form)))
-        refuse_others(folder, form, files, found, set(source), prune=prune)
+        found = noted(folder, format_name, spec)
+        files = by_stem(format_name, (name for name in names if not _is_of_writers(name, format_name)))
+        refuse_others(folder, format_name, files, found, set(source), prune=prune)
         remove_temporaries(folder)
         if any(map(_is_note, names)):
-            suspend(folder, form, spec, found.values())
+            suspend(folder, format_name, spec, found.values())
     except OSError as error:
         raise AccessError.writing(folder, error) from error
     return Ready(
@@ -73,7 +79,7 @@ def begin(
     )
 
 
-def noted(folder: Path, form: str, spec: SampleSpec) -> dict[str, Entry]:
+def noted(folder: Path, format_name: str, spec: SampleSpec) -> dict[str, Entry]:
     """What manifest and journals note of the files in `folder`, by stem; DataError for others than these.
 
     An entry without files is one that was begun and not finished: nothing vouches for what is there of it.
@@ -81,9 +87,9 @@ def noted(folder: Path, form: str, spec: SampleSpec) -> dict[str, Entry]:
     manifest = Manifest.load(folder)
     found = {entry.stem: entry for entry in manifest.entries} if manifest else {}
     journals = [match for match in map(_JOURNAL.fullmatch, list_folder(folder)) if match]
-    for other in [*([manifest.form] if manifest else []), *(match["form"] for match in journals)]:
-        if other != form:
-            raise DataError(folder, f"holds samples as {other}, not {form}", "choose another folder")
+    for other in [*([manifest.format_name] if manifest else []), *(match["form"] for match in journals)]:
+        if other != format_name:
+            raise DataError(folder, f"holds samples as {other}, not {format_name}", "choose another folder")
     if manifest:
         _check_shape(folder, manifest.spec, spec)
     # What a run has written follows what was there when it began.
@@ -107,34 +113,38 @@ def _check_shape(folder: Path, there: SampleSpec, spec: SampleSpec) -> None:
         raise DataError(folder, fault, "choose another folder")
 
 
-def finish(folder: Path, form: str, spec: SampleSpec, entries: Sequence[Entry]) -> None:
+def finish(folder: Path, format_name: str, spec: SampleSpec, entries: Sequence[Entry]) -> None:
     """Write the list files and the manifest of the samples `entries`, and remove the journals."""
     sizes = {entry.stem + part.suffix: part.bytes for entry in entries for part in entry.parts}
-    for name, files in list_files(form, [entry.stem for entry in entries]).items():
+    for name, files in list_files(format_name, [entry.stem for entry in entries]).items():
         # Where compressed files are staged, their lengths are wanted beforehand.
-        sized = form == "tfrecord_gzip"
+        sized = format_name == "tfrecord_gzip"
         write_list(folder / name, (Listed(file, sizes[file] if sized else None) for file in files))
-    Manifest(form, spec, tuple(entries)).save(folder)
+    Manifest(format_name, spec, tuple(entries)).save(folder)
     _unlink(folder, filter(_JOURNAL.fullmatch, list_folder(folder)))
 
 
-def suspend(folder: Path, form: str, spec: SampleSpec, entries: Iterable[Entry]) -> None:
+def suspend(folder: Path, format_name: str, spec: SampleSpec, entries: Iterable[Entry]) -> None:
     """Have nothing in `folder` vouch for other samples than `entries`, in one journal: more are to come."""
-    journal = _journal(folder, form, 0)
+    journal = _journal(folder, format_name, 0)
     lines = (_head(spec), *(json.dumps(entry.to_json()) for entry in entries), "")
     write_chunks(journal, "\n".join(lines).encode())
     _unlink(folder, (name for name in list_folder(folder) if _is_note(name) and name != journal.name))
 
 
-def clear(folder: Path, form: str, stems: Iterable[str]) -> None:
-    """Remove the files of the entries `stems` as `form` from `folder`."""
-    suffixes = FORMATS[form].extras + FORMATS[form].parts
+def clear(folder: Path, format_name: str, stems: Iterable[str]) -> None:
+    """Remove the files of the entries `stems` as `format_name` from `folder`."""
+    suffixes = FORMATS[format_name].extras + FORMATS[format_name].parts
     _unlink(folder, (stem + suffix for stem in stems for suffix in suffixes))
 
 
-def list_files(form: str, stems: Sequence[str]) -> dict[str, list[str]]:
-    """The list files that go with the samples `stems` as `form`: what each one names."""
-    lists = {LABEL_LIST: LABEL, DATA_LIST: DATA} if form == "npy" else {DATA_LIST: FORMATS[form].suffix}
+def list_files(format_name: str, stems: Sequence[str]) -> dict[str, list[str]]:
+    """The list files that go with the samples `stems` as `format_name`: what each one names."""
+    lists = (
+        {LABEL_LIST: LABEL, DATA_LIST: DATA}
+        if format_name == "npy"
+        else {DATA_LIST: FORMATS[format_name].suffix}
+    )
     return {name: [stem + suffix for stem in stems] for name, suffix in lists.items()}
 
 
@@ -144,10 +154,10 @@ def is_unfinished(name: str) -> bool:
 
 
 class Journal:
-    """The notes of rank `rank` on the samples of `spec` that it makes as `form` in `folder`."""
+    """The notes of rank `rank` on the samples of `spec` that it makes as `format_name` in `folder`."""
 
-    def __init__(self, folder: Path, form: str, spec: SampleSpec, rank: int) -> None:
-        self._path = _journal(folder, form, rank + 1)
+    def __init__(self, folder: Path, format_name: str, spec: SampleSpec, rank: int) -> None:
+        self._path = _journal(folder, format_name, rank + 1)
         try:
             self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
@@ -183,9 +193,9 @@ class Journal:
                 raise AccessError.writing(self._path, late) from late
 
 
-def _is_of_writers(name: str, form: str) -> bool:
-    """Whether `name` is that of a note, or of something else that writers of `form` leave."""
-    final, suffixes = final_name(name), FORMATS[form].parts + FORMATS[form].extras
+def _is_of_writers(name: str, format_name: str) -> bool:
+    """Whether `name` is that of a note, or of something else that writers of `format_name` leave."""
+    final, suffixes = final_name(name), FORMATS[format_name].parts + FORMATS[format_name].extras
     return _is_note(name) or name == LOCK or bool(final and (_is_note(final) or final.endswith(suffixes)))
 
 
@@ -199,8 +209,8 @@ def _head(spec: SampleSpec) -> str:
     return json.dumps({"size": spec.size, "channels": spec.channels})
 
 
-def _journal(folder: Path, form: str, writer: int) -> Path:
-    return folder / f".journal.{form}.{writer}.jsonl"
+def _journal(folder: Path, format_name: str, writer: int) -> Path:
+    return folder / f".journal.{format_name}.{writer}.jsonl"
 
 
 def _unlink(folder: Path, names: Iterable[str]) -> None:

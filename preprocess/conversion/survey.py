@@ -14,23 +14,23 @@ from pipelines.formats.registry import FORMATS
 
 def refuse_others(
     folder: Path,
-    form: str,
+    format_name: str,
     files: Mapping[str, Sequence[str]],
     noted: Mapping[str, Entry],
     source: set[str],
     *,
     prune: bool,
 ) -> None:
-    """DataError where a file in `folder` is of no sample of the source as `form`.
+    """DataError where a file in `folder` is of no sample of the source as `format_name`.
 
     files: their names by stem. noted: what is noted there, by stem. source: the stems of its samples.
     prune: whether what is noted may be of other samples, if some are the source's.
     """
     held: set[str] = set()
     for stem, names in files.items():
-        samples = _samples_in(folder, form, stem, names, noted.get(stem))
+        samples = _samples_in(folder, format_name, stem, names, noted.get(stem))
         if samples is None or not (stem in noted or source.issuperset(samples)):
-            fault = f"holds {names[-1]}, which is no sample of the source as {form}"
+            fault = f"holds {names[-1]}, which is no sample of the source as {format_name}"
             raise DataError(folder, fault, "remove it, or choose another folder")
         held.update(samples)
     foreign = held - source
@@ -44,9 +44,9 @@ def refuse_others(
         raise DataError(folder, fault, remedy)
 
 
-def by_stem(form: str, files: Iterable[str]) -> dict[str, list[str]]:
-    """The names `files` of samples as `form` by their stems, the index first; of others, each by itself."""
-    suffixes = FORMATS[form].parts + FORMATS[form].extras
+def by_stem(format_name: str, files: Iterable[str]) -> dict[str, list[str]]:
+    """The names `files` of samples as `format_name` by stem, the index first; others by themselves."""
+    suffixes = FORMATS[format_name].parts + FORMATS[format_name].extras
     found: dict[str, list[str]] = defaultdict(list)
     for name in files:
         suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
@@ -55,15 +55,18 @@ def by_stem(form: str, files: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _samples_in(
-    folder: Path, form: str, stem: str, names: Sequence[str], noted: Entry | None
+    folder: Path, format_name: str, stem: str, names: Sequence[str], noted: Entry | None
 ) -> Sequence[str] | None:
     """The stems of the samples in the files `names` of the stem; None if that cannot be told."""
-    if not all(name.removeprefix(stem) in (*FORMATS[form].parts, *FORMATS[form].extras) for name in names):
+    if not all(
+        name.removeprefix(stem) in (*FORMATS[format_name].parts, *FORMATS[format_name].extras)
+        for name in names
+    ):
         return None
-    if form != PackedFormat.name:
+    if format_name != PackedFormat.name:
         # Half a sample that a killed run had begun is none.
         begun = noted and not noted.parts
-        half = begun and not {stem + part for part in FORMATS[form].parts} <= set(names)
+        half = begun and not {stem + part for part in FORMATS[format_name].parts} <= set(names)
         return [] if half else [stem]
     # A shard's name does not tell what it holds; nor does a note, if the shard is another one by now.
     told = list(map(member_stem, noted.members)) if noted else None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.dataset.manifest import Entry, Source
+from pipelines.dataset.manifest import Entry, SourceFingerprint
 from pipelines.errors import AccessError, DataError, UnreadableError, UserError
 from pipelines.io import Written
 from preprocess.conversion.read_failures import Lost
@@ -15,7 +15,7 @@ from preprocess.conversion.read_failures import Lost
 
 def make_entries(
     target: Path,
-    origin: Callable[[], Source],
+    origin: Callable[[], SourceFingerprint],
     wanted: Sequence[tuple[str, Any]],
     make: Callable[[], Iterable[tuple[str, Sequence[Written]]]],
     members: Sequence[str] = (),
@@ -34,7 +34,7 @@ def make_entries(
     what cannot be read; "unread", for `Lost.note`. What was made before of a source that is damaged is
     spoiled; of one that cannot be read it is kept, since that may come back as it was.
     """
-    source: Source | None = None
+    source: SourceFingerprint | None = None
     with contextlib.suppress(UnreadableError):  # Who reads it tells which file, and why.
         source = origin()
     known = [Entry.from_json(line) for _, line in wanted if line is not None]

@@ -11,8 +11,8 @@ import crc32c
 import numpy as np
 from zlib_ng import zlib_ng
 
-from pipelines.dataset.dataset import Split, of_shards
-from pipelines.dataset.manifest import Entry, Part
+from pipelines.dataset.dataset import SampleDataset, of_shards
+from pipelines.dataset.manifest import Entry, FileRecord
 from pipelines.errors import DataError
 from pipelines.formats.packed.format import MEMBER, PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
@@ -25,10 +25,10 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Of samples (size, size, size, channels) in the format `form`, in `folder`."""
+    """Of samples (size, size, size, channels) in the format `format_name`, in `folder`."""
 
     folder: str
-    form: str
+    format_name: str
     size: int
     channels: int
 
@@ -40,10 +40,12 @@ class Check:
         their counts are the same, and its target}.
         """
         stem, noted = job
-        folder, form = Path(self.folder), FORMATS[self.form]
-        there = [part for part in (*form.extras, *form.parts) if (folder / (stem + part)).exists()]
+        folder, format_name = Path(self.folder), FORMATS[self.format_name]
+        there = [
+            part for part in (*format_name.extras, *format_name.parts) if (folder / (stem + part)).exists()
+        ]
         expected = Entry.from_json(noted) if noted is not None else None
-        wanted = [part.suffix for part in expected.parts] if expected else form.parts
+        wanted = [part.suffix for part in expected.parts] if expected else format_name.parts
         missing = (folder / (stem + part) for part in wanted if part not in there)
         faults = [("files", f"{path}: is not there; convert it again") for path in missing]
         entry, split, samples = None, None, []
@@ -58,7 +60,7 @@ class Check:
         if split:
             for index in range(len(split)):
                 try:
-                    sample = form.parse(split.path(index), _of(split, index, contents), split.spec)
+                    sample = format_name.parse(split.path(index), _of(split, index, contents), split.spec)
                 except DataError as error:
                     faults.append(("content", str(error)))
                 else:
@@ -73,7 +75,7 @@ class Check:
             Written(folder / (stem + suffix), len(content), crc32c.crc32c(content))
             for suffix, content in contents.items()
         ]
-        if self.form == PackedFormat.name:
+        if self.format_name == PackedFormat.name:
             shards = (file.path.suffix == PackedFormat.suffix for file in written)
             written = [
                 file._replace(members=sample_members(file.path)) if shard else file
@@ -81,18 +83,18 @@ class Check:
             ]
         return Entry.of(stem, written)
 
-    def _split(self, entry: Entry) -> Split:
+    def _split(self, entry: Entry) -> SampleDataset:
         """The samples of `entry`."""
         folder, spec = Path(self.folder), SampleSpec(self.size, self.channels)
-        if self.form == PackedFormat.name:
+        if self.format_name == PackedFormat.name:
             return of_shards(folder, ((entry.stem + part.suffix, part.members) for part in entry.parts), spec)
-        return Split(folder, self.form, (entry.stem + FORMATS[self.form].suffix,), spec)
+        return SampleDataset(folder, self.format_name, (entry.stem + FORMATS[self.format_name].suffix,), spec)
 
 
-def _of(split: Split, index: int, contents: Mapping[str, bytes]) -> dict[str, bytes]:
+def _of(split: SampleDataset, index: int, contents: Mapping[str, bytes]) -> dict[str, bytes]:
     """The contents of sample `index` among those of the files that it is in, as `Format.parse` takes them."""
     if not split.extents:
-        return {kind: contents[kind] for kind in split.kinds}
+        return {kind: contents[kind] for kind in split.file_keys}
     start, length = int(split.extents.offsets[index]), int(split.extents.lengths[index])
     return {MEMBER: contents[PackedFormat.suffix][start : start + length]}
 
@@ -103,7 +105,7 @@ def _of_target(path: Path, sample: Sample) -> Iterator[tuple[str, str]]:
 
 
 def _against(folder: Path, noted: Entry, found: Entry) -> Iterator[tuple[str, str]]:
-    there: dict[str, Part] = {part.suffix: part for part in found.parts}
+    there: dict[str, FileRecord] = {part.suffix: part for part in found.parts}
     for path, part in noted.files(folder):
         found_part = there.get(part.suffix, part)
         if found_part.bytes != part.bytes:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.dataset.dataset import Split
-from pipelines.dataset.manifest import Entry, Manifest, Source
+from pipelines.dataset.dataset import SampleDataset
+from pipelines.dataset.manifest import Entry, Manifest, SourceFingerprint
 from pipelines.distributed.session import World
 from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.io import locked
@@ -23,12 +23,17 @@ from preprocess.staging.transfer import staged_form
 ORIGIN = np.dtype([("bytes", "<i8"), ("digest", "S16")])
 """A Source, of which there are many."""
 
-_UNKNOWN = Source(0, "")
+_UNKNOWN = SourceFingerprint(0, "")
 """That of a file which cannot be asked: no sample was made from it."""
 
 
 def look(
-    split: Split, whole: Split, target: Path, origins: npt.NDArray[Any], world: World, held: ExitStack
+    split: SampleDataset,
+    whole: SampleDataset,
+    target: Path,
+    origins: npt.NDArray[Any],
+    world: World,
+    held: ExitStack,
 ) -> npt.NDArray[np.bool_] | None:
     """Which samples `target` lacks, and have it open for them; None where it is whole and left as it is.
 
@@ -49,25 +54,25 @@ def look(
         held.enter_context(locked(target, wait))
     except OSError as error:
         raise AccessError.writing(target, error) from error
-    form, stems = staged_form(split), [split.stem(index) for index in range(len(split))]
+    format_name, stems = staged_form(split), [split.stem(index) for index in range(len(split))]
     source = (whole.stem(index) for index in range(len(whole)))
-    known, unwanted, surplus = begin(target, form, split.spec, stems, source, prune=True)
+    known, unwanted, surplus = begin(target, format_name, split.spec, stems, source, prune=True)
     sound = {
         stem: known[stem]
         for index, stem in enumerate(stems)
         if stem in known and _is_there(known[stem], target, origin_of(origins, index))
     }
     if len(sound) < len(stems):
-        suspend(target, form, split.spec, [*sound.values(), *unwanted])
-        clear(target, form, (stem for stem in known if stem not in sound))
-    clear(target, form, surplus)
+        suspend(target, format_name, split.spec, [*sound.values(), *unwanted])
+        clear(target, format_name, (stem for stem in known if stem not in sound))
+    clear(target, format_name, surplus)
     return np.array([stem not in sound for stem in stems], dtype=bool)
 
 
-def is_staged(split: Split, target: Path, origins: npt.NDArray[Any] | None = None) -> bool:
+def is_staged(split: SampleDataset, target: Path, origins: npt.NDArray[Any] | None = None) -> bool:
     """Whether `target` has a manifest of these samples and is whole, and made from `origins` if given."""
     manifest = Manifest.load(target)
-    if manifest is None or manifest.form != staged_form(split) or len(manifest.entries) != len(split):
+    if manifest is None or manifest.format_name != staged_form(split) or len(manifest.entries) != len(split):
         return False
     return all(
         entry.stem == split.stem(index) and _is_there(entry, target, origin_of(origins, index))
@@ -75,12 +80,12 @@ def is_staged(split: Split, target: Path, origins: npt.NDArray[Any] | None = Non
     )
 
 
-def _is_there(entry: Entry, target: Path, origin: Source | None) -> bool:
+def _is_there(entry: Entry, target: Path, origin: SourceFingerprint | None) -> bool:
     """Whether `entry` is whole in `target`, and made from `origin` if that is known."""
     return origin in (None, entry.source) and entry.is_whole_in(target)
 
 
-def find_origins(split: Split, world: World) -> npt.NDArray[Any]:
+def find_origins(split: SampleDataset, world: World) -> npt.NDArray[Any]:
     """What each sample's files are now; each rank looks at some of them, for all.
 
     A file that cannot be asked matches nothing, so staging it tells why; AccessError after many in a row.
@@ -88,9 +93,9 @@ def find_origins(split: Split, world: World) -> npt.NDArray[Any]:
     # Neighbours lie in one shard, and a parallel file system is slow to say what a file is.
     stat, lost = functools.lru_cache(maxsize=1)(os.stat), Lost()
 
-    def ask(index: int) -> Source:
+    def ask(index: int) -> SourceFingerprint:
         try:
-            found, unread = Source.of([split.names[index]], split.files(index), stat), {}
+            found, unread = SourceFingerprint.of([split.names[index]], split.files(index), stat), {}
         except UnreadableError as error:
             found, unread = _UNKNOWN, {error.path: error.fault}
         lost.note(unread)
@@ -100,14 +105,14 @@ def find_origins(split: Split, world: World) -> npt.NDArray[Any]:
         return np.array([ask(index) for index in range(world.rank, len(split), world.size)], ORIGIN)
 
     table = np.empty(len(split), ORIGIN)
-    for rank, share in enumerate(world.gather(world.everywhere(look))):
+    for rank, share in enumerate(world.gather(world.run_on_all_ranks(look))):
         table[rank :: world.size] = share
     return table
 
 
-def origin_of(origins: npt.NDArray[Any] | None, index: int) -> Source | None:
+def origin_of(origins: npt.NDArray[Any] | None, index: int) -> SourceFingerprint | None:
     """That of sample `index`, if any is known."""
     if origins is None:
         return None
     length, digest = origins[index].item()
-    return Source(length, digest.decode())
+    return SourceFingerprint(length, digest.decode())

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.dataset.dataset import Share, Split, of_shards
+from pipelines.dataset.dataset import Partition, SampleDataset, of_shards
 from pipelines.distributed.node_groups import Peers
 from pipelines.distributed.session import World
 from pipelines.errors import DataError
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.format import MEMBER
 from pipelines.formats.packed.tar_shard import FIRST, SHARD
-from pipelines.io import Member
+from pipelines.io import TarMember
 from preprocess.conversion.journal import Journal, finish, noted
 from preprocess.staging.config import StageConfig, share_of
 from preprocess.staging.inventory import ORIGIN, find_origins, is_staged, look, origin_of
@@ -55,14 +55,14 @@ class Staged:
 
 
 def stage(
-    splits: Mapping[str, Split],
+    splits: Mapping[str, SampleDataset],
     root: Path,
     config: StageConfig,
     world: World,
     models: int = 1,
     *,
     trusted: bool = False,
-) -> list[tuple[Split, Staged]]:
+) -> list[tuple[SampleDataset, Staged]]:
     """Have this node's samples of `splits` in folders of their names in `root`: those, and what it took.
 
     All ranks of `world` call this, whose nodes are going to train `models` models. `trusted` says
@@ -75,12 +75,12 @@ def stage(
         plans = [
             _plan(split, root / name, config, world, peers, held, trusted) for name, split in splits.items()
         ]
-        world.everywhere(lambda: _check_space(root, plans))
+        world.run_on_all_ranks(lambda: _check_space(root, plans))
         done = [_fill(plan, config, world, peers) for plan in plans]
         return [(_there(plan.split, plan.target), staged) for plan, staged in zip(plans, done, strict=True)]
 
 
-def describe(split: Split, staged: Staged, nodes: int) -> str:
+def describe(split: SampleDataset, staged: Staged, nodes: int) -> str:
     """A line for a person on what staging `split` did."""
     rate = staged.read_bytes / staged.seconds / 1e9
     return (
@@ -101,7 +101,7 @@ class _Plan:
     seconds: that finding out has taken.
     """
 
-    split: Split
+    split: SampleDataset
     target: Path
     origins: npt.NDArray[Any]
     own: npt.NDArray[np.bool_]
@@ -111,7 +111,7 @@ class _Plan:
 
 
 def _plan(
-    split: Split,
+    split: SampleDataset,
     target: Path,
     config: StageConfig,
     world: World,
@@ -124,13 +124,15 @@ def _plan(
     if peers.teams > 1:
         seed = config.seed if config.preshuffle else None
         places = share_of(len(whole), peers.number, peers.teams, seed)
-        split = whole.take(places, Share(places, peers.teams, len(whole), seed))
+        split = whole.take(places, Partition(places, peers.teams, len(whole), seed))
     origins, opened = np.empty(0, ORIGIN), False
     own = wanted = np.zeros(len(split), dtype=bool)
-    if not (trusted and all(world.gather(world.everywhere(lambda: not leads or is_staged(split, target))))):
+    if not (
+        trusted and all(world.gather(world.run_on_all_ranks(lambda: not leads or is_staged(split, target))))
+    ):
         origins = find_origins(whole, world)[split.places(np.arange(len(split)))]
         looking = partial(look, split, whole, target, origins, world, held)
-        lacking = world.everywhere(lambda: looking() if leads else None)
+        lacking = world.run_on_all_ranks(lambda: looking() if leads else None)
         opened = lacking is not None
         # In bits, since every rank hears of all nodes.
         shares = world.gather((peers.number, np.packbits(own if lacking is None else lacking)))
@@ -139,7 +141,7 @@ def _plan(
     return _Plan(split, target, origins, own, wanted, opened, time.perf_counter() - start)
 
 
-def _mask(bits: npt.NDArray[np.uint8], split: Split) -> npt.NDArray[np.bool_]:
+def _mask(bits: npt.NDArray[np.uint8], split: SampleDataset) -> npt.NDArray[np.bool_]:
     """`bits` as (samples,) bool."""
     return np.unpackbits(bits, count=len(split)).astype(bool)
 
@@ -161,7 +163,7 @@ def _check_space(root: Path, plans: Sequence[_Plan]) -> None:
 
 def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Staged:
     """Bring what the team's nodes lack to their disks."""
-    start, form = time.perf_counter(), staged_form(plan.split)
+    start, format_name = time.perf_counter(), staged_form(plan.split)
     mine = of_place(np.flatnonzero(plan.wanted), world).tolist()
     read = written = 0
     faults: dict[str, str] = {}
@@ -176,12 +178,12 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
             direct=config.direct_io,
         )
         # A node that lacks nothing may have no folder open.
-        told = plan.target, form, plan.split.spec, world.local_rank
+        told = plan.target, format_name, plan.split.spec, world.local_rank
         noting = Journal(*told) if plan.own.any() else nullcontext()
         with noting as journal:
             if journal:
                 journal.begin(plan.split.stem(index) for index in mine if plan.own[index])
-            for index, taken, done in world.alone(samples):
+            for index, taken, done in world.tag_rank_errors(samples):
                 read += taken
                 if isinstance(done, str):
                     faults[plan.split.names[index]] = done
@@ -194,12 +196,12 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
 
     def end() -> None:
         if plan.opened:
-            entries = noted(plan.target, form, plan.split.spec)
+            entries = noted(plan.target, format_name, plan.split.spec)
             stems = (plan.split.stem(index) for index in range(len(plan.split)))
             there = (entries[stem] for stem in stems if stem in entries)
-            finish(plan.target, form, plan.split.spec, [entry for entry in there if entry.parts])
+            finish(plan.target, format_name, plan.split.spec, [entry for entry in there if entry.parts])
 
-    world.everywhere(end)
+    world.run_on_all_ranks(end)
     return Staged(
         samples=sum(share[0] for share in shares) - len(damaged),
         read_bytes=sum(share[1] for share in shares),
@@ -209,15 +211,15 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
     )
 
 
-def _there(split: Split, target: Path) -> Split:
+def _there(split: SampleDataset, target: Path) -> SampleDataset:
     """The samples of `split` once they are in `target`."""
     stems = [split.stem(index) for index in range(len(split))]
     if not split.extents:
         names = tuple(stem + Npy.suffix for stem in stems)
-        return Split(target, Npy.name, names, split.spec, share=split.share)
+        return SampleDataset(target, Npy.name, names, split.spec, share=split.share)
     lengths = split.extents.lengths.tolist()
     shards = (
-        (stem + SHARD, (Member(stem + MEMBER, FIRST, length),))
+        (stem + SHARD, (TarMember(stem + MEMBER, FIRST, length),))
         for stem, length in zip(stems, lengths, strict=True)
     )
     return replace(of_shards(target, shards, split.spec), share=split.share)

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.dataset.dataset import Split
-from pipelines.dataset.manifest import Entry, Source
+from pipelines.dataset.dataset import SampleDataset
+from pipelines.dataset.manifest import Entry, SourceFingerprint
 from pipelines.distributed.node_groups import Peers
 from pipelines.distributed.session import World
 from pipelines.errors import AccessError, DataError, UnreadableError
@@ -32,9 +32,9 @@ def to_read(mine: Sequence[int], place: int, team: int) -> Sequence[int]:
     return mine[place::team]
 
 
-def staged_form(split: Split) -> str:
+def staged_form(split: SampleDataset) -> str:
     """The format that the samples of `split` are staged in."""
-    return split.form if split.extents else Npy.name
+    return split.format_name if split.extents else Npy.name
 
 
 class _Read(NamedTuple):
@@ -46,12 +46,12 @@ class _Read(NamedTuple):
 
 
 def relay(
-    split: Split,
+    split: SampleDataset,
     target: Path,
     indices: Sequence[int],
     peers: Peers,
     *,
-    origin: Callable[[int], Source | None],
+    origin: Callable[[int], SourceFingerprint | None],
     threads: int,
     direct: bool,
 ) -> Iterator[tuple[int, int, Entry | str | None]]:
@@ -64,11 +64,11 @@ def relay(
     A fault stands in the entry's place, on the rank that has found it; None where there is neither.
     AccessError where this rank cannot write, or read what it tries in a row.
     """
-    nothing = [b""] * len(split.kinds)
+    nothing = [b""] * len(split.file_keys)
 
     def read(index: int) -> _Read:
         try:
-            return _Read(list(split.vouched(index, direct=direct).values()), None, {})
+            return _Read(list(split.read_verified(index, direct=direct).values()), None, {})
         except UnreadableError as error:
             return _Read(nothing, str(error), {error.path: error.fault})
         except DataError as error:
@@ -99,7 +99,7 @@ def relay(
                 lost.note(unread)
             received = [
                 peers.broadcast(None if contents is None else contents[at], place)
-                for at in range(len(split.kinds))
+                for at in range(len(split.file_keys))
             ]
             if contents is None and not any(received):
                 continue  # What its reader could not read: that one tells why.
@@ -112,12 +112,12 @@ def relay(
             yield index, count, done.result()
 
 
-def _write(split: Split, target: Path, index: int, contents: Sequence[bytes]) -> Sequence[Written]:
+def _write(split: SampleDataset, target: Path, index: int, contents: Sequence[bytes]) -> Sequence[Written]:
     """Write sample `index`, whose files' `contents` these are, in the form that it is staged in."""
     stem, path = split.stem(index), split.path(index)
     if split.extents:
         (content,) = contents
         payload_of(path, content, split.spec, whole=False)
         return write_shard(target / (stem + SHARD), [(stem + MEMBER, (content,))])
-    sample = split.format.parse(path, dict(zip(split.kinds, contents, strict=True)), split.spec)
+    sample = split.format.parse(path, dict(zip(split.file_keys, contents, strict=True)), split.spec)
     return FORMATS[Npy.name].write(target, stem, sample)

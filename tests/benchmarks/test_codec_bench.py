@@ -31,5 +31,5 @@ def test_every_candidate_is_measured_and_the_format_is_as_small_as_its_candidate
 
 
 def test_it_takes_any_folder_of_samples(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path, train=1, validation=1, form="tfrecord_gzip", size=16)
+    data = write_tiny(tmp_path, train=1, validation=1, format_name="tfrecord_gzip", size=16)
     assert codec_bench.main(["--data", str(data / "train"), "--rounds", "1"])["bytes, lz4"].ratio > 1

@@ -12,7 +12,7 @@ from benchmarks import inflate_bench, samples
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.decoders import DeviceDecoder
 from pipelines.loading.loader import Loader
-from pipelines.plan import Shard
+from pipelines.plan import RankSlice
 
 
 @pytest.mark.gpu
@@ -46,7 +46,7 @@ def test_a_step_of_a_thousand_samples_a_second_never_waits(
     loader = Loader(
         split,
         LoaderConfig(batch_size=4, threads=8, prefetch=3),
-        shard=Shard(),
+        shard=RankSlice(),
         seed=0,
         shuffle=True,
         ragged="drop",

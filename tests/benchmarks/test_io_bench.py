@@ -39,7 +39,7 @@ def test_every_contestant_is_measured_and_the_result_is_kept(
     assert list(settings) == [f"batch 2, 2 threads, {words[each]}" for each in storage.split(",")]
     table = capsys.readouterr().out
     for results in settings.values():
-        limits = {f"limit of {form}" for form in FORMATS}
+        limits = {f"limit of {format_name}" for format_name in FORMATS}
         assert results.keys() == {*FORMATS, io_bench.FLOOR, io_bench.NPY_PLAIN, io_bench.GZIP_PLAIN} | limits
         for name, result in results.items():
             figures = result.figures

@@ -38,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("data"), train=12, validation=4, form="tfrecord_gzip")
+    return write_tiny(tmp_path_factory.mktemp("data"), train=12, validation=4, format_name="tfrecord_gzip")
 
 
 def submit(cluster: Cluster, folder: Path, nodes: int, *arguments: str, **variables: str) -> int:

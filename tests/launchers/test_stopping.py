@@ -14,7 +14,7 @@ from helpers import Ranks, command, config_file, started_by, wait_until_gone, wr
 from cosmoflow_dali import train
 from cosmoflow_dali.arguments import parse
 from cosmoflow_dali.training.logs import Console
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.distributed import session as dist
 from pipelines.distributed.session import World
 from pipelines.errors import UserError
@@ -60,12 +60,12 @@ def test_a_file_system_that_hangs_while_the_data_is_opened_is_told_of(
 
     class Watch:
         @contextlib.contextmanager
-        def busy(self, what: str) -> Iterator[None]:
+        def stall_guard(self, what: str) -> Iterator[None]:
             about.append(what)
             yield
             about.pop()
 
-    def hang(root: Path, split: str) -> Split:
+    def hang(root: Path, split: str) -> SampleDataset:
         raise UserError(f"hangs while {about}")
 
     monkeypatch.setattr(dist, "_watch", Watch())

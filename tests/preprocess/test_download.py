@@ -134,7 +134,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A small set as it is published: a gzipped tar with the splits in a folder of its own."""
-    root = write_tiny(tmp_path_factory.mktemp("small"), train=3, validation=2, form="tfrecord_gzip")
+    root = write_tiny(tmp_path_factory.mktemp("small"), train=3, validation=2, format_name="tfrecord_gzip")
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
         tar.add(root, "cosmoUniverse_small")

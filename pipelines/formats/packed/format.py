@@ -13,7 +13,7 @@ from pipelines.errors import DataError
 from pipelines.formats.packed.decode import Packed, open_packed
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.tar_shard import INDEX, SHARD, read_member, read_members, write_shard
-from pipelines.io import Member, Written
+from pipelines.io import TarMember, Written
 from pipelines.sample import Sample, SampleSpec
 
 MEMBER = ".packed"
@@ -69,7 +69,7 @@ def member_stem(name: str) -> str:
     return name.rpartition("/")[2].removesuffix(MEMBER)
 
 
-def sample_members(path: Path) -> tuple[Member, ...]:
+def sample_members(path: Path) -> tuple[TarMember, ...]:
     """The samples in the shard at `path`, by its headers; DataError where it is no shard, or has none."""
     found = tuple(member for member in read_members(path) if member.name.endswith(MEMBER))
     if not found:
@@ -77,7 +77,7 @@ def sample_members(path: Path) -> tuple[Member, ...]:
     return found
 
 
-def _only(path: Path) -> Member:
+def _only(path: Path) -> TarMember:
     first, *others = sample_members(path)
     if others:
         raise DataError(path, f"holds {len(others) + 1} samples", "expected one")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pipelines.errors import AccessError, DataError
-from pipelines.io import Member, Written, allow_open, read_direct, write_chunks, write_stream
+from pipelines.io import TarMember, Written, raise_open_file_limit, read_direct, write_chunks, write_stream
 
 SHARD, INDEX = ".tar", ".idx"
 _BLOCK = tarfile.BLOCKSIZE
@@ -42,13 +42,13 @@ def write_shard(path: Path, contents: Iterable[tuple[str, Iterable[bytes]]]) -> 
     contents: each member's name and its bytes in pieces, asked for one after the other. Whatever
     they raise leaves no shard. DataError for a name that a tar cannot hold.
     """
-    members: list[Member] = []
+    members: list[TarMember] = []
 
     def pieces() -> Iterator[bytes]:
         at = 0
         for name, parts in contents:
             content = b"".join(parts)
-            members.append(Member(name, at + _BLOCK, len(content)))
+            members.append(TarMember(name, at + _BLOCK, len(content)))
             yield _header(path, members[-1])
             yield content
             yield bytes(-len(content) % _BLOCK)
@@ -60,7 +60,7 @@ def write_shard(path: Path, contents: Iterable[tuple[str, Iterable[bytes]]]) -> 
     return index, shard._replace(members=tuple(members))
 
 
-def read_members(path: Path) -> tuple[Member, ...]:
+def read_members(path: Path) -> tuple[TarMember, ...]:
     """The members of the shard at `path`, by its headers; DataError where it is no whole tar."""
     members = []
     try:
@@ -85,7 +85,7 @@ def read_members(path: Path) -> tuple[Member, ...]:
                 if end > length:
                     raise DataError(path, f"is cut off in {entry.name}", _REMEDY)
                 if entry.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    members.append(Member(entry.name, at + _BLOCK, size))
+                    members.append(TarMember(entry.name, at + _BLOCK, size))
                 elif entry.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and not _TELLING.search(
                     os.pread(file.fileno(), size, at + _BLOCK)
                 ):
@@ -150,11 +150,11 @@ def _opened_shards() -> functools._lru_cache_wrapper[_Opened]:
 
     What falls out is closed once the last thread that reads from it is done.
     """
-    room = allow_open(_OPEN + _BESIDE) - _BESIDE
+    room = raise_open_file_limit(_OPEN + _BESIDE) - _BESIDE
     return functools.lru_cache(maxsize=max(room, _BESIDE // 2))(_Opened)
 
 
-def _header(path: Path, member: Member) -> bytes:
+def _header(path: Path, member: TarMember) -> bytes:
     entry = tarfile.TarInfo(member.name)
     entry.size = member.bytes
     try:
@@ -163,7 +163,7 @@ def _header(path: Path, member: Member) -> bytes:
         raise DataError(path, f"cannot hold a member named {member.name} ({error})", "shorten it") from error
 
 
-def _index(members: Sequence[Member]) -> str:
+def _index(members: Sequence[TarMember]) -> str:
     """What DALI's wds2idx would write of `members`."""
     lines = [f"v1.2 {len(members)}"]
     for member in members:

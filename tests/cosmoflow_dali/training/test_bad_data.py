@@ -63,8 +63,8 @@ FAULTS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_bad_training_sample_is_named(name: str, tmp_path: Path) -> None:
-    form, suffix, spoil = FAULTS[name]
-    data = write_tiny(tmp_path / "data", train=12, validation=4, form=form)
+    format_name, suffix, spoil = FAULTS[name]
+    data = write_tiny(tmp_path / "data", train=12, validation=4, format_name=format_name)
     spoil(data / "train" / f"{CULPRIT}{suffix}")
     config = config_file(tmp_path / "c.yaml", data)
     ranks = 2 if name in ("counts below zero", "a truncated gzip") else 1
@@ -110,9 +110,9 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path) -> None:
     [("npy", "_data.npy", _set_count), ("npy", "_data.npy", _truncate), ("npy", "_label.npy", _set_target)],
 )
 def test_a_bad_sample_is_named_by_evaluate_and_predict(
-    form: str, suffix: str, spoil: Callable[[Path], object], tmp_path: Path
+    format_name: str, suffix: str, spoil: Callable[[Path], object], tmp_path: Path
 ) -> None:
-    data = write_tiny(tmp_path / "data", train=4, validation=4, form=form, size=32)
+    data = write_tiny(tmp_path / "data", train=4, validation=4, format_name=format_name, size=32)
     spoiled = sorted((data / "validation").glob(f"*{suffix}"))[3]
     spoil(spoiled)
     weights = ROOT / "tests" / "data" / "keras_small.npz"

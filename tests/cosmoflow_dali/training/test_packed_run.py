@@ -31,7 +31,7 @@ TRAIN = "cosmoflow_dali.train"
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same 26 samples as the published files and in shards of five."""
     folder = tmp_path_factory.mktemp("data")
-    published = write_tiny(folder / "published", train=26, validation=7, form="tfrecord_gzip")
+    published = write_tiny(folder / "published", train=26, validation=7, format_name="tfrecord_gzip")
     line = ["-i", published, "-o", folder / "packed", "--to", "packed", "--samples-per-shard", 5]
     assert program("preprocess.convert", *line).code == 0
     return {"published": published, "packed": folder / "packed"}

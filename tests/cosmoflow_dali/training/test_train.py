@@ -105,7 +105,7 @@ def test_a_run_that_reaches_its_target_ends_there_and_complies(tmp_path: Path) -
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_staged_run_is_the_same_run(ranks: int, tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=9, validation=3, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "data", train=9, validation=3, format_name="tfrecord_gzip")
     losses = []
     for name in ("plain", "staged", "again"):
         stage = {"stage": {"dir": str(tmp_path / "disk")}} if name != "plain" else {}
@@ -303,7 +303,7 @@ def test_a_global_batch_that_is_named_is_kept_or_the_run_is_refused(tiny: Path, 
 
 
 def test_what_the_launch_tells_reaches_the_log(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=4, validation=2, form="tfrecord")
+    data = write_tiny(tmp_path / "data", train=4, validation=2, format_name="tfrecord")
     config = config_file(tmp_path / "config.yaml", data, epochs=1)
     flags = ["--set", f"data.stage.dir={tmp_path}/node", "--set", "submission.org=us", "--caches-cleared"]
     began = round(1e3 * time.time()) - 60_000

@@ -16,9 +16,9 @@ from pipelines.sample import SampleSpec
 
 
 @pytest.mark.parametrize("form", sorted(FORMATS))
-def test_the_format_is_recognised(form: str, tmp_path: Path) -> None:
-    split = open_split(write_tiny(tmp_path / "data", train=3, validation=1, form=form), "train")
-    assert (split.form, len(split), split.spec) == (form, 3, SampleSpec(16))
+def test_the_format_is_recognised(format_name: str, tmp_path: Path) -> None:
+    split = open_split(write_tiny(tmp_path / "data", train=3, validation=1, format_name=format_name), "train")
+    assert (split.format_name, len(split), split.spec) == (format_name, 3, SampleSpec(16))
     assert [split.stem(index) for index in range(3)] == [f"universe_000{index}_000" for index in range(3)]
 
 
@@ -50,15 +50,15 @@ def test_lists_that_do_not_fit_are_refused(data: str, label: str | None, said: s
 
 
 @pytest.mark.parametrize("form", ["npy", "tfrecord_gzip"])
-def test_a_name_may_have_blanks(form: str, tmp_path: Path) -> None:
+def test_a_name_may_have_blanks(format_name: str, tmp_path: Path) -> None:
     for name in ("a b 12", " c", "d"):
-        FORMATS[form].write(tmp_path, name, tiny_sample(1))
+        FORMATS[format_name].write(tmp_path, name, tiny_sample(1))
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    for kind in ("data", "label") if form == "npy" else ("data",):
-        names = [name for name in sorted(sizes) if kind in name or form != "npy"]
+    for kind in ("data", "label") if format_name == "npy" else ("data",):
+        names = [name for name in sorted(sizes) if kind in name or format_name != "npy"]
         write_list(
             tmp_path / f"files_{kind}.lst",
-            (Listed(name, sizes[name] if form != "npy" else None) for name in names),
+            (Listed(name, sizes[name] if format_name != "npy" else None) for name in names),
         )
         assert [listed.name for listed in read_list(tmp_path / f"files_{kind}.lst")] == names
     split = open_folder(tmp_path)
@@ -93,7 +93,7 @@ def test_a_folder_has_splits_or_samples_and_not_both(tmp_path: Path) -> None:
     root = write_tiny(tmp_path / "data", train=1, validation=1)
     assert parts_of(root) == ["train", "validation"]
     assert parts_of(root / "train") == ["."]
-    write_tiny(tmp_path / "more", train=1, validation=1, form="tfrecord")
+    write_tiny(tmp_path / "more", train=1, validation=1, format_name="tfrecord")
     (sample,) = (tmp_path / "more" / "train").glob("*.tfrecord")
     sample.rename(root / "x.tfrecord")
     with pytest.raises(DataError, match=r"data: holds x.tfrecord beside train and validation; give one"):
@@ -108,7 +108,7 @@ def test_temporary_files_of_a_writer_are_no_samples(tmp_path: Path) -> None:
 
 def test_two_kinds_of_tfrecord_in_one_folder_are_refused(tmp_path: Path) -> None:
     for first, second in (("tfrecord", "tfrecord_gzip"), ("tfrecord_gzip", "tfrecord")):
-        root = write_tiny(tmp_path / first, train=1, validation=1, form=first)
+        root = write_tiny(tmp_path / first, train=1, validation=1, format_name=first)
         FORMATS[second].write(root / "train", "z", tiny_sample(1))
         split = open_split(root, "train")
         with pytest.raises(DataError, match=r"z\.tfrecord.*keep the two kinds apart"):

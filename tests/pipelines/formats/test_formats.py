@@ -35,20 +35,22 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @settings(max_examples=40, deadline=None)
 @given(
-    form=st.sampled_from(sorted(FORMATS)),
+    format_name=st.sampled_from(sorted(FORMATS)),
     size=st.integers(1, 9),
     channels=st.just(4),
     seed=st.integers(0, 2**32 - 1),
     most=st.sampled_from([1, 3, 255, 256, 32767]),
 )
-def test_reading_gives_what_was_written(form: str, size: int, channels: int, seed: int, most: int) -> None:
+def test_reading_gives_what_was_written(
+    format_name: str, size: int, channels: int, seed: int, most: int
+) -> None:
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, most, (size, size, size, channels), dtype=np.int16, endpoint=True)
     sample = Sample(counts, rng.uniform(-1, 1, 4).astype(np.float32))
     with tempfile.TemporaryDirectory() as folder:
-        written = FORMATS[form].write(Path(folder), "universe_000", sample)
+        written = FORMATS[format_name].write(Path(folder), "universe_000", sample)
         assert {file.path.name for file in written} == {path.name for path in Path(folder).iterdir()}
-        found = read_sample(Path(folder) / f"universe_000{FORMATS[form].suffix}")
+        found = read_sample(Path(folder) / f"universe_000{FORMATS[format_name].suffix}")
     np.testing.assert_array_equal(found.counts, sample.counts)
     np.testing.assert_array_equal(found.target, sample.target)
     assert found.counts.dtype == np.int16 and found.target.dtype == np.float32
@@ -123,11 +125,11 @@ def test_our_gzip_is_gzip_and_our_npy_is_npy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", sorted(FORMATS))
-def test_no_damage_passes_for_a_sample(form: str, tmp_path: Path) -> None:
+def test_no_damage_passes_for_a_sample(format_name: str, tmp_path: Path) -> None:
     sample, rng = tiny_sample(3), random.Random(7)
-    FORMATS[form].write(tmp_path, "a", sample)
-    files = [tmp_path / f"a{part}" for part in FORMATS[form].parts]
-    path = tmp_path / f"a{FORMATS[form].suffix}"
+    FORMATS[format_name].write(tmp_path, "a", sample)
+    files = [tmp_path / f"a{part}" for part in FORMATS[format_name].parts]
+    path = tmp_path / f"a{FORMATS[format_name].suffix}"
     refused = 0
     for _ in range(200):
         victim = rng.choice(files)
@@ -139,7 +141,7 @@ def test_no_damage_passes_for_a_sample(form: str, tmp_path: Path) -> None:
             broken[rng.randrange(min(len(broken), 300))] ^= 1 << rng.randrange(8)
         victim.write_bytes(broken)
         try:
-            found = FORMATS[form].read(path)
+            found = FORMATS[format_name].read(path)
         except DataError as error:
             assert error.path == str(victim)
             assert "\n" not in str(error)
@@ -147,9 +149,9 @@ def test_no_damage_passes_for_a_sample(form: str, tmp_path: Path) -> None:
         else:
             # npy has no checksum, and a gzip header has a few bytes that mean nothing.
             same = np.array_equal(found.counts, sample.counts) and np.array_equal(found.target, sample.target)
-            assert same or form == "npy"
+            assert same or format_name == "npy"
         victim.write_bytes(whole)
-    assert refused > (100 if form != "npy" else 60)
+    assert refused > (100 if format_name != "npy" else 60)
 
 
 def _bad_npy(folder: Path, counts: Array | None = None, target: Array | None = None) -> Path:
@@ -210,9 +212,9 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fails)
-    for form in FORMATS.values():
+    for format_name in FORMATS.values():
         with pytest.raises(DataError, match="No space"):
-            form.write(tmp_path, "a", tiny_sample(6))
+            format_name.write(tmp_path, "a", tiny_sample(6))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,10 +236,10 @@ def test_headers_are_read_by_many_threads_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["tfrecord", "tfrecord_gzip"])
-def test_what_a_record_cannot_give_back_is_not_written(form: str, tmp_path: Path) -> None:
+def test_what_a_record_cannot_give_back_is_not_written(format_name: str, tmp_path: Path) -> None:
     sample = Sample(np.zeros((8, 8, 8, 32), np.int16), tiny_sample(1).target)
     with pytest.raises(DataError, match="cannot hold 32 channels: a TFRecord has 4; use npy or packed"):
-        FORMATS[form].write(tmp_path, "a", sample)
+        FORMATS[format_name].write(tmp_path, "a", sample)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -292,12 +294,12 @@ def test_a_folder_that_cannot_be_synced_is_named(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("form", sorted(FORMATS))
-def test_a_large_sample_comes_back(form: str, tmp_path: Path) -> None:
+def test_a_large_sample_comes_back(format_name: str, tmp_path: Path) -> None:
     # Beyond 1 MiB, past the page cache.
     sample = tiny_sample(1, size=80)
-    written = FORMATS[form].write(tmp_path, "a", sample)
+    written = FORMATS[format_name].write(tmp_path, "a", sample)
     for file in written:
         assert (len(content := file.path.read_bytes()), crc32c.crc32c(content)) == (file.bytes, file.crc32c)
-    found = read_sample(tmp_path / f"a{FORMATS[form].suffix}")
+    found = read_sample(tmp_path / f"a{FORMATS[format_name].suffix}")
     np.testing.assert_array_equal(found.counts, sample.counts)
     np.testing.assert_array_equal(found.target, sample.target)

@@ -133,14 +133,14 @@ def fuzz(path: Path, write: Callable[[random.Random], Callable[[], Sample]]) -> 
     chance, read, refused = random.Random(11), 0, 0
     deadline = time.monotonic() + SECONDS
     names = ("npy", "packed", "tfrecord")
-    form = next(FORMATS[name] for name in names if path.name.endswith(FORMATS[name].suffix))
+    format_name = next(FORMATS[name] for name in names if path.name.endswith(FORMATS[name].suffix))
     if "gzip" in path.name:
-        form = FORMATS["tfrecord_gzip"]
+        format_name = FORMATS["tfrecord_gzip"]
     while time.monotonic() < deadline or read + refused < FEWEST:
         oracle = write(chance)
         start = time.monotonic()
         try:
-            found = form.read(path)
+            found = format_name.read(path)
         except DataError as error:
             assert str(path.parent) in str(error) and "\n" not in str(error)
             refused += 1
@@ -312,15 +312,15 @@ def test_lists(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("form", ["npy", "packed"])
-def test_manifests(form: str, tmp_path: Path) -> None:
+def test_manifests(format_name: str, tmp_path: Path) -> None:
     folder, again = tmp_path / "folder", tmp_path / "again"
     folder.mkdir()
     again.mkdir()
     entries = [
-        Entry.of(f"u{index}", FORMATS[form].write(folder, f"u{index}", tiny_sample(index, size=2)))
+        Entry.of(f"u{index}", FORMATS[format_name].write(folder, f"u{index}", tiny_sample(index, size=2)))
         for index in range(3)
     ]
-    Manifest(form, SampleSpec(2), tuple(entries)).save(folder)
+    Manifest(format_name, SampleSpec(2), tuple(entries)).save(folder)
     whole = (folder / MANIFEST).read_bytes()
 
     def attempt(chance: random.Random) -> None:

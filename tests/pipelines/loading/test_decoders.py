@@ -25,7 +25,7 @@ from pipelines.loading.config import LoaderConfig
 from pipelines.loading.dali_graphs import GraphSettings, define_packed_graph
 from pipelines.loading.loader import Loader
 from pipelines.loading.transforms import lookup_node, transform
-from pipelines.plan import Shard
+from pipelines.plan import RankSlice
 from pipelines.sample import Batch, Sample
 
 
@@ -117,7 +117,7 @@ TOO_SHORT = packed_book.write(TABLE, [[0, 1, 2, 1], [2, 2, 0]], size=2, total=9)
 
 def damaged(root: Path, content: bytes = ROW_BEYOND) -> Path:
     """A packed data set whose sample 3 is `content`, damaged but for its checksums."""
-    write_tiny(root, train=6, validation=1, form="packed", size=2)
+    write_tiny(root, train=6, validation=1, format_name="packed", size=2)
     name = "universe_0003_000"
     write_shard(root / "train" / f"{name}.tar", [(f"{name}.packed", [content])])
     return root / "train" / f"{name}.tar" / f"{name}.packed"
@@ -127,7 +127,7 @@ def loader(root: Path, device: str, **options: object) -> Loader:
     return Loader(
         open_split(root, "train"),
         LoaderConfig(**options),  # type: ignore[arg-type]
-        shard=Shard(),
+        shard=RankSlice(),
         seed=0,
         shuffle=False,
         ragged="drop",
@@ -155,7 +155,7 @@ def test_a_damaged_sample_is_named_or_skipped(tmp_path: Path) -> None:
 def test_on_a_gpu_batches_are_those_of_the_host(
     size: int, apply_log: bool, batch_size: int, tmp_path: Path
 ) -> None:
-    root = write_tiny(tmp_path, train=7, validation=1, form="packed", size=size)
+    root = write_tiny(tmp_path, train=7, validation=1, format_name="packed", size=size)
     options = {"batch_size": batch_size, "apply_log": apply_log}
     host, device = loader(root, "cpu", **options), loader(root, "cuda:0", **options)
     half = torch.zeros(batch_size, size, size, size, 4, dtype=torch.float16, device="cuda")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, environment, write_tiny
 
-from pipelines.dataset.dataset import Extents, Split
+from pipelines.dataset.dataset import Extents, SampleDataset
 from pipelines.dataset.open import open_split
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.footprint import device_bytes, host_bytes
@@ -41,18 +41,18 @@ loader.close()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["packed", "npy", "tfrecord_gzip"])
-def test_a_loader_holds_what_the_formula_says(form: str, tmp_path: Path) -> None:
-    root = write_tiny(tmp_path, train=4, validation=1, form=form, size=64)
+def test_a_loader_holds_what_the_formula_says(format_name: str, tmp_path: Path) -> None:
+    root = write_tiny(tmp_path, train=4, validation=1, format_name=format_name, size=64)
     line = [sys.executable, "-c", PROGRAM, str(root)]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     said = host_bytes(open_split(root, "train"), LoaderConfig(batch_size=4))
     assert 0.5 * said < int(done.stdout) < 1.3 * said
 
 
-def split_of(form: str) -> Split:
+def split_of(format_name: str) -> SampleDataset:
     """One of 128^3 samples, packed ones in 2.4 MB."""
-    extents = Extents(np.zeros(1, np.int64), np.full(1, 2_400_000)) if form == "packed" else None
-    return Split(Path("data"), form, ("a",), SampleSpec(128), extents)
+    extents = Extents(np.zeros(1, np.int64), np.full(1, 2_400_000)) if format_name == "packed" else None
+    return SampleDataset(Path("data"), format_name, ("a",), SampleSpec(128), extents)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def split_of(form: str) -> Split:
     ],
 )
 def test_the_figures_of_the_documentation(
-    form: str, options: dict[str, object], host: int, device: int, host_of_device: int
+    format_name: str, options: dict[str, object], host: int, device: int, host_of_device: int
 ) -> None:
-    split, config = split_of(form), LoaderConfig(**options)  # type: ignore[arg-type]
+    split, config = split_of(format_name), LoaderConfig(**options)  # type: ignore[arg-type]
     found = (host_bytes(split, config), device_bytes(split, config), host_bytes(split, config, "cuda"))
     assert [round(each / 1e6) for each in found] == [host, device, host_of_device]

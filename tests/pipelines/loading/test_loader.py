@@ -15,14 +15,14 @@ import pytest
 import torch
 from helpers import DATA, write_tiny
 
-from pipelines.dataset.dataset import Share, Split
+from pipelines.dataset.dataset import Partition, SampleDataset
 from pipelines.dataset.open import open_split
 from pipelines.errors import ConfigError, DataError, UserError
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.decoders import FilesDecoder
 from pipelines.loading.loader import Loader
-from pipelines.plan import Ragged, Shard
+from pipelines.plan import Ragged, RankSlice
 from pipelines.sample import Batch, Sample
 
 SAMPLES, SIZE = 11, 8
@@ -32,17 +32,23 @@ SAMPLES, SIZE = 11, 8
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same samples in every format."""
     return {
-        form: write_tiny(tmp_path_factory.mktemp(form), train=SAMPLES, validation=1, form=form, size=SIZE)
-        for form in FORMATS
+        format_name: write_tiny(
+            tmp_path_factory.mktemp(format_name),
+            train=SAMPLES,
+            validation=1,
+            format_name=format_name,
+            size=SIZE,
+        )
+        for format_name in FORMATS
     }
 
 
 @contextmanager
 def loader(
-    data: Path | Split,
+    data: Path | SampleDataset,
     *,
     batch_size: int = 2,
-    shard: Shard = Shard(),  # noqa: B008  (it is frozen)
+    shard: RankSlice = RankSlice(),  # noqa: B008  (it is frozen)
     shuffle: bool = True,
     ragged: Ragged = "drop",
     seed: int = 9,
@@ -94,10 +100,10 @@ def close(one: list[Row], other: list[Row]) -> bool:
 @pytest.mark.parametrize("apply_log", [True, False])
 @pytest.mark.parametrize("form", sorted(FORMATS))
 def test_every_row_is_the_transformed_sample_that_its_index_names(
-    form: str, apply_log: bool, roots: dict[str, Path]
+    format_name: str, apply_log: bool, roots: dict[str, Path]
 ) -> None:
-    split = open_split(roots[form], "train")
-    with loader(roots[form], apply_log=apply_log, ragged="pad") as batches:
+    split = open_split(roots[format_name], "train")
+    with loader(roots[format_name], apply_log=apply_log, ragged="pad") as batches:
         seen = [row for epoch in (0, 1) for row in rows(batches.batches(epoch)) if row[0] >= 0]
     assert sorted(index for index, _, _ in seen) == sorted([*range(SAMPLES)] * 2)
     for index, volume, target in seen:
@@ -144,7 +150,7 @@ def test_what_tensorflow_wrote_comes_through_dali_and_through_npy_exactly(
 def test_ranks_share_the_epoch_between_them(ranks: int, roots: dict[str, Path]) -> None:
     seen, steps = [], set()
     for rank in range(ranks):
-        with loader(roots["npy"], batch_size=1, shard=Shard(rank, ranks), ragged="pad") as batches:
+        with loader(roots["npy"], batch_size=1, shard=RankSlice(rank, ranks), ragged="pad") as batches:
             seen += rows(batches.batches(0))
             steps.add(len(batches))
     assert steps == {-(-SAMPLES // ranks)}
@@ -162,7 +168,7 @@ def test_dali_reads_the_same_files_in_the_same_order(
         return [left, *(rows(batches.batches(*place)) for place in ((0, 0), (1, 0), (0, 3), (1, 0)))]
 
     settings: tuple[dict[str, Any], ...] = (
-        {"shard": Shard(1, 2), "batch_size": 1},
+        {"shard": RankSlice(1, 2), "batch_size": 1},
         {"ragged": "pad", "batch_size": 3},
     )
     for options in settings:
@@ -207,11 +213,11 @@ def test_a_file_that_dali_cannot_read_is_named_though_it_reads_ahead(
     ],
 )
 def test_direct_reading_that_cannot_be_is_refused_by_name(
-    form: str, options: dict[str, Any], fault: str, roots: dict[str, Path]
+    format_name: str, options: dict[str, Any], fault: str, roots: dict[str, Path]
 ) -> None:
     with (
         pytest.raises(ConfigError, match=f"loader.gpu_direct = True: {fault}"),
-        loader(roots[form], gpu_direct=True, **options),
+        loader(roots[format_name], gpu_direct=True, **options),
     ):
         pass
 
@@ -221,7 +227,7 @@ def test_two_ranks_make_up_the_batches_of_one(roots: dict[str, Path]) -> None:
         whole = [rows(iter([batch])) for batch in batches.batches(1)]
     halves = []
     for rank in range(2):
-        with loader(roots["npy"], batch_size=2, shard=Shard(rank, 2)) as batches:
+        with loader(roots["npy"], batch_size=2, shard=RankSlice(rank, 2)) as batches:
             halves.append([rows(iter([batch])) for batch in batches.batches(1)])
     assert len(whole) == len(halves[0]) == len(halves[1]) == SAMPLES // 4
     for step, left, right in zip(whole, *halves, strict=True):
@@ -253,12 +259,14 @@ def test_filling_rows_are_marked_and_come_last(roots: dict[str, Path]) -> None:
 @pytest.mark.parametrize("apply_log", [True, False])
 @pytest.mark.parametrize("form", ["npy", "packed"])
 def test_a_share_of_no_samples_takes_part_in_every_step(
-    form: str, apply_log: bool, roots: dict[str, Path]
+    format_name: str, apply_log: bool, roots: dict[str, Path]
 ) -> None:
     nothing = np.arange(0)
-    whole = open_split(roots[form], "validation")
+    whole = open_split(roots[format_name], "validation")
     with loader(
-        whole.take(nothing, Share(nothing, count=3, total=2, seed=None)), ragged="pad", apply_log=apply_log
+        whole.take(nothing, Partition(nothing, count=3, total=2, seed=None)),
+        ragged="pad",
+        apply_log=apply_log,
     ) as batches:
         for epoch in (0, 1):
             (batch,) = batches.batches(epoch)
@@ -298,9 +306,9 @@ def test_threads_and_prefetch_change_no_batch(config: dict[str, Any], roots: dic
 
 @pytest.mark.parametrize("form", sorted(FORMATS))
 def test_a_file_that_goes_bad_is_named_when_it_is_read(
-    form: str, roots: dict[str, Path], tmp_path: Path
+    format_name: str, roots: dict[str, Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(roots[form], tmp_path / "data")
+    shutil.copytree(roots[format_name], tmp_path / "data")
     with loader(tmp_path / "data", shuffle=False, batch_size=1) as batches:
         culprit = batches.split.files(7)[-1]
         culprit.write_bytes(culprit.read_bytes()[: culprit.stat().st_size // 2])
@@ -333,7 +341,7 @@ def test_a_count_below_zero_becomes_no_number_and_is_explained(
 
 
 def test_more_ranks_than_samples_is_refused(roots: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match="11 training samples"), loader(roots["npy"], shard=Shard(0, 12)):
+    with pytest.raises(UserError, match="11 training samples"), loader(roots["npy"], shard=RankSlice(0, 12)):
         pass
 
 

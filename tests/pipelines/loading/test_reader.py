@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import write_tiny
 
-from pipelines.dataset.dataset import Split
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_folder, open_split
 from pipelines.errors import DataError
 from pipelines.formats.base import CountsPayload
@@ -17,12 +17,12 @@ from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader
 from pipelines.loading.transforms import transform
-from pipelines.plan import Ragged, Shard
+from pipelines.plan import Ragged, RankSlice
 from preprocess.convert import convert
 
 
 @pytest.fixture
-def split(tmp_path: Path) -> Split:
+def split(tmp_path: Path) -> SampleDataset:
     """Eight samples, of which 2, 3 and 7 are damaged."""
     found = open_split(write_tiny(tmp_path, train=8, validation=1), "train")
     for index in (2, 3, 7):
@@ -30,7 +30,7 @@ def split(tmp_path: Path) -> Split:
     return found
 
 
-def test_the_next_sound_one(split: Split) -> None:
+def test_the_next_sound_one(split: SampleDataset) -> None:
     reader = Reader(split, "skip")
     assert [reader.payload(index)[0] for index in range(8)] == [0, 1, 4, 4, 4, 5, 6, 0]
     _, payload = reader.payload(2)
@@ -40,7 +40,7 @@ def test_the_next_sound_one(split: Split) -> None:
     assert reader.sample(2) is None and reader.sample(4) is not None
 
 
-def test_nothing_is_skipped_unless_asked(split: Split) -> None:
+def test_nothing_is_skipped_unless_asked(split: SampleDataset) -> None:
     reader = Reader(split)
     with pytest.raises(DataError, match="universe_0002"):
         reader.payload(2)
@@ -66,12 +66,12 @@ def test_a_shard_that_is_lost_or_cut_off_is_passed_over_whole(tmp_path: Path) ->
     ("ragged", "expected"), [("drop", [[0, 1, 4, 4], [4, 5, 6, 0]]), ("pad", [[0, 1, -1, -1], [4, 5, 6, -1]])]
 )
 def test_training_takes_another_and_validation_leaves_it_out(
-    ragged: Ragged, expected: list[list[int]], split: Split
+    ragged: Ragged, expected: list[list[int]], split: SampleDataset
 ) -> None:
     loader = Loader(
         split,
         LoaderConfig(batch_size=4, on_bad_sample="skip"),
-        shard=Shard(),
+        shard=RankSlice(),
         seed=0,
         shuffle=False,
         ragged=ragged,

@@ -109,7 +109,7 @@ def test_what_tensorflow_wrote_as_npy(folder: str, tmp_path: Path) -> None:
 
 
 def test_both_splits_and_the_lists_of_the_original(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=5, validation=2, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "data", train=5, validation=2, format_name="tfrecord_gzip")
     done = program(CONVERT, "-i", data, "-o", tmp_path / "npy", "--to", "npy")
     assert done.code == 0, done.err
     stems = [f"universe_{index:04d}_000" for index in range(5)]
@@ -129,7 +129,7 @@ def test_both_splits_and_the_lists_of_the_original(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_no_tail_is_dropped(ranks: int, tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=7, validation=1, form="tfrecord_gzip") / "train"
+    data = write_tiny(tmp_path / "data", train=7, validation=1, format_name="tfrecord_gzip") / "train"
     done = program(
         "preprocess.convert_tfrecord_to_numpy", "-i", data, "-o", tmp_path / "npy", "-c", "gzip", ranks=ranks
     )
@@ -140,7 +140,7 @@ def test_no_tail_is_dropped(ranks: int, tmp_path: Path) -> None:
 
 
 def test_a_rerun_makes_only_what_is_missing_or_does_not_match(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=6, validation=1, form="tfrecord") / "train"
+    data = write_tiny(tmp_path / "data", train=6, validation=1, format_name="tfrecord") / "train"
     target = tmp_path / "npy"
     assert converted(data, target, "npy") == Produced(made=6)
     before = content(target)
@@ -158,7 +158,7 @@ def test_a_rerun_makes_only_what_is_missing_or_does_not_match(tmp_path: Path) ->
 
 
 def test_a_damaged_sample_keeps_no_other_from_being_converted(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=5, validation=1, form="tfrecord") / "train"
+    data = write_tiny(tmp_path / "data", train=5, validation=1, format_name="tfrecord") / "train"
     path = data / "universe_0002_000.tfrecord"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_one_line(
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty samples of 32^3, enough to be interrupted."""
     folder = tmp_path_factory.mktemp("many")
-    write_tiny(folder, train=60, validation=1, form="tfrecord_gzip", size=32)
+    write_tiny(folder, train=60, validation=1, format_name="tfrecord_gzip", size=32)
     return folder / "train"
 
 
@@ -323,7 +323,7 @@ def find(path: Path) -> None:
 def test_a_file_that_cannot_be_read_keeps_no_other_from_being_converted(
     first: int, to: str, others: int, ranks: int, tmp_path: Path
 ) -> None:
-    data = write_tiny(tmp_path / "data", train=12, validation=1, form="tfrecord_gzip") / "train"
+    data = write_tiny(tmp_path / "data", train=12, validation=1, format_name="tfrecord_gzip") / "train"
     target = tmp_path / "out"
     bad = [data / f"universe_{index:04d}_000.tfrecord" for index in (first, first + 3)]
     for path in bad:
@@ -351,7 +351,7 @@ def test_a_file_that_cannot_be_read_keeps_no_other_from_being_converted(
 
 
 def test_a_shard_that_is_lost_keeps_no_other_from_being_converted(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=60, validation=1, form="tfrecord") / "train"
+    data = write_tiny(tmp_path / "data", train=60, validation=1, format_name="tfrecord") / "train"
     order, task = order_conversion(data, tmp_path / "packed", "packed", a_shard=20)
     produce(order, task, world=World(), workers=2, unit="file")
     shard = tmp_path / "packed" / "shard_000001.tar"
@@ -367,7 +367,7 @@ def test_a_shard_that_is_lost_keeps_no_other_from_being_converted(tmp_path: Path
 @pytest.mark.parametrize("to", ["npy", "packed"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_many_in_a_row_that_cannot_be_read_end_the_run(ranks: int, to: str, tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=80, validation=1, form="tfrecord_gzip") / "train"
+    data = write_tiny(tmp_path / "data", train=80, validation=1, format_name="tfrecord_gzip") / "train"
     line = ["-i", data, "-o", tmp_path / "out", "--to", to, "--samples-per-shard", 20, "--workers", 1]
     assert program(CONVERT, *line).code == 0
     before = content(tmp_path / "out")
@@ -419,9 +419,9 @@ def test_a_source_that_vanishes_is_one_line(ranks: int, many: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("form", "pattern", "count"), [("npy", "*_data.npy", 60), ("packed", "*.tar", 20)])
-def test_killed_at_any_moment(form: str, pattern: str, count: int, many: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment(format_name: str, pattern: str, count: int, many: Path, tmp_path: Path) -> None:
     chance, midway, target = random.Random(3), 0, tmp_path / "target"
-    arguments = ["-i", many, "-o", target, "--to", form, "--samples-per-shard", 3]
+    arguments = ["-i", many, "-o", target, "--to", format_name, "--samples-per-shard", 3]
     assert program(CONVERT, *arguments).code == 0
     undisturbed = content(target)
     for _ in range(20):

@@ -154,9 +154,9 @@ def check(folder: Path, target: Path, culprit: Path, said: str | None, legal: Sa
     assert done.made == 2 and not (target / f"{STEM}_data.npy").exists()
 
 
-def folder_of(tmp_path: Path, form: str) -> Path:
-    """Three sound samples in `form`."""
-    return write_tiny(tmp_path / "data", train=3, validation=1, form=form) / "train"
+def folder_of(tmp_path: Path, format_name: str) -> Path:
+    """Three sound samples in `format_name`."""
+    return write_tiny(tmp_path / "data", train=3, validation=1, format_name=format_name) / "train"
 
 
 @pytest.mark.parametrize("kind", RECORDS)

@@ -47,7 +47,7 @@ def submit(tmp_path: Path, *options: str, **variables: str) -> subprocess.Comple
 
 
 def test_both_splits_with_their_lists(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "src", train=5, validation=2, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "src", train=5, validation=2, format_name="tfrecord_gzip")
     done = submit(tmp_path, DATA_SRC_DIR=str(data), DATA_DST_DIR=str(tmp_path / "dst"))
     assert done.returncode == 0, done.stderr
     for split, count in (("train", 5), ("validation", 2)):
@@ -58,7 +58,7 @@ def test_both_splits_with_their_lists(tmp_path: Path) -> None:
 
 
 def test_a_container_is_asked_for_with_what_it_must_see(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "src", train=2, validation=1, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "src", train=2, validation=1, format_name="tfrecord_gzip")
     target = tmp_path / "dst"
     done = submit(
         tmp_path, DATA_SRC_DIR=str(data), DATA_DST_DIR=str(target), CONT="image", DATA_FORMAT="tfrecord"
@@ -66,11 +66,11 @@ def test_a_container_is_asked_for_with_what_it_must_see(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "srun.log").read_text()
     assert "--container-image=image" in asked and f"{data}:{data}:ro,{target}:{target}" in asked
-    assert open_split(target, "train").form == "tfrecord"
+    assert open_split(target, "train").format_name == "tfrecord"
 
 
 def test_what_the_source_has_lost_goes_where_the_job_is_told_so(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "src", train=4, validation=1, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "src", train=4, validation=1, format_name="tfrecord_gzip")
     told = {"DATA_SRC_DIR": str(data), "DATA_DST_DIR": str(tmp_path / "dst"), "DATA_FORMAT": "packed"}
     assert submit(tmp_path, **told).returncode == 0
     (data / "train" / "universe_0002_000.tfrecord").unlink()

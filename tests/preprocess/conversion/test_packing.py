@@ -25,8 +25,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("form", ["tfrecord_gzip", pytest.param("npy", marks=pytest.mark.slow)])
-def test_there_and_back(form: str, ranks: int, tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=11, validation=2, form=form)
+def test_there_and_back(format_name: str, ranks: int, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=11, validation=2, format_name=format_name)
     to_packed = ["-i", data, "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 4]
     done = program(CONVERT, *to_packed, ranks=ranks)
     assert done.code == 0, done.err
@@ -37,7 +37,9 @@ def test_there_and_back(form: str, ranks: int, tmp_path: Path) -> None:
     assert {path.name for path in train.iterdir()} == expected | {"manifest.jsonl", "files_data.lst", LOCK}
     assert (train / "files_data.lst").read_text().split() == [f"{shard}.tar" for shard in shards]
     assert program("preprocess.verify", tmp_path / "packed").code == 0
-    back = program(CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "back", "--to", form, ranks=ranks)
+    back = program(
+        CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "back", "--to", format_name, ranks=ranks
+    )
     assert back.code == 0, back.err
     for name, found in content(data).items():
         assert (tmp_path / "back" / name).read_bytes() == found
@@ -59,7 +61,7 @@ def test_a_change_of_one_sample_makes_its_shard_anew(tmp_path: Path) -> None:
 
 
 def test_every_damaged_sample_is_named_and_the_other_shards_are_made(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=9, validation=1, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "data", train=9, validation=1, format_name="tfrecord_gzip")
     line = ["-i", data / "train", "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 3]
     bad = [data / "train" / f"universe_000{number}_000.tfrecord" for number in (3, 5)]
     whole = [path.read_bytes() for path in bad]
@@ -112,7 +114,7 @@ def test_packed_samples_are_staged_as_they_are(tmp_path: Path) -> None:
     assert f"{int(source.extents.lengths.sum()):,} bytes read" in done.out
     assert [staged.stem(index) for index in range(7)] == [source.stem(index) for index in range(7)]
     for index in range(7):
-        assert staged.contents(index) == source.contents(index)
+        assert staged.read_files(index) == source.read_files(index)
     assert (
         "staged 0 of 7" in program("preprocess.stage", "-i", tmp_path / "packed", "-o", tmp_path / "disk").out
     )

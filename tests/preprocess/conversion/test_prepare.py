@@ -47,7 +47,7 @@ def test_names_crops_and_splits(universes: Path, tmp_path: Path) -> None:
     assert {name: len(split) for name, split in splits.items()} == {"train": 64, "validation": 8}
     seen: dict[str, np.ndarray] = {}
     for split in splits.values():
-        assert split.form == "tfrecord_gzip" and split.spec.shape == (4, 4, 4, 4)
+        assert split.format_name == "tfrecord_gzip" and split.spec.shape == (4, 4, 4, 4)
         for index in range(len(split)):
             universe, _, crop = split.stem(index).rpartition("_")
             i, j, k = np.unravel_index(int(crop), (2, 2, 2))

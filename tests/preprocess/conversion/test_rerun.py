@@ -41,8 +41,8 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def tiny(tmp_path: Path, form: str = "npy", train: int = 4) -> Path:
-    return write_tiny(tmp_path / "data", train=train, validation=1, form=form) / "train"
+def tiny(tmp_path: Path, format_name: str = "npy", train: int = 4) -> Path:
+    return write_tiny(tmp_path / "data", train=train, validation=1, format_name=format_name) / "train"
 
 
 def stem(index: int) -> str:

@@ -21,7 +21,7 @@ from preprocess.verify import CHECKS, main, verify_folder
 def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five training and two validation samples with manifests and lists, as the converter leaves them."""
     folder = tmp_path_factory.mktemp(request.param)
-    source = write_tiny(folder / "source", train=5, validation=2, form="npy")
+    source = write_tiny(folder / "source", train=5, validation=2, format_name="npy")
     to = ["--to", request.param, "--samples-per-shard", 1]
     done = program("preprocess.convert", "-i", source, "-o", folder / "data", *to)
     assert done.code == 0, done.err

@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_published_format_and_names(made: Path) -> None:
     for split, count in (("train", 3), ("validation", 2)):
         found = open_split(made, split)
-        assert (found.form, len(found), found.spec.shape) == ("tfrecord_gzip", count, (32, 32, 32, 4))
+        assert (found.format_name, len(found), found.spec.shape) == ("tfrecord_gzip", count, (32, 32, 32, 4))
         for index in range(count):
             sample = found.read(index)
             assert np.abs(sample.target).max() <= 1
@@ -138,10 +138,10 @@ def test_the_box_grows_with_h_0() -> None:
 
 
 @pytest.mark.parametrize("form", sorted(FORMATS))
-def test_any_format_holds_the_same_universes(form: str, made: Path, tmp_path: Path) -> None:
-    make_dataset(SimulateConfig(train=1, validation=1, format=form), tmp_path, workers=1, shown=False)
+def test_any_format_holds_the_same_universes(format_name: str, made: Path, tmp_path: Path) -> None:
+    make_dataset(SimulateConfig(train=1, validation=1, format=format_name), tmp_path, workers=1, shown=False)
     found, published = open_split(tmp_path, "train"), open_split(made, "train")
-    assert found.form == form
+    assert found.format_name == format_name
     np.testing.assert_array_equal(found.read(0).counts, published.read(0).counts)
 
 

@@ -91,9 +91,9 @@ def content(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(("nodes", "ranks"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), (3, 2)])
 @pytest.mark.parametrize("form", ["tfrecord_gzip", "npy"])
 def test_every_node_has_everything_and_each_file_was_read_once(
-    form: str, nodes: int, ranks: int, tmp_path: Path
+    format_name: str, nodes: int, ranks: int, tmp_path: Path
 ) -> None:
-    data = write_tiny(tmp_path / "data", train=7, validation=2, form=form)
+    data = write_tiny(tmp_path / "data", train=7, validation=2, format_name=format_name)
     before = content(data)
     done = on_nodes(nodes, ranks, data, tmp_path / "disk")
     assert [code for code, _, _ in done] == [0] * (nodes * ranks), done
@@ -103,7 +103,7 @@ def test_every_node_has_everything_and_each_file_was_read_once(
     for node in range(nodes):
         assert content(tmp_path / "disk" / str(node)) == first
         split = open_split(tmp_path / "disk" / str(node), "train")
-        assert (split.form, len(split)) == ("npy", 7)
+        assert (split.format_name, len(split)) == ("npy", 7)
         for index in range(7):
             expected = tiny_sample(index)
             np.testing.assert_array_equal(split.read(index).counts, expected.counts)
@@ -112,7 +112,7 @@ def test_every_node_has_everything_and_each_file_was_read_once(
 
 
 def test_a_second_run_stages_nothing_and_a_node_that_lost_something_gets_it_back(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=6, validation=1, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "data", train=6, validation=1, format_name="tfrecord_gzip")
     on_nodes(2, 1, data, tmp_path / "disk")
     first = content(tmp_path / "disk" / "0")
     done = on_nodes(2, 1, data, tmp_path / "disk")
@@ -132,7 +132,7 @@ def test_a_second_run_stages_nothing_and_a_node_that_lost_something_gets_it_back
 
 
 def test_a_damaged_sample_is_named_and_the_others_are_staged(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=5, validation=1, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "data", train=5, validation=1, format_name="tfrecord_gzip")
     bad = data / "train" / "universe_0002_000.tfrecord"
     bad.write_bytes(bad.read_bytes()[:-9])
     done = on_nodes(2, 1, data, tmp_path / "disk")
@@ -146,7 +146,7 @@ def test_a_damaged_sample_is_named_and_the_others_are_staged(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("first", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_file_that_cannot_be_read_keeps_no_other_from_being_staged(first: int, tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=12, validation=1, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "data", train=12, validation=1, format_name="tfrecord_gzip")
     bad = data / "train" / f"universe_{first:04d}_000.tfrecord"
     bad.rename(tmp_path / "lost")
     bad.symlink_to("nowhere")
@@ -197,7 +197,7 @@ def test_files_that_are_lost_while_staging_end_it_if_they_are_many(
 
 
 def test_training_goes_on_without_a_file_that_cannot_be_staged(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=8, validation=2, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "data", train=8, validation=2, format_name="tfrecord_gzip")
     bad = data / "train" / "universe_0002_000.tfrecord"
     bad.unlink()
     bad.symlink_to("nowhere")
@@ -233,7 +233,10 @@ def staged(data: Path, disk: Path, *, beside: int = 0, trusted: bool = False) ->
 
 
 def test_what_has_become_of_the_source_since_it_was_staged(tmp_path: Path) -> None:
-    data, disk = write_tiny(tmp_path / "data", train=4, validation=1, form="tfrecord"), tmp_path / "disk"
+    data, disk = (
+        write_tiny(tmp_path / "data", train=4, validation=1, format_name="tfrecord"),
+        tmp_path / "disk",
+    )
     assert [one.samples for one in staged(data, disk)] == [4, 1]
     bad = data / "train" / "universe_0002_000.tfrecord"
     bad.write_bytes(bad.read_bytes()[:-9])
@@ -282,7 +285,10 @@ def test_samples_of_a_shard_that_is_lost_are_counted_and_it_is_named_once(tmp_pa
 
 
 def test_the_room_for_both_splits_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, disk = write_tiny(tmp_path / "data", train=2, validation=2, form="tfrecord"), tmp_path / "disk"
+    data, disk = (
+        write_tiny(tmp_path / "data", train=2, validation=2, format_name="tfrecord"),
+        tmp_path / "disk",
+    )
     usage = shutil.disk_usage(tmp_path)
     # Enough for the counts, and not for what goes with them.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * 2 * 4 * 16**3))
@@ -347,7 +353,7 @@ def test_any_number_of_ranks_reads_each_sample_once_and_writes_it_once_a_node(
 
 
 def test_models_side_by_side_share_one_staging(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=7, validation=3, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "data", train=7, validation=3, format_name="tfrecord_gzip")
     options = ["--shard-type", "local", "--preshuffle", "--seed", "4"]
     done = on_nodes(4, 1, data, tmp_path / "disk", *options, "--models", "2")
     assert [code for code, _, _ in done] == [0] * 4, done
@@ -373,7 +379,7 @@ def test_shares_are_as_equal_as_can_be_and_the_draw_is_the_same_for_all(samples:
     "options", [pytest.param([], marks=pytest.mark.slow), ["--preshuffle", "--seed", "3"]]
 )
 def test_teams_have_shares_and_each_file_is_read_once(options: list[str], tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=7, validation=3, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "data", train=7, validation=3, format_name="tfrecord_gzip")
     shards = ["--shard-type", "local", "--shard-multiplier", "2", *options]
     done = on_nodes(4, 1, data, tmp_path / "disk", *shards)
     assert [code for code, _, _ in done] == [0] * 4, done
@@ -396,8 +402,8 @@ def test_teams_have_shares_and_each_file_is_read_once(options: list[str], tmp_pa
         ("npy", True),
     ],
 )
-def test_nodes_in_another_order_change_their_shares(form: str, killed: bool, tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=7, validation=2, form=form)
+def test_nodes_in_another_order_change_their_shares(format_name: str, killed: bool, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=7, validation=2, format_name=format_name)
 
     def staged_as(order: Sequence[int]) -> None:
         done = as_srun(
@@ -417,7 +423,7 @@ def test_nodes_in_another_order_change_their_shares(form: str, killed: bool, tmp
 
 @pytest.mark.slow
 def test_training_on_shares_scores_every_sample_and_resumes_on_as_many_nodes(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=13, validation=5, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "data", train=13, validation=5, format_name="tfrecord_gzip")
     stage = {"dir": str(tmp_path / "disk" / "$NODE"), "shard_type": "local", "preshuffle": True}
     where = {"dir": str(data), "stage": stage}
 
@@ -479,7 +485,7 @@ def test_shares_that_do_not_fit_are_refused(
 
 @pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
 def test_a_node_without_room_is_told_before_anything_is_copied(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "data", train=9, validation=1, form="tfrecord_gzip")
+    data = write_tiny(tmp_path / "data", train=9, validation=1, format_name="tfrecord_gzip")
     (tmp_path / "disk").mkdir()
     line = command(STAGE, ["-i", data, "-o", tmp_path / "disk"])
     done = run(mounted("size=200k", tmp_path / "disk", line))

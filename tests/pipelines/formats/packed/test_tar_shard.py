@@ -24,7 +24,7 @@ from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.tar_shard import forget, read_member, read_members, write_shard
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
-from pipelines.plan import Shard
+from pipelines.plan import RankSlice
 from preprocess.convert import convert
 
 CONTENTS = {
@@ -82,7 +82,7 @@ def test_dalis_own_reader_finds_the_samples(packed: Path) -> None:
     pipeline.build()
     for index in range(len(split)):
         (output,) = pipeline.run()
-        assert np.asarray(output.at(0)).tobytes() == split.contents(index)[".packed"]
+        assert np.asarray(output.at(0)).tobytes() == split.read_files(index)[".packed"]
 
 
 def test_members_are_found_and_read_in_any_order(shard: Path) -> None:
@@ -146,8 +146,8 @@ def test_members_that_would_be_lost_or_misread_are_refused(
     member = tarfile.TarInfo()
     for name, value in kind.items():
         setattr(member, name, value)
-    form = tarfile.PAX_FORMAT if member.pax_headers else tarfile.GNU_FORMAT
-    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+    format_name = tarfile.PAX_FORMAT if member.pax_headers else tarfile.GNU_FORMAT
+    with tarfile.open(tmp_path / "a.tar", "w", format=format_name) as tar:
         tar.addfile(member)
     with pytest.raises(DataError, match=said) as raised:
         read_members(tmp_path / "a.tar")
@@ -155,13 +155,13 @@ def test_members_that_would_be_lost_or_misread_are_refused(
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_folders_and_finer_times_in_a_tar_are_passed_over(form: int, tmp_path: Path) -> None:
+def test_folders_and_finer_times_in_a_tar_are_passed_over(format_name: int, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.packed").write_bytes(b"sample")
     folder = tarfile.TarInfo("other")
     # Which says nothing of what is in the file.
     folder.type, folder.size = tarfile.DIRTYPE, 1024
-    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+    with tarfile.open(tmp_path / "a.tar", "w", format=format_name) as tar:
         tar.addfile(folder)
         tar.add(tmp_path / "data", "data")
     (member,) = read_members(tmp_path / "a.tar")
@@ -196,7 +196,7 @@ def test_a_folder_of_shards_is_read_with_and_without_its_manifest(gone: list[str
     assert [split.stem(index) for index in range(len(split))] == [
         f"universe_{index:04d}_000" for index in range(11)
     ]
-    assert split.units == [f"shard_{index:06d}" for index in range(4)]
+    assert split.entry_names == [f"shard_{index:06d}" for index in range(4)]
     for index in random.Random(1).sample(range(11), 11):
         np.testing.assert_array_equal(split.read(index).counts, tiny_sample(index).counts)
         assert split.payload(index).target.tolist() == tiny_sample(index).target.tolist()
@@ -208,7 +208,7 @@ def test_members_may_lie_in_folders(packed: Path, tmp_path: Path) -> None:
     contents = {name: read_member(first, name, *place) for name, *place in read_members(first)}
     write_shard(shard, ((f"some/where/{name}", [content]) for name, content in contents.items()))
     split = open_folder(tmp_path)
-    assert split.units == ["s"] and split.files(0) == (shard,)
+    assert split.entry_names == ["s"] and split.files(0) == (shard,)
     for index in range(len(contents)):
         np.testing.assert_array_equal(split.read(index).counts, tiny_sample(index).counts)
 
@@ -267,7 +267,7 @@ def test_an_epoch_of_many_small_samples_holds_memory_flat(tmp_path: Path) -> Non
     loader = Loader(
         open_split(tmp_path, "train"),
         LoaderConfig(batch_size=64),
-        shard=Shard(),
+        shard=RankSlice(),
         seed=1,
         shuffle=True,
         ragged="drop",
