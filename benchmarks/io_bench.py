@@ -192,12 +192,12 @@ def show(setting: Setting, results: dict[str, Result]) -> None:
 
 def show_utilisation(found: dict[str, Utilisation], seconds: float) -> None:
     """Print how busy the emulated accelerators were kept."""
-    for format_name, one in found.items():
+    for name, one in found.items():
         verdict = "passes" if min(one.each) >= PASSING else "does not pass"
         each = f" ({min(one.each):.1%} to {max(one.each):.1%})" if one.accelerators > 1 else ""
         print(
-            f"{format_name:14} {one.accelerators} x {1e3 * seconds:g} ms a step: utilisation {one.mean:.1%}{each}"
-            f", {verdict} at {PASSING:.0%}; {one.samples_per_s:.0f} samples/s, {one.cpu_ms:.1f} ms CPU a sample"
+            f"{name:14} {one.accelerators} x {1e3 * seconds:g} ms a step: utilisation {one.mean:.1%}{each}, "
+            f"{verdict} at {PASSING:.0%}; {one.samples_per_s:.0f} samples/s, {one.cpu_ms:.1f} ms CPU a sample"
         )
 
 

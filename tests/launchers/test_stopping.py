@@ -60,7 +60,7 @@ def test_a_file_system_that_hangs_while_the_data_is_opened_is_told_of(
 
     class Watch:
         @contextlib.contextmanager
-        def stall_guard(self, what: str) -> Iterator[None]:
+        def busy(self, what: str) -> Iterator[None]:
             about.append(what)
             yield
             about.pop()

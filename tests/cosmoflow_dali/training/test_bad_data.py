@@ -106,7 +106,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "suffix", "spoil"),
+    ("format_name", "suffix", "spoil"),
     [("npy", "_data.npy", _set_count), ("npy", "_data.npy", _truncate), ("npy", "_label.npy", _set_target)],
 )
 def test_a_bad_sample_is_named_by_evaluate_and_predict(

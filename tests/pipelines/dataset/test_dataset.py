@@ -15,7 +15,7 @@ from pipelines.formats.registry import FORMATS
 from pipelines.sample import SampleSpec
 
 
-@pytest.mark.parametrize("form", sorted(FORMATS))
+@pytest.mark.parametrize("format_name", sorted(FORMATS))
 def test_the_format_is_recognised(format_name: str, tmp_path: Path) -> None:
     split = open_split(write_tiny(tmp_path / "data", train=3, validation=1, format_name=format_name), "train")
     assert (split.format_name, len(split), split.spec) == (format_name, 3, SampleSpec(16))
@@ -49,7 +49,7 @@ def test_lists_that_do_not_fit_are_refused(data: str, label: str | None, said: s
         open_split(root, "train")
 
 
-@pytest.mark.parametrize("form", ["npy", "tfrecord_gzip"])
+@pytest.mark.parametrize("format_name", ["npy", "tfrecord_gzip"])
 def test_a_name_may_have_blanks(format_name: str, tmp_path: Path) -> None:
     for name in ("a b 12", " c", "d"):
         FORMATS[format_name].write(tmp_path, name, tiny_sample(1))

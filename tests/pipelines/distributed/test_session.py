@@ -306,7 +306,7 @@ with world.connected():
 if world.is_root:
     time.sleep(4)
     print("the reason", file=sys.stderr)
-world.leave(75)
+world.exit_together(75)
 """
     done = run([*mpirun(3), sys.executable, "-c", program])
     assert done.code == 75 and "the reason" in done.err
@@ -335,7 +335,7 @@ with world.connected(torch.device("cpu")):
     del mine, parts, tensor
     if world.rank == 0:
         time.sleep(3)
-    world.leave(0)
+    world.exit_together(0)
 """
     done = run([*mpirun(2), sys.executable, "-c", program])
     assert done.code == 0, done.err

@@ -33,7 +33,7 @@ with report_errors(world), world.connected(torch.device("cpu")):
     for _ in range({sums}):
         world.sum(torch.zeros(1))
 print("whole")
-world.leave(0)
+world.exit_together(0)
 """
 
 
@@ -88,7 +88,7 @@ def test_two_that_say_they_are_the_same_rank_are_named() -> None:
 
 
 def test_a_rank_that_is_stuck_is_told_of() -> None:
-    with Ranks(waiting('with world.busy("reading"): time.sleep(60)'), range(3), 3) as ranks:
+    with Ranks(waiting('with world.stall_guard("reading"): time.sleep(60)'), range(3), 3) as ranks:
         statuses, words = ranks.end(40)
         assert statuses == {1} and words.count("error: ") == 1
         assert f"rank 2 (process {ranks.processes[2].pid}" in words
@@ -112,7 +112,7 @@ def test_a_rank_that_fails_takes_the_others_along(body: str, said: str) -> None:
 
 
 def test_what_all_ranks_know_is_said_once() -> None:
-    known = "pass\n    def refuse():\n        raise UserError('no data')\n    world.on_root(refuse)"
+    known = "pass\n    def refuse():\n        raise UserError('no data')\n    world.run_on_root(refuse)"
     with Ranks(waiting(known), range(3), 3) as ranks:
         statuses, words = ranks.end(40)
     assert statuses == {1} and words.count("error: no data") == words.count("error: ") == 1

@@ -124,7 +124,7 @@ def test_our_gzip_is_gzip_and_our_npy_is_npy(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(tmp_path / "a_label.npy"), sample.target)
 
 
-@pytest.mark.parametrize("form", sorted(FORMATS))
+@pytest.mark.parametrize("format_name", sorted(FORMATS))
 def test_no_damage_passes_for_a_sample(format_name: str, tmp_path: Path) -> None:
     sample, rng = tiny_sample(3), random.Random(7)
     FORMATS[format_name].write(tmp_path, "a", sample)
@@ -235,7 +235,7 @@ def test_headers_are_read_by_many_threads_at_once(tmp_path: Path) -> None:
             assert list(pool.map(size_of, sizes)) == list(sizes)
 
 
-@pytest.mark.parametrize("form", ["tfrecord", "tfrecord_gzip"])
+@pytest.mark.parametrize("format_name", ["tfrecord", "tfrecord_gzip"])
 def test_what_a_record_cannot_give_back_is_not_written(format_name: str, tmp_path: Path) -> None:
     sample = Sample(np.zeros((8, 8, 8, 32), np.int16), tiny_sample(1).target)
     with pytest.raises(DataError, match="cannot hold 32 channels: a TFRecord has 4; use npy or packed"):
@@ -293,7 +293,7 @@ def test_a_folder_that_cannot_be_synced_is_named(tmp_path: Path, monkeypatch: py
         FORMATS["npy"].write(tmp_path, "a", tiny_sample(1))
 
 
-@pytest.mark.parametrize("form", sorted(FORMATS))
+@pytest.mark.parametrize("format_name", sorted(FORMATS))
 def test_a_large_sample_comes_back(format_name: str, tmp_path: Path) -> None:
     # Beyond 1 MiB, past the page cache.
     sample = tiny_sample(1, size=80)

@@ -311,7 +311,7 @@ def test_lists(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("form", ["npy", "packed"])
+@pytest.mark.parametrize("format_name", ["npy", "packed"])
 def test_manifests(format_name: str, tmp_path: Path) -> None:
     folder, again = tmp_path / "folder", tmp_path / "again"
     folder.mkdir()

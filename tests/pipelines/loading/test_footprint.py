@@ -40,7 +40,7 @@ loader.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["packed", "npy", "tfrecord_gzip"])
+@pytest.mark.parametrize("format_name", ["packed", "npy", "tfrecord_gzip"])
 def test_a_loader_holds_what_the_formula_says(format_name: str, tmp_path: Path) -> None:
     root = write_tiny(tmp_path, train=4, validation=1, format_name=format_name, size=64)
     line = [sys.executable, "-c", PROGRAM, str(root)]
@@ -56,7 +56,7 @@ def split_of(format_name: str) -> SampleDataset:
 
 
 @pytest.mark.parametrize(
-    ("form", "options", "host", "device", "host_of_device"),
+    ("format_name", "options", "host", "device", "host_of_device"),
     [
         ("packed", {}, 189, 83, 14),
         ("npy", {}, 101, 134, 0),

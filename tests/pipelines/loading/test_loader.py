@@ -98,7 +98,7 @@ def close(one: list[Row], other: list[Row]) -> bool:
 
 
 @pytest.mark.parametrize("apply_log", [True, False])
-@pytest.mark.parametrize("form", sorted(FORMATS))
+@pytest.mark.parametrize("format_name", sorted(FORMATS))
 def test_every_row_is_the_transformed_sample_that_its_index_names(
     format_name: str, apply_log: bool, roots: dict[str, Path]
 ) -> None:
@@ -204,7 +204,7 @@ def test_a_file_that_dali_cannot_read_is_named_though_it_reads_ahead(
 
 
 @pytest.mark.parametrize(
-    ("form", "options", "fault"),
+    ("format_name", "options", "fault"),
     [
         ("npy", {}, "takes samples to a GPU, and there is none"),
         ("packed", {}, "takes npy samples, and .* has packed"),
@@ -257,7 +257,7 @@ def test_filling_rows_are_marked_and_come_last(roots: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("apply_log", [True, False])
-@pytest.mark.parametrize("form", ["npy", "packed"])
+@pytest.mark.parametrize("format_name", ["npy", "packed"])
 def test_a_share_of_no_samples_takes_part_in_every_step(
     format_name: str, apply_log: bool, roots: dict[str, Path]
 ) -> None:
@@ -304,7 +304,7 @@ def test_threads_and_prefetch_change_no_batch(config: dict[str, Any], roots: dic
         assert same(rows(batches.batches(0)) + rows(batches.batches(1)), expected)
 
 
-@pytest.mark.parametrize("form", sorted(FORMATS))
+@pytest.mark.parametrize("format_name", sorted(FORMATS))
 def test_a_file_that_goes_bad_is_named_when_it_is_read(
     format_name: str, roots: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -418,7 +418,9 @@ def test_a_source_that_vanishes_is_one_line(ranks: int, many: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("form", "pattern", "count"), [("npy", "*_data.npy", 60), ("packed", "*.tar", 20)])
+@pytest.mark.parametrize(
+    ("format_name", "pattern", "count"), [("npy", "*_data.npy", 60), ("packed", "*.tar", 20)]
+)
 def test_killed_at_any_moment(format_name: str, pattern: str, count: int, many: Path, tmp_path: Path) -> None:
     chance, midway, target = random.Random(3), 0, tmp_path / "target"
     arguments = ["-i", many, "-o", target, "--to", format_name, "--samples-per-shard", 3]

@@ -24,7 +24,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("form", ["tfrecord_gzip", pytest.param("npy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("format_name", ["tfrecord_gzip", pytest.param("npy", marks=pytest.mark.slow)])
 def test_there_and_back(format_name: str, ranks: int, tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=11, validation=2, format_name=format_name)
     to_packed = ["-i", data, "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 4]

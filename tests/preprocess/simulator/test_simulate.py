@@ -137,7 +137,7 @@ def test_the_box_grows_with_h_0() -> None:
             assert boxes[-1] == pytest.approx(32 * 4.0 * (1 + 0.1 * sample.target[3]), rel=1e-6)
 
 
-@pytest.mark.parametrize("form", sorted(FORMATS))
+@pytest.mark.parametrize("format_name", sorted(FORMATS))
 def test_any_format_holds_the_same_universes(format_name: str, made: Path, tmp_path: Path) -> None:
     make_dataset(SimulateConfig(train=1, validation=1, format=format_name), tmp_path, workers=1, shown=False)
     found, published = open_split(tmp_path, "train"), open_split(made, "train")

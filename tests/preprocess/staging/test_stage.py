@@ -89,7 +89,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("nodes", "ranks"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), (3, 2)])
-@pytest.mark.parametrize("form", ["tfrecord_gzip", "npy"])
+@pytest.mark.parametrize("format_name", ["tfrecord_gzip", "npy"])
 def test_every_node_has_everything_and_each_file_was_read_once(
     format_name: str, nodes: int, ranks: int, tmp_path: Path
 ) -> None:
@@ -395,7 +395,7 @@ def test_teams_have_shares_and_each_file_is_read_once(options: list[str], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("form", "killed"),
+    ("format_name", "killed"),
     [
         pytest.param("packed", False, marks=pytest.mark.slow),
         pytest.param("npy", False, marks=pytest.mark.slow),

@@ -154,7 +154,7 @@ def test_members_that_would_be_lost_or_misread_are_refused(
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("format_name", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_folders_and_finer_times_in_a_tar_are_passed_over(format_name: int, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.packed").write_bytes(b"sample")
