@@ -47,10 +47,11 @@ test-all: test test-rest ## Run all tests.
 gpu-check: ## Check a GPU with the Python that is there, without a set-up, in eight minutes.
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
-lint: setup ## Check Python, C, shell scripts and the Dockerfile.
+lint: setup ## Check Python and its imports, C, shell scripts and the Dockerfile.
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-cache --no-logo
 	if command -v $(CC) >/dev/null; then $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only pipelines/formats/packed/gather.c; \
 	else echo "gather.c is not checked: there is no C compiler"; fi
 	$(VENV)/bin/shellcheck --external-sources *.sub *.sh .ci/run configs/*.sh
