@@ -26,7 +26,7 @@ from benchmarks import harness
 from benchmarks.samples import simulated
 from pipelines.dataset.open import open_folder
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.format import payload_of
+from pipelines.formats.packed.format import packed_payload
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.decoders import DeviceDecoder
 from pipelines.sample import Sample, SampleSpec
@@ -42,7 +42,8 @@ def measure(
     size, channels = samples[0].counts.shape[2:]
     spec, path = SampleSpec(size, channels), Path("a.packed")
     packed = [
-        payload_of(path, b"".join(encode(sample, slices=slices)), spec, whole=False) for sample in samples
+        packed_payload(path, b"".join(encode(sample, slices=slices)), spec, fully_validate=False)
+        for sample in samples
     ]
     endless = itertools.cycle(packed)
     decoder = DeviceDecoder(

@@ -11,10 +11,10 @@ from pathlib import Path
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_folder
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.format import MEMBER
+from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.formats.registry import FORMATS
-from pipelines.formats.tfrecord import SUFFIX, encode_example, frame
+from pipelines.formats.tfrecord import TFRECORD_SUFFIX, encode_example, frame
 from pipelines.sample import Sample
 from preprocess.simulator.universe import SimulateConfig, simulate_universe
 
@@ -63,14 +63,14 @@ def _stem(index: int) -> str:
 def _write(folder: Path, format_name: str, samples: Sequence[tuple[str, Sample]]) -> None:
     if format_name == "packed":
         write_shard(
-            folder / "shard_000000.tar", ((stem + MEMBER, encode(sample)) for stem, sample in samples)
+            folder / "shard_000000.tar", ((stem + MEMBER_SUFFIX, encode(sample)) for stem, sample in samples)
         )
         return
     write: Callable[[Path, str, Sample], object] = FORMATS[format_name].write
     if format_name == "tfrecord_gzip":
 
         def write(folder: Path, stem: str, sample: Sample) -> object:
-            return (folder / f"{stem}{SUFFIX}").write_bytes(compressed(sample))
+            return (folder / f"{stem}{TFRECORD_SUFFIX}").write_bytes(compressed(sample))
 
     for stem, sample in samples:
         write(folder, stem, sample)

@@ -21,6 +21,7 @@ from pipelines.errors import DataError
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice
+from pipelines.sample import SPLITS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = OneLineParser(prog="python -m cosmoflow_dali.evaluate", description=__doc__)
         parser.add_argument("--data-dir", type=Path, required=True, help="holds train/ and validation/")
         parser.add_argument("--weights", type=Path, required=True, help="a checkpoint or a reference .npz")
-        parser.add_argument("--split", choices=("train", "validation"), default="validation")
+        parser.add_argument("--split", choices=SPLITS, default="validation")
         parser.add_argument("--batch-size", type=int, default=4, help="samples at a time on each rank")
         parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         arguments = parser.parse_args(argv)

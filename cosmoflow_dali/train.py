@@ -140,7 +140,7 @@ def _train(
         model.fit_input(*world.run_on_root(lambda: input_statistics(reader, apply_log=apply_log)))
     runs.check_shares(checkpoint, setup.train)
     # Ranks that have the same samples share them out; those of other nodes have others.
-    readers = world.size // setup.train.shares
+    readers = world.size // setup.train.num_partitions
     shard = RankSlice(world.rank % readers, readers)
     train = Loader(
         setup.train,

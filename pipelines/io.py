@@ -19,15 +19,15 @@ import crc32c
 
 from pipelines.errors import AccessError
 
-TEMPORARY = ".tmp"
+TEMPORARY_SUFFIX = ".tmp"
 """The suffix of a file that is being written; one that is left over is safe to remove."""
 
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 """The file that a writer of a folder locks: NFS and Lustre carry no lock on the folder itself to other nodes.
 
 It stays: to remove it would take it from under somebody who waits for it."""
 
-_TEMPORARY = re.compile(rf"\.(.+)\.\d+{re.escape(TEMPORARY)}")
+_TEMPORARY = re.compile(rf"\.(.+)\.\d+{re.escape(TEMPORARY_SUFFIX)}")
 """Its name, with the one that it is to get."""
 
 
@@ -48,7 +48,7 @@ class TarMember(NamedTuple):
     bytes: int
 
 
-class Written(NamedTuple):
+class WrittenFile(NamedTuple):
     """A file as it was written: its path, its length, the CRC-32C of its content, and its members if any."""
 
     path: Path
@@ -64,7 +64,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     other nodes too, where processes may have the same ids; the last one to finish wins. AccessError
     where the file system refuses.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.randbits(48)}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{secrets.randbits(48)}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -88,7 +88,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise AccessError.writing(path, error) from error
 
 
-def write_chunks(path: Path, *chunks: bytes | memoryview) -> Written:
+def write_chunks(path: Path, *chunks: bytes | memoryview) -> WrittenFile:
     """Write `chunks` one after the other to the file at `path`, as `write_atomically` does.
 
     A large file goes past the page cache where the file system lets it: a copy of terabytes that
@@ -112,10 +112,10 @@ def write_chunks(path: Path, *chunks: bytes | memoryview) -> Written:
             file.writelines(pieces())
 
     write_atomically(path, write)
-    return Written(path, length, checksum)
+    return WrittenFile(path, length, checksum)
 
 
-def write_stream(path: Path, pieces: Iterable[bytes]) -> Written:
+def write_stream(path: Path, pieces: Iterable[bytes]) -> WrittenFile:
     """Write `pieces`, asked for one by one, to the file at `path`, as `write_atomically` does.
 
     Whatever they raise leaves nothing behind.
@@ -129,7 +129,7 @@ def write_stream(path: Path, pieces: Iterable[bytes]) -> Written:
             file.write(piece)
 
     write_atomically(path, write)
-    return Written(path, length, checksum)
+    return WrittenFile(path, length, checksum)
 
 
 def _write_direct(descriptor: int, pieces: Iterable[memoryview]) -> bool:
@@ -191,7 +191,7 @@ def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
     has it, `wait()` is called, and if it returns, waited. A file system without locks gives the right
     to everyone. AccessError where there is none to be had.
     """
-    path = folder / LOCK
+    path = folder / LOCK_FILE
     descriptor = _open_lock(path)
     try:
         try:

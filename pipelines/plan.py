@@ -28,7 +28,7 @@ class RankSlice:
     index: int = 0
     count: int = 1
 
-    def of(self, plan: Indices) -> Indices:
+    def select(self, plan: Indices) -> Indices:
         """This shard's columns, (steps, B), of an epoch's `plan` (steps, count * B)."""
         batch = plan.shape[1] // self.count
         return plan[:, self.index * batch : (self.index + 1) * batch]
@@ -44,7 +44,7 @@ def derive_seed(seed: int, *words: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def shuffled(samples: int, seed: int, *words: int | str) -> Indices:
+def permutation(samples: int, seed: int, *words: int | str) -> Indices:
     """The numbers below `samples` in the order that `seed` and `words` draw (numpy's Philox generator)."""
     stream = np.random.Philox(key=derive_seed(seed, *words))
     return np.random.Generator(stream).permutation(np.arange(samples, dtype=np.int64))
@@ -75,7 +75,7 @@ def plan_epoch(
             f"{samples} training samples do not fill one step of {global_batch} (batch size times ranks): "
             "lower the batch size, start fewer ranks or add samples"
         )
-    order = shuffled(samples, seed, "shuffle", epoch) if shuffle else np.arange(samples, dtype=np.int64)
+    order = permutation(samples, seed, "shuffle", epoch) if shuffle else np.arange(samples, dtype=np.int64)
     over = samples % global_batch
     if over and ragged == "drop":
         order = order[:-over]

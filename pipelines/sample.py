@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,11 @@ from pipelines.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+
+SplitName: TypeAlias = Literal["train", "validation"]
+
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+"""Names of the splits, and of their folders in a data set."""
 
 COUNT_LIMIT = 2**15
 """Counts are int16, so below this."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.dataset.open import open_folder, parts_of
+from pipelines.dataset.open import open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser
 from pipelines.distributed.session import World
 from pipelines.errors import ConfigError, DataError
@@ -50,7 +50,7 @@ def order_conversion(
     if target.exists() and target.samefile(source):
         raise DataError(target, "is the source itself", "choose another folder")
     lines, sharded = lines_of(split), to == PackedFormat.name
-    stems = [split.stem(index) for index in range(len(split))]
+    stems = [split.sample_id(index) for index in range(len(split))]
     if sharded:
         starts = range(0, len(lines), a_shard)
         jobs = [Job(lines[at : at + a_shard], [f"shard_{at // a_shard:06d}"]) for at in starts]
@@ -83,7 +83,7 @@ def convert(
             order_conversion(
                 source / part, target / part, to, a_shard=a_shard, expected=expected, prune=prune
             )
-            for part in parts_of(source)
+            for part in split_dirs(source)
         ]
 
     return run(orders, workers=workers, unit="file", target=target)

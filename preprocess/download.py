@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from pipelines.dataset.manifest import MANIFEST
-from pipelines.dataset.open import SPLITS
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.session import World, available_cores
 from pipelines.errors import AccessError, ConfigError, DataError
-from pipelines.formats.tfrecord import SUFFIX
+from pipelines.formats.tfrecord import TFRECORD_SUFFIX
+from pipelines.sample import SPLITS
 from preprocess.conversion.progress import STOPPED
 from preprocess.fetch import fetch
 from preprocess.verify import verify
@@ -54,7 +54,7 @@ def unpack(archive: Path, root: Path) -> int:
         raise AccessError.writing(root, error) from error
     finally:
         shutil.rmtree(halfway, ignore_errors=True)
-    return sum(1 for split in SPLITS for _ in (root / split).glob(f"*{SUFFIX}"))
+    return sum(1 for split in SPLITS for _ in (root / split).glob(f"*{TFRECORD_SUFFIX}"))
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -68,7 +68,11 @@ def _unpack(archive: Path, folder: Path) -> None:
             with open(folder / place, "xb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)
     if not folder.exists():
-        raise DataError(archive, "holds no samples", f"expected train/*{SUFFIX} and validation/*{SUFFIX}")
+        raise DataError(
+            archive,
+            "holds no samples",
+            f"expected train/*{TFRECORD_SUFFIX} and validation/*{TFRECORD_SUFFIX}",
+        )
 
 
 def _samples(archive: Path, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Path]]:
@@ -78,7 +82,7 @@ def _samples(archive: Path, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarI
         if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
             kind = "a link or device" if not (member.isfile() or member.isdir()) else "a path that leads out"
             raise DataError(archive, f"holds {member.name}, {kind}", "do not trust where it came from")
-        if member.isfile() and path.parent.name in SPLITS and path.name.endswith(SUFFIX):
+        if member.isfile() and path.parent.name in SPLITS and path.name.endswith(TFRECORD_SUFFIX):
             yield member, Path(path.parent.name, path.name)
 
 

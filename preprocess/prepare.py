@@ -16,12 +16,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.dataset.open import first_sound
+from pipelines.dataset.open import first_valid
 from pipelines.distributed.cli import OneLineParser
 from pipelines.distributed.session import World
 from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.plan import derive_seed
-from pipelines.sample import SampleSpec
+from pipelines.sample import SPLITS, SampleSpec
 from preprocess.conversion.engine import Job, Order, add_prune, run
 from preprocess.conversion.hdf5_task import Preparation, universe_shape
 from preprocess.conversion.worker_pool import Task
@@ -75,7 +75,7 @@ def order_preparation(
 ) -> list[tuple[Order, Task]]:
     """The orders to have the universes below `source` as samples in `target`/train and /validation."""
     universes = find_universes(source)
-    first, shape = first_sound(universes.values(), lambda path: (path, universe_shape(path)))
+    first, shape = first_valid(universes.values(), lambda path: (path, universe_shape(path)))
     if size < 1 or shape[0] % size:
         raise ConfigError("--sample-size", size, f"does not divide the universe {first} of shape {shape}")
     count = (shape[0] // size) ** 3
@@ -83,9 +83,7 @@ def order_preparation(
     # A universe that the draw has moved to the other split is not lost to this one.
     samples = [stem for crops in stems.values() for stem in crops]
     orders: list[tuple[Order, Task]] = []
-    for split, names in zip(
-        ("train", "validation"), split_universes(list(universes), validation, seed), strict=True
-    ):
+    for split, names in zip(SPLITS, split_universes(list(universes), validation, seed), strict=True):
         jobs = [Job(str(universes[name]), stems[name]) for name in names]
         order = Order(target / split, format_name, SampleSpec(size, shape[3]), jobs, samples, prune)
         orders.append((order, Preparation(list(shape), size, str(target / split), format_name)))

@@ -17,16 +17,16 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.session import World, available_cores
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.io import final_name, locked, remove_temporaries, write_chunks
+from pipelines.sample import SPLITS, SplitName
 from preprocess.conversion.progress import STOPPED, progress
 from preprocess.conversion.worker_pool import run_jobs
-from preprocess.simulator.universe import SimulateConfig, Simulation, SplitName
+from preprocess.simulator.universe import SimulateConfig, Simulation
 
 __all__ = ["SETTINGS", "SimulateConfig", "make_dataset"]
 
@@ -35,9 +35,6 @@ SETTINGS = "simulation.json"
 
 _VERSION = 1
 """Of the simulation: to be raised by every change that makes other universes of the same settings."""
-
-_SPLITS: tuple[SplitName, ...] = get_args(SplitName)
-_COUNTS = ("train", "validation")
 
 
 def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: bool) -> None:
@@ -64,11 +61,11 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
             print(f"{root}: another process is simulating into it; waiting for that", file=sys.stderr)
 
     try:
-        for split in _SPLITS:
+        for split in SPLITS:
             (root / split).mkdir(parents=True, exist_ok=True)
         with locked(root, tell_of_waiting) as lock:
             _check_settings(config, root)
-            for folder in (root, *(root / split for split in _SPLITS)):
+            for folder in (root, *(root / split for split in SPLITS)):
                 remove_temporaries(folder)
             record = json.dumps({"version": _VERSION, **asdict(config)}, indent=2) + "\n"
             write_chunks(root / SETTINGS, record.encode())
@@ -94,7 +91,7 @@ def _missing(config: SimulateConfig, root: Path) -> list[tuple[SplitName, int]]:
     """The universes that lack a sample, in order."""
     jobs: list[tuple[SplitName, int]] = []
     suffix = FORMATS[config.format].suffix
-    for split in _SPLITS:
+    for split in SPLITS:
         try:
             present = set(os.listdir(root / split))
         except FileNotFoundError:
@@ -113,7 +110,7 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
     try:
         recorded = json.loads(path.read_bytes())
     except FileNotFoundError:
-        for split in _SPLITS:
+        for split in SPLITS:
             folder = root / split
             if folder.is_dir() and not all(final_name(path.name) for path in folder.iterdir()):
                 raise DataError(
@@ -127,7 +124,7 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
     ours = {"version": _VERSION, **asdict(config)}
     for key, value in ours.items():
         there = recorded.get(key) if isinstance(recorded, dict) else None
-        if key in _COUNTS and isinstance(there, int):
+        if key in SPLITS and isinstance(there, int):
             if value < there:
                 raise ConfigError(
                     f"simulate.{key}",

@@ -15,10 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.dataset.open import SPLITS, open_folder
+from pipelines.dataset.open import open_folder
 from pipelines.distributed.cli import OneLineParser, launched, report_errors
 from pipelines.distributed.session import World
 from pipelines.errors import UserError
+from pipelines.sample import SPLITS
 from preprocess.conversion.progress import STOPPED
 from preprocess.staging.config import StageConfig
 from preprocess.staging.stager import describe, stage
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         with world.connected():
             splits = world.run_on_root(
-                lambda: {name: open_folder(arguments.input_dir / name) for name in SPLITS}
+                lambda: {str(name): open_folder(arguments.input_dir / name) for name in SPLITS}
             )
             for there, staged in stage(splits, config.folder, config, world, arguments.models):
                 if world.is_root:

@@ -21,11 +21,12 @@ from typing import Any
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
-from pipelines.dataset.open import SPLITS, list_folder, open_folder, parts_of
+from pipelines.dataset.open import list_folder, open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.session import World, available_cores
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats.registry import FORMATS
+from pipelines.sample import SPLITS
 from preprocess.conversion.journal import finish, is_unfinished, list_files
 from preprocess.conversion.progress import progress
 from preprocess.conversion.verify_task import Check
@@ -58,14 +59,14 @@ class Report:
     @property
     def bytes(self) -> int:
         """Of all files of samples that could be read."""
-        return sum(part.bytes for entry in self.entries.values() for part in entry.parts)
+        return sum(part.bytes for entry in self.entries.values() for part in entry.files)
 
 
 def verify_folder(folder: Path, *, workers: int, shown: bool) -> Report:
     """Check the samples in `folder` with `workers` processes; DataError where there are none."""
     split, manifest = open_folder(folder), Manifest.load(folder)
     report = Report(split, manifest)
-    noted = {entry.stem: entry.to_json() for entry in manifest.entries} if manifest else {}
+    noted = {entry.name: entry.to_json() for entry in manifest.entries} if manifest else {}
     stems = split.entry_names
     _check_names(report, set(stems))
     _check_lists(report)
@@ -106,14 +107,16 @@ def _take(report: Report, stem: str, answer: dict[str, Any]) -> None:
 def _check_names(report: Report, stems: set[str]) -> None:
     """Files in the folder that belong to no sample, and what writers have left."""
     folder, format_name = report.split.root, report.split.format
-    known = {stem + part for stem in stems for part in (*format_name.parts, *format_name.extras)}
+    known = {stem + part for stem in stems for part in (*format_name.suffixes, *format_name.extra_suffixes)}
     known |= {MANIFEST, DATA_LIST, LABEL_LIST}
     for name in list_folder(folder):
         if is_unfinished(name):
             report.faults["files"].append(
                 f"{folder / name}: was left by a writer that was stopped; run it again"
             )
-        elif name not in known and name.endswith(tuple(part for f in FORMATS.values() for part in f.parts)):
+        elif name not in known and name.endswith(
+            tuple(part for f in FORMATS.values() for part in f.suffixes)
+        ):
             where = "manifest" if report.manifest else DATA_LIST
             report.faults["files"].append(f"{folder / name}: is not in the {where}")
 
@@ -172,7 +175,7 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
 
     With `write`, a sound folder that has no manifest gets one.
     """
-    reports = [verify_folder(root / part, workers=workers, shown=True) for part in parts_of(root)]
+    reports = [verify_folder(root / part, workers=workers, shown=True) for part in split_dirs(root)]
     if len(reports) == len(SPLITS):
         reports[1].faults["duplicates"] += check_apart(*reports)
     print(_table(reports))

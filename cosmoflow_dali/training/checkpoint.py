@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pipelines.errors import DataError
-from pipelines.io import TEMPORARY, write_atomically
+from pipelines.io import TEMPORARY_SUFFIX, write_atomically
 
 VERSION = 1
 KEEP = 3
@@ -73,7 +73,7 @@ class Checkpoint:
         state |= {"version": VERSION, "position": [self.position.epoch, self.position.samples]}
         write_atomically(path, lambda file: torch.save(state, file))
         # One rank writes here, so what is half written was left by a process that has died.
-        for old in [*list(_newest_first(directory))[KEEP:], *directory.glob(f".*{TEMPORARY}")]:
+        for old in [*list(_newest_first(directory))[KEEP:], *directory.glob(f".*{TEMPORARY_SUFFIX}")]:
             old.unlink()
         return path
 

@@ -87,7 +87,7 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
                 table = torch.zeros(shape, dtype=torch.float64, device=batch.target.device)
             rows = np.flatnonzero(batch.index >= 0)
             if len(rows):
-                place = torch.from_numpy(loader.split.places(batch.index[rows]))
+                place = torch.from_numpy(loader.split.global_indices(batch.index[rows]))
                 table[place, 0] = 1.0
                 table[place, 1] = model(batch.volume)[torch.from_numpy(rows)].double()
                 table[place, 2] = batch.target[torch.from_numpy(rows)].double()
@@ -100,7 +100,7 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
     bad = index[~np.isfinite(predictions[index]).all(axis=1)]
     if bad.size:
         own = np.arange(len(loader.split))
-        world.run_on_all_ranks(lambda: loader.explain(own[np.isin(loader.split.places(own), bad)]))
+        world.run_on_all_ranks(lambda: loader.explain(own[np.isin(loader.split.global_indices(own), bad)]))
         raise UserError(
             f"the network's answer for {bad.size} of {loader.split.total} sound samples is not a number: "
             "its training has diverged; lower the learning rate"

@@ -25,7 +25,7 @@ from cosmoflow_dali.training.checkpoint import Checkpoint
 from cosmoflow_dali.training.evaluation import Evaluation
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import ConfigError, DataError
-from pipelines.io import TEMPORARY, write_chunks
+from pipelines.io import TEMPORARY_SUFFIX, write_chunks
 from pipelines.plan import plan_epoch
 from pipelines.sample import PARAMETERS, to_physical
 
@@ -55,7 +55,7 @@ def begin(folder: Path, config: TrainConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # What a run that was killed while it began has left is no run.
-        if any(not path.name.endswith(TEMPORARY) for path in folder.iterdir()):
+        if any(not path.name.endswith(TEMPORARY_SUFFIX) for path in folder.iterdir()):
             raise DataError(folder, "is not empty", "add --resume to go on with its run, or name another")
         save_config(folder, config)
     except OSError as error:

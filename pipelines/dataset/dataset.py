@@ -13,8 +13,8 @@ import numpy.typing as npt
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.errors import DataError
 from pipelines.formats.base import CountsPayload, Format, Payload
-from pipelines.formats.packed.format import MEMBER, PackedFormat, member_stem, payload_of
-from pipelines.formats.packed.tar_shard import forget, read_member
+from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, member_sample_id, packed_payload
+from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member
 from pipelines.formats.registry import FORMATS
 from pipelines.io import TarMember, read_file
 from pipelines.plan import Indices
@@ -30,11 +30,11 @@ _CHANGED = (
 class Partition:
     """One of `count` shares of a split of `total` samples, as equal as can be.
 
-    places: the positions in the whole of this one's samples, int64.
+    global_indices: the positions in the whole of this one's samples, int64.
     seed: what drew the shares; None where each has every `count`-th sample.
     """
 
-    places: Indices
+    global_indices: Indices
     count: int
     total: int
     seed: int | None
@@ -53,12 +53,12 @@ class SampleDataset:
     """The samples of one folder, in the order of its manifest, its list file or their names.
 
     root: the folder.
-    form: the name of their format, a key of FORMATS.
+    format_name: the name of their format, a key of FORMATS.
     names: the files that hold the counts, one a sample; `<shard>/<member>` of those in shards.
     spec: the shape of every sample.
     extents: where in their shards they lie; None for samples in files of their own.
-    share: where its samples stand in a whole of which this is a share; None for the whole itself.
-    sums: what the folder's manifest says of the files that `files` gives, (samples, files, 2) int64: the
+    partition: where its samples stand in a whole of which this is a share; None for the whole itself.
+    checksums: what the folder's manifest says of the files that `files` gives, (samples, files, 2) int64: the
         length in bytes and the CRC-32C of each, both -1 where it does not say. None for samples in shards,
         which have CRCs of their own, and without a manifest.
     """
@@ -68,8 +68,8 @@ class SampleDataset:
     names: tuple[str, ...]
     spec: SampleSpec
     extents: Extents | None = None
-    share: Partition | None = None
-    sums: npt.NDArray[np.int64] | None = None
+    partition: Partition | None = None
+    checksums: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -82,37 +82,41 @@ class SampleDataset:
     @property
     def total(self) -> int:
         """How many samples the whole has."""
-        return self.share.total if self.share else len(self)
+        return self.partition.total if self.partition else len(self)
 
     @property
-    def shares(self) -> int:
+    def num_partitions(self) -> int:
         """Into how many shares the whole has been divided."""
-        return self.share.count if self.share else 1
+        return self.partition.count if self.partition else 1
 
     @property
     def partition_signature(self) -> str:
         """How the whole has been divided, in words that are equal for equal shares."""
-        drawn = f" drawn with seed {self.share.seed}" if self.share and self.share.seed is not None else ""
-        return f"{self.shares} shares{drawn}" if self.shares > 1 else "one share"
+        drawn = (
+            f" drawn with seed {self.partition.seed}"
+            if self.partition and self.partition.seed is not None
+            else ""
+        )
+        return f"{self.num_partitions} shares{drawn}" if self.num_partitions > 1 else "one share"
 
-    def places(self, index: Indices) -> Indices:
+    def global_indices(self, index: Indices) -> Indices:
         """Where the samples `index` stand in the whole."""
-        return self.share.places[index] if self.share else index
+        return self.partition.global_indices[index] if self.partition else index
 
     def path(self, index: int) -> Path:
         """The file that holds the counts of sample `index`, or its name in its shard."""
         return self.root / self.names[index]
 
-    def stem(self, index: int) -> str:
+    def sample_id(self, index: int) -> str:
         """The name of sample `index`, whatever the format."""
         name = self.names[index]
-        return member_stem(name) if self.extents else name.removesuffix(self.format.suffix)
+        return member_sample_id(name) if self.extents else name.removesuffix(self.format.suffix)
 
     @property
     def entry_names(self) -> list[str]:
         """The stems of its samples' files, or of its shards, in order."""
         if not self.extents:
-            return [self.stem(index) for index in range(len(self))]
+            return [self.sample_id(index) for index in range(len(self))]
         shards = dict.fromkeys(name.partition("/")[0] for name in self.names)
         return [shard.removesuffix(self.format.suffix) for shard in shards]
 
@@ -120,13 +124,13 @@ class SampleDataset:
         """The files that reading sample `index` needs."""
         if self.extents:
             return (self._place(index)[0],)
-        stem = self.stem(index)
-        return tuple(self.root / (stem + part) for part in self.format.parts)
+        stem = self.sample_id(index)
+        return tuple(self.root / (stem + part) for part in self.format.suffixes)
 
     @property
     def file_keys(self) -> tuple[str, ...]:
         """What `contents` has of each sample."""
-        return (MEMBER,) if self.extents else self.format.parts
+        return (MEMBER_SUFFIX,) if self.extents else self.format.suffixes
 
     def read_files(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
         """The bytes of sample `index` as `Format.parse` takes them; `direct` reads past the page cache."""
@@ -134,7 +138,7 @@ class SampleDataset:
             files = zip(self.file_keys, self.files(index), strict=True)
             return {kind: read_file(path, direct=direct) for kind, path in files}
         extent = int(self.extents.offsets[index]), int(self.extents.lengths[index])
-        return {MEMBER: read_member(*self._place(index), *extent, direct=direct)}
+        return {MEMBER_SUFFIX: read_member(*self._place(index), *extent, direct=direct)}
 
     def _place(self, index: int) -> tuple[Path, str]:
         """The shard that holds sample `index`, and its name there, which may lead through folders."""
@@ -147,8 +151,8 @@ class SampleDataset:
         For whoever makes other files of them: a format without checksums would have damage pass for sound.
         """
         contents = self.read_files(index, direct=direct)
-        if self.sums is not None:
-            told = self.sums[index].tolist()
+        if self.checksums is not None:
+            told = self.checksums[index].tolist()
             for path, content, (length, crc) in zip(self.files(index), contents.values(), told, strict=True):
                 if length >= 0 and len(content) != length:
                     fault = f"has {len(content)} bytes where {MANIFEST} says {length}"
@@ -161,33 +165,33 @@ class SampleDataset:
         """Sample `index`, read and checked on the host; DataError names any fault."""
         return self.format.parse(self.path(index), self.read_files(index), self.spec)
 
-    def payload(self, index: int, *, whole: bool = False, direct: bool = False) -> Payload:
+    def payload(self, index: int, *, fully_validate: bool = False, direct: bool = False) -> Payload:
         """Sample `index` for the pipeline; see `Format.payload`, and `contents` for `direct`."""
         path = self.path(index)
         if self.extents:
-            content = self.read_files(index, direct=direct)[MEMBER]
-            return payload_of(path, content, self.spec, whole=whole)
+            content = self.read_files(index, direct=direct)[MEMBER_SUFFIX]
+            return packed_payload(path, content, self.spec, fully_validate=fully_validate)
         if direct:
             sample = self.format.parse(path, self.read_files(index, direct=True), self.spec)
             return CountsPayload(sample.counts, sample.target)
-        return self.format.payload(path, self.spec, whole=whole)
+        return self.format.payload(path, self.spec, fully_validate=fully_validate)
 
-    def take(self, index: Indices, share: Partition | None = None) -> SampleDataset:
-        """The samples `index` alone; `share` says if they are one."""
+    def subset(self, index: Indices, partition: Partition | None = None) -> SampleDataset:
+        """The samples `index` alone; `partition` says if they are one."""
         names = tuple(self.names[i] for i in index.tolist())
         extents = self.extents and Extents(self.extents.offsets[index], self.extents.lengths[index])
-        sums = None if self.sums is None else self.sums[index]
-        return replace(self, names=names, extents=extents, share=share, sums=sums)
+        sums = None if self.checksums is None else self.checksums[index]
+        return replace(self, names=names, extents=extents, partition=partition, checksums=sums)
 
 
-def of_shards(
+def dataset_from_shards(
     folder: Path, shards: Iterable[tuple[str, Sequence[TarMember]]], spec: SampleSpec
 ) -> SampleDataset:
     """The samples of `spec` in the `shards` of `folder`, each with its members.
 
     DataError where two have the same name.
     """
-    forget()
+    clear_handle_cache()
     found = [(f"{name}/{member.name}", member) for name, members in shards for member in members]
     first: dict[str, str] = {}
     for name, member in found:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.errors import AccessError, DataError
-from pipelines.io import TarMember, Written, read_file, write_chunks
+from pipelines.io import TarMember, WrittenFile, read_file, write_chunks
 from pipelines.sample import SampleSpec
 
 MANIFEST = "manifest.jsonl"
@@ -65,7 +65,7 @@ class SourceFingerprint(NamedTuple):
     digest: str
 
     @staticmethod
-    def of(
+    def from_files(
         names: Iterable[str], paths: Iterable[Path], stat: Callable[[Path], os.stat_result] = os.stat
     ) -> SourceFingerprint:
         """Of what is known as `names`, in this order, in the files `paths`, of each of which `stat` is asked.
@@ -82,68 +82,70 @@ class SourceFingerprint(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A sample, or a shard of them: its stem, its files, and what it was made from, if that is a file.
+    """A sample, or a shard of them: its name, its files, and what it was made from, if that is a file.
 
     In a journal, one without files is a sample or shard that was begun and not finished.
     """
 
-    stem: str
-    parts: tuple[FileRecord, ...]
+    name: str
+    files: tuple[FileRecord, ...]
     source: SourceFingerprint | None = None
 
     @staticmethod
-    def of(stem: str, written: Sequence[Written], source: SourceFingerprint | None = None) -> Entry:
-        """The entry `stem` of the files `written`."""
-        parts = (FileRecord(file.path.name.removeprefix(stem), *file[1:]) for file in written)
-        return Entry(stem, tuple(parts), source)
+    def from_written(
+        name: str, written: Sequence[WrittenFile], source: SourceFingerprint | None = None
+    ) -> Entry:
+        """The entry `name` of the files `written`."""
+        files = (FileRecord(file.path.name.removeprefix(name), *file[1:]) for file in written)
+        return Entry(name, tuple(files), source)
 
     @property
     def samples(self) -> int:
         """How many it holds."""
-        return len(self.members) or min(1, len(self.parts))
+        return len(self.members) or min(1, len(self.files))
 
     @property
     def members(self) -> list[str]:
         """The names of the members, if it is a shard."""
-        return [member.name for part in self.parts for member in part.members]
+        return [member.name for file in self.files for member in file.members]
 
     def to_json(self) -> list[Any]:
         """As a line of the manifest has it."""
-        parts = [part.to_json() for part in self.parts]
-        return [self.stem, parts, list(self.source) if self.source else None]
+        files = [file.to_json() for file in self.files]
+        return [self.name, files, list(self.source) if self.source else None]
 
     @staticmethod
     def from_json(line: Any) -> Entry:
         """The inverse; ValueError, TypeError or OverflowError for anything else."""
-        stem, parts, source = line
-        read = tuple(map(FileRecord.from_json, parts))
-        if not isinstance(stem, str) or "/" in stem or any("/" in part.suffix for part in read):
+        name, records, source = line
+        files = tuple(map(FileRecord.from_json, records))
+        if not isinstance(name, str) or "/" in name or any("/" in file.suffix for file in files):
             raise ValueError("a name that is none")
         if source is not None:
             length, digest = source
             source = SourceFingerprint(int(length), str(digest))
-        return Entry(stem, read, source)
+        return Entry(name, files, source)
 
-    def files(self, folder: Path) -> Iterator[tuple[Path, FileRecord]]:
+    def files_in(self, folder: Path) -> Iterator[tuple[Path, FileRecord]]:
         """Each file's path, if it is in `folder`, with what stands here of it."""
-        return ((folder / (self.stem + part.suffix), part) for part in self.parts)
+        return ((folder / (self.name + file.suffix), file) for file in self.files)
 
-    def is_whole_in(self, folder: Path) -> bool:
+    def is_complete_in(self, folder: Path) -> bool:
         """Whether all its files are in `folder`, each of the length that stands here."""
         try:
-            there = all(path.stat().st_size == part.bytes for path, part in self.files(folder))
-            return there and bool(self.parts)
+            there = all(path.stat().st_size == file.bytes for path, file in self.files_in(folder))
+            return there and bool(self.files)
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise AccessError.reading(folder / self.stem, error) from error
+            raise AccessError.reading(folder / self.name, error) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """A folder's samples.
 
-    form: the name of their format.
+    format_name: the name of their format.
     spec: their shape.
     entries: one a sample, or one a shard, in order.
     """
@@ -188,7 +190,7 @@ class Manifest:
             raise DataError(path, fault, _REMEDY) from error
         if missing:
             raise DataError(path, f"is cut off: {missing} samples are missing", _REMEDY)
-        if len({entry.stem for entry in entries}) != len(entries):
+        if len({entry.name for entry in entries}) != len(entries):
             raise DataError(path, "has a sample twice", _REMEDY)
         return manifest
 

@@ -11,18 +11,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipelines.dataset.dataset import SampleDataset, of_shards
+from pipelines.dataset.dataset import SampleDataset, dataset_from_shards
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.errors import AccessError, DataError
-from pipelines.formats.npy import DATA, LABEL
+from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.packed.format import PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import GZIP_MAGIC
-from pipelines.sample import Sample, SampleSpec
-
-SPLITS = ("train", "validation")
-"""The folders of a data set."""
+from pipelines.sample import SPLITS, Sample, SampleSpec
 
 _SUFFIXES = tuple(dict.fromkeys(format_name.suffix for format_name in FORMATS.values()))
 _EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
@@ -30,16 +27,16 @@ _EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
 _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
 
-_LOOKED_AT = 16
+_MAX_PROBES = 16
 """Files or samples tried before a folder is taken to hold none that is sound."""
 
 
-def parts_of(root: Path) -> list[str]:
+def split_dirs(root: Path) -> list[str]:
     """The folders of samples in `root`: those of SPLITS that are there, or without one of these ".".
 
     DataError where samples lie beside them, so that nobody could tell which are meant.
     """
-    parts = [split for split in SPLITS if (root / split).is_dir()]
+    parts: list[str] = [split for split in SPLITS if (root / split).is_dir()]
     for name in list_folder(root) if parts else ():
         if name.endswith(_SUFFIXES):
             fault = f"holds {name} beside {' and '.join(parts)}"
@@ -71,26 +68,28 @@ def open_folder(folder: Path) -> SampleDataset:
         one, other, *_ = found.values()
         raise DataError(folder, f"holds {one[0]} and {other[0]}", "keep one format a folder")
     ((suffix, samples),) = found.items()
-    if suffix == DATA:
+    if suffix == DATA_SUFFIX:
         _check_labels(folder, samples, names)
-    ordered = _listed(folder, samples, names)
+    ordered = _in_list_order(folder, samples, names)
     for name in ordered:
         if not name.isprintable():
             raise DataError(folder, f"holds {name!a}", "give it a name that lists can hold, in UTF-8")
-    format_name = first_sound(ordered, lambda name: _form_of(folder / name, suffix))
+    format_name = first_valid(ordered, lambda name: _detect_format(folder / name, suffix))
     if format_name == PackedFormat.name:
-        split = of_shards(folder, ((name, sample_members(folder / name)) for name in ordered), SampleSpec(1))
+        split = dataset_from_shards(
+            folder, ((name, sample_members(folder / name)) for name in ordered), SampleSpec(1)
+        )
     else:
         split = SampleDataset(folder, format_name, ordered, SampleSpec(1))
     return replace(split, spec=_shape_of_first(split))
 
 
-def first_sound(items: Iterable[_Item], look: Callable[[_Item], _Found]) -> _Found:
-    """What `look` finds in the first sound one of some of `items`; the very first's DataError if none is."""
+def first_valid(items: Iterable[_Item], probe: Callable[[_Item], _Found]) -> _Found:
+    """What `probe` finds in the first sound one of some of `items`; the very first's DataError if none is."""
     faults: list[DataError] = []
-    for item in islice(items, _LOOKED_AT):
+    for item in islice(items, _MAX_PROBES):
         try:
-            return look(item)
+            return probe(item)
         except DataError as error:
             faults.append(error)
     raise faults[0]
@@ -113,11 +112,11 @@ def read_sample(path: Path) -> Sample:
     """The sample in the file `path` of any format; DataError where it is none."""
     for suffix in _SUFFIXES:
         if path.name.endswith(suffix):
-            return FORMATS[_form_of(path, suffix)].read(path)
+            return FORMATS[_detect_format(path, suffix)].read(path)
     raise DataError(path, "has the name of no known format", f"expected {_EXPECTED}")
 
 
-def tfrecord_form(path: Path) -> str:
+def detect_tfrecord_format(path: Path) -> str:
     """Which of the two TFRecord formats the file at `path` is in, by its first bytes."""
     try:
         with open(path, "rb") as file:
@@ -127,10 +126,10 @@ def tfrecord_form(path: Path) -> str:
     return "tfrecord_gzip" if magic == GZIP_MAGIC else "tfrecord"
 
 
-def _form_of(path: Path, suffix: str) -> str:
+def _detect_format(path: Path, suffix: str) -> str:
     """The format of the file at `path`, whose name ends with `suffix`."""
     forms = [format_name.name for format_name in FORMATS.values() if format_name.suffix == suffix]
-    return forms[0] if len(forms) == 1 else tfrecord_form(path)
+    return forms[0] if len(forms) == 1 else detect_tfrecord_format(path)
 
 
 def _of_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
@@ -144,17 +143,17 @@ def _of_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
         raise DataError(folder, "holds no samples", "its manifest is empty")
     if manifest.format_name == PackedFormat.name:
         shards = (
-            (entry.stem + part.suffix, part.members) for entry in manifest.entries for part in entry.parts
+            (entry.name + part.suffix, part.members) for entry in manifest.entries for part in entry.files
         )
-        return of_shards(folder, shards, manifest.spec)
+        return dataset_from_shards(folder, shards, manifest.spec)
     format_name = FORMATS[manifest.format_name]
-    names = tuple(entry.stem + format_name.suffix for entry in manifest.entries)
-    sums = np.full((len(names), len(format_name.parts), 2), -1, np.int64)
+    names = tuple(entry.name + format_name.suffix for entry in manifest.entries)
+    sums = np.full((len(names), len(format_name.suffixes), 2), -1, np.int64)
     for row, entry in zip(sums, manifest.entries, strict=True):
-        for part in entry.parts:
-            if part.suffix in format_name.parts:
-                row[format_name.parts.index(part.suffix)] = part.bytes, part.crc32c
-    return SampleDataset(folder, manifest.format_name, names, manifest.spec, sums=sums)
+        for part in entry.files:
+            if part.suffix in format_name.suffixes:
+                row[format_name.suffixes.index(part.suffix)] = part.bytes, part.crc32c
+    return SampleDataset(folder, manifest.format_name, names, manifest.spec, checksums=sums)
 
 
 def _shape_of_first(split: SampleDataset) -> SampleSpec:
@@ -164,17 +163,19 @@ def _shape_of_first(split: SampleDataset) -> SampleSpec:
         size, _, _, channels = split.format.parse(split.path(index), split.read_files(index)).counts.shape
         return SampleSpec(size, channels)
 
-    return first_sound(range(len(split)), shape)
+    return first_valid(range(len(split)), shape)
 
 
 def _check_labels(folder: Path, data: tuple[str, ...], names: list[str]) -> None:
-    labels = {name.removesuffix(LABEL) for name in names if name.endswith(LABEL)}
+    labels = {name.removesuffix(LABEL_SUFFIX) for name in names if name.endswith(LABEL_SUFFIX)}
     for name in data:
-        if name.removesuffix(DATA) not in labels:
-            raise DataError(folder / name, "has no label file beside it", f"expected a *{LABEL} of that name")
+        if name.removesuffix(DATA_SUFFIX) not in labels:
+            raise DataError(
+                folder / name, "has no label file beside it", f"expected a *{LABEL_SUFFIX} of that name"
+            )
 
 
-def _listed(folder: Path, found: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
+def _in_list_order(folder: Path, found: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
     """The samples `found` in the order of the folder's list files, if it has any."""
     if DATA_LIST not in names:
         return found
@@ -188,7 +189,7 @@ def _listed(folder: Path, found: tuple[str, ...], names: list[str]) -> tuple[str
         raise DataError(folder / DATA_LIST, "lists nothing", "write the list anew")
     if LABEL_LIST in names:
         labels = tuple(entry.name for entry in read_list(folder / LABEL_LIST))
-        if labels != tuple(name.removesuffix(DATA) + LABEL for name in listed):
+        if labels != tuple(name.removesuffix(DATA_SUFFIX) + LABEL_SUFFIX for name in listed):
             raise DataError(
                 folder / LABEL_LIST, f"does not list the labels of {DATA_LIST} in its order", "write it anew"
             )

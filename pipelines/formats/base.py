@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.formats.packed.format import PackedPayload
-from pipelines.io import Written
+from pipelines.io import WrittenFile
 from pipelines.sample import Sample, SampleSpec
 
 
@@ -32,7 +32,7 @@ Payload: TypeAlias = CountsPayload | PackedPayload
 
 
 class Format(Protocol):
-    """A way to keep one sample in files `<directory>/<stem><suffix>`."""
+    """A way to keep one sample in files `<directory>/<sample_id><suffix>`."""
 
     @property
     def name(self) -> str:
@@ -43,18 +43,18 @@ class Format(Protocol):
         """The end of the name of the file that holds the counts."""
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def suffixes(self) -> tuple[str, ...]:
         """The ends of the names of all files that reading a sample needs."""
 
     @property
-    def extras(self) -> tuple[str, ...]:
+    def extra_suffixes(self) -> tuple[str, ...]:
         """The ends of the names of other files that `write` makes."""
 
-    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Written, ...]:
+    def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
         """Write `sample`, each file whole or not at all, that with the counts last."""
 
-    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
-        """The sample in the files of `contents`, by the ends of their names, checked in full.
+    def parse(self, path: Path, files: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+        """The sample in `files`, by the ends of their names, checked in full.
 
         path: that of the file that holds the counts. DataError names any fault, and the file.
         """
@@ -62,8 +62,8 @@ class Format(Protocol):
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
         """The sample whose counts are in `path`: what is there, parsed."""
 
-    def payload(self, path: Path, spec: SampleSpec, *, whole: bool = False) -> Payload:
+    def payload(self, path: Path, spec: SampleSpec, *, fully_validate: bool = False) -> Payload:
         """The same in a reader thread, for the pipeline; DataError for what that would not notice.
 
-        With `whole`, for every fault, so that it is known before the sample is used.
+        With `fully_validate`, for every fault, so that it is known before the sample is used.
         """

@@ -1,4 +1,4 @@
-"""One sample as two .npy files, `<stem>_data.npy` and `<stem>_label.npy`.
+"""One sample as two .npy files, `<sample_id>_data.npy` and `<sample_id>_label.npy`.
 
 The layout of NVIDIA's MLPerf HPC submissions: counts as C-order little-endian int16 (size, size,
 size, 4) and the target as float32 (4,), beside `files_data.lst` and `files_label.lst`, which list
@@ -22,10 +22,10 @@ import numpy.typing as npt
 
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.base import CountsPayload
-from pipelines.io import Written, read_file, write_chunks
+from pipelines.io import WrittenFile, read_file, write_chunks
 from pipelines.sample import Sample, SampleSpec, check_counts, check_target
 
-DATA, LABEL = "_data.npy", "_label.npy"
+DATA_SUFFIX, LABEL_SUFFIX = "_data.npy", "_label.npy"
 _REMEDY = "convert the sample again"
 
 
@@ -33,32 +33,32 @@ class Npy:
     """The format; see the module."""
 
     name = "npy"
-    suffix = DATA
-    parts = (LABEL, DATA)
-    extras = ()
+    suffix = DATA_SUFFIX
+    suffixes = (LABEL_SUFFIX, DATA_SUFFIX)
+    extra_suffixes = ()
 
-    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Written, ...]:
+    def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
         """Write the label, then the data, each whole or not at all."""
-        arrays = ((LABEL, sample.target), (DATA, sample.counts))
-        return tuple(write_npy(directory / f"{stem}{part}", array) for part, array in arrays)
+        arrays = ((LABEL_SUFFIX, sample.target), (DATA_SUFFIX, sample.counts))
+        return tuple(write_npy(directory / f"{sample_id}{part}", array) for part, array in arrays)
 
-    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
-        """The sample, its arrays views of `contents`."""
+    def parse(self, path: Path, files: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+        """The sample, its arrays views of `files`."""
         label = _label(path)
-        counts = check_counts(path, parse_npy(path, contents[DATA]), spec)
-        return Sample(counts, check_target(label, parse_npy(label, contents[LABEL])))
+        counts = check_counts(path, parse_npy(path, files[DATA_SUFFIX]), spec)
+        return Sample(counts, check_target(label, parse_npy(label, files[LABEL_SUFFIX])))
 
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
         """The sample whose counts are in `path`, and its target in the file beside it."""
-        return self.parse(path, {DATA: read_file(path), LABEL: read_file(_label(path))}, spec)
+        return self.parse(path, {DATA_SUFFIX: read_file(path), LABEL_SUFFIX: read_file(_label(path))}, spec)
 
-    def payload(self, path: Path, spec: SampleSpec, *, whole: bool = False) -> CountsPayload:
+    def payload(self, path: Path, spec: SampleSpec, *, fully_validate: bool = False) -> CountsPayload:
         """The sample, its counts where the kernel keeps the file: mapped, not copied.
 
         DALI's threads take the pages as they come to them. Counts below zero are left to the graph's
-        table to find, but with `whole`.
+        table to find, but with `fully_validate`.
         """
-        if whole:
+        if fully_validate:
             sample = self.read(path, spec)
             return CountsPayload(sample.counts, sample.target)
         try:
@@ -78,7 +78,7 @@ class Npy:
         return CountsPayload(counts, target, mapped if isinstance(mapped, mmap.mmap) else None)
 
 
-def write_npy(path: Path, array: npt.NDArray[Any]) -> Written:
+def write_npy(path: Path, array: npt.NDArray[Any]) -> WrittenFile:
     """Write `array` as numpy.save does, whole or not at all."""
     array, header = np.ascontiguousarray(array), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
@@ -101,7 +101,7 @@ class _Header(NamedTuple):
 
 def _label(path: Path) -> Path:
     """The file of the target beside the counts in `path`."""
-    return path.with_name(path.name.removesuffix(DATA) + LABEL)
+    return path.with_name(path.name.removesuffix(DATA_SUFFIX) + LABEL_SUFFIX)
 
 
 def _read_header(path: Path, content: bytes | mmap.mmap) -> _Header:

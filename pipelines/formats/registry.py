@@ -6,8 +6,8 @@ from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.tfrecord import TFRecord
 
 FORMATS: dict[str, Format] = {
-    format_name.name: format_name
-    for format_name in (
+    each.name: each
+    for each in (
         TFRecord("tfrecord_gzip", compressed=True),
         TFRecord("tfrecord", compressed=False),
         Npy(),

@@ -23,7 +23,7 @@ from zlib_ng import zlib_ng
 
 from pipelines.errors import DataError
 from pipelines.formats.base import CountsPayload
-from pipelines.io import Written, read_file, write_chunks
+from pipelines.io import WrittenFile, read_file, write_chunks
 from pipelines.sample import PARAMETERS, REDSHIFTS, Sample, SampleSpec, check_counts, check_target
 
 try:
@@ -31,13 +31,13 @@ try:
 except ImportError:
     deflate = None  # zlib-ng does it alone then.
 
-SUFFIX, INDEX = ".tfrecord", ".idx"
+TFRECORD_SUFFIX, INDEX_SUFFIX = ".tfrecord", ".idx"
 GZIP_MAGIC = b"\x1f\x8b"
 _GZIP = 16 + 15
 """Asks zlib's interface for one gzip member, its header and its CRC-32 written or checked."""
 
 _LEVEL = 4
-_LARGEST, _BESIDE = 512, 1 << 20
+_MAX_SIZE, _MAX_OVERHEAD_BYTES = 512, 1 << 20
 """Voxels along the edge of a sample, and bytes that a record has beside its counts, at most: 1 GB in all."""
 
 _HEADER, _FOOTER = 12, 4
@@ -50,22 +50,22 @@ class TFRecord(NamedTuple):
 
     name: str
     compressed: bool
-    suffix: str = SUFFIX
-    parts: tuple[str, ...] = (SUFFIX,)
+    suffix: str = TFRECORD_SUFFIX
+    suffixes: tuple[str, ...] = (TFRECORD_SUFFIX,)
 
     @property
-    def extras(self) -> tuple[str, ...]:
+    def extra_suffixes(self) -> tuple[str, ...]:
         """The index of a plain record."""
-        return () if self.compressed else (SUFFIX + INDEX,)
+        return () if self.compressed else (TFRECORD_SUFFIX + INDEX_SUFFIX,)
 
-    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Written, ...]:
-        """Write `<stem>.tfrecord`, and for a plain one first the index that DALI's own reader wants.
+    def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
+        """Write `<sample_id>.tfrecord`, and for a plain one first the index that DALI's own reader wants.
 
-        The index, `<stem>.tfrecord.idx`, has a line for each record: its offset and its length in
+        The index, `<sample_id>.tfrecord.idx`, has a line for each record: its offset and its length in
         bytes, container included, as DALI's tfrecord2idx writes it. DataError for other channels than
         the format has.
         """
-        path, channels = directory / f"{stem}{self.suffix}", sample.counts.shape[-1]
+        path, channels = directory / f"{sample_id}{self.suffix}", sample.counts.shape[-1]
         if channels != len(REDSHIFTS):
             fault = f"cannot hold {channels} channels: a TFRecord has {len(REDSHIFTS)}"
             raise DataError(path, fault, "use npy or packed")
@@ -74,15 +74,15 @@ class TFRecord(NamedTuple):
             # 4% larger than zlib's default, in a seventh of its time. Not isa-l, which is faster still: one
             # process of a few hundred of it makes other bytes of the same content (isa-l's issue 140).
             return (write_chunks(path, zlib_ng.compress(content, _LEVEL, wbits=_GZIP)),)
-        index = write_chunks(path.with_name(path.name + INDEX), f"0 {len(content)}\n".encode())
+        index = write_chunks(path.with_name(path.name + INDEX_SUFFIX), f"0 {len(content)}\n".encode())
         return index, write_chunks(path, content)
 
-    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+    def parse(self, path: Path, files: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
         """The sample, its counts a view of the bytes; both CRCs are checked."""
         name = str(path)
-        content: bytes | bytearray = contents[SUFFIX]
+        content: bytes | bytearray = files[TFRECORD_SUFFIX]
         if self.compressed:
-            content = _inflate(name, contents[SUFFIX], spec or SampleSpec(_LARGEST))
+            content = _inflate(name, files[TFRECORD_SUFFIX], spec or SampleSpec(_MAX_SIZE))
         elif content[:2] == GZIP_MAGIC and len(content) > 2:
             raise DataError(name, "is gzip, and the other files here are not", "keep the two kinds apart")
         sample = parse_example(name, unframe(name, content))
@@ -90,10 +90,10 @@ class TFRecord(NamedTuple):
 
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
         """The sample in `path`."""
-        return self.parse(path, {SUFFIX: read_file(path)}, spec)
+        return self.parse(path, {TFRECORD_SUFFIX: read_file(path)}, spec)
 
-    def payload(self, path: Path, spec: SampleSpec, *, whole: bool = False) -> CountsPayload:
-        """The sample, inflated and checked, always `whole`: no device does that for one long gzip stream."""
+    def payload(self, path: Path, spec: SampleSpec, *, fully_validate: bool = False) -> CountsPayload:
+        """The sample, inflated and checked in full always: no device does that for one long gzip stream."""
         sample = self.read(path, spec)
         return CountsPayload(sample.counts, sample.target)
 
@@ -155,7 +155,7 @@ def _inflate(path: str, content: bytes, spec: SampleSpec) -> bytes | bytearray:
         raise DataError(path, "is empty", _REMEDY)
     if content[:2] != GZIP_MAGIC:
         raise DataError(path, "is not gzip, and the other files here are", "keep the two kinds apart")
-    limit = spec.bytes + _BESIDE
+    limit = spec.bytes + _MAX_OVERHEAD_BYTES
     at_once = _inflate_at_once(content, limit)
     if at_once is not None:
         return at_once
@@ -163,7 +163,7 @@ def _inflate(path: str, content: bytes, spec: SampleSpec) -> bytes | bytearray:
     try:
         # Told the length, which the trailer gives, it makes a buffer no larger, and malloc hands the same
         # pages out again; one that grows by doubling has every page faulted in anew.
-        inflated = stream.decompress(content, max(1, min(_told(content), limit)))
+        inflated = stream.decompress(content, max(1, min(_trailer_length(content), limit)))
         if not stream.eof:
             # Cut off, or with more behind it, so that was no trailer.
             inflated += stream.decompress(stream.unconsumed_tail, limit + 1 - len(inflated))
@@ -185,7 +185,7 @@ def _inflate_at_once(content: bytes, limit: int) -> bytearray | None:
     libdeflate stops at a member's end and does not say where that was: behind the trailer of what came out.
     So the file's last bytes must be that trailer, and it must not stand anywhere before.
     """
-    told = _told(content)
+    told = _trailer_length(content)
     if deflate is None or not 0 < told <= limit:
         return None
     try:
@@ -197,7 +197,7 @@ def _inflate_at_once(content: bytes, limit: int) -> bytearray | None:
     return inflated if content.endswith(trailer) and not again else None
 
 
-def _told(content: bytes) -> int:
+def _trailer_length(content: bytes) -> int:
     """The inflated length by the gzip trailer at the end of `content`."""
     return int.from_bytes(content[-4:], "little")
 

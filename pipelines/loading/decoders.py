@@ -22,7 +22,7 @@ from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import ConfigError
 from pipelines.formats.base import CountsPayload, Payload
 from pipelines.formats.npy import Npy
-from pipelines.formats.packed.decode import Packed
+from pipelines.formats.packed.decode import PackedSample
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.packed.gather_gpu import PackedArrays, arrays_of, gather
 from pipelines.loading.config import LoaderConfig
@@ -220,7 +220,7 @@ class HostDecoder:
 
     def _decode(self, payload: Payload, out: npt.NDArray[np.float32]) -> None:
         """Write the volume (D, H, W, C) of `payload` into `out`."""
-        packed: Packed = payload.packed  # type: ignore[union-attr]
+        packed: PackedSample = payload.packed  # type: ignore[union-attr]
         packed.fill(out, np.take(self._table, packed.table))
         if not self._apply_log:
             out /= out.mean(dtype=np.float64).astype(np.float32)
@@ -236,7 +236,7 @@ class DeviceDecoder(_DaliDecoder):
         self._source, self._apply_log = source, config.apply_log
         self._volume = torch.empty(config.batch_size, *spec.shape, device=device).permute(0, 4, 1, 2, 3)
         # Of the batches inside the pipeline: the samples, and their arrays, which DALI reads where they are.
-        self._inside: deque[tuple[list[Packed], PackedArrays]] = deque()
+        self._inside: deque[tuple[list[PackedSample], PackedArrays]] = deque()
         self._pipeline = define_packed_graph(self._arrays, self._settings)
         self._pipeline.build()
 
@@ -259,7 +259,7 @@ class DeviceDecoder(_DaliDecoder):
         return volume
 
     def _arrays(self) -> PackedArrays:
-        packed: list[Packed] = [payload.packed for payload in self._source()]  # type: ignore[union-attr]
+        packed: list[PackedSample] = [payload.packed for payload in self._source()]  # type: ignore[union-attr]
         arrays = arrays_of(packed)
         self._inside.append((packed, arrays))
         return arrays

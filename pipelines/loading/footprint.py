@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.formats.npy import Npy
-from pipelines.formats.packed.decode import TOGETHER
-from pipelines.formats.packed.encode import slices_of
+from pipelines.formats.packed.decode import DECODE_CHUNK_VOXELS
+from pipelines.formats.packed.encode import slices_per_chunk
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.packed.gather_cpu import SCRATCH
 from pipelines.loading.config import LoaderConfig
@@ -36,7 +36,7 @@ def host_bytes(split: SampleDataset, config: LoaderConfig, device: str = "cpu") 
     packed = split.format_name == PackedFormat.name
     if packed and device == "cpu":
         batches = host_ahead(config) + 1
-        voxels = max(TOGETHER, slices_of(size) * size**2)
+        voxels = max(DECODE_CHUNK_VOXELS, slices_per_chunk(size) * size**2)
         scratch = config.threads * SCRATCH * min(voxels, size**3)
         return config.batch_size * batches * (volume + _longest(split)) + scratch
     batches = config.prefetch + 1

@@ -19,7 +19,7 @@ import torch
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.formats.base import CountsPayload, Payload
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.format import PackedFormat, payload_of
+from pipelines.formats.packed.format import PackedFormat, packed_payload
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.decoders import Finish, make_decoder
 from pipelines.loading.reader import Reader
@@ -65,7 +65,7 @@ class Loader:
         self._shard, self._device = shard, device
         global_batch = config.batch_size * shard.count
         # The smallest share sets the pace in training, the largest where every sample must be seen.
-        smallest, largest = split.total // split.shares, -(-split.total // split.shares)
+        smallest, largest = split.total // split.num_partitions, -(-split.total // split.num_partitions)
         steps = smallest // global_batch if ragged == "drop" else -(-largest // global_batch)
         self._plan = lambda epoch: plan_epoch(
             len(split),
@@ -125,7 +125,7 @@ class Loader:
     def _rows_from(self, epoch: int, step: int) -> Iterator[Indices]:
         """This shard's samples, (steps, B), of the rest of that epoch, then of each one after it."""
         while True:
-            yield self._shard.of(self._plan(epoch))[step:]
+            yield self._shard.select(self._plan(epoch))[step:]
             epoch, step = epoch + 1, 0
 
     def _steps_from(self, epoch: int, step: int) -> Iterator[tuple[int, int, Indices]]:
@@ -160,7 +160,9 @@ class Loader:
         """
         sample = Sample(np.ones(self.split.spec.shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
         if self.split.format_name == PackedFormat.name:
-            return payload_of(self.split.root, b"".join(encode(sample)), self.split.spec, whole=False)
+            return packed_payload(
+                self.split.root, b"".join(encode(sample)), self.split.spec, fully_validate=False
+            )
         return CountsPayload(sample.counts, sample.target)
 
     def _batch(self, epoch: int, step: int, into: Batch | None) -> Batch:

@@ -63,7 +63,7 @@ class Reader:
         )
 
     def _payload(self, index: int) -> Payload:
-        return self.split.payload(index, whole=self._skips, direct=self._direct)
+        return self.split.payload(index, fully_validate=self._skips, direct=self._direct)
 
     def _unless_damaged(self, index: int, read: Callable[[int], _Read]) -> _Read | None:
         try:

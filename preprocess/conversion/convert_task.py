@@ -14,10 +14,10 @@ from pipelines.dataset.dataset import Extents, SampleDataset
 from pipelines.dataset.manifest import SourceFingerprint
 from pipelines.errors import DataError, UnreadableError
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.format import MEMBER
-from pipelines.formats.packed.tar_shard import SHARD, write_shard
+from pipelines.formats.packed.format import MEMBER_SUFFIX
+from pipelines.formats.packed.tar_shard import SHARD_SUFFIX, write_shard
 from pipelines.formats.registry import FORMATS
-from pipelines.io import Written
+from pipelines.io import WrittenFile
 from pipelines.sample import Sample, SampleSpec
 from preprocess.conversion.task_result import DamagedError, make_entries
 
@@ -47,26 +47,30 @@ class Conversion:
         lines, wanted = job
         split, target = self._split(lines), Path(self.target)
 
-        def samples() -> Iterator[tuple[str, Sequence[Written]]]:
+        def samples() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
             for index in range(len(split)):
-                stem = split.stem(index)
+                stem = split.sample_id(index)
                 yield stem, FORMATS[self.to].write(target, stem, _read(split, index))
 
-        def shard() -> Iterator[tuple[str, Sequence[Written]]]:
+        def shard() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
             ((stem, _),) = wanted
-            yield stem, write_shard(target / (stem + SHARD), _members(split))
+            yield stem, write_shard(target / (stem + SHARD_SUFFIX), _members(split))
 
         files = dict.fromkeys(path for index in range(len(split)) for path in split.files(index))
         make = shard if self.sharded else samples
-        members = [split.stem(index) + MEMBER for index in range(len(split))] if self.sharded else ()
-        return make_entries(target, lambda: SourceFingerprint.of(split.names, files), wanted, make, members)
+        members = (
+            [split.sample_id(index) + MEMBER_SUFFIX for index in range(len(split))] if self.sharded else ()
+        )
+        return make_entries(
+            target, lambda: SourceFingerprint.from_files(split.names, files), wanted, make, members
+        )
 
     def _split(self, lines: Sequence[Line]) -> SampleDataset:
         names, places, sums = zip(*lines, strict=True)
         extents = Extents(*np.array(places).T) if any(places) else None
         told = np.array(sums).reshape(len(names), -1, 2) if any(sums) else None
         spec = SampleSpec(self.size, self.channels)
-        return SampleDataset(Path(self.source), self.format_name, names, spec, extents, sums=told)
+        return SampleDataset(Path(self.source), self.format_name, names, spec, extents, checksums=told)
 
 
 def lines_of(split: SampleDataset) -> list[Line]:
@@ -75,8 +79,8 @@ def lines_of(split: SampleDataset) -> list[Line]:
     places = sums = nothing
     if split.extents:
         places = zip(split.extents.offsets.tolist(), split.extents.lengths.tolist(), strict=True)
-    if split.sums is not None:
-        sums = split.sums.reshape(len(split), -1).tolist()
+    if split.checksums is not None:
+        sums = split.checksums.reshape(len(split), -1).tolist()
     return list(zip(split.names, places, sums, strict=False))
 
 
@@ -102,6 +106,6 @@ def _members(split: SampleDataset) -> Iterator[tuple[str, Iterator[bytes]]]:
                 faults.append(str(error))
         else:
             sound = True
-            yield split.stem(index) + MEMBER, encode(sample)
+            yield split.sample_id(index) + MEMBER_SUFFIX, encode(sample)
     if faults or lost:
         raise DamagedError(faults, lost, {} if sound or faults else unread)

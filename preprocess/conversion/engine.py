@@ -116,7 +116,7 @@ def produce(
         locks: list[int] = []
         ready: list[Ready] = []
         mine = world.scatter(share)
-        before = {entry.stem: entry for _, noted in mine for entry in noted if entry}
+        before = {entry.name: entry for _, noted in mine for entry in noted if entry}
         own = _Outcome([], [], [], [], [])
         with (
             Journal(target, order.format_name, order.spec, world.rank) as journal,
@@ -146,7 +146,7 @@ def _settle(order: Order, ready: Ready, outcomes: Sequence[_Outcome]) -> Produce
         tuple(sorted(line for outcome in outcomes for line in (*outcome.faults, *outcome.lost))),
     )
     sound = (entry for outcome in outcomes for entry in (*outcome.made, *outcome.kept))
-    entries = {entry.stem: entry for entry in sound}
+    entries = {entry.name: entry for entry in sound}
     if result.faults:
         spoiled = [stem for outcome in outcomes for stem in outcome.spoiled]
         begun = (Entry(stem, ()) for stem in spoiled)

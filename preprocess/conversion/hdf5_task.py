@@ -20,7 +20,7 @@ import numpy as np
 from pipelines.dataset.manifest import SourceFingerprint
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.registry import FORMATS
-from pipelines.io import Written
+from pipelines.io import WrittenFile
 from pipelines.sample import COUNT_LIMIT, Sample, check_target
 from preprocess.conversion.task_result import make_entries
 
@@ -109,11 +109,13 @@ class Preparation:
         """Cut the universe at job[0]; see `make_entries` for job[1] and the answer."""
         path, wanted = Path(job[0]), job[1]
 
-        def make() -> Iterator[tuple[str, Sequence[Written]]]:
+        def make() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
             cut = crops(path, tuple(self.shape), self.size)
             for (stem, _), sample in zip(wanted, cut, strict=True):
                 yield stem, FORMATS[self.format_name].write(Path(self.target), stem, sample)
 
         # By what it is cut into, which another size of samples changes.
         stems = [stem for stem, _ in wanted]
-        return make_entries(Path(self.target), lambda: SourceFingerprint.of(stems, [path]), wanted, make)
+        return make_entries(
+            Path(self.target), lambda: SourceFingerprint.from_files(stems, [path]), wanted, make
+        )

@@ -17,13 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, Listed, write_list
+from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, ListedFile, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import list_folder
 from pipelines.errors import AccessError, DataError
-from pipelines.formats.npy import DATA, LABEL
+from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.registry import FORMATS
-from pipelines.io import LOCK, final_name, remove_temporaries, write_chunks
+from pipelines.io import LOCK_FILE, final_name, remove_temporaries, write_chunks
 from pipelines.sample import SampleSpec
 from preprocess.conversion.survey import by_stem, refuse_others
 
@@ -73,7 +73,7 @@ def begin(
     except OSError as error:
         raise AccessError.writing(folder, error) from error
     return Ready(
-        {stem: entry for stem, entry in found.items() if stem in expected and entry.parts},
+        {stem: entry for stem, entry in found.items() if stem in expected and entry.files},
         [entry for stem, entry in found.items() if stem not in expected],
         [stem for stem in files if stem not in expected],
     )
@@ -85,7 +85,7 @@ def noted(folder: Path, format_name: str, spec: SampleSpec) -> dict[str, Entry]:
     An entry without files is one that was begun and not finished: nothing vouches for what is there of it.
     """
     manifest = Manifest.load(folder)
-    found = {entry.stem: entry for entry in manifest.entries} if manifest else {}
+    found = {entry.name: entry for entry in manifest.entries} if manifest else {}
     journals = [match for match in map(_JOURNAL.fullmatch, list_folder(folder)) if match]
     for other in [*([manifest.format_name] if manifest else []), *(match["form"] for match in journals)]:
         if other != format_name:
@@ -101,7 +101,7 @@ def noted(folder: Path, format_name: str, spec: SampleSpec) -> dict[str, Entry]:
             except (ValueError, TypeError, OverflowError):
                 continue  # Cut off when its writer was killed: the sample is made again.
             if isinstance(told, Entry):
-                found[told.stem] = told
+                found[told.name] = told
             else:
                 _check_shape(folder, told, spec)
     return found
@@ -115,11 +115,11 @@ def _check_shape(folder: Path, there: SampleSpec, spec: SampleSpec) -> None:
 
 def finish(folder: Path, format_name: str, spec: SampleSpec, entries: Sequence[Entry]) -> None:
     """Write the list files and the manifest of the samples `entries`, and remove the journals."""
-    sizes = {entry.stem + part.suffix: part.bytes for entry in entries for part in entry.parts}
-    for name, files in list_files(format_name, [entry.stem for entry in entries]).items():
+    sizes = {entry.name + part.suffix: part.bytes for entry in entries for part in entry.files}
+    for name, files in list_files(format_name, [entry.name for entry in entries]).items():
         # Where compressed files are staged, their lengths are wanted beforehand.
         sized = format_name == "tfrecord_gzip"
-        write_list(folder / name, (Listed(file, sizes[file] if sized else None) for file in files))
+        write_list(folder / name, (ListedFile(file, sizes[file] if sized else None) for file in files))
     Manifest(format_name, spec, tuple(entries)).save(folder)
     _unlink(folder, filter(_JOURNAL.fullmatch, list_folder(folder)))
 
@@ -134,14 +134,14 @@ def suspend(folder: Path, format_name: str, spec: SampleSpec, entries: Iterable[
 
 def clear(folder: Path, format_name: str, stems: Iterable[str]) -> None:
     """Remove the files of the entries `stems` as `format_name` from `folder`."""
-    suffixes = FORMATS[format_name].extras + FORMATS[format_name].parts
+    suffixes = FORMATS[format_name].extra_suffixes + FORMATS[format_name].suffixes
     _unlink(folder, (stem + suffix for stem in stems for suffix in suffixes))
 
 
 def list_files(format_name: str, stems: Sequence[str]) -> dict[str, list[str]]:
     """The list files that go with the samples `stems` as `format_name`: what each one names."""
     lists = (
-        {LABEL_LIST: LABEL, DATA_LIST: DATA}
+        {LABEL_LIST: LABEL_SUFFIX, DATA_LIST: DATA_SUFFIX}
         if format_name == "npy"
         else {DATA_LIST: FORMATS[format_name].suffix}
     )
@@ -195,8 +195,10 @@ class Journal:
 
 def _is_of_writers(name: str, format_name: str) -> bool:
     """Whether `name` is that of a note, or of something else that writers of `format_name` leave."""
-    final, suffixes = final_name(name), FORMATS[format_name].parts + FORMATS[format_name].extras
-    return _is_note(name) or name == LOCK or bool(final and (_is_note(final) or final.endswith(suffixes)))
+    final, suffixes = final_name(name), FORMATS[format_name].suffixes + FORMATS[format_name].extra_suffixes
+    return (
+        _is_note(name) or name == LOCK_FILE or bool(final and (_is_note(final) or final.endswith(suffixes)))
+    )
 
 
 def _is_note(name: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipelines.dataset.manifest import Entry
 from pipelines.errors import AccessError, DataError
-from pipelines.formats.packed.format import PackedFormat, member_stem, sample_members
+from pipelines.formats.packed.format import PackedFormat, member_sample_id, sample_members
 from pipelines.formats.registry import FORMATS
 
 
@@ -46,7 +46,7 @@ def refuse_others(
 
 def by_stem(format_name: str, files: Iterable[str]) -> dict[str, list[str]]:
     """The names `files` of samples as `format_name` by stem, the index first; others by themselves."""
-    suffixes = FORMATS[format_name].parts + FORMATS[format_name].extras
+    suffixes = FORMATS[format_name].suffixes + FORMATS[format_name].extra_suffixes
     found: dict[str, list[str]] = defaultdict(list)
     for name in files:
         suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
@@ -59,24 +59,24 @@ def _samples_in(
 ) -> Sequence[str] | None:
     """The stems of the samples in the files `names` of the stem; None if that cannot be told."""
     if not all(
-        name.removeprefix(stem) in (*FORMATS[format_name].parts, *FORMATS[format_name].extras)
+        name.removeprefix(stem) in (*FORMATS[format_name].suffixes, *FORMATS[format_name].extra_suffixes)
         for name in names
     ):
         return None
     if format_name != PackedFormat.name:
         # Half a sample that a killed run had begun is none.
-        begun = noted and not noted.parts
-        half = begun and not {stem + part for part in FORMATS[format_name].parts} <= set(names)
+        begun = noted and not noted.files
+        half = begun and not {stem + part for part in FORMATS[format_name].suffixes} <= set(names)
         return [] if half else [stem]
     # A shard's name does not tell what it holds; nor does a note, if the shard is another one by now.
-    told = list(map(member_stem, noted.members)) if noted else None
-    if noted and noted.is_whole_in(folder):
+    told = list(map(member_sample_id, noted.members)) if noted else None
+    if noted and noted.is_complete_in(folder):
         return told
     shard = folder / (stem + PackedFormat.suffix)
     if shard.name not in names:
         return told
     try:
-        return [member_stem(member.name) for member in sample_members(shard)]
+        return [member_sample_id(member.name) for member in sample_members(shard)]
     except AccessError:
         raise
     except DataError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.dataset.manifest import Entry, SourceFingerprint
 from pipelines.errors import AccessError, DataError, UnreadableError, UserError
-from pipelines.io import Written
+from pipelines.io import WrittenFile
 from preprocess.conversion.read_failures import Lost
 
 
@@ -17,7 +17,7 @@ def make_entries(
     target: Path,
     origin: Callable[[], SourceFingerprint],
     wanted: Sequence[tuple[str, Any]],
-    make: Callable[[], Iterable[tuple[str, Sequence[Written]]]],
+    make: Callable[[], Iterable[tuple[str, Sequence[WrittenFile]]]],
     members: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make the entries of one source in `target`, as a task of the engine returns them.
@@ -38,13 +38,13 @@ def make_entries(
     with contextlib.suppress(UnreadableError):  # Who reads it tells which file, and why.
         source = origin()
     known = [Entry.from_json(line) for _, line in wanted if line is not None]
-    whole = [entry for entry in known if entry.is_whole_in(target)]
+    whole = [entry for entry in known if entry.is_complete_in(target)]
     if source and len(whole) == len(wanted) and all(entry.source == source for entry in whole):
         return _answer(kept=whole)
     made: list[Entry] = []
     try:
         for stem, written in make():
-            made.append(Entry.of(stem, written, source))
+            made.append(Entry.from_written(stem, written, source))
     except UnreadableError as error:
         fault = DamagedError([], [str(error)], {error.path: error.fault})
     except AccessError:
@@ -56,12 +56,12 @@ def make_entries(
     else:
         return _answer(made)
     Lost().note(fault.unread)
-    anew = {entry.stem for entry in made}
+    anew = {entry.name for entry in made}
     # A shard that was made before may hold other samples, which are in others by now.
-    before = [entry for entry in whole if entry.stem not in anew and entry.members == list(members)]
+    before = [entry for entry in whole if entry.name not in anew and entry.members == list(members)]
     if fault.faults:
         made, before = [], []
-    sound = {entry.stem for entry in (*made, *before)}
+    sound = {entry.name for entry in (*made, *before)}
     return _answer(made, before, [stem for stem, _ in wanted if stem not in sound], fault)
 
 
@@ -74,7 +74,7 @@ def _answer(
     """That of `make_entries`, as JSON can hold it."""
     return {
         "made": [entry.to_json() for entry in made],
-        "kept": [entry.stem for entry in kept],
+        "kept": [entry.name for entry in kept],
         "spoiled": spoiled,
         "faults": fault.faults if fault else (),
         "lost": fault.lost if fault else (),

@@ -11,12 +11,12 @@ import crc32c
 import numpy as np
 from zlib_ng import zlib_ng
 
-from pipelines.dataset.dataset import SampleDataset, of_shards
+from pipelines.dataset.dataset import SampleDataset, dataset_from_shards
 from pipelines.dataset.manifest import Entry, FileRecord
 from pipelines.errors import DataError
-from pipelines.formats.packed.format import MEMBER, PackedFormat, sample_members
+from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
-from pipelines.io import Written, read_file
+from pipelines.io import WrittenFile, read_file
 from pipelines.sample import Sample, SampleSpec
 
 _ROUNDING = 1e-6
@@ -42,10 +42,12 @@ class Check:
         stem, noted = job
         folder, format_name = Path(self.folder), FORMATS[self.format_name]
         there = [
-            part for part in (*format_name.extras, *format_name.parts) if (folder / (stem + part)).exists()
+            part
+            for part in (*format_name.extra_suffixes, *format_name.suffixes)
+            if (folder / (stem + part)).exists()
         ]
         expected = Entry.from_json(noted) if noted is not None else None
-        wanted = [part.suffix for part in expected.parts] if expected else format_name.parts
+        wanted = [part.suffix for part in expected.files] if expected else format_name.suffixes
         missing = (folder / (stem + part) for part in wanted if part not in there)
         faults = [("files", f"{path}: is not there; convert it again") for path in missing]
         entry, split, samples = None, None, []
@@ -65,14 +67,14 @@ class Check:
                     faults.append(("content", str(error)))
                 else:
                     faults += _of_target(split.path(index), sample)
-                    samples.append((split.stem(index), _identity(sample), sample.target.tolist()))
+                    samples.append((split.sample_id(index), _identity(sample), sample.target.tolist()))
         return {"faults": faults, "entry": entry.to_json() if entry else None, "samples": samples}
 
     def _entry(self, stem: str, contents: Mapping[str, bytes]) -> Entry:
         """What the files of `stem` are, whose `contents` these are by the ends of their names."""
         folder = Path(self.folder)
         written = [
-            Written(folder / (stem + suffix), len(content), crc32c.crc32c(content))
+            WrittenFile(folder / (stem + suffix), len(content), crc32c.crc32c(content))
             for suffix, content in contents.items()
         ]
         if self.format_name == PackedFormat.name:
@@ -81,14 +83,16 @@ class Check:
                 file._replace(members=sample_members(file.path)) if shard else file
                 for file, shard in zip(written, shards, strict=True)
             ]
-        return Entry.of(stem, written)
+        return Entry.from_written(stem, written)
 
     def _split(self, entry: Entry) -> SampleDataset:
         """The samples of `entry`."""
         folder, spec = Path(self.folder), SampleSpec(self.size, self.channels)
         if self.format_name == PackedFormat.name:
-            return of_shards(folder, ((entry.stem + part.suffix, part.members) for part in entry.parts), spec)
-        return SampleDataset(folder, self.format_name, (entry.stem + FORMATS[self.format_name].suffix,), spec)
+            return dataset_from_shards(
+                folder, ((entry.name + part.suffix, part.members) for part in entry.files), spec
+            )
+        return SampleDataset(folder, self.format_name, (entry.name + FORMATS[self.format_name].suffix,), spec)
 
 
 def _of(split: SampleDataset, index: int, contents: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -96,7 +100,7 @@ def _of(split: SampleDataset, index: int, contents: Mapping[str, bytes]) -> dict
     if not split.extents:
         return {kind: contents[kind] for kind in split.file_keys}
     start, length = int(split.extents.offsets[index]), int(split.extents.lengths[index])
-    return {MEMBER: contents[PackedFormat.suffix][start : start + length]}
+    return {MEMBER_SUFFIX: contents[PackedFormat.suffix][start : start + length]}
 
 
 def _of_target(path: Path, sample: Sample) -> Iterator[tuple[str, str]]:
@@ -105,8 +109,8 @@ def _of_target(path: Path, sample: Sample) -> Iterator[tuple[str, str]]:
 
 
 def _against(folder: Path, noted: Entry, found: Entry) -> Iterator[tuple[str, str]]:
-    there: dict[str, FileRecord] = {part.suffix: part for part in found.parts}
-    for path, part in noted.files(folder):
+    there: dict[str, FileRecord] = {part.suffix: part for part in found.files}
+    for path, part in noted.files_in(folder):
         found_part = there.get(part.suffix, part)
         if found_part.bytes != part.bytes:
             yield "sizes", f"{path}: has {found_part.bytes} bytes; the manifest says {part.bytes}"

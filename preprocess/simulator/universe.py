@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,9 @@ import torch
 from pipelines.errors import ConfigError
 from pipelines.formats.registry import FORMATS
 from pipelines.plan import derive_seed
-from pipelines.sample import PARAMETERS, REDSHIFTS, Sample
+from pipelines.sample import PARAMETERS, REDSHIFTS, SPLITS, Sample, SplitName
 from preprocess.simulator.cosmology import Cosmology, PowerSpectrum, draw_target, growth
 from preprocess.simulator.nbody import evolve, linear_modes, step_redshifts
-
-SplitName = Literal["train", "validation"]
 
 SIZES = (32, 64, 128, 256)
 _MAX_MESH = 1024
@@ -52,7 +50,7 @@ class SimulateConfig:
     format: str = "tfrecord_gzip"
 
     def __post_init__(self) -> None:
-        for split in ("train", "validation"):
+        for split in SPLITS:
             if getattr(self, split) < 0:
                 raise ConfigError(f"simulate.{split}", getattr(self, split), "expected 0 or more universes")
         if self.train + self.validation == 0:

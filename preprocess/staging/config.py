@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from pipelines.errors import ConfigError
-from pipelines.plan import Indices, shuffled
+from pipelines.plan import Indices, permutation
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 """As os.path.expandvars knows them."""
@@ -89,5 +89,5 @@ def _choices(nodes: int) -> str:
 
 def share_of(samples: int, team: int, teams: int, seed: int | None) -> Indices:
     """Which of `samples` samples the `team`-th of `teams` teams keeps, in its order; `seed` draws them."""
-    order = np.arange(samples) if seed is None else shuffled(samples, seed, "preshuffle")
+    order = np.arange(samples) if seed is None else permutation(samples, seed, "preshuffle")
     return order[team::teams]

@@ -54,8 +54,8 @@ def look(
         held.enter_context(locked(target, wait))
     except OSError as error:
         raise AccessError.writing(target, error) from error
-    format_name, stems = staged_form(split), [split.stem(index) for index in range(len(split))]
-    source = (whole.stem(index) for index in range(len(whole)))
+    format_name, stems = staged_form(split), [split.sample_id(index) for index in range(len(split))]
+    source = (whole.sample_id(index) for index in range(len(whole)))
     known, unwanted, surplus = begin(target, format_name, split.spec, stems, source, prune=True)
     sound = {
         stem: known[stem]
@@ -75,14 +75,14 @@ def is_staged(split: SampleDataset, target: Path, origins: npt.NDArray[Any] | No
     if manifest is None or manifest.format_name != staged_form(split) or len(manifest.entries) != len(split):
         return False
     return all(
-        entry.stem == split.stem(index) and _is_there(entry, target, origin_of(origins, index))
+        entry.name == split.sample_id(index) and _is_there(entry, target, origin_of(origins, index))
         for index, entry in enumerate(manifest.entries)
     )
 
 
 def _is_there(entry: Entry, target: Path, origin: SourceFingerprint | None) -> bool:
     """Whether `entry` is whole in `target`, and made from `origin` if that is known."""
-    return origin in (None, entry.source) and entry.is_whole_in(target)
+    return origin in (None, entry.source) and entry.is_complete_in(target)
 
 
 def find_origins(split: SampleDataset, world: World) -> npt.NDArray[Any]:
@@ -95,7 +95,7 @@ def find_origins(split: SampleDataset, world: World) -> npt.NDArray[Any]:
 
     def ask(index: int) -> SourceFingerprint:
         try:
-            found, unread = SourceFingerprint.of([split.names[index]], split.files(index), stat), {}
+            found, unread = SourceFingerprint.from_files([split.names[index]], split.files(index), stat), {}
         except UnreadableError as error:
             found, unread = _UNKNOWN, {error.path: error.fault}
         lost.note(unread)

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.dataset.dataset import Partition, SampleDataset, of_shards
+from pipelines.dataset.dataset import Partition, SampleDataset, dataset_from_shards
 from pipelines.distributed.node_groups import Peers
 from pipelines.distributed.session import World
 from pipelines.errors import DataError
 from pipelines.formats.npy import Npy
-from pipelines.formats.packed.format import MEMBER
-from pipelines.formats.packed.tar_shard import FIRST, SHARD
+from pipelines.formats.packed.format import MEMBER_SUFFIX
+from pipelines.formats.packed.tar_shard import FIRST_MEMBER_OFFSET, SHARD_SUFFIX
 from pipelines.io import TarMember
 from preprocess.conversion.journal import Journal, finish, noted
 from preprocess.staging.config import StageConfig, share_of
@@ -124,13 +124,13 @@ def _plan(
     if peers.teams > 1:
         seed = config.seed if config.preshuffle else None
         places = share_of(len(whole), peers.number, peers.teams, seed)
-        split = whole.take(places, Partition(places, peers.teams, len(whole), seed))
+        split = whole.subset(places, Partition(places, peers.teams, len(whole), seed))
     origins, opened = np.empty(0, ORIGIN), False
     own = wanted = np.zeros(len(split), dtype=bool)
     if not (
         trusted and all(world.gather(world.run_on_all_ranks(lambda: not leads or is_staged(split, target))))
     ):
-        origins = find_origins(whole, world)[split.places(np.arange(len(split)))]
+        origins = find_origins(whole, world)[split.global_indices(np.arange(len(split)))]
         looking = partial(look, split, whole, target, origins, world, held)
         lacking = world.run_on_all_ranks(lambda: looking() if leads else None)
         opened = lacking is not None
@@ -182,14 +182,14 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
         noting = Journal(*told) if plan.own.any() else nullcontext()
         with noting as journal:
             if journal:
-                journal.begin(plan.split.stem(index) for index in mine if plan.own[index])
+                journal.begin(plan.split.sample_id(index) for index in mine if plan.own[index])
             for index, taken, done in world.tag_rank_errors(samples):
                 read += taken
                 if isinstance(done, str):
                     faults[plan.split.names[index]] = done
                 elif done and journal:
                     journal.add(done)
-                    written += sum(part.bytes for part in done.parts)
+                    written += sum(part.bytes for part in done.files)
     shares = world.gather((len(mine) if peers.place == 0 else 0, read, written, faults))
     # Every node that wants a damaged sample may have found it so.
     damaged = {name: fault for share in shares for name, fault in share[3].items()}
@@ -197,9 +197,9 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
     def end() -> None:
         if plan.opened:
             entries = noted(plan.target, format_name, plan.split.spec)
-            stems = (plan.split.stem(index) for index in range(len(plan.split)))
+            stems = (plan.split.sample_id(index) for index in range(len(plan.split)))
             there = (entries[stem] for stem in stems if stem in entries)
-            finish(plan.target, format_name, plan.split.spec, [entry for entry in there if entry.parts])
+            finish(plan.target, format_name, plan.split.spec, [entry for entry in there if entry.files])
 
     world.run_on_all_ranks(end)
     return Staged(
@@ -213,13 +213,13 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
 
 def _there(split: SampleDataset, target: Path) -> SampleDataset:
     """The samples of `split` once they are in `target`."""
-    stems = [split.stem(index) for index in range(len(split))]
+    stems = [split.sample_id(index) for index in range(len(split))]
     if not split.extents:
         names = tuple(stem + Npy.suffix for stem in stems)
-        return SampleDataset(target, Npy.name, names, split.spec, share=split.share)
+        return SampleDataset(target, Npy.name, names, split.spec, partition=split.partition)
     lengths = split.extents.lengths.tolist()
     shards = (
-        (stem + SHARD, (TarMember(stem + MEMBER, FIRST, length),))
+        (stem + SHARD_SUFFIX, (TarMember(stem + MEMBER_SUFFIX, FIRST_MEMBER_OFFSET, length),))
         for stem, length in zip(stems, lengths, strict=True)
     )
-    return replace(of_shards(target, shards, split.spec), share=split.share)
+    return replace(dataset_from_shards(target, shards, split.spec), partition=split.partition)

@@ -14,10 +14,10 @@ from pipelines.distributed.node_groups import Peers
 from pipelines.distributed.session import World
 from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.formats.npy import Npy
-from pipelines.formats.packed.format import MEMBER, payload_of
-from pipelines.formats.packed.tar_shard import SHARD, write_shard
+from pipelines.formats.packed.format import MEMBER_SUFFIX, packed_payload
+from pipelines.formats.packed.tar_shard import SHARD_SUFFIX, write_shard
 from pipelines.formats.registry import FORMATS
-from pipelines.io import Written
+from pipelines.io import WrittenFile
 from pipelines.plan import Indices
 from preprocess.conversion.read_failures import Lost
 
@@ -79,7 +79,7 @@ def relay(
         if fault or source is None:
             return fault
         try:
-            return Entry.of(split.stem(index), _write(split, target, index, contents), source)
+            return Entry.from_written(split.sample_id(index), _write(split, target, index, contents), source)
         except AccessError:
             raise
         except DataError as error:
@@ -112,12 +112,14 @@ def relay(
             yield index, count, done.result()
 
 
-def _write(split: SampleDataset, target: Path, index: int, contents: Sequence[bytes]) -> Sequence[Written]:
+def _write(
+    split: SampleDataset, target: Path, index: int, contents: Sequence[bytes]
+) -> Sequence[WrittenFile]:
     """Write sample `index`, whose files' `contents` these are, in the form that it is staged in."""
-    stem, path = split.stem(index), split.path(index)
+    stem, path = split.sample_id(index), split.path(index)
     if split.extents:
         (content,) = contents
-        payload_of(path, content, split.spec, whole=False)
-        return write_shard(target / (stem + SHARD), [(stem + MEMBER, (content,))])
+        packed_payload(path, content, split.spec, fully_validate=False)
+        return write_shard(target / (stem + SHARD_SUFFIX), [(stem + MEMBER_SUFFIX, (content,))])
     sample = split.format.parse(path, dict(zip(split.file_keys, contents, strict=True)), split.spec)
     return FORMATS[Npy.name].write(target, stem, sample)

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import pytest
 from helpers import ROOT, environment, kill, wait_until_gone
 
-from pipelines.io import LOCK, locked, write_atomically, write_chunks
+from pipelines.io import LOCK_FILE, locked, write_atomically, write_chunks
 
 COUNT = """
 import sys
@@ -70,7 +70,7 @@ def test_the_right_goes_with_the_descriptor(tmp_path: Path) -> None:
     kill([child])
     wait_until_gone([child])
     # The file that is left over holds nothing.
-    assert (tmp_path / LOCK).exists()
+    assert (tmp_path / LOCK_FILE).exists()
     with locked(tmp_path, refuse):
         pass
 
@@ -78,4 +78,4 @@ def test_the_right_goes_with_the_descriptor(tmp_path: Path) -> None:
 def test_whoever_may_write_into_the_folder_may_lock_it(tmp_path: Path) -> None:
     tmp_path.chmod(0o775)
     with locked(tmp_path, refuse):
-        assert (tmp_path / LOCK).stat().st_mode & 0o777 == 0o664
+        assert (tmp_path / LOCK_FILE).stat().st_mode & 0o777 == 0o664

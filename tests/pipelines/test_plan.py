@@ -25,7 +25,7 @@ def test_padded_every_sample_comes_once_and_all_ranks_step_together(
     samples: int, ranks: int, batch: int, shuffle: bool
 ) -> None:
     epoch = plan(samples, ranks * batch, shuffle=shuffle)
-    shares = [RankSlice(rank, ranks).of(epoch) for rank in range(ranks)]
+    shares = [RankSlice(rank, ranks).select(epoch) for rank in range(ranks)]
     assert {share.shape for share in shares} == {(-(-samples // (ranks * batch)), batch)}
     read = np.concatenate([share.ravel() for share in shares])
     assert sorted(read[read >= 0].tolist()) == list(range(samples))
@@ -48,7 +48,7 @@ def test_dropped_no_sample_comes_twice_and_less_than_a_step_is_left_out(
 @given(SAMPLES, st.sampled_from([1, 2, 3, 4, 6, 4096]), st.integers(0, 5))
 def test_the_ranks_together_read_what_one_would(samples: int, ranks: int, epoch: int) -> None:
     whole = plan(samples, max(12, ranks), epoch=epoch)
-    shares = [RankSlice(rank, ranks).of(whole) for rank in range(ranks)]
+    shares = [RankSlice(rank, ranks).select(whole) for rank in range(ranks)]
     np.testing.assert_array_equal(np.concatenate(shares, axis=1), whole)
 
 

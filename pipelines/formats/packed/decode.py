@@ -19,16 +19,25 @@ import numpy.typing as npt
 
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.packed.gather_cpu import gather_rows
-from pipelines.formats.packed.header import CHECKED, ENTRY, HEADER, MOST, TOTAL, Header, aligned, read_header
-from pipelines.formats.packed.lz4 import FRAMED, REMEDY, inflate, inflate_together
+from pipelines.formats.packed.header import (
+    BYTE_SUM_MODULUS,
+    CHECKED,
+    ENTRY,
+    HEADER,
+    MAX_LZ4_RATIO,
+    Header,
+    aligned,
+    read_header,
+)
+from pipelines.formats.packed.lz4 import FRAME_BLOCK_BYTES, REMEDY, inflate, inflate_many
 from pipelines.sample import SampleSpec, check_target
 
-TOGETHER = 1 << 18
+DECODE_CHUNK_VOXELS = 1 << 18
 """Voxels that are decoded at a time: few enough for a cache, and enough that Python costs little."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Packed:
+class PackedSample:
     """A packed sample, its header read and checked, its chunks as they are.
 
     path: what errors name.
@@ -68,7 +77,7 @@ class Packed:
         self.fill(counts, self.table)
         inflated = (self._plane(chunk, plane) for chunk, plane in np.ndindex(self.sizes.shape))
         total = sum(int(np.frombuffer(block, np.uint8).sum(dtype=np.uint64)) for block in inflated)
-        if total % TOTAL != self.total:
+        if total % BYTE_SUM_MODULUS != self.total:
             raise DataError(self.path, "its chunks inflate to other bytes than were packed", REMEDY)
         return counts
 
@@ -79,7 +88,7 @@ class Packed:
         of the time.
         """
         voxels = out.reshape(-1, values.shape[1])
-        together = max(1, TOGETHER // self.voxels)
+        together = max(1, DECODE_CHUNK_VOXELS // self.voxels)
         for first in range(0, len(self.starts), together):
             chunks = range(first, min(first + together, len(self.starts)))
             planes = [self._planes(chunks, plane) for plane in range(self.planes)]
@@ -93,10 +102,10 @@ class Packed:
     def check(self) -> None:
         """DataError unless all chunks are as they were written: by their checksum, without inflating."""
         if crc32c.crc32c(self.content[int(self.starts[0, 0]) :]) != self.crc:
-            self.check_each()
+            self.check_each_chunk()
             raise DataError(self.path, "the CRC of its chunks is wrong", REMEDY)
 
-    def check_each(self) -> None:
+    def check_each_chunk(self) -> None:
         """The same by each chunk's own checksums, of which none need be missing."""
         for chunk, plane in np.ndindex(self.crcs.shape):
             start, end = self.extent(chunk, plane)
@@ -110,8 +119,8 @@ class Packed:
 
     def _planes(self, chunks: range, plane: int) -> bytes:
         """That byte plane of each of `chunks`, one after the other, inflated."""
-        if self.voxels == FRAMED:
-            together = inflate_together([self._block(chunk, plane) for chunk in chunks])
+        if self.voxels == FRAME_BLOCK_BYTES:
+            together = inflate_many([self._block(chunk, plane) for chunk in chunks])
             if together is not None:
                 return together
         return b"".join([self._plane(chunk, plane) for chunk in chunks])
@@ -128,7 +137,7 @@ class Packed:
 
 def open_packed(
     path: Path, content: bytes | memoryview, spec: SampleSpec | None = None, *, beginning: bool = False
-) -> Packed:
+) -> PackedSample:
     """The packed sample `content`, of the file at `path`; DataError names any fault but those of chunks.
 
     beginning: `content` may end behind the table.
@@ -146,7 +155,7 @@ def open_packed(
         raise DataError(path, "the CRC of its header is wrong", REMEDY)
     entries = np.frombuffer(view, ENTRY, header.blocks, HEADER.size).reshape(-1, header.planes)
     sizes = entries["bytes"].astype(np.int64)
-    if (sizes * MOST < header.slices * header.spec.size**2).any():
+    if (sizes * MAX_LZ4_RATIO < header.slices * header.spec.size**2).any():
         raise DataError(path, "a chunk is too short for what it should become", REMEDY)
     ends = header.beginning + np.cumsum(aligned(sizes))
     if len(view) != ends[-1] and not beginning:
@@ -155,7 +164,7 @@ def open_packed(
     crcs = entries["crc32c"].astype(np.int64)
     table = _table(path, view, header)
     target = check_target(path, header.target)
-    return Packed(
+    return PackedSample(
         path,
         view,
         header.spec,
@@ -196,7 +205,7 @@ def read_slices(path: Path, first: int, stop: int, offset: int = 0) -> npt.NDArr
             sizes=packed.sizes[chunks],
             crcs=packed.crcs[chunks],
         )
-    part.check_each()
+    part.check_each_chunk()
     counts = np.empty((len(part.starts) * header.slices, *header.spec.shape[1:]), np.int16)
     part.fill(counts, part.table)
     begin = chunks.start * header.slices

@@ -10,70 +10,78 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import DataError
-from pipelines.formats.packed.decode import Packed, open_packed
+from pipelines.formats.packed.decode import PackedSample, open_packed
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.tar_shard import INDEX, SHARD, read_member, read_members, write_shard
-from pipelines.io import TarMember, Written
+from pipelines.formats.packed.tar_shard import (
+    INDEX_SUFFIX,
+    SHARD_SUFFIX,
+    read_member,
+    read_members,
+    write_shard,
+)
+from pipelines.io import TarMember, WrittenFile
 from pipelines.sample import Sample, SampleSpec
 
-MEMBER = ".packed"
-"""The end of a member's name; what is before it is the sample's stem."""
+MEMBER_SUFFIX = ".packed"
+"""The end of a member's name; what is before it is the sample's id."""
 
 
 class PackedPayload(NamedTuple):
     """What a reader thread hands on of one packed sample: as it is, and the target."""
 
-    packed: Packed
+    packed: PackedSample
     target: npt.NDArray[np.float32]
 
 
 class PackedFormat:
-    """Samples as members `<stem>.packed` of shards; `write` makes a shard of one, `<stem>.tar`."""
+    """Samples as members `<sample_id>.packed` of shards; `write` makes a shard of one, `<sample_id>.tar`."""
 
     name = "packed"
-    suffix = SHARD
-    parts = (SHARD,)
-    extras = (INDEX,)
+    suffix = SHARD_SUFFIX
+    suffixes = (SHARD_SUFFIX,)
+    extra_suffixes = (INDEX_SUFFIX,)
 
-    def write(self, directory: Path, stem: str, sample: Sample) -> tuple[Written, ...]:
+    def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
         """Write a shard of `sample` alone, and its index."""
-        return write_shard(directory / f"{stem}{SHARD}", [(stem + MEMBER, encode(sample))])
+        return write_shard(
+            directory / f"{sample_id}{SHARD_SUFFIX}", [(sample_id + MEMBER_SUFFIX, encode(sample))]
+        )
 
-    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
-        """The sample in the member `contents[".packed"]`; all checksums are compared."""
-        packed = open_packed(path, contents[MEMBER], spec)
+    def parse(self, path: Path, files: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+        """The sample in the member `files[".packed"]`; all checksums are compared."""
+        packed = open_packed(path, files[MEMBER_SUFFIX], spec)
         return Sample(packed.counts(), packed.target)
 
     def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
         """The one sample in the shard at `path`."""
         only = _only(path)
-        return self.parse(path, {MEMBER: read_member(path, *only)}, spec)
+        return self.parse(path, {MEMBER_SUFFIX: read_member(path, *only)}, spec)
 
-    def payload(self, path: Path, spec: SampleSpec, *, whole: bool = False) -> PackedPayload:
-        """The same, its checksums compared, its chunks not inflated but with `whole`."""
-        return payload_of(path, read_member(path, *_only(path)), spec, whole=whole)
+    def payload(self, path: Path, spec: SampleSpec, *, fully_validate: bool = False) -> PackedPayload:
+        """The same, its checksums compared, its chunks not inflated but with `fully_validate`."""
+        return packed_payload(path, read_member(path, *_only(path)), spec, fully_validate=fully_validate)
 
 
-def payload_of(path: Path, content: bytes, spec: SampleSpec, *, whole: bool) -> PackedPayload:
+def packed_payload(path: Path, content: bytes, spec: SampleSpec, *, fully_validate: bool) -> PackedPayload:
     """That of the sample in `content`, a member's bytes; see `Format.payload`."""
     packed = open_packed(path, content, spec)
-    if whole:
+    if fully_validate:
         packed.counts()
     else:
         packed.check()
     return PackedPayload(packed, packed.target)
 
 
-def member_stem(name: str) -> str:
-    """The stem of the sample in the member `name`, which may lead through folders."""
-    return name.rpartition("/")[2].removesuffix(MEMBER)
+def member_sample_id(name: str) -> str:
+    """The id of the sample in the member `name`, which may lead through folders."""
+    return name.rpartition("/")[2].removesuffix(MEMBER_SUFFIX)
 
 
 def sample_members(path: Path) -> tuple[TarMember, ...]:
     """The samples in the shard at `path`, by its headers; DataError where it is no shard, or has none."""
-    found = tuple(member for member in read_members(path) if member.name.endswith(MEMBER))
+    found = tuple(member for member in read_members(path) if member.name.endswith(MEMBER_SUFFIX))
     if not found:
-        raise DataError(path, "holds no samples", f"expected a tar of *{MEMBER} files")
+        raise DataError(path, "holds no samples", f"expected a tar of *{MEMBER_SUFFIX} files")
     return found
 
 

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.formats.packed.decode import Packed
-from pipelines.formats.packed.header import TOTAL
+from pipelines.formats.packed.decode import PackedSample
+from pipelines.formats.packed.header import BYTE_SUM_MODULUS
 
 PackedArrays = tuple[list[npt.NDArray[Any]], ...]
 """What the packed graph takes of a batch: see `define_packed_graph`."""
 
 
-def arrays_of(batch: Sequence[Packed]) -> PackedArrays:
+def arrays_of(batch: Sequence[PackedSample]) -> PackedArrays:
     """`batch` as the packed graph takes it, each table with a row of -1 behind it: NaN to be."""
     columns = []
     for packed in batch:
@@ -46,11 +46,11 @@ def gather(
 
     blocks: (chunks * planes, voxels of a chunk) uint8, the inflated blocks. table: (rows + 1, C)
     float32, whose last row is NaN: what a voxel gets whose row is not in the table, so that damage is
-    noticed and nothing is read out of bounds. planes, total: see `Packed`; all voxels get NaN where the
+    noticed and nothing is read out of bounds. planes, total: see `PackedSample`; all voxels get NaN where the
     bytes have another total, as DALI does not tell of a block that is none or is too short. by_mean:
     divide by the mean of all values.
     """
-    found = blocks.sum(dtype=torch.int64) % TOTAL
+    found = blocks.sum(dtype=torch.int64) % BYTE_SUM_MODULUS
     table = torch.where(found == total, table, torch.nan)
     parts = blocks.view(-1, planes, blocks.shape[-1])
     rows = parts[:, 0].long()

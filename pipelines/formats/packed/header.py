@@ -19,13 +19,13 @@ HEADER = struct.Struct("<8s7I4fIII")
 CHECKED = 56
 """Where the CRC of the header stands, and so where what it covers is interrupted."""
 
-TOTAL = 1 << 32
+BYTE_SUM_MODULUS = 1 << 32
 """The sum of all inflated bytes is kept modulo this."""
 
 ENTRY = np.dtype([("bytes", "<u4"), ("crc32c", "<u4")])
 ALIGN = 16
 _PLANES = 4
-MOST = 255
+MAX_LZ4_RATIO = 255
 """LZ4 makes at most so many bytes of one, so that what a header asks for is bounded by what is there."""
 
 _Length = TypeVar("_Length", int, npt.NDArray[np.int64])
@@ -78,7 +78,7 @@ def read_header(path: Path, content: memoryview) -> Header:
         and size % slices == 0
         and 0 < planes <= _PLANES
         and 0 < rows <= min(size**3, 1 << 8 * planes)
-        and rows * channels * 2 <= table_bytes * MOST
+        and rows * channels * 2 <= table_bytes * MAX_LZ4_RATIO
     )
     if not sound:
         raise DataError(path, f"its header does not make sense ({numbers[:6]})", REMEDY)

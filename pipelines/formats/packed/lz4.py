@@ -13,8 +13,8 @@ from pipelines.errors import DataError
 
 REMEDY = "convert the sample again"
 
-FRAMED = 1 << 16
-"""Bytes that each block of `inflate_together` becomes: the most that a frame of that kind lets it."""
+FRAME_BLOCK_BYTES = 1 << 16
+"""Bytes that each block of `inflate_many` becomes: the most that a frame of that kind lets it."""
 
 _END = bytes(4)
 
@@ -30,16 +30,16 @@ def inflate(path: Path, block: memoryview, length: int, name: str) -> bytes:
     return content
 
 
-def inflate_together(blocks: Sequence[memoryview]) -> bytes | None:
+def inflate_many(blocks: Sequence[memoryview]) -> bytes | None:
     """What `blocks` become, FRAMED bytes each, one after the other; None where one of them does not.
 
     They are put into a frame, which the library inflates in one call: each call lets go of the GIL, and
     two threads that take turns at it for every block lose an eighth of their time. The layout is that of
     lz4_Frame_format.md, which has no room for a block that is longer than what it becomes, sound or not.
     """
-    if any(len(block) > FRAMED for block in blocks):
+    if any(len(block) > FRAME_BLOCK_BYTES for block in blocks):
         return None
-    parts: list[bytes | memoryview] = [_head(FRAMED * len(blocks))]
+    parts: list[bytes | memoryview] = [_head(FRAME_BLOCK_BYTES * len(blocks))]
     for block in blocks:
         parts += (len(block).to_bytes(4, "little"), block)
     try:

@@ -17,26 +17,35 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pipelines.errors import AccessError, DataError
-from pipelines.io import TarMember, Written, raise_open_file_limit, read_direct, write_chunks, write_stream
+from pipelines.io import (
+    TarMember,
+    WrittenFile,
+    raise_open_file_limit,
+    read_direct,
+    write_chunks,
+    write_stream,
+)
 
-SHARD, INDEX = ".tar", ".idx"
+SHARD_SUFFIX, INDEX_SUFFIX = ".tar", ".idx"
 _BLOCK = tarfile.BLOCKSIZE
-_TELLING = re.compile(rb" (path|size|linkpath|GNU\.sparse[^=]*)=")
+_OVERRIDING_PAX_KEYS = re.compile(rb" (path|size|linkpath|GNU\.sparse[^=]*)=")
 """What records behind a pax header may say of where a member is, or what it is called."""
 
-FIRST = _BLOCK
+FIRST_MEMBER_OFFSET = _BLOCK
 """Where the first member of a shard starts."""
 
-_OPEN = 16384
+_MAX_OPEN_SHARDS = 16384
 """Shards that a process keeps open, if the system lets it: more than the published set has."""
 
-_BESIDE = 512
+_FD_RESERVE = 512
 """What it may have open beside them."""
 
 _REMEDY = "convert the samples again"
 
 
-def write_shard(path: Path, contents: Iterable[tuple[str, Iterable[bytes]]]) -> tuple[Written, Written]:
+def write_shard(
+    path: Path, contents: Iterable[tuple[str, Iterable[bytes]]]
+) -> tuple[WrittenFile, WrittenFile]:
     """Write the shard at `path` and then its index, each whole or not at all.
 
     contents: each member's name and its bytes in pieces, asked for one after the other. Whatever
@@ -56,7 +65,7 @@ def write_shard(path: Path, contents: Iterable[tuple[str, Iterable[bytes]]]) -> 
         yield bytes(2 * _BLOCK)
 
     shard = write_stream(path, pieces())
-    index = write_chunks(path.with_suffix(INDEX), _index(members).encode())
+    index = write_chunks(path.with_suffix(INDEX_SUFFIX), _index(members).encode())
     return index, shard._replace(members=tuple(members))
 
 
@@ -86,7 +95,7 @@ def read_members(path: Path) -> tuple[TarMember, ...]:
                     raise DataError(path, f"is cut off in {entry.name}", _REMEDY)
                 if entry.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     members.append(TarMember(entry.name, at + _BLOCK, size))
-                elif entry.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and not _TELLING.search(
+                elif entry.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and not _OVERRIDING_PAX_KEYS.search(
                     os.pread(file.fileno(), size, at + _BLOCK)
                 ):
                     # A finer time of change, an owner: nothing that is asked for here.
@@ -119,12 +128,12 @@ def read_member(path: Path, name: str, offset: int, length: int, *, direct: bool
     return content
 
 
-def forget() -> None:
+def clear_handle_cache() -> None:
     """Open every shard anew when it is read next: it may be another one by the same name."""
     _opened_shards().cache_clear()
 
 
-class _Opened:
+class ShardHandle:
     """A file that is open as long as somebody holds this."""
 
     def __init__(self, path: Path) -> None:
@@ -145,13 +154,13 @@ class _Opened:
 
 
 @functools.cache
-def _opened_shards() -> functools._lru_cache_wrapper[_Opened]:
+def _opened_shards() -> functools._lru_cache_wrapper[ShardHandle]:
     """Opens the shard at a path once: a parallel file system takes longer for that than for a sample.
 
     What falls out is closed once the last thread that reads from it is done.
     """
-    room = raise_open_file_limit(_OPEN + _BESIDE) - _BESIDE
-    return functools.lru_cache(maxsize=max(room, _BESIDE // 2))(_Opened)
+    room = raise_open_file_limit(_MAX_OPEN_SHARDS + _FD_RESERVE) - _FD_RESERVE
+    return functools.lru_cache(maxsize=max(room, _FD_RESERVE // 2))(ShardHandle)
 
 
 def _header(path: Path, member: TarMember) -> bytes:

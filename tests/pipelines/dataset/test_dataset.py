@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from helpers import tiny_sample, write_tiny
 
-from pipelines.dataset.file_lists import Listed, read_list, write_list
+from pipelines.dataset.file_lists import ListedFile, read_list, write_list
 from pipelines.dataset.manifest import Entry, Manifest
-from pipelines.dataset.open import open_folder, open_split, parts_of, read_sample
+from pipelines.dataset.open import open_folder, open_split, read_sample, split_dirs
 from pipelines.errors import DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SampleSpec
@@ -19,7 +19,9 @@ from pipelines.sample import SampleSpec
 def test_the_format_is_recognised(format_name: str, tmp_path: Path) -> None:
     split = open_split(write_tiny(tmp_path / "data", train=3, validation=1, format_name=format_name), "train")
     assert (split.format_name, len(split), split.spec) == (format_name, 3, SampleSpec(16))
-    assert [split.stem(index) for index in range(3)] == [f"universe_000{index}_000" for index in range(3)]
+    assert [split.sample_id(index) for index in range(3)] == [
+        f"universe_000{index}_000" for index in range(3)
+    ]
 
 
 def test_the_list_files_decide_which_samples_and_in_which_order(tmp_path: Path) -> None:
@@ -29,7 +31,7 @@ def test_the_list_files_decide_which_samples_and_in_which_order(tmp_path: Path) 
         text = "".join(f"{stem}_{kind}.npy\n" for stem in chosen)
         (root / "train" / f"files_{kind}.lst").write_text(text)
     split = open_split(root, "train")
-    assert [split.stem(index) for index in range(len(split))] == chosen
+    assert [split.sample_id(index) for index in range(len(split))] == chosen
 
 
 @pytest.mark.parametrize(
@@ -58,11 +60,11 @@ def test_a_name_may_have_blanks(format_name: str, tmp_path: Path) -> None:
         names = [name for name in sorted(sizes) if kind in name or format_name != "npy"]
         write_list(
             tmp_path / f"files_{kind}.lst",
-            (Listed(name, sizes[name] if format_name != "npy" else None) for name in names),
+            (ListedFile(name, sizes[name] if format_name != "npy" else None) for name in names),
         )
         assert [listed.name for listed in read_list(tmp_path / f"files_{kind}.lst")] == names
     split = open_folder(tmp_path)
-    assert [split.stem(index) for index in range(3)] == [" c", "a b 12", "d"]
+    assert [split.sample_id(index) for index in range(3)] == [" c", "a b 12", "d"]
 
 
 def test_what_is_no_data_folder_is_refused_by_name(tmp_path: Path) -> None:
@@ -91,13 +93,13 @@ def test_a_name_that_no_list_can_hold_is_refused(name: str, tmp_path: Path) -> N
 
 def test_a_folder_has_splits_or_samples_and_not_both(tmp_path: Path) -> None:
     root = write_tiny(tmp_path / "data", train=1, validation=1)
-    assert parts_of(root) == ["train", "validation"]
-    assert parts_of(root / "train") == ["."]
+    assert split_dirs(root) == ["train", "validation"]
+    assert split_dirs(root / "train") == ["."]
     write_tiny(tmp_path / "more", train=1, validation=1, format_name="tfrecord")
     (sample,) = (tmp_path / "more" / "train").glob("*.tfrecord")
     sample.rename(root / "x.tfrecord")
     with pytest.raises(DataError, match=r"data: holds x.tfrecord beside train and validation; give one"):
-        parts_of(root)
+        split_dirs(root)
 
 
 def test_temporary_files_of_a_writer_are_no_samples(tmp_path: Path) -> None:
@@ -127,6 +129,6 @@ def test_numbers_that_no_file_has_are_refused(number: int, tmp_path: Path) -> No
         [file._replace(bytes=number) for file in written],
         [file._replace(members=tuple(m._replace(offset=number) for m in file.members)) for file in written],
     ):
-        Manifest("packed", SampleSpec(16), (Entry.of("a", wrong),)).save(tmp_path)
+        Manifest("packed", SampleSpec(16), (Entry.from_written("a", wrong),)).save(tmp_path)
         with pytest.raises(DataError, match="is no line of a manifest"):
             open_folder(tmp_path)

@@ -128,7 +128,7 @@ def test_our_gzip_is_gzip_and_our_npy_is_npy(tmp_path: Path) -> None:
 def test_no_damage_passes_for_a_sample(format_name: str, tmp_path: Path) -> None:
     sample, rng = tiny_sample(3), random.Random(7)
     FORMATS[format_name].write(tmp_path, "a", sample)
-    files = [tmp_path / f"a{part}" for part in FORMATS[format_name].parts]
+    files = [tmp_path / f"a{part}" for part in FORMATS[format_name].suffixes]
     path = tmp_path / f"a{FORMATS[format_name].suffix}"
     refused = 0
     for _ in range(200):

@@ -29,13 +29,13 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 from helpers import tiny_sample
 
-from pipelines.dataset.file_lists import Listed, read_list, write_list
+from pipelines.dataset.file_lists import ListedFile, read_list, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.format import MEMBER
-from pipelines.formats.packed.tar_shard import forget, read_members, write_shard
+from pipelines.formats.packed.format import MEMBER_SUFFIX
+from pipelines.formats.packed.tar_shard import clear_handle_cache, read_members, write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import encode_example, frame
 from pipelines.sample import Sample, SampleSpec
@@ -238,8 +238,8 @@ def test_packed_samples_with_sound_checksums(tmp_path: Path) -> None:
 
     def write(chance: random.Random) -> Callable[[], Sample]:
         content = with_checksums(mutated(whole, chance, near=160))
-        write_shard(path, [(f"a{MEMBER}", [content])])
-        forget()
+        write_shard(path, [(f"a{MEMBER_SUFFIX}", [content])])
+        clear_handle_cache()
         return lambda: Sample(*packed_book.read(content))
 
     read, refused = fuzz(path, write)
@@ -266,7 +266,7 @@ def tried(attempt: Callable[[random.Random], None]) -> tuple[int, int]:
 @pytest.mark.timeout(0)
 def test_tar_headers(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    write_shard(path, [(f"{name}{MEMBER}", [bytes(700)]) for name in "abc"])
+    write_shard(path, [(f"{name}{MEMBER_SUFFIX}", [bytes(700)]) for name in "abc"])
     whole = path.read_bytes()
 
     def attempt(chance: random.Random) -> None:
@@ -294,7 +294,7 @@ def test_tar_headers(tmp_path: Path) -> None:
 @pytest.mark.timeout(0)
 def test_lists(tmp_path: Path) -> None:
     path, again = tmp_path / "files_data.lst", tmp_path / "again.lst"
-    write_list(path, [Listed(f"a {index}.tfrecord", 7 * index) for index in range(9)])
+    write_list(path, [ListedFile(f"a {index}.tfrecord", 7 * index) for index in range(9)])
     whole = path.read_bytes()
 
     def attempt(chance: random.Random) -> None:
@@ -317,7 +317,9 @@ def test_manifests(format_name: str, tmp_path: Path) -> None:
     folder.mkdir()
     again.mkdir()
     entries = [
-        Entry.of(f"u{index}", FORMATS[format_name].write(folder, f"u{index}", tiny_sample(index, size=2)))
+        Entry.from_written(
+            f"u{index}", FORMATS[format_name].write(folder, f"u{index}", tiny_sample(index, size=2))
+        )
         for index in range(3)
     ]
     Manifest(format_name, SampleSpec(2), tuple(entries)).save(folder)

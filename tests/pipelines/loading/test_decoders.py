@@ -17,7 +17,7 @@ from packed_book import TABLE
 
 from pipelines.dataset.open import open_split
 from pipelines.errors import DataError
-from pipelines.formats.packed.decode import Packed, open_packed
+from pipelines.formats.packed.decode import PackedSample, open_packed
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.gather_gpu import arrays_of, gather
 from pipelines.formats.packed.tar_shard import write_shard
@@ -29,11 +29,11 @@ from pipelines.plan import RankSlice
 from pipelines.sample import Batch, Sample
 
 
-def packed(sample: Sample) -> Packed:
+def packed(sample: Sample) -> PackedSample:
     return open_packed(Path("a.packed"), b"".join(encode(sample)))
 
 
-def as_on_a_device(one: Packed, dtype: torch.dtype, *, apply_log: bool) -> torch.Tensor:
+def as_on_a_device(one: PackedSample, dtype: torch.dtype, *, apply_log: bool) -> torch.Tensor:
     """What `DeviceDecoder` makes of `one`: the arrays it sends, inflated by another LZ4, then its gather."""
     (blocks,), (starts,), (sizes,), (voxels,), (table,) = arrays_of([one])
     # What DALI does not find in a block is zero.

@@ -136,7 +136,7 @@ def test_what_tensorflow_wrote_comes_through_dali_and_through_npy_exactly(
     (tmp_path / "npy" / "train").mkdir(parents=True)
     split = open_split(tmp_path / "tf", "train")
     for index in range(len(split)):
-        FORMATS["npy"].write(tmp_path / "npy" / "train", split.stem(index), split.read(index))
+        FORMATS["npy"].write(tmp_path / "npy" / "train", split.sample_id(index), split.read(index))
     for root in (tmp_path / "tf", tmp_path / "npy"):
         with loader(root, shuffle=False) as batches:
             for index, volume, target in rows(batches.batches(0)):
@@ -264,7 +264,7 @@ def test_a_share_of_no_samples_takes_part_in_every_step(
     nothing = np.arange(0)
     whole = open_split(roots[format_name], "validation")
     with loader(
-        whole.take(nothing, Partition(nothing, count=3, total=2, seed=None)),
+        whole.subset(nothing, Partition(nothing, count=3, total=2, seed=None)),
         ragged="pad",
         apply_log=apply_log,
     ) as batches:
@@ -332,7 +332,7 @@ def test_a_count_below_zero_becomes_no_number_and_is_explained(
     with loader(tmp_path / "data", shuffle=False, batch_size=1, apply_log=apply_log) as batches:
         good = batches.split.read(5)
         bad = Sample(np.where(np.arange(4) == 2, np.int16(-30000), good.counts), good.target)
-        FORMATS["npy"].write(batches.split.root, batches.split.stem(5), bad)
+        FORMATS["npy"].write(batches.split.root, batches.split.sample_id(5), bad)
         for index, volume, _ in rows(batches.batches(0)):
             assert np.isnan(volume).any() == (index == 5)
         with pytest.raises(DataError, match="a count is -30000"):

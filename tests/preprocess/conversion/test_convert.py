@@ -40,7 +40,7 @@ from pipelines.dataset.open import open_folder
 from pipelines.distributed.session import World
 from pipelines.errors import UserError
 from pipelines.formats.registry import FORMATS
-from pipelines.io import LOCK
+from pipelines.io import LOCK_FILE
 from pipelines.sample import Sample
 from preprocess.conversion.engine import Produced, produce
 from preprocess.convert import order_conversion
@@ -91,7 +91,7 @@ def test_there_and_back_is_the_identity(
         # Byte for byte; beside the samples are the manifest and the lists.
         assert {file: digest for file, digest in content(back).items() if file in before} == before
         first, second = open_folder(source), open_folder(middle)
-        assert [first.stem(i) for i in range(samples)] == [second.stem(i) for i in range(samples)]
+        assert [first.sample_id(i) for i in range(samples)] == [second.sample_id(i) for i in range(samples)]
         for index in range(samples):
             np.testing.assert_array_equal(first.read(index).counts, second.read(index).counts)
             np.testing.assert_array_equal(first.read(index).target, second.read(index).target)
@@ -179,7 +179,7 @@ def test_the_order_of_a_list_is_kept(tmp_path: Path) -> None:
         (data / f"files_{kind}.lst").write_text("".join(f"{stem}_{kind}.npy\n" for stem in order))
     converted(data, tmp_path / "gzip", "tfrecord_gzip")
     split = open_folder(tmp_path / "gzip")
-    assert [split.stem(index) for index in range(3)] == order
+    assert [split.sample_id(index) for index in range(3)] == order
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
         (target / name).write_text("mine")
         done = program(CONVERT, "-i", data, "-o", target, "--to", "tfrecord")
         assert done.code == 1 and f"holds {name}" in done.err
-        assert {path.name for path in target.iterdir()} == {name, LOCK}
+        assert {path.name for path in target.iterdir()} == {name, LOCK_FILE}
         assert (target / name).read_text() == "mine"
 
 

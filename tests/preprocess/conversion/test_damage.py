@@ -205,7 +205,7 @@ def test_what_npy_does_not_notice_is_found_by_the_manifest(to: str, part: str, t
     done = program("preprocess.convert", *line)
     assert done.code == 1 and f"error: {bad}: its CRC-32C is not that in manifest.jsonl; " in done.err
     assert Manifest.load(tmp_path / "out" / "train") is None
-    stems = {open_folder(tmp_path / "out" / "train").stem(i) for i in range(4)}
+    stems = {open_folder(tmp_path / "out" / "train").sample_id(i) for i in range(4)}
     assert STEM not in stems
     bad.write_bytes(whole[:-4])
     said = f"error: {bad}: has {len(whole) - 4} bytes where manifest.jsonl says {len(whole)}; "

@@ -12,7 +12,7 @@ from helpers import program, tiny_sample, write_tiny
 from pipelines.dataset.manifest import Manifest
 from pipelines.dataset.open import open_folder, open_split
 from pipelines.formats.registry import FORMATS
-from pipelines.io import LOCK
+from pipelines.io import LOCK_FILE
 
 CONVERT = "preprocess.convert"
 
@@ -34,7 +34,11 @@ def test_there_and_back(format_name: str, ranks: int, tmp_path: Path) -> None:
     shards = [f"shard_{number:06d}" for number in range(3)]
     train = tmp_path / "packed" / "train"
     expected = {f"{shard}{end}" for shard in shards for end in (".tar", ".idx")}
-    assert {path.name for path in train.iterdir()} == expected | {"manifest.jsonl", "files_data.lst", LOCK}
+    assert {path.name for path in train.iterdir()} == expected | {
+        "manifest.jsonl",
+        "files_data.lst",
+        LOCK_FILE,
+    }
     assert (train / "files_data.lst").read_text().split() == [f"{shard}.tar" for shard in shards]
     assert program("preprocess.verify", tmp_path / "packed").code == 0
     back = program(
@@ -112,7 +116,7 @@ def test_packed_samples_are_staged_as_they_are(tmp_path: Path) -> None:
     source, staged = (open_split(tmp_path / name, "train") for name in ("packed", "disk"))
     assert source.extents is not None
     assert f"{int(source.extents.lengths.sum()):,} bytes read" in done.out
-    assert [staged.stem(index) for index in range(7)] == [source.stem(index) for index in range(7)]
+    assert [staged.sample_id(index) for index in range(7)] == [source.sample_id(index) for index in range(7)]
     for index in range(7):
         assert staged.read_files(index) == source.read_files(index)
     assert (

@@ -49,7 +49,7 @@ def test_names_crops_and_splits(universes: Path, tmp_path: Path) -> None:
     for split in splits.values():
         assert split.format_name == "tfrecord_gzip" and split.spec.shape == (4, 4, 4, 4)
         for index in range(len(split)):
-            universe, _, crop = split.stem(index).rpartition("_")
+            universe, _, crop = split.sample_id(index).rpartition("_")
             i, j, k = np.unravel_index(int(crop), (2, 2, 2))
             whole = seen.setdefault(universe, np.full((EDGE, EDGE, EDGE, 4), -1, np.int16))
             part = whole[4 * i : 4 * i + 4, 4 * j : 4 * j + 4, 4 * k : 4 * k + 4]
@@ -60,7 +60,7 @@ def test_names_crops_and_splits(universes: Path, tmp_path: Path) -> None:
     for path in universes.rglob("*.hdf5"):
         with h5py.File(path) as file:
             np.testing.assert_array_equal(seen[f"{path.parent.name}_{path.stem}"], file["full"][:])
-    train, validation = ({split.stem(i)[:-4] for i in range(len(split))} for split in splits.values())
+    train, validation = ({split.sample_id(i)[:-4] for i in range(len(split))} for split in splits.values())
     assert not train & validation
     assert verify([str(tmp_path / "out")]) == 0
 

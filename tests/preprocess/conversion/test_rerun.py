@@ -114,7 +114,7 @@ def test_another_order_makes_other_shards(tmp_path: Path) -> None:
     # From shards to shards too, whose files are the same ones.
     converted(tmp_path / "out", tmp_path / "again", "packed", a_shard=4)
     split = open_folder(tmp_path / "again")
-    assert [split.stem(index) for index in range(4)] == order
+    assert [split.sample_id(index) for index in range(4)] == order
 
 
 def test_what_is_no_longer_wanted_is_removed_and_nothing_else(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_source_that_has_lost_some_takes_nothing_along(to: str, tmp_path: Path
     done = Produced(made=3) if to == "packed" else Produced(kept=3)
     assert converted(data, target, to, prune=True) == done
     assert len(open_folder(target)) == 3
-    assert stem(1) not in [open_folder(target).stem(index) for index in range(3)]
+    assert stem(1) not in [open_folder(target).sample_id(index) for index in range(3)]
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -273,7 +273,7 @@ def test_nothing_vouches_for_a_sample_whose_source_is_refused(to: str, tmp_path:
     done = converted(data, target, to)
     assert len(done.faults) == 1 and not (target / MANIFEST).exists()
     left = open_folder(target)
-    assert stem(1) not in [left.stem(index) for index in range(len(left))]
+    assert stem(1) not in [left.sample_id(index) for index in range(len(left))]
     bad.write_bytes(whole)
     made = 2 if to == "packed" else 1
     assert converted(data, target, to) == Produced(made=made, kept=4 - made)
@@ -317,7 +317,7 @@ def killed_at(where: type, name: str, which: Callable[[Any], bool]) -> Iterator[
 
 def killed_before_noting(stem: str) -> contextlib.AbstractContextManager[None]:
     """The body is killed when the entry `stem` is there and not yet noted."""
-    return killed_at(Journal, "add", lambda entry: entry.stem == stem)
+    return killed_at(Journal, "add", lambda entry: entry.name == stem)
 
 
 @pytest.mark.parametrize("to", ["npy", "packed"])
@@ -449,7 +449,7 @@ def test_a_shard_of_others_is_not_kept_for_one_that_is_out_of_reach(tmp_path: Pa
     done = converted(data, target, "packed")
     assert len(done.faults) == 1 and done.kept == 0
     found = open_folder(target)
-    assert [found.stem(index) for index in range(len(found))] == [stem(index) for index in (0, 1, 4)]
+    assert [found.sample_id(index) for index in range(len(found))] == [stem(index) for index in (0, 1, 4)]
     label.unlink()
     (tmp_path / "label").rename(label)
     converted(data, target, "packed")

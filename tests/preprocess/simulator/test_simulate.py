@@ -100,7 +100,7 @@ def test_no_universe_is_in_both_splits_nor_twice(made: Path) -> None:
         # Two fields that share their initial conditions correlate; these do so by chance alone.
         first, second = (np.log1p(sample.counts[..., 0].astype(float)).ravel() for sample in (one, other))
         assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
-    stems = [split.stem(index) for split in samples for index in range(len(split))]
+    stems = [split.sample_id(index) for split in samples for index in range(len(split))]
     assert len(set(stems)) == len(stems)
 
 

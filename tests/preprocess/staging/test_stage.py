@@ -243,7 +243,9 @@ def test_what_has_become_of_the_source_since_it_was_staged(tmp_path: Path) -> No
     assert staged(data, disk)[0].faults[0].startswith(f"{bad}: is cut off")
     # Neither the manifest nor the folder has the sample that was staged before.
     left = open_split(disk, "train")
-    assert [left.stem(index) for index in range(len(left))] == [f"universe_000{n}_000" for n in (0, 1, 3)]
+    assert [left.sample_id(index) for index in range(len(left))] == [
+        f"universe_000{n}_000" for n in (0, 1, 3)
+    ]
     assert not list((disk / "train").glob("universe_0002*"))
     FORMATS["tfrecord"].write(data / "train", "universe_0002_000", tiny_sample(2))
     assert [one.samples for one in staged(data, disk)] == [1, 0]
@@ -388,7 +390,7 @@ def test_teams_have_shares_and_each_file_is_read_once(options: list[str], tmp_pa
     disks = [content(tmp_path / "disk" / str(node)) for node in range(4)]
     assert disks[0] == disks[1] and disks[2] == disks[3]
     splits = [open_split(tmp_path / "disk" / str(node), "train") for node in (0, 2)]
-    stems = [split.stem(index) for split in splits for index in range(len(split))]
+    stems = [split.sample_id(index) for split in splits for index in range(len(split))]
     assert sorted(stems) == [f"universe_{index:04d}_000" for index in range(7)]
     assert abs(len(splits[0]) - len(splits[1])) == 1
     assert "staged 0 of 7" in on_nodes(4, 1, data, tmp_path / "disk", *shards)[0][1]

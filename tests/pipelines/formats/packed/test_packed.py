@@ -15,8 +15,8 @@ from packed_book import write as build
 
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.packed.decode import read_slices
-from pipelines.formats.packed.encode import encode, slices_of
-from pipelines.formats.packed.format import payload_of
+from pipelines.formats.packed.encode import encode, slices_per_chunk
+from pipelines.formats.packed.format import packed_payload
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample, SampleSpec
 
@@ -73,10 +73,10 @@ def test_it_is_smaller_than_gzip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 32, 48, 64, 96, 112, 128, 160, 256, 512])
 def test_a_chunk_is_a_whole_number_of_slices(size: int) -> None:
-    slices = slices_of(size)
+    slices = slices_per_chunk(size)
     assert size % slices == 0
     assert slices * size**2 <= 65536 or slices == 1
-    assert slices_of(128) * 128**2 == 65536
+    assert slices_per_chunk(128) * 128**2 == 65536
 
 
 @pytest.mark.parametrize("level", [0, 12])
@@ -95,7 +95,7 @@ def test_a_slab_is_read_alone(first: int, stop: int, tmp_path: Path) -> None:
     path.write_bytes(bytes(1024) + content + b"another one")
     np.testing.assert_array_equal(read_slices(path, first, stop, 1024), sample.counts[first:stop])
     # The other chunks are not even looked at.
-    slices = slices_of(48)
+    slices = slices_per_chunk(48)
     broken = bytearray(path.read_bytes())
     if first >= slices:
         begin = 1024 + len(content) - sum(map(len, list(encode(sample))[1:]))
@@ -173,11 +173,11 @@ def test_no_byte_can_change_and_no_end_can_be_missing() -> None:
         (b"\x1f\x8b" + bytes(100), "is no packed sample"),
     ],
 )
-@pytest.mark.parametrize("whole", [False, True])
-def test_lies_with_sound_checksums_are_refused(content: bytes, said: str, whole: bool) -> None:
+@pytest.mark.parametrize("fully_validate", [False, True])
+def test_lies_with_sound_checksums_are_refused(content: bytes, said: str, fully_validate: bool) -> None:
     with pytest.raises(DataError, match=said) as raised:
-        if whole:
-            payload_of(PATH, content, SampleSpec(2 if "27" not in said else 3), whole=True)
+        if fully_validate:
+            packed_payload(PATH, content, SampleSpec(2 if "27" not in said else 3), fully_validate=True)
         else:
             read(content)
     assert raised.value.path == str(PATH)

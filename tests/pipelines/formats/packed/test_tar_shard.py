@@ -21,7 +21,7 @@ from helpers import tiny_sample, write_tiny
 from pipelines.dataset.open import open_folder, open_split
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.tar_shard import forget, read_member, read_members, write_shard
+from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member, read_members, write_shard
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice
@@ -193,7 +193,7 @@ def test_a_folder_of_shards_is_read_with_and_without_its_manifest(gone: list[str
     for name in gone:
         (packed / "train" / name).unlink()
     split = open_split(packed, "train")
-    assert [split.stem(index) for index in range(len(split))] == [
+    assert [split.sample_id(index) for index in range(len(split))] == [
         f"universe_{index:04d}_000" for index in range(11)
     ]
     assert split.entry_names == [f"shard_{index:06d}" for index in range(4)]
@@ -224,11 +224,11 @@ def test_a_process_opens_a_shard_once(tmp_path: Path, monkeypatch: pytest.Monkey
         return theirs(path, flags)
 
     monkeypatch.setattr(os, "open", noted)
-    forget()
+    clear_handle_cache()
     for path in (*paths, *paths):
         assert read_member(path, "x", 3, 2) == b"te"
     assert opened == paths
-    forget()
+    clear_handle_cache()
 
 
 def test_what_is_no_shard_of_samples_is_named(packed: Path, tmp_path: Path) -> None:
