@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 # A process a core, each with whole test modules, so that what a module's tests share is made once.
 PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help setup train test test-rest test-all gpu-check lint image clean
+.PHONY: help setup train test test-rest test-all gpu-check lint docs image clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -57,9 +57,16 @@ lint: setup ## Check Python and its imports, C, shell scripts and the Dockerfile
 	$(VENV)/bin/shellcheck --external-sources *.sub *.sh .ci/run configs/*.sh
 	$(VENV)/bin/hadolint Dockerfile
 
+docs: $(VENV)/.docs ## Build the documentation, with its API pages, into site/.
+	NO_MKDOCS_2_WARNING=true $(VENV)/bin/mkdocs build --quiet
+
+$(VENV)/.docs: $(VENV)/.done
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 image: ## Build the container image cosmoflow-dali, on NVIDIA's PyTorch image.
 	docker build --tag cosmoflow-dali .
 
 clean: ## Remove what the tools made; data/ and runs/ stay.
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
