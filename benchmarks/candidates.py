@@ -45,7 +45,9 @@ def touch(volume: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def ours(split: SampleDataset, config: LoaderConfig, device: str = "cpu") -> Iterator[Iterator[int]]:
+def project_loader(
+    split: SampleDataset, config: LoaderConfig, device: str = "cpu"
+) -> Iterator[Iterator[int]]:
     """The project's loader, targets and all, epoch after epoch."""
     loader = Loader(
         split, config, shard=RankSlice(), seed=0, shuffle=True, ragged="drop", device=torch.device(device)

@@ -35,9 +35,9 @@ from benchmarks import harness
 from benchmarks.layers import Layer
 from benchmarks.limits import copy_rate, matrix_rate, step_flops
 from benchmarks.picture import draw
-from benchmarks.recipes import Contestant, Recipe
+from benchmarks.recipes import Recipe, RecipeProcess
 from cosmoflow_dali.compute.engines import ComputeConfig
-from cosmoflow_dali.compute.step import input_dtype, settle_float32
+from cosmoflow_dali.compute.step import configure_float32, input_dtype
 from pipelines.errors import UserError
 
 PLAIN, RECORD = "plain PyTorch", "the record's recipe"
@@ -49,7 +49,7 @@ LOOP = 0.95
 STEPS = {"cpu": 3, "cuda": 30}
 """Of a turn, by kind of device."""
 
-BARS = {128: {"share_of_matrix": 0.62, "speed_of_plain": 1.35}, 32: {"speed_of_plain": 1.5}}
+TARGETS = {128: {"share_of_matrix": 0.62, "speed_of_plain": 1.35}, 32: {"speed_of_plain": 1.5}}
 """What the project claims of float32 on a CPU, by size: at least so much of the matrix product's rate, and at
 least so many times the plain way's samples a second."""
 
@@ -128,7 +128,7 @@ def measure_limits(precisions: set[str], device: torch.device) -> Limits:
     """The limits of `device`, before anybody else uses it."""
     matrix = {}
     for precision in sorted(precisions):
-        settle_float32(precision)  # type: ignore[arg-type]
+        configure_float32(precision)  # type: ignore[arg-type]
         matrix[precision] = matrix_rate(input_dtype(precision), device)  # type: ignore[arg-type]
     return Limits(matrix, copy_rate(device))
 
@@ -137,45 +137,45 @@ def run(
     options: argparse.Namespace, device: torch.device, data: Path | None = None
 ) -> tuple[Limits, dict[str, Result]]:
     """All rows, in turns; with `data`, packed samples, whole loops among them."""
-    everyone, steps = recipes(options, device, data), options.steps or STEPS[device.type]
-    limits = measure_limits({recipe.compute.precision for recipe in everyone}, device)
+    entries, steps = recipes(options, device, data), options.steps or STEPS[device.type]
+    limits = measure_limits({recipe.compute.precision for recipe in entries}, device)
     flops = step_flops(options.network, options.size)
     with contextlib.ExitStack() as stack:
-        contestants = {}
-        for recipe in everyone:
-            contestant = Contestant(recipe, options.network, options.size, str(device))
-            contestants[recipe.name] = stack.enter_context(contextlib.closing(contestant))
-        for contestant in contestants.values():
-            contestant.wait()
-        turns: dict[str, list[harness.Reading]] = {recipe.name: [] for recipe in everyone}
-        forwards: dict[str, list[float]] = {recipe.name: [] for recipe in everyone}
+        candidates = {}
+        for recipe in entries:
+            candidate = RecipeProcess(recipe, options.network, options.size, str(device))
+            candidates[recipe.name] = stack.enter_context(contextlib.closing(candidate))
+        for candidate in candidates.values():
+            candidate.wait()
+        readings: dict[str, list[harness.Reading]] = {recipe.name: [] for recipe in entries}
+        forwards: dict[str, list[float]] = {recipe.name: [] for recipe in entries}
         for _ in range(options.rounds):
-            for recipe in everyone:
-                wall, cpu, forward = contestants[recipe.name].turn(steps)
+            for recipe in entries:
+                wall, cpu, forward = candidates[recipe.name].take_steps(steps)
                 size = recipe.batch_size
-                turns[recipe.name].append(harness.Reading(wall / size, cpu / size))
+                readings[recipe.name].append(harness.Reading(wall / size, cpu / size))
                 forwards[recipe.name].append(1e3 * forward / size)
         results = {}
-        for recipe in everyone:
-            mine = turns[recipe.name]
-            rate = harness.Spread.of(1 / reading.wall for reading in mine)
-            record = turns.get(_name(RECORD, recipe.batch_size))
-            resident = turns[recipe.name.removesuffix(_LOOP)] if recipe.data else None
+        for recipe in entries:
+            own = readings[recipe.name]
+            rate = harness.Spread.of(1 / reading.wall for reading in own)
+            record = readings.get(_name(RECORD, recipe.batch_size))
+            resident = readings[recipe.name.removesuffix(_LOOP)] if recipe.data else None
             results[recipe.name] = Result(
                 precision=recipe.compute.precision,
                 samples_per_s=rate,
                 forward_ms=harness.Spread.of(forwards[recipe.name]),
-                cpu_ms=harness.Spread.of(1e3 * reading.cpu for reading in mine),
+                cpu_ms=harness.Spread.of(1e3 * reading.cpu for reading in own),
                 tflops=1e-12 * flops * rate.median,
                 share_of_matrix=flops * rate.median / limits.matrix[recipe.compute.precision],
-                speed_of_plain=harness.ratio(turns[_name(PLAIN, recipe.batch_size)], mine, "wall"),
-                speed_of_record=harness.ratio(record, mine, "wall") if record else None,
-                speed_of_resident=harness.ratio(resident, mine, "wall") if resident else None,
-                peak=contestants[recipe.name].peak(),
-                layers=[] if recipe.data else contestants[recipe.name].layers(),
+                speed_of_plain=harness.ratio(readings[_name(PLAIN, recipe.batch_size)], own, "wall"),
+                speed_of_record=harness.ratio(record, own, "wall") if record else None,
+                speed_of_resident=harness.ratio(resident, own, "wall") if resident else None,
+                peak=candidates[recipe.name].peak(),
+                layers=[] if recipe.data else candidates[recipe.name].layers(),
             )
         if options.profile:
-            contestants[everyone[-1].name].profile(str(options.profile))
+            candidates[entries[-1].name].profile(str(options.profile))
     return limits, results
 
 
@@ -221,7 +221,7 @@ def show(
 
 def _show_bars(size: int, results: dict[str, Result]) -> None:
     for name, row in results.items():
-        for quantity, bar in BARS.get(size, {}).items() if name.startswith("fp32") else ():
+        for quantity, bar in TARGETS.get(size, {}).items() if name.startswith("fp32") else ():
             value = getattr(row, quantity)
             value = value if isinstance(value, float) else value.median
             print(f"{name}: {quantity} {value:.2f}; claimed of float32 on a CPU: at least {bar:g}")
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
         limits, results = run(options, device, data)
     show(options, device, limits, results)
     if options.output:
-        record = {"limits": limits, "bars": BARS, **results}
+        record = {"limits": limits, "bars": TARGETS, **results}
         path = harness.save("compute_bench", vars(options), record, options.output)
         title = f"{options.network} network, {options.size}^3"
         print("written to", path)

@@ -34,11 +34,11 @@ from benchmarks import harness
 from benchmarks.samples import compressed, simulated
 from pipelines.formats.tfrecord import encode_example, frame
 
-BARS = {"cpu_ms": 40.0, "cpu_saving": 3.0, "speed": 5.0}
+TARGETS = {"cpu_ms": 40.0, "cpu_saving": 3.0, "speed": 5.0}
 """What the project claims of 128^3 on two cores: at most so many ms of CPU a file, so many times less than
 the plain way, and so many times as fast on the clock."""
 
-OURS, PLAIN = "preprocess.convert", "plain Python"
+PROJECT, PLAIN = "preprocess.convert", "plain Python"
 
 _UNLIKE = 8
 """Samples that differ; the others are copies, which cost as much."""
@@ -75,7 +75,7 @@ def make_source(folder: Path, files: int, size: int) -> Path:
     return folder
 
 
-def ours(source: Path, target: Path) -> None:
+def project_converter(source: Path, target: Path) -> None:
     """The project's converter, as a user starts it."""
     subprocess.run(_command(source, target), check=True, stdout=subprocess.DEVNULL)
 
@@ -92,7 +92,7 @@ def plain(source: Path, target: Path, size: int) -> None:
         np.save(target / path.name.replace(".tfrecord", "_data.npy"), counts)
 
 
-def turn(work: Callable[[], None]) -> harness.Reading:
+def measure(work: Callable[[], None]) -> harness.Reading:
     """Seconds that `work` takes, on the clock and on all processors, its processes included."""
     wall, cpu = time.perf_counter(), harness.cpu_seconds()
     work()
@@ -117,17 +117,17 @@ def run(root: Path, files: int, size: int, rounds: int) -> Results:
     """The contest in `root` over `files` files and an eighth of them."""
     few = max(files // 8, 1)
     sources = {count: make_source(root / f"source{count}", count, size) for count in (few, files)}
-    contestants: dict[str, Callable[[Path, Path], None]] = {
-        OURS: ours,
+    candidates: dict[str, Callable[[Path, Path], None]] = {
+        PROJECT: project_converter,
         PLAIN: functools.partial(plain, size=size),
     }
-    a_file: dict[str, list[harness.Reading]] = {name: [] for name in contestants}
-    start: dict[str, list[harness.Reading]] = {name: [] for name in contestants}
+    a_file: dict[str, list[harness.Reading]] = {name: [] for name in candidates}
+    start: dict[str, list[harness.Reading]] = {name: [] for name in candidates}
     for warm in [False] + [True] * rounds:
-        for name, work in contestants.items():
+        for name, work in candidates.items():
             taken = []
             for source in sources.values():
-                taken.append(turn(functools.partial(work, source, root / "target")))
+                taken.append(measure(functools.partial(work, source, root / "target")))
                 shutil.rmtree(root / "target")
             if warm:
                 less, more = taken
@@ -139,8 +139,8 @@ def run(root: Path, files: int, size: int, rounds: int) -> Results:
         wall_ms=_milliseconds(a_file, "wall"),
         start_cpu_ms=_milliseconds(start, "cpu"),
         start_wall_ms=_milliseconds(start, "wall"),
-        cpu_saving=harness.ratio(a_file[PLAIN], a_file[OURS], "cpu"),
-        speed=harness.ratio(a_file[PLAIN], a_file[OURS], "wall"),
+        cpu_saving=harness.ratio(a_file[PLAIN], a_file[PROJECT], "cpu"),
+        speed=harness.ratio(a_file[PLAIN], a_file[PROJECT], "wall"),
         peak_memory={count: peak_memory(source, root / f"to{count}") for count, source in sources.items()},
     )
 
@@ -164,11 +164,11 @@ def show(results: Results) -> None:
         ("CPU ms", results.cpu_ms, results.start_cpu_ms),
         ("ms", results.wall_ms, results.start_wall_ms),
     ):
-        for name in (OURS, PLAIN):
+        for name in (PROJECT, PLAIN):
             print(f"{name:19} {quantity:>6} a file {_text(a_file[name])}, and {_text(once[name])} once")
-    print(f"claimed of 128^3: at most {BARS['cpu_ms']} ms of CPU")
-    print(f"CPU, plain / own {_text(results.cpu_saving)}; claimed of 128^3: at least {BARS['cpu_saving']}")
-    print(f"clock, plain / own {_text(results.speed)}; claimed of 128^3: at least {BARS['speed']}")
+    print(f"claimed of 128^3: at most {TARGETS['cpu_ms']} ms of CPU")
+    print(f"CPU, plain / own {_text(results.cpu_saving)}; claimed of 128^3: at least {TARGETS['cpu_saving']}")
+    print(f"clock, plain / own {_text(results.speed)}; claimed of 128^3: at least {TARGETS['speed']}")
     for files, peak in results.peak_memory.items():
         print(f"peak memory of a process over {files} files: {peak / 1e6:.0f} MB")
 
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         results = run(root, options.files, options.size, options.rounds)
     show(results)
     if options.output:
-        record: Mapping[str, object] = {"bars": BARS, "measured": results}
+        record: Mapping[str, object] = {"bars": TARGETS, "measured": results}
         print("written to", harness.save("convert_bench", vars(options), record, options.output))
     return results
 

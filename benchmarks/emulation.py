@@ -18,7 +18,7 @@ from multiprocessing.synchronize import Barrier
 import torch
 
 from benchmarks import harness
-from benchmarks.candidates import ours
+from benchmarks.candidates import project_loader
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.loading.config import LoaderConfig
 
@@ -110,7 +110,7 @@ def _accelerator(
     barrier: Barrier,
     answers: multiprocessing.SimpleQueue[tuple[float, float]],
 ) -> None:
-    with ours(split, config, device) as batches:
+    with project_loader(split, config, device) as batches:
         for _ in range(_LEAD):
             next(batches)
         barrier.wait()

@@ -58,7 +58,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CheckStatus:
     """What became of a part: "passed", "failed", "timed out" or "left out", and why."""
 
     name: str
@@ -122,12 +122,12 @@ def _there(name: str) -> bool:
         return False
 
 
-def run(part: Part, folder: Path, left: float) -> Outcome:
+def run(part: Part, folder: Path, left: float) -> CheckStatus:
     """Run `part`, its words to a file in `folder`, while `left` seconds are left."""
     if lacks := missing(part.needs):
-        return Outcome(part.name, "left out", "this Python lacks " + ", ".join(lacks), 0.0)
+        return CheckStatus(part.name, "left out", "this Python lacks " + ", ".join(lacks), 0.0)
     if left < _LEAST:
-        return Outcome(part.name, "left out", "the eight minutes are over", 0.0)
+        return CheckStatus(part.name, "left out", "the eight minutes are over", 0.0)
     limit = min(part.seconds, left)
     start = time.monotonic()
     with open(folder / f"{part.name.replace(' ', '_')}.txt", "wb") as words:
@@ -141,9 +141,9 @@ def run(part: Part, folder: Path, left: float) -> Outcome:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return Outcome(part.name, "timed out", f"after {limit:.0f} s", time.monotonic() - start)
+            return CheckStatus(part.name, "timed out", f"after {limit:.0f} s", time.monotonic() - start)
     reason = f"exit status {done.returncode}" if done.returncode else ""
-    return Outcome(part.name, "failed" if reason else "passed", reason, time.monotonic() - start)
+    return CheckStatus(part.name, "failed" if reason else "passed", reason, time.monotonic() - start)
 
 
 def write_config(scratch: Path) -> None:

@@ -69,7 +69,7 @@ class Summary:
 
 
 def measure(
-    contestants: Mapping[str, Iterator[int]], *, rounds: int, lead: int, steps: int
+    candidates: Mapping[str, Iterator[int]], *, rounds: int, lead: int, steps: int
 ) -> dict[str, list[Reading]]:
     """Readings of each contestant in `rounds` rounds, after one that warms up and does not count.
 
@@ -78,9 +78,9 @@ def measure(
     `steps` on the clock. Processor time is from rest to rest: that of the batches taken in the
     turn, no matter which of them were ready at its start, as many lie ready at its end.
     """
-    readings: dict[str, list[Reading]] = {name: [] for name in contestants}
+    readings: dict[str, list[Reading]] = {name: [] for name in candidates}
     for warm in [False] + [True] * rounds:
-        for name, batches in contestants.items():
+        for name, batches in candidates.items():
             cpu = _at_rest()
             led = sum(next(batches) for _ in range(lead))
             times, timed = [time.perf_counter()], 0

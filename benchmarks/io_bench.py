@@ -30,7 +30,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
-from benchmarks.candidates import PlainGzip, PlainNpy, bytes_read, dali_numpy, limit, ours, plain_loader
+from benchmarks.candidates import (
+    PlainGzip,
+    PlainNpy,
+    bytes_read,
+    dali_numpy,
+    limit,
+    plain_loader,
+    project_loader,
+)
 from benchmarks.emulation import PASSING, SECONDS, Utilisation, emulate
 from benchmarks.picture import draw
 from benchmarks.samples import make_splits
@@ -42,7 +50,7 @@ from pipelines.loading.footprint import device_bytes, host_bytes
 FLOOR, NPY_PLAIN, GZIP_PLAIN = "DALI numpy reader", "DataLoader of npy", "DataLoader of gzip"
 PUBLISHED = "tfrecord_gzip"
 
-BARS = {
+TARGETS = {
     "npy": {"cpu_of_floor": 1.25, "speed_of_plain": 4.0},
     "packed": {"cpu_ms": 10.0, "speed_of_plain": 10.0},
 }
@@ -114,21 +122,23 @@ def run(
             # Its workers start now, and import torch while nobody is timed.
             next(batches)
         of = {NPY_PLAIN: "npy", GZIP_PLAIN: PUBLISHED, FLOOR: "npy"}
-        contestants, held = {}, {}
+        candidates, held = {}, {}
         for format_name, device in itertools.product(forms, _devices()):
             name = _on(format_name, device)
-            contestants[name] = stack.enter_context(ours(splits[format_name], setting.config, device))
+            candidates[name] = stack.enter_context(
+                project_loader(splits[format_name], setting.config, device)
+            )
             of[name] = format_name
             on_host = device == "cpu"
             held[name] = (host_bytes if on_host else device_bytes)(splits[format_name], setting.config)
         for format_name in dict.fromkeys(of.values()):
-            contestants[_limit(format_name)] = limit(splits[format_name], batch_size, threads, direct=direct)
+            candidates[_limit(format_name)] = limit(splits[format_name], batch_size, threads, direct=direct)
             of[_limit(format_name)] = format_name
-        contestants[FLOOR] = dali_numpy(splits["npy"], batch_size, threads, direct=direct)
+        candidates[FLOOR] = dali_numpy(splits["npy"], batch_size, threads, direct=direct)
         for name in (FLOOR, *map(_limit, set(of.values()))):
-            stack.enter_context(contextlib.closing(contestants[name]))  # type: ignore[type-var]
-        contestants |= plain
-        readings = harness.measure(contestants, rounds=rounds, lead=_LEAD, steps=steps)
+            stack.enter_context(contextlib.closing(candidates[name]))  # type: ignore[type-var]
+        candidates |= plain
+        readings = harness.measure(candidates, rounds=rounds, lead=_LEAD, steps=steps)
     results = {}
     for name, each in readings.items():
         split = splits[of[name]]
@@ -180,7 +190,7 @@ def show(setting: Setting, results: dict[str, Result]) -> None:
     print(f"floor: {FLOOR}; plain: {NPY_PLAIN} for npy, {GZIP_PLAIN} for the others; medians (p10-p90)")
     if setting.config.direct_io:
         print("the plain ways read from the page cache all the same, as one would write them first")
-    for format_name, bars in BARS.items():
+    for format_name, bars in TARGETS.items():
         if format_name not in results:
             continue
         for quantity, bar in bars.items():
@@ -273,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
             results[str(setting)] = run(splits, options.formats, setting, options.steps, options.rounds)
             show(setting, results[str(setting)])
     if options.output:
-        path = harness.save("io_bench", vars(options), {"bars": BARS, **results}, options.output)
+        path = harness.save("io_bench", vars(options), {"bars": TARGETS, **results}, options.output)
         pictured = {
             setting: {name: row.figures for name, row in rows.items()} for setting, rows in results.items()
         }

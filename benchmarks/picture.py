@@ -37,12 +37,12 @@ def draw(results: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
     figure, rows = pyplot.subplots(
         len(results), 2, figsize=(11, 0.5 + 3.2 * len(results)), squeeze=False, layout="constrained"
     )
-    for (setting, contestants), axes in zip(results.items(), rows, strict=True):
-        names = list(contestants)[::-1]
+    for (setting, candidates), axes in zip(results.items(), rows, strict=True):
+        names = list(candidates)[::-1]
         for axis, quantity, label in zip(
             axes, ("samples_per_s", "cpu_ms"), ("samples/s", "CPU ms a sample"), strict=True
         ):
-            spreads = [getattr(contestants[name], quantity) for name in names]
+            spreads = [getattr(candidates[name], quantity) for name in names]
             medians = [spread.median for spread in spreads]
             errors = [[s.median - s.p10 for s in spreads], [s.p90 - s.median for s in spreads]]
             bars = axis.barh(names, medians, xerr=errors, color="#4878a8", ecolor="#808080")

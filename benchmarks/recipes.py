@@ -22,10 +22,10 @@ from torch.nn import functional
 
 from benchmarks.layers import Layer, layers_alone
 from benchmarks.timing import settle, timed
-from cosmoflow_dali.compute.engines import ComputeConfig, distribute, make_engine
+from cosmoflow_dali.compute.engines import ComputeConfig, make_engine, wrap_model
 from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.compute.step import autocast, input_dtype, make_scaler
-from cosmoflow_dali.compute.torch_setup import settle_process
+from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.models.blocks import LEAK
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenConfig, OpenCosmoFlow
@@ -36,7 +36,7 @@ from pipelines.sample import Batch, SampleSpec
 
 Network = Literal["reference", "open"]
 _Prepared = tuple[Callable[[], None], Callable[[], torch.Tensor], nn.Module, Batch]
-Turn = tuple[float, float, float]
+Timing = tuple[float, float, float]
 """Of a turn: seconds on the clock, of processors, and of the forward pass alone on the clock."""
 
 _LEAD = 10
@@ -99,7 +99,7 @@ def shape_of(network: Network, size: int) -> ReferenceConfig | OpenConfig:
     return ReferenceConfig(size=size, blocks=4, filters=8, dropout=0.0)
 
 
-class Contestant:
+class RecipeProcess:
     """A recipe's process, which takes steps when it is asked to."""
 
     def __init__(self, recipe: Recipe, network: Network, size: int, device: str) -> None:
@@ -116,7 +116,7 @@ class Contestant:
         if isinstance(answer, UserError):
             raise answer
 
-    def turn(self, steps: int) -> Turn:
+    def take_steps(self, steps: int) -> Timing:
         """Take `steps` steps."""
         self._ours.send(steps)
         return self._ours.recv()
@@ -146,7 +146,7 @@ class Contestant:
 def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, where: str) -> None:
     device = torch.device(where)
     if not recipe.plain:
-        settle_process(device, available_cores(), recipe.compute.precision)
+        configure_torch(device, available_cores(), recipe.compute.precision)
     with contextlib.ExitStack() as held:
         start = _most_memory()
         try:
@@ -214,7 +214,7 @@ def _prepare(
         if recipe.optimizer == "default"
         else build_optimizer(SGDConfig(implementation=recipe.optimizer), model)
     )
-    parallel = distribute(model, recipe.compute, device, ranks=1)
+    parallel = wrap_model(model, recipe.compute, device, ranks=1)
     spec = SampleSpec(size)
     gradients = make_engine(parallel, recipe.compute, scaler, spec, recipe.batch_size, device)
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks import scaling_model as model
-from benchmarks.model_validation import BAR, Check, calibrated, calibration, check, gradients
-from benchmarks.scaling_model import Break, Forecast, Gradients, Job, Machine, Outlook, Stages
+from benchmarks.model_validation import TOLERANCE, Check, calibrated, calibration, check, gradients
+from benchmarks.scaling_model import Bottleneck, Forecast, Gradients, Job, Machine, Projection, Stages
 from cosmoflow_dali.mlperf.published import NVIDIA, ROWS, Row
 from pipelines.errors import ConfigError, UserError
 
@@ -112,7 +112,7 @@ def show_checks(checks: Sequence[Check]) -> None:
             print(f"    its minutes are beyond the model: {row.beyond}")
     said = "met" if all(each.met for each in checks if not each.row.calibrates) else "missed"
     print("claimed of samples/s, and of minutes with a row's own epochs but for those beyond the model:")
-    print(f"off by at most {BAR:.0%}, which is {said}")
+    print(f"off by at most {TOLERANCE:.0%}, which is {said}")
     show_strict(checks)
 
 
@@ -129,11 +129,11 @@ def show_strict(checks: Sequence[Check]) -> None:
         print(f"{_name(each.row):47}", _percent(each.chip_rate_error, each.chip_train_error))
 
 
-def show_outlooks(outlooks: Sequence[Outlook], price: float | None) -> None:
+def show_projections(projections: Sequence[Projection], price: float | None) -> None:
     """Print what each number of nodes can do."""
     print("one model, as fast as it goes")
     print(" nodes  GPUs batch epochs  step ms all-reduce samples/s stage s  train min   GPU h  bound by")
-    for each in outlooks:
+    for each in projections:
         one, job = each.one, each.one_job
         print(
             f"{each.nodes:6} {one.gpus:5} {job.batch:5} {job.epochs:6.1f} {1e3 * one.step:8.2f}"
@@ -142,7 +142,7 @@ def show_outlooks(outlooks: Sequence[Outlook], price: float | None) -> None:
         )
     print("models side by side, in batches that take the fewest epochs")
     print(" nodes models  GPUs stage s  train min   models/h GPU h each")
-    for each in outlooks:
+    for each in projections:
         many, models = each.many, each.many_job.models
         hourly = 3600 * models / (many.staging + many.train)
         print(
@@ -151,7 +151,7 @@ def show_outlooks(outlooks: Sequence[Outlook], price: float | None) -> None:
         )
 
 
-def show_breaks(found: Sequence[Break], widest: Forecast) -> None:
+def show_bottlenecks(found: Sequence[Bottleneck], widest: Forecast) -> None:
     """Print what has ended scaling by as many GPUs as `widest` has, and what comes later."""
     print(
         f"\none model on {widest.gpus:,} GPUs, did such batches converge: {widest.steps:,} steps an epoch of"
@@ -195,28 +195,28 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> tuple[list[Check], list[Outlook], list[Break]]:
+def main(argv: Sequence[str] | None = None) -> tuple[list[Check], list[Projection], list[Bottleneck]]:
     """The command line: how the rows are met, what the nodes can do, and what breaks first."""
     options = _options(argv)
     sent = gradients()
     checks = [check(row, sent) for row in ROWS]
     machine, stages = system(options, sent)
-    outlooks = [model.outlook(machine, stages, sent, nodes) for nodes in options.nodes]
-    found = model.breaks(machine, stages, sent)
+    projections = [model.project(machine, stages, sent, nodes) for nodes in options.nodes]
+    found = model.bottlenecks(machine, stages, sent)
     show_checks(checks)
     print(
         f"\n{options.system}: a sample takes a GPU {1e3 * stages.compute:.2f} ms to train on and"
         f" {1e3 * stages.forward:.2f} ms to evaluate, and a processor {1e3 * stages.decode:.1f} ms to decode"
     )
-    show_outlooks(outlooks, options.price)
+    show_projections(projections, options.price)
     nodes = max(options.nodes)
     alone = Job(nodes, nodes * machine.gpus, max(model.EPOCHS.values()))
-    show_breaks(found, model.forecast(machine, stages, sent, alone))
+    show_bottlenecks(found, model.forecast(machine, stages, sent, alone))
     if options.output:
         figures = {"machine": machine, "stages": stages}
-        record = {"checks": checks, **figures, "outlooks": outlooks, "breaks": found}
+        record = {"checks": checks, **figures, "outlooks": projections, "breaks": found}
         print("written to", harness.save("scaling", vars(options), record, options.output))
-    return checks, outlooks, found
+    return checks, projections, found
 
 
 if __name__ == "__main__":

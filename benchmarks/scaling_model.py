@@ -120,7 +120,7 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class Projection:
     """What can be done with so many nodes: one model as fast as it goes, or many models at once."""
 
     nodes: int
@@ -131,7 +131,7 @@ class Outlook:
 
 
 @dataclass(frozen=True, slots=True)
-class Break:
+class Bottleneck:
     """Something that ends scaling: its name, beyond how many GPUs, and why."""
 
     name: str
@@ -228,17 +228,17 @@ def jobs(machine: Machine, nodes: int) -> list[Job]:
     return found
 
 
-def outlook(machine: Machine, stages: Stages, gradients: Gradients, nodes: int) -> Outlook:
+def project(machine: Machine, stages: Stages, gradients: Gradients, nodes: int) -> Projection:
     """What `nodes` nodes can do."""
     trainings = [(forecast(machine, stages, gradients, job), job) for job in jobs(machine, nodes)]
     one, one_job = min(trainings, key=lambda pair: pair[0].staging + pair[0].train)
     # The smallest batch takes the fewest epochs.
     smallest = trainings[0][1]
     many_job = replace(smallest, models=nodes // smallest.nodes)
-    return Outlook(nodes, one, one_job, forecast(machine, stages, gradients, many_job), many_job)
+    return Projection(nodes, one, one_job, forecast(machine, stages, gradients, many_job), many_job)
 
 
-def breaks(machine: Machine, stages: Stages, gradients: Gradients) -> list[Break]:
+def bottlenecks(machine: Machine, stages: Stages, gradients: Gradients) -> list[Bottleneck]:
     """What ends scaling, first the first; a part breaks where it costs as much as what it serves."""
     most = max(EPOCHS)
     small = jobs(machine, min(EPOCHS) // machine.gpus)[0]
@@ -247,24 +247,24 @@ def breaks(machine: Machine, stages: Stages, gradients: Gradients) -> list[Break
     doublings = (1 << power for power in range(24))
     spoilt = next((nodes for nodes in doublings if _spoilt(machine, stages, gradients, nodes)), None)
     found = [
-        Break(
+        Bottleneck(
             "convergence",
             most,
             f"no global batch above {most} has been published to reach the target: with a sample each, more"
             " GPUs have to share samples or to train several models",
         ),
-        Break(
+        Bottleneck(
             "shared file system",
             models * alone.gpus,
             f"models of {alone.gpus} GPUs side by side stage for as long as they train,"
             f" {alone.train / 60:.1f} min: it gives {machine.file_system / 1e9:.0f} GB/s to all; read once"
             f" and passed on, the data set would take {small.staged / machine.file_system:.0f} s of it",
         ),
-        Break("sample count", TRAIN, f"an epoch of {TRAIN:,} samples is a single step"),
+        Bottleneck("sample count", TRAIN, f"an epoch of {TRAIN:,} samples is a single step"),
     ]
     if spoilt is not None:
         why = "what the backward pass does not hide of it takes as long as forward and backward"
-        found.append(Break("all-reduce", spoilt * machine.gpus, why))
+        found.append(Bottleneck("all-reduce", spoilt * machine.gpus, why))
     return sorted(found, key=lambda each: each.gpus)
 
 

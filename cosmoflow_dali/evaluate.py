@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cosmoflow_dali.compute.torch_setup import settle_process
+from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.training.evaluation import evaluate
 from cosmoflow_dali.training.pretrained import load_trained
 from pipelines.dataset.open import open_split
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         config = LoaderConfig(batch_size=arguments.batch_size)
         device = world.device(arguments.device)
-        settle_process(device, world.cores)
+        configure_torch(device, world.cores)
         with world.connected(device):
             trained = world.run_on_all_ranks(lambda: load_trained(arguments.weights))
             split = world.run_on_root(lambda: open_split(arguments.data_dir, arguments.split))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cosmoflow_dali.compute.torch_setup import settle_process
+from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.training.pretrained import Trained, load_trained
 from pipelines.dataset.open import read_sample
 from pipelines.distributed.cli import OneLineParser, report_errors
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--output", type=Path, help="the CSV file (default: standard output)")
         parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="samples, in any format")
         arguments = parser.parse_args(argv)
-        settle_process(torch.device("cpu"), world.cores)
+        configure_torch(torch.device("cpu"), world.cores)
         trained = load_trained(arguments.weights)
         rows = [_row(trained, path, arguments.weights) for path in arguments.files]
         if arguments.output is None:

@@ -23,7 +23,7 @@ import torch
 from mlperf_logging.mllog import constants
 
 from cosmoflow_dali.arguments import Arguments, of_model, parse
-from cosmoflow_dali.compute.torch_setup import settle_process
+from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.mlperf import log_events as mlperf
 from cosmoflow_dali.models.build import build_model
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console(speaks=world.is_root)
         for note in arguments.notes:
             console.say(note)
-        settle_process(device, world.cores, arguments.config.compute.precision)
+        configure_torch(device, world.cores, arguments.config.compute.precision)
         began_ms = arguments.staged_since or round(1e3 * time.time())
         with world.connected(device):
             setup = world.run_on_root(lambda: _set_up(arguments, world, console))
@@ -178,7 +178,7 @@ def _train(
         mlperf.log_settings(logs.mlperf, config, world, seed=seed, samples=samples)
         logs.mlperf.end(constants.INIT_STOP)
         logs.mlperf.start(constants.RUN_START)
-    console.say(trainer.computes)
+    console.say(trainer.compute_summary)
     seconds = setup.seconds | {"setup": time.perf_counter() - start}
     try:
         outcome = trainer.run()
@@ -198,7 +198,7 @@ def _train(
         skipped=trainer.skipped,
         epochs=trainer.position.epoch,
         steps=trainer.steps,
-        computes=trainer.computes,
+        compute_summary=trainer.compute_summary,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         wait_fractions=world.gather(clock.total_waited / clock.total if clock.total else 0.0),
         seconds=seconds | trainer.seconds,

@@ -76,7 +76,7 @@ class Engine(Protocol):
         """The loss, (), on the device."""
 
 
-def distribute(model: nn.Module, config: ComputeConfig, device: torch.device, *, ranks: int) -> nn.Module:
+def wrap_model(model: nn.Module, config: ComputeConfig, device: torch.device, *, ranks: int) -> nn.Module:
     """`model` as the engine wants it: its gradients averaged over `ranks` while backward still runs."""
     if config.first_block == "triton":
         if not isinstance(model, CosmoFlow) or device.type != "cuda":
@@ -91,11 +91,11 @@ def distribute(model: nn.Module, config: ComputeConfig, device: torch.device, *,
     with _capture_stream(device) if config.engine_on(device) == "graph" else nullcontext():
         parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if config.exchange == "bf16":
-        parallel.register_comm_hook(None, lambda state, bucket: _exchange_in_bf16(bucket))
+        parallel.register_comm_hook(None, lambda state, bucket: _allreduce_bf16(bucket))
     return parallel
 
 
-def _exchange_in_bf16(bucket: Any) -> torch.futures.Future[torch.Tensor]:
+def _allreduce_bf16(bucket: Any) -> torch.futures.Future[torch.Tensor]:
     """DDP's hook for a bucket of gradients, half as long on the wire; torch's own asks for NCCL."""
     gradients = bucket.buffer()
     sent = gradients.to(torch.bfloat16).div_(dist.get_world_size())
@@ -112,7 +112,7 @@ def make_engine(
     batch_size: int,
     device: torch.device,
 ) -> Engine:
-    """The engine of `config` for `model`, which `distribute` has made, and batches of `batch_size`."""
+    """The engine of `config` for `model`, which `wrap_model` has made, and batches of `batch_size`."""
 
     def gradients(batch: Batch) -> torch.Tensor:
         return forward_backward(model, batch, config.precision, scaler, config.micro_batch)
@@ -142,7 +142,7 @@ class Eager:
         if not self._settled:
             # Behind its first backward DDP regroups the gradients, and with the group the order changes in
             # which three ranks or more are summed: a resumed run would round its first step otherwise.
-            with _without_trace(self._model, batch.volume.device):
+            with _preserve_state(self._model, batch.volume.device):
                 self._gradients(batch)
             self._settled = True
         self._model.zero_grad(set_to_none=True)
@@ -174,7 +174,7 @@ class Graph:
         """Record the step."""
         device = self._static.volume.device
         graph = torch.cuda.CUDAGraph()
-        with _without_trace(self._model, device):
+        with _preserve_state(self._model, device):
             with _capture_stream(device):
                 for _ in range(_WARM_UP):
                     self._model.zero_grad(set_to_none=True)
@@ -188,7 +188,7 @@ class Graph:
 
 
 @contextmanager
-def _without_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Steps in the body change gradients, and nothing else that the model or the random state remembers."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -36,7 +36,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, _AUTOCAST[precision])
 
 
-def settle_float32(precision: Precision) -> None:
+def configure_float32(precision: Precision) -> None:
     """Say for this process what float32 is to a GPU's matrix units; torch lets cuDNN round it unasked."""
     # By the names that torch before 2.9 has too.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"

@@ -7,21 +7,21 @@ import os
 
 import torch
 
-from cosmoflow_dali.compute.step import Precision, settle_float32
+from cosmoflow_dali.compute.step import Precision, configure_float32
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """What malloc.h of the GNU C library calls these parameters of mallopt()."""
 
 
-def settle_process(device: torch.device, cores: int, precision: Precision = "fp32") -> None:
+def configure_torch(device: torch.device, cores: int, precision: Precision = "fp32") -> None:
     """Have torch use `cores` threads, memory on a CPU as is fastest, and float32 as `precision` says."""
     torch.set_num_threads(cores)
-    settle_float32(precision)
+    configure_float32(precision)
     if device.type == "cpu":
-        keep_memory()
+        tune_malloc()
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Have large tensors lie in huge pages, which the process keeps; before the first tensor is made.
 
     The C library gives every large tensor back to the kernel, which then has to find and to clear its

@@ -30,13 +30,13 @@ class Verdict:
     """What one checker says.
 
     of: the folder below the submission's that it looked at.
-    says: its reasons, a line each.
+    messages: its reasons, a line each.
     """
 
     checker: str
     of: str
     passed: bool
-    says: tuple[str, ...]
+    messages: tuple[str, ...]
 
 
 def check_compliance(path: Path) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ def check_compliance(path: Path) -> tuple[str, ...]:
     checker = mlp_compliance.make_checker(USAGE, RULESET, quiet=True, werror=False)
     # A queue that all checkers of a process share, and that one which broke off has not emptied.
     mlp_compliance.enqueued_configs.clear()
-    with _heard():
+    with capture_logs():
         try:
             mlp_compliance.main(str(path), f"{USAGE}_{RULESET}/common.yaml", checker)
         except Exception as error:
@@ -61,7 +61,7 @@ def _brief(complaint: str) -> str:
 
 def missing_fields(description: Path) -> list[str]:
     """What the JSON file `description` of a system lacks; the names stand in the checker alone."""
-    with _heard() as records:
+    with capture_logs() as records:
         system_desc_checker.check_system_desc(str(description), USAGE, RULESET)
     return [
         field for record in records for field in re.findall(r"Missing field ([\w-]+)", record.getMessage())
@@ -86,7 +86,7 @@ def check_package(folder: Path) -> Verdict:
 def check_seeds(folder: Path, place: Path) -> Verdict:
     """Of the logs in `place`, a folder below the submission's `folder`."""
     logs = sorted(map(str, (folder / place).iterdir()))
-    with _heard() as records, warnings.catch_warnings():
+    with capture_logs() as records, warnings.catch_warnings():
         # It warns of a log with more than one seed, which the rules allow.
         warnings.simplefilter("ignore")
         passed = SeedChecker(RULESET).check_seeds(logs)
@@ -97,7 +97,7 @@ def check_seeds(folder: Path, place: Path) -> Verdict:
 def check_convergence(folder: Path, place: Path) -> Verdict:
     """Of the epochs that the runs in `place` took, beside the reference's, as the package checker does it."""
     checker = "reference-convergence checker"
-    with _heard() as records, warnings.catch_warnings():
+    with capture_logs() as records, warnings.catch_warnings():
         # Of fewer than three runs it takes a mean of none.
         warnings.simplefilter("ignore")
         try:
@@ -107,21 +107,23 @@ def check_convergence(folder: Path, place: Path) -> Verdict:
         except Exception as error:
             # It takes it for granted that a log has what the compliance checker asks for.
             return Verdict(checker, str(place), False, (f"it breaks off: {error!r}",))
-    says = [message]
+    messages = [message]
     for record in records:
         args: Any = record.args
         if record.msg.startswith(" RCP Record"):
             mean, least = args["RCP Mean"], args["Min Epochs"]
-            says.append(f"the reference took {mean:.4f} epochs on average, the least allowed is {least:.4f}")
+            messages.append(
+                f"the reference took {mean:.4f} epochs on average, the least allowed is {least:.4f}"
+            )
         elif record.msg.startswith(" Submission mean epochs: "):
-            says.append(f"these runs took {args[0]:.4f}")
+            messages.append(f"these runs took {args[0]:.4f}")
     if passed and factor > 1:
-        says.append(f"as they took fewer than the reference, their time is multiplied by {factor:.4f}")
-    return Verdict(checker, str(place), bool(passed), tuple(says))
+        messages.append(f"as they took fewer than the reference, their time is multiplied by {factor:.4f}")
+    return Verdict(checker, str(place), bool(passed), tuple(messages))
 
 
 @contextmanager
-def _heard() -> Iterator[list[logging.LogRecord]]:
+def capture_logs() -> Iterator[list[logging.LogRecord]]:
     """What mlperf_logging's checkers say in the body, to the root logger, instead of having it printed."""
     listener, root = _Listener(), logging.getLogger()
     handlers, level = root.handlers, root.level

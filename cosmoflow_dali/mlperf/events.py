@@ -67,7 +67,7 @@ class Events:
                 began = None
         return seconds
 
-    def faults(self) -> Iterator[str]:
+    def invalid_reasons(self) -> Iterator[str]:
         """Why this is not one run that converged."""
         started, stopped = (self._times[key] for key in (constants.RUN_START, constants.RUN_STOP))
         if started > 1 or stopped > 1:

@@ -65,8 +65,8 @@ class Run:
         then no part of the time; where it lies after it, it is.
     epochs: to the first evaluation that met the target, all before run_stop.
     rate: training samples a second on each accelerator; see `mlperf_events.rate`.
-    complaints: of the compliance checker.
-    faults: why this run does not count, the compliance checker's complaints aside.
+    compliance_errors: of the compliance checker.
+    invalid_reasons: why this run does not count, the compliance errors aside.
     scaling: "strong" or "weak" where a folder of the log's path is named so, as in a submission.
     content: what two logs of the same run share.
     """
@@ -82,15 +82,15 @@ class Run:
     staging: float | None = None
     epochs: float | None = None
     rate: float | None = None
-    complaints: tuple[str, ...] = ()
-    faults: tuple[str, ...] = ()
+    compliance_errors: tuple[str, ...] = ()
+    invalid_reasons: tuple[str, ...] = ()
     scaling: str | None = None
     content: tuple[str, ...] = ()
 
     @property
-    def counts(self) -> bool:
-        """Whether it converged in a log that passes and that no other log repeats."""
-        return not self.complaints and not self.faults
+    def is_valid(self) -> bool:
+        """True if the run converged, its log passes compliance and no other log repeats it."""
+        return not self.compliance_errors and not self.invalid_reasons
 
     @property
     def minutes(self) -> float | None:
@@ -115,7 +115,7 @@ def read_logs(folder: Path) -> list[Run]:
     for index, run in enumerate(runs):
         original = first.setdefault(run.content, run.name) if run.content else run.name
         if original != run.name:
-            runs[index] = replace(run, faults=(*run.faults, f"the same run as {original}"))
+            runs[index] = replace(run, invalid_reasons=(*run.invalid_reasons, f"the same run as {original}"))
     return runs
 
 
@@ -138,22 +138,22 @@ def _is_log(path: Path) -> bool:
 def _read(path: Path, folder: Path) -> Run:
     name = path.relative_to(folder)
     named = [part for part in (folder.resolve().name, *name.parts[:-1]) if part in _SCALINGS]
-    run = Run(path, str(name), scaling=named[-1] if named else None, complaints=check_compliance(path))
+    run = Run(path, str(name), scaling=named[-1] if named else None, compliance_errors=check_compliance(path))
     try:
         lines, _ = parse_file(str(path), ruleset=RULESET)
         events = Events(lines)
     except OSError as error:
-        return replace(run, faults=(f"cannot be read ({error.strerror})",))
+        return replace(run, invalid_reasons=(f"cannot be read ({error.strerror})",))
     except (KeyError, OverflowError, TypeError) as error:
         # The parser is ready for broken JSON, but not for JSON that says something else.
-        return replace(run, faults=(f"has a line that is no event ({error!r})",))
+        return replace(run, invalid_reasons=(f"has a line that is no event ({error!r})",))
     if not lines:
-        return replace(run, faults=("holds no whole line of MLPerf's",))
-    benchmark, faults = events.value(constants.SUBMISSION_BENCHMARK), tuple(events.faults())
+        return replace(run, invalid_reasons=("holds no whole line of MLPerf's",))
+    benchmark, invalid_reasons = events.value(constants.SUBMISSION_BENCHMARK), tuple(events.invalid_reasons())
     if benchmark is None:
-        return replace(run, faults=("does not say of which benchmark it is", *faults))
+        return replace(run, invalid_reasons=("does not say of which benchmark it is", *invalid_reasons))
     if benchmark != BENCHMARK:
-        return replace(run, faults=(f"is of {benchmark}, not of {BENCHMARK}",))
+        return replace(run, invalid_reasons=(f"is of {benchmark}, not of {BENCHMARK}",))
     org, division, status, platform = (
         str(events.value(f"submission_{what}", "")) for what in ("org", "division", "status", "platform")
     )
@@ -178,6 +178,6 @@ def _read(path: Path, folder: Path) -> Run:
         staging=None if staging_start is None or staging_stop is None else staging_stop - staging_start,
         epochs=events.epochs_to_target(),
         rate=rate(events, system.accelerators),
-        faults=faults,
+        invalid_reasons=invalid_reasons,
         content=tuple(line.full_string for line in events.lines),
     )

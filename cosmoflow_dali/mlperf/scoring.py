@@ -16,7 +16,7 @@ from cosmoflow_dali.mlperf.parse_logs import Run, System
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class Score:
     """The runs of one system and what they come to; times in minutes, None where the rules give no figure.
 
     scaling: "strong", called Time To Solution since v3.0, or "weak", called Throughput.
@@ -39,17 +39,17 @@ class Result:
     models_per_minute: float | None
 
     @property
-    def counted(self) -> tuple[Run, ...]:
+    def valid_runs(self) -> tuple[Run, ...]:
         """The runs that count."""
-        return tuple(run for run in self.runs if run.counts)
+        return tuple(run for run in self.runs if run.is_valid)
 
     def mean(self, figure: str) -> float | None:
         """The mean of a `figure` of a Run over those that count and have it."""
-        values = [value for run in self.counted if (value := getattr(run, figure)) is not None]
+        values = [value for run in self.valid_runs if (value := getattr(run, figure)) is not None]
         return statistics.fmean(values) if values else None
 
 
-def summarize(runs: Sequence[Run]) -> list[Result]:
+def summarize(runs: Sequence[Run]) -> list[Score]:
     """The results of `runs`, one for each system and kind of scaling.
 
     Where no folder is named after it, runs of a system that overlap in time are weak scaling.
@@ -61,8 +61,7 @@ def summarize(runs: Sequence[Run]) -> list[Result]:
             seen.add(run.content)
             systems[run.system, run.scaling].append(run)
     return [
-        _result(system, scaling, sorted(members, key=_begin))
-        for (system, scaling), members in systems.items()
+        _score(system, scaling, sorted(members, key=_begin)) for (system, scaling), members in systems.items()
     ]
 
 
@@ -70,13 +69,15 @@ def _begin(run: Run) -> float:
     return math.inf if run.start is None else run.start
 
 
-def _result(system: System, scaling: str | None, runs: Sequence[Run]) -> Result:
+def _score(system: System, scaling: str | None, runs: Sequence[Run]) -> Score:
     spans = [
-        (run.start, run.stop) for run in runs if run.counts and run.start is not None and run.stop is not None
+        (run.start, run.stop)
+        for run in runs
+        if run.is_valid and run.start is not None and run.stop is not None
     ]
     at_once = max((sum(a <= start < b for a, b in spans) for start, _ in spans), default=0)
     scaling = scaling or ("weak" if at_once > 1 else "strong")
-    times = [run.minutes if run.counts and run.minutes else math.inf for run in runs]
+    times = [run.minutes if run.is_valid and run.minutes else math.inf for run in runs]
     if scaling == "weak":
         times = [time for time in times if time < math.inf]
     middle = sorted(times)[1:-1]
@@ -84,4 +85,4 @@ def _result(system: System, scaling: str | None, runs: Sequence[Run]) -> Result:
     whole = None
     if scaling == "weak" and spans:
         whole = (max(stop for _, stop in spans) - min(start for start, _ in spans)) / 60
-    return Result(system, scaling, tuple(runs), time, at_once, whole, len(spans) / whole if whole else None)
+    return Score(system, scaling, tuple(runs), time, at_once, whole, len(spans) / whole if whole else None)

@@ -22,7 +22,7 @@ from cosmoflow_dali.mlperf.checkers import (
     missing_fields,
 )
 from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run
-from cosmoflow_dali.mlperf.scoring import Result
+from cosmoflow_dali.mlperf.scoring import Score
 from pipelines.errors import AccessError, DataError, UserError
 from pipelines.io import read_file, write_chunks
 
@@ -45,43 +45,43 @@ class Submission:
     notes: tuple[str, ...]
 
 
-def write_submission(folder: Path, results: Sequence[Result]) -> Submission:
-    """Lay `results` out in `folder`, which must be empty or not there, and have them checked.
+def write_submission(folder: Path, scores: Sequence[Score]) -> Submission:
+    """Lay `scores` out in `folder`, which must be empty or not there, and have them checked.
 
     Of weak scaling, the runs that do not count are left out, which the rules call pruning; strong ones
     are all there, since the rules let nobody choose among them.
     """
-    _refuse(folder, results)
+    _refuse(folder, scores)
     verdicts, notes = [], []
-    for name in dict.fromkeys(_system_name(result) for result in results):
-        fields = _describe(folder, name, [result for result in results if _system_name(result) == name])
+    for name in dict.fromkeys(_system_name(score) for score in scores):
+        fields = _describe(folder, name, [score for score in scores if _system_name(score) == name])
         notes.append(f"systems/{name}.json: a person has to fill in {', '.join(fields)}")
-    for result in results:
-        place = Path("results", _system_name(result), result.scaling, BENCHMARK)
-        runs = result.runs if result.scaling == "strong" else result.counted
+    for score in scores:
+        place = Path("results", _system_name(score), score.scaling, BENCHMARK)
+        runs = score.runs if score.scaling == "strong" else score.valid_runs
         for number, run in enumerate(runs):
             write_chunks(_made(folder / place) / f"result_{number}.txt", read_file(run.path))
         verdicts.append(check_seeds(folder, place))
-        if result.system.division == "closed":
+        if score.system.division == "closed":
             verdicts.append(check_convergence(folder, place))
         else:
             notes.append(f"{place}: reference convergence is asked of the closed division alone")
-    notes += _add_code(folder, [run for result in results for run in result.runs])
+    notes += _add_code(folder, [run for score in scores for run in score.runs])
     return Submission((check_package(folder), *verdicts), tuple(notes))
 
 
-def _refuse(folder: Path, results: Sequence[Result]) -> None:
-    """UserError where `results` are no single submission or `folder` cannot take it."""
-    if not results:
+def _refuse(folder: Path, scores: Sequence[Score]) -> None:
+    """UserError where `scores` are no single submission or `folder` cannot take it."""
+    if not scores:
         raise UserError("there is no run of CosmoFlow to submit; see the table")
     for what in ("org", "division"):
-        values = sorted({getattr(result.system, what) for result in results})
+        values = sorted({getattr(score.system, what) for score in scores})
         if len(values) > 1:
             raise UserError(
                 f"submission_{what}: the logs give {', '.join(values)}, and a submission has one; "
                 "give the folder of one at a time"
             )
-    places = [(_system_name(result), result.scaling) for result in results]
+    places = [(_system_name(score), score.scaling) for score in scores]
     for system, scaling in places:
         if places.count((system, scaling)) > 1:
             raise UserError(
@@ -97,9 +97,9 @@ def _refuse(folder: Path, results: Sequence[Result]) -> None:
         raise DataError(folder, "is not empty", "name a new folder for the submission")
 
 
-def _system_name(result: Result) -> str:
+def _system_name(score: Score) -> str:
     """What the system is called in paths."""
-    return re.sub(r"[^\w.+-]+", "_", result.system.platform).strip("._") or "unknown"
+    return re.sub(r"[^\w.+-]+", "_", score.system.platform).strip("._") or "unknown"
 
 
 def _made(folder: Path) -> Path:
@@ -107,13 +107,13 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _describe(folder: Path, name: str, results: Sequence[Result]) -> list[str]:
+def _describe(folder: Path, name: str, scores: Sequence[Score]) -> list[str]:
     """Write what the logs tell of the system `name`; the fields that they leave empty."""
-    system = results[0].system
+    system = scores[0].system
     nodes = [
-        result.system.nodes * (result.at_once if result.scaling == "weak" else 1)
-        for result in results
-        if result.system.nodes is not None
+        score.system.nodes * (score.at_once if score.scaling == "weak" else 1)
+        for score in scores
+        if score.system.nodes is not None
     ]
     # All values are strings, since the checker joins them.
     description = {

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from cosmoflow_dali.models.cpu_conv import convolve, gradients
+from cosmoflow_dali.models.cpu_conv import conv3d, conv3d_backward
 
 LEAK = 0.3
 """The slope of LeakyReLU below 0 in both networks."""
@@ -60,7 +60,7 @@ def plain_max_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tens
 class _MaxBlock(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        values = _rows(convolve(volume, kernel, bias, padding=1))
+        values = _rows(conv3d(volume, kernel, bias, padding=1))
         # LeakyReLU keeps the order of values, and an eighth of them is left to work on.
         most = functional.max_pool3d(values.permute(0, 4, 1, 2, 3), 2)
         context.save_for_backward(volume, kernel, values, most)
@@ -78,7 +78,7 @@ class _MaxBlock(torch.autograd.Function):
         # From here on `values` are the gradient with respect to themselves.
         _wide(values).ge_(_along(least)).mul_(_along(share))
         wanted = list(context.needs_input_grad)
-        return gradients(values.permute(0, 4, 1, 2, 3), volume, kernel, padding=1, wanted=wanted)
+        return conv3d_backward(values.permute(0, 4, 1, 2, 3), volume, kernel, padding=1, wanted=wanted)
 
 
 def norm_block(
@@ -106,7 +106,7 @@ class _NormBlock(torch.autograd.Function):
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         volume = _wrapped(volume)
-        values = _rows(convolve(volume, kernel, None, padding=0)).to(scale.dtype)
+        values = _rows(conv3d(volume, kernel, None, padding=0)).to(scale.dtype)
         *_, edge, channels = values.shape
         wide = values.view(-1, edge * channels)
 
@@ -145,9 +145,9 @@ class _NormBlock(torch.autograd.Function):
         count = values.numel() // channels
         wanted = [*context.needs_input_grad[:2], False]
         narrow = values.permute(0, 4, 1, 2, 3).to(volume.dtype)
-        of_wrapped, of_kernel, _ = gradients(narrow, volume, kernel, padding=0, wanted=wanted)
-        of_volume = None if of_wrapped is None else _unwrapped(of_wrapped)
-        return of_volume, of_kernel, of_scale * count, of_shift * count, None
+        of_wrapped, grad_weight, _ = conv3d_backward(narrow, volume, kernel, padding=0, wanted=wanted)
+        grad_input = None if of_wrapped is None else _unwrapped(of_wrapped)
+        return grad_input, grad_weight, of_scale * count, of_shift * count, None
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """Numbers of float32 in a register, which sums are kept in."""
 
 
-def convolve(
+def conv3d(
     volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None, *, padding: int
 ) -> torch.Tensor:
     """`volume` (B, c, D, H, W), `padding` zeros around it, by `kernel` (C, c, 3, 3, 3), plus `bias` (C,).
@@ -24,33 +24,33 @@ def convolve(
     """
     if not _by_pairs(kernel.shape[0], volume):
         return functional.conv3d(volume, kernel, bias, padding=padding)
-    of_both = None if bias is None else bias.repeat(2)
-    rows = functional.conv3d(volume, _paired(kernel), of_both, (1, 1, 2), padding).permute(0, 2, 3, 4, 1)
+    both_biases = None if bias is None else bias.repeat(2)
+    rows = functional.conv3d(volume, _paired(kernel), both_biases, (1, 1, 2), padding).permute(0, 2, 3, 4, 1)
     *edges, width, channels = rows.shape
     return rows.reshape(*edges, 2 * width, channels // 2).permute(0, 4, 1, 2, 3)
 
 
-def gradients(
+def conv3d_backward(
     gradient: torch.Tensor, volume: torch.Tensor, kernel: torch.Tensor, *, padding: int, wanted: list[bool]
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of volume, kernel and bias, those that are `wanted`, by the gradient of what `convolve` made."""
-    of_volume = None
+    """Of volume, kernel and bias, those that are `wanted`, by the gradient of what `conv3d` made."""
+    grad_input = None
     if wanted[0] and _by_pairs(kernel.shape[1], volume):
         turned = kernel.flip(2, 3, 4).transpose(0, 1)
-        of_volume = convolve(gradient, turned, None, padding=2 - padding)
+        grad_input = conv3d(gradient, turned, None, padding=2 - padding)
         wanted = [False, *wanted[1:]]
     if not _by_pairs(kernel.shape[0], volume):
         found, *others = _backward(gradient, volume, kernel, 1, padding, wanted)
-        return found if of_volume is None else of_volume, *others
+        return found if grad_input is None else grad_input, *others
     rows = gradient.permute(0, 2, 3, 4, 1)
     *edges, width, channels = rows.shape
     pairs = rows.reshape(*edges, width // 2, 2 * channels).permute(0, 4, 1, 2, 3)
-    found, of_kernel, of_bias = _backward(pairs, volume, _paired(kernel), 2, padding, wanted)
-    if of_kernel is not None:
-        of_kernel = of_kernel[:channels, ..., :3] + of_kernel[channels:, ..., 1:]
-    if of_bias is not None:
-        of_bias = of_bias.view(2, channels).sum(0)
-    return found if of_volume is None else of_volume, of_kernel, of_bias
+    found, grad_weight, grad_bias = _backward(pairs, volume, _paired(kernel), 2, padding, wanted)
+    if grad_weight is not None:
+        grad_weight = grad_weight[:channels, ..., :3] + grad_weight[channels:, ..., 1:]
+    if grad_bias is not None:
+        grad_bias = grad_bias.view(2, channels).sum(0)
+    return found if grad_input is None else grad_input, grad_weight, grad_bias
 
 
 def _by_pairs(filters: int, volume: torch.Tensor) -> bool:

@@ -81,21 +81,21 @@ class _FirstBlock(torch.autograd.Function):
         _, depth, height, width, _ = rows.shape
         filters = kernel.shape[0]
         cells = pooled.numel() // filters
-        given = gradient.permute(0, 2, 3, 4, 1).contiguous()
+        grad_output = gradient.permute(0, 2, 3, 4, 1).contiguous()
         programs = min(_PROGRAMS, triton.cdiv(cells, _CELLS))
-        of_taps = torch.empty(programs, _TAPS, filters, device=rows.device)
-        of_bias = torch.empty(programs, filters, device=rows.device)
+        grad_taps = torch.empty(programs, _TAPS, filters, device=rows.device)
+        grad_bias = torch.empty(programs, filters, device=rows.device)
         _backward[(programs,)](
-            rows, given, pooled, chosen, of_taps, of_bias, cells, depth, height, width,
+            rows, grad_output, pooled, chosen, grad_taps, grad_bias, cells, depth, height, width,
             LEAK, PROGRAMS=programs, FILTERS=filters, TAPS=_TAPS, CELLS=_CELLS, CHANNELS=CHANNELS,
             FLOAT32=_float32(),
         )  # fmt: skip
-        summed = of_taps.sum(0)[: 27 * CHANNELS].view(3, 3, 3, CHANNELS, filters)
-        return None, summed.permute(4, 3, 0, 1, 2).to(kernel.dtype), of_bias.sum(0).to(kernel.dtype)
+        summed = grad_taps.sum(0)[: 27 * CHANNELS].view(3, 3, 3, CHANNELS, filters)
+        return None, summed.permute(4, 3, 0, 1, 2).to(kernel.dtype), grad_bias.sum(0).to(kernel.dtype)
 
 
 def _float32() -> str:
-    """What float32 is to the matrix units, as `settle_float32` has said for cuDNN's convolutions too."""
+    """What float32 is to the matrix units, as `configure_float32` has said for cuDNN's convolutions too."""
     return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
@@ -146,7 +146,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    rows, given, pooled, chosen, of_taps, of_bias, cells, depth, height, width, leak,
+    rows, grad_output, pooled, chosen, grad_taps, grad_bias, cells, depth, height, width, leak,
     PROGRAMS: tl.constexpr, FILTERS: tl.constexpr, TAPS: tl.constexpr, CELLS: tl.constexpr,
     CHANNELS: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def _backward(
         at = cell[:, None].to(tl.int64) * FILTERS + filters[None, :]
         out = tl.load(pooled + at, mask=inside[:, None], other=0.0)
         which = tl.load(chosen + at, mask=inside[:, None], other=0)
-        slope = tl.load(given + at, mask=inside[:, None], other=0.0)
+        slope = tl.load(grad_output + at, mask=inside[:, None], other=0.0)
         slope = tl.where(out > 0, slope.to(tl.float32), slope.to(tl.float32) * leak)
         shifts += tl.sum(slope, 0)
         for voxel in range(8):
@@ -168,5 +168,5 @@ def _backward(
             part = tl.where(which == voxel, slope, 0.0).to(seen.dtype)
             sums = tl.dot(tl.trans(seen), part, sums, input_precision=FLOAT32)
     at = (program * TAPS + tl.arange(0, TAPS))[:, None] * FILTERS + filters[None, :]
-    tl.store(of_taps + at, sums)
-    tl.store(of_bias + program * FILTERS + filters, shifts)
+    tl.store(grad_taps + at, sums)
+    tl.store(grad_bias + program * FILTERS + filters, shifts)

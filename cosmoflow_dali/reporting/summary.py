@@ -27,7 +27,7 @@ class Result:
     evaluation: of the weights at the end.
     skipped: how many damaged samples of each split were passed over.
     epochs, steps: of the whole run, whatever process made them.
-    computes: the optimizer, the engine and the precision.
+    compute_summary: the optimizer, the engine and the precision.
     parameters: trainable weights of the network.
     wait_fractions: for each rank, the share of its training time spent waiting for data.
     seconds: by phase.
@@ -38,7 +38,7 @@ class Result:
     skipped: dict[str, int]
     epochs: int
     steps: int
-    computes: str
+    compute_summary: str
     parameters: int
     wait_fractions: list[float]
     seconds: dict[str, float]
@@ -86,7 +86,7 @@ def finish(
         "steps": result.steps,
         "global_batch": global_batch,
         "ranks": world.size,
-        "computes": result.computes,
+        "computes": result.compute_summary,
         "parameters": result.parameters,
         "samples_per_s": result.steps * global_batch / seconds["train"] if seconds["train"] else None,
         "data_wait_fraction": {

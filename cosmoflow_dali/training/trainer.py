@@ -25,7 +25,7 @@ from torch.autograd.profiler import emit_nvtx
 from torch.profiler import record_function
 
 from cosmoflow_dali.compute import augment
-from cosmoflow_dali.compute.engines import distribute, make_engine
+from cosmoflow_dali.compute.engines import make_engine, wrap_model
 from cosmoflow_dali.compute.optim import build_optimizer, describe, restore_optimizer, set_lr
 from cosmoflow_dali.compute.schedule import lr_at
 from cosmoflow_dali.compute.step import autocast, make_scaler, seed_step
@@ -59,7 +59,7 @@ class Trainer:
 
     evaluation: the validation of the newest whole epoch of this process, or None.
     position: of the next sample to train on.
-    computes: the optimizer, the engine and the precision, for a person to read.
+    compute_summary: the optimizer, the engine and the precision, for a person to read.
     seconds: spent in "train" and "evaluate", over all processes that worked on this run.
     """
 
@@ -87,7 +87,7 @@ class Trainer:
         compute = config.compute
         self._scaler = make_scaler(compute.precision, device)
         how = f"{compute.engine_on(device)} engine, {compute.precision} on {device.type}"
-        self.computes = f"{describe(self._optimizer, config.optimizer, device)}, {how}"
+        self.compute_summary = f"{describe(self._optimizer, config.optimizer, device)}, {how}"
         self.position = Position()
         self.seconds = {"train": 0.0, "evaluate": 0.0}
         self.evaluation: Evaluation | None = None
@@ -98,7 +98,7 @@ class Trainer:
         self._stop_asked = False
         if checkpoint is not None:
             self._restore(checkpoint)
-        self._parallel = distribute(self._model, compute, device, ranks=world.size)
+        self._parallel = wrap_model(self._model, compute, device, ranks=world.size)
         self._gradients = make_engine(
             self._parallel, compute, self._scaler, train.split.spec, config.loader.batch_size, device
         )

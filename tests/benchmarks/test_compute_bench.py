@@ -95,8 +95,8 @@ def test_a_recipe_that_cannot_start_says_why(
 def test_axes_that_are_asked_for_are_spanned_and_named() -> None:
     flags = ["--first-block", "plain,triton", "--layout", "channels_last,contiguous"]
     options = compute_bench._options(["--batch-size", "2", "--precision", "bf16", *flags])
-    _, *ours = compute_bench.recipes(options, torch.device("cpu"))
-    assert {recipe.name: (recipe.compute.first_block, recipe.layout) for recipe in ours} == {
+    _, *own = compute_bench.recipes(options, torch.device("cpu"))
+    assert {recipe.name: (recipe.compute.first_block, recipe.layout) for recipe in own} == {
         "bf16 eager auto, batch 2": ("plain", "channels_last"),
         "bf16 eager auto contiguous, batch 2": ("plain", "contiguous"),
         "bf16 eager auto triton, batch 2": ("triton", "channels_last"),

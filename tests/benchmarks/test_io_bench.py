@@ -86,7 +86,7 @@ def test_all_contestants_deliver_the_same_logarithms(data: Path, monkeypatch: py
         check(candidates.dali_numpy(splits["npy"], 1, threads=2, direct=direct))
     for split in splits.values():
         for direct in (False, True):
-            with candidates.ours(split, LoaderConfig(direct_io=direct)) as batches:
+            with candidates.project_loader(split, LoaderConfig(direct_io=direct)) as batches:
                 check(batches)
 
 
@@ -174,14 +174,14 @@ def test_what_cannot_be_measured_is_refused(
 def test_turns_alternate_and_the_first_round_does_not_count() -> None:
     order: list[str] = []
 
-    def contestant(name: str, pause: float, samples: int) -> Iterator[int]:
+    def candidate(name: str, pause: float, samples: int) -> Iterator[int]:
         while True:
             order.append(name)
             time.sleep(pause)
             yield samples
 
-    contestants = {"slow": contestant("slow", 0.04, 2), "fast": contestant("fast", 0.01, 1)}
-    readings = harness.measure(contestants, rounds=3, lead=1, steps=2)
+    candidates = {"slow": candidate("slow", 0.04, 2), "fast": candidate("fast", 0.01, 1)}
+    readings = harness.measure(candidates, rounds=3, lead=1, steps=2)
     assert order == (["slow"] * 3 + ["fast"] * 3) * 4
     assert len(readings["slow"]) == 3
     assert all(reading.wall >= 0.02 and reading.cpu < reading.wall for reading in readings["slow"])

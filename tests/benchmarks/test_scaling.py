@@ -109,13 +109,13 @@ def test_epochs_to_the_target_are_mlperfs() -> None:
 @pytest.mark.parametrize("row", PREDICTED, ids=lambda row: row.source)
 def test_published_runs_are_predicted_within_the_bar(row: Row) -> None:
     found = model_validation.check(row, SENT)
-    assert abs(found.rate_error) <= model_validation.BAR and found.met
+    assert abs(found.rate_error) <= model_validation.TOLERANCE and found.met
     # The model has to be worth it: closer than to say that a GPU does as much among more of them.
     assert abs(found.rate_error) <= abs(found.flat_error) + 1e-3
-    assert bool(row.beyond) == (abs(found.train_error) > model_validation.BAR)
+    assert bool(row.beyond) == (abs(found.train_error) > model_validation.TOLERANCE)
     # Epochs are another matter: one entry's took 1.7 times MLPerf's mean for its batch.
     if not row.beyond and row.stack != "HelmholtzAI MXNet":
-        assert abs(found.table_error) <= model_validation.BAR
+        assert abs(found.table_error) <= model_validation.TOLERANCE
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.calibrates], ids=lambda row: row.source)
@@ -146,7 +146,7 @@ def test_one_calibration_for_each_chip_is_told_of_as_it_is(capsys: pytest.Captur
             f"{100 * each.chip_rate_error:+.1f}",
             f"{100 * each.chip_train_error:+.1f}",
         ]
-        assert max(abs(each.chip_rate_error), abs(each.chip_train_error)) > model_validation.BAR
+        assert max(abs(each.chip_rate_error), abs(each.chip_train_error)) > model_validation.TOLERANCE
 
 
 def test_each_family_is_calibrated_once_and_each_row_is_its_own() -> None:
@@ -199,21 +199,21 @@ def test_a_network_too_slow_is_named() -> None:
 
 
 def test_what_breaks_first_at_ten_thousand_gpus_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    _, (outlook,), found = scaling.main(["--nodes", "1250", *FIGURES])
+    _, (projection,), found = scaling.main(["--nodes", "1250", *FIGURES])
     reached = [each.name for each in found if each.gpus < 10_000]
     assert reached == ["convergence", "shared file system"] and found[0].gpus == 1024
     # Beyond that many GPUs, one model takes no more of them.
-    assert outlook.one.gpus == 1024 and outlook.one_job.batch == 1024
-    assert outlook.many_job.models == 312 and outlook.many.staging > outlook.many.train
+    assert projection.one.gpus == 1024 and projection.one_job.batch == 1024
+    assert projection.many_job.models == 312 and projection.many.staging > projection.many.train
     printed = capsys.readouterr().out
     assert "on the way to 10,000 GPUs:\n  convergence, beyond 1,024 GPUs" in printed
     assert "not yet: sample count, beyond 524,288 GPUs" in printed
     # With as many models as that, staging takes as long as training.
-    (files_break,) = (each for each in found if each.name == "shared file system")
+    (shared_files,) = (each for each in found if each.name == "shared file system")
     machine, stages = model_validation.calibrated(
         model_validation.calibration("H100", "NVIDIA PyTorch"), SENT
     )
-    job = Job(4, 32, model.EPOCHS[32], models=round(files_break.gpus / 32))
+    job = Job(4, 32, model.EPOCHS[32], models=round(shared_files.gpus / 32))
     at = model.forecast(machine, replace(stages, compute=0.004, forward=0.004 / 3), SENT, job)
     assert at.staging == pytest.approx(at.train, rel=0.01)
 
@@ -244,8 +244,8 @@ def test_every_option_does_what_it_says(flags: list[str], changed: set[str], sam
 
 
 def test_a_price_is_shown_where_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
-    _, (outlook,), _ = scaling.main(["--nodes", "64", *FIGURES, "--price", "2.5"])
-    assert f"{2.5 * outlook.one.gpu_hours:,.2f} in money" in capsys.readouterr().out
+    _, (projection,), _ = scaling.main(["--nodes", "64", *FIGURES, "--price", "2.5"])
+    assert f"{2.5 * projection.one.gpu_hours:,.2f} in money" in capsys.readouterr().out
     scaling.main(["--nodes", "64", *FIGURES])
     assert "in money" not in capsys.readouterr().out
 
@@ -277,8 +277,8 @@ def test_own_figures_are_the_newest_that_were_kept(tmp_path: Path, monkeypatch: 
     _keep(tmp_path, "2026-01-03_io_bench", {"size": 16}, {"batch 1, page cache": {"packed": {}}})
     assert scaling.own_compute() == Stages(1 / 100, 0.003)
     assert scaling.own_decode() == 0.004
-    _, (outlook,), _ = scaling.main(["--system", "measured", "--nodes", "4"])
-    assert outlook.one.step == pytest.approx(0.01 * model.slowest(32) + outlook.one.exposed)
+    _, (projection,), _ = scaling.main(["--system", "measured", "--nodes", "4"])
+    assert projection.one.step == pytest.approx(0.01 * model.slowest(32) + projection.one.exposed)
 
 
 @pytest.mark.parametrize(
@@ -290,11 +290,11 @@ def test_figures_must_be_above_zero(flag: str) -> None:
 
 
 def test_the_result_is_kept(tmp_path: Path) -> None:
-    checks, outlooks, found = scaling.main(["--nodes", "1", "64", *FIGURES, "--output", str(tmp_path)])
+    checks, projections, found = scaling.main(["--nodes", "1", "64", *FIGURES, "--output", str(tmp_path)])
     (path,) = tmp_path.glob("*_scaling.json")
     record = json.loads(path.read_text())
     results = record["results"]
     assert [each["rate_error"] for each in results["checks"]] == [each.rate_error for each in checks]
-    assert [each["one"]["step"] for each in results["outlooks"]] == [each.one.step for each in outlooks]
+    assert [each["one"]["step"] for each in results["outlooks"]] == [each.one.step for each in projections]
     assert [each["name"] for each in results["breaks"]] == [each.name for each in found]
     assert record["options"]["compute_ms"] == 4 and all(map(math.isfinite, results["machine"].values()))

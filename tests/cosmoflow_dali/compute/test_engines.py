@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cosmoflow_dali.compute.engines import ComputeConfig, Engine, distribute, make_engine
+from cosmoflow_dali.compute.engines import ComputeConfig, Engine, make_engine, wrap_model
 from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
-from cosmoflow_dali.compute.step import Precision, seed_step, settle_float32
+from cosmoflow_dali.compute.step import Precision, configure_float32, seed_step
 from cosmoflow_dali.models.open import OpenConfig, OpenCosmoFlow
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
 from pipelines.sample import Batch, SampleSpec
@@ -44,10 +44,10 @@ def batches(count: int) -> list[Batch]:
 
 def engine(model: nn.Module, compute: ComputeConfig, ranks: int = 1) -> tuple[Engine, torch.amp.GradScaler]:
     device = torch.device("cuda")
-    settle_float32(compute.precision)
+    configure_float32(compute.precision)
     # The default scale overflows before it settles.
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, enabled=compute.precision == "fp16")
-    parallel = distribute(model, compute, device, ranks=ranks)
+    parallel = wrap_model(model, compute, device, ranks=ranks)
     return make_engine(parallel, compute, scaler, SampleSpec(SIZE), BATCH, device), scaler
 
 

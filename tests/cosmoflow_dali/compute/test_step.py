@@ -19,8 +19,8 @@ from cosmoflow_dali import evaluate, predict
 from cosmoflow_dali.compute import optim
 from cosmoflow_dali.compute.engines import ComputeConfig
 from cosmoflow_dali.compute.optim import AdamConfig, SGDConfig, build_optimizer, restore_optimizer, set_lr
-from cosmoflow_dali.compute.step import Precision, forward_backward, make_scaler, settle_float32
-from cosmoflow_dali.compute.torch_setup import settle_process
+from cosmoflow_dali.compute.step import Precision, configure_float32, forward_backward, make_scaler
+from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.config import resolve
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
 from pipelines.dataset.open import open_split
@@ -85,7 +85,7 @@ def universes(tmp_path_factory: pytest.TempPathFactory) -> Universes:
 
 def curve(precision: Precision, universes: Universes) -> npt.NDArray[np.float64]:
     """A running mean of 20 of 200 steps' losses, `reference_embedded.yaml`'s network at a rate of 0.004."""
-    settle_float32(precision)
+    configure_float32(precision)
     model = CosmoFlow(ReferenceConfig(size=32, blocks=4, filters=8, dropout=0.0), seed=1).to(DEVICE)
     optimizer, scaler = build_optimizer(SGDConfig(), model), make_scaler(precision, DEVICE)
     rng, losses = np.random.default_rng(4), []
@@ -244,7 +244,7 @@ def test_a_process_settles_its_threads_and_what_float32_is(
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     threads = torch.get_num_threads()
     try:
-        settle_process(CPU, threads + 1, precision)
+        configure_torch(CPU, threads + 1, precision)
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
@@ -254,7 +254,7 @@ def test_a_process_settles_its_threads_and_what_float32_is(
 @pytest.mark.parametrize("program", [evaluate, predict])
 def test_programs_settle_their_process(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     settled: list[object] = []
-    monkeypatch.setattr(program, "settle_process", lambda *how: settled.append(how))
+    monkeypatch.setattr(program, "configure_torch", lambda *how: settled.append(how))
     arguments = ["nothing"] if program is predict else ["--data-dir", "nothing", "--device", "cpu"]
     with pytest.raises(SystemExit):
         program.main(["--weights", "nothing.pt", *arguments])
@@ -268,9 +268,9 @@ def faults(*, kept: bool) -> list[int]:
     """How many pages the kernel has to find for each of three tensors of 128 MB, one after the other."""
     program = """
 import resource, sys, torch
-from cosmoflow_dali.compute.torch_setup import keep_memory
+from cosmoflow_dali.compute.torch_setup import tune_malloc
 if sys.argv[1] == "True":
-    keep_memory()
+    tune_malloc()
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 25)
@@ -292,8 +292,8 @@ def peak_of_steps(huge_pages: str) -> int:
 import resource, torch
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenConfig
-from cosmoflow_dali.compute.torch_setup import settle_process
-settle_process(torch.device("cpu"), 1)
+from cosmoflow_dali.compute.torch_setup import configure_torch
+configure_torch(torch.device("cpu"), 1)
 model = build_model(OpenConfig(), seed=0).train()
 volume = torch.rand(8, 32, 32, 32, 4).permute(0, 4, 1, 2, 3)
 for _ in range(300):

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from cosmoflow_dali.models import cpu_conv as convolution
-from cosmoflow_dali.models.cpu_conv import convolve, gradients
+from cosmoflow_dali.models.cpu_conv import conv3d, conv3d_backward
 
 
 @pytest.mark.parametrize("lanes", [8, 16])
@@ -30,17 +30,17 @@ def test_it_is_torch_s_convolution_with_torch_s_gradients(
 
     with torch.no_grad():
         volume, kernel, bias = given
-        torch.testing.assert_close(convolve(volume, kernel, bias, padding=padding), expected)
+        torch.testing.assert_close(conv3d(volume, kernel, bias, padding=padding), expected)
         unbiased = functional.conv3d(volume, kernel, padding=padding)
-        torch.testing.assert_close(convolve(volume, kernel, None, padding=padding), unbiased)
-        for_all = gradients(gradient, volume, kernel, padding=padding, wanted=[True] * 3)
+        torch.testing.assert_close(conv3d(volume, kernel, None, padding=padding), unbiased)
+        for_all = conv3d_backward(gradient, volume, kernel, padding=padding, wanted=[True] * 3)
         for own, of_torch in zip(for_all, wanted, strict=True):
             torch.testing.assert_close(own, of_torch)
-        no_volume, of_kernel, no_bias = gradients(
+        no_volume, grad_weight, no_bias = conv3d_backward(
             gradient, volume, kernel, padding=padding, wanted=[False, True, False]
         )
     assert no_volume is None and no_bias is None
-    torch.testing.assert_close(of_kernel, wanted[1])
+    torch.testing.assert_close(grad_weight, wanted[1])
 
 
 @pytest.mark.parametrize("filters", [4, 8])
@@ -53,8 +53,8 @@ def test_half_precision_is_as_near_by_pairs(filters: int, monkeypatch: pytest.Mo
     expected = functional.conv3d(exact[0], exact[1], exact[2], padding=1)
     gradient = torch.randn(expected.shape, generator=random).bfloat16()
     wanted = torch.autograd.grad(expected, exact, gradient.double())
-    found = convolve(given[0], given[1], given[2], padding=1)
-    back = gradients(gradient, given[0], given[1], padding=1, wanted=[True] * 3)
+    found = conv3d(given[0], given[1], given[2], padding=1)
+    back = conv3d_backward(gradient, given[0], given[1], padding=1, wanted=[True] * 3)
     for own, true in zip([found, *back], [expected, *wanted], strict=True):
         assert own is not None and own.dtype == torch.bfloat16
         # Rounded to 8 bits once, or where two halves are added up twice.
@@ -66,12 +66,12 @@ def test_pairs_are_made_where_they_fill_a_register(
     filters: int, lanes: int, stride: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convolution, "LANES", lanes)
-    conv3d, strides = functional.conv3d, []
+    torch_conv3d, strides = functional.conv3d, []
 
     def seen(volume: Any, kernel: Any, bias: Any, stride: Any = 1, padding: Any = 0) -> torch.Tensor:
         strides.append(stride)
-        return conv3d(volume, kernel, bias, stride, padding)
+        return torch_conv3d(volume, kernel, bias, stride, padding)
 
     monkeypatch.setattr(functional, "conv3d", seen)
-    convolve(torch.zeros(1, 4, 4, 4, 4), torch.zeros(filters, 4, 3, 3, 3), None, padding=1)
+    conv3d(torch.zeros(1, 4, 4, 4, 4), torch.zeros(filters, 4, 3, 3, 3), None, padding=1)
     assert strides == [stride]

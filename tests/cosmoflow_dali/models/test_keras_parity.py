@@ -19,7 +19,7 @@ from torch import nn
 
 from cosmoflow_dali.compute.engines import ComputeConfig, make_engine
 from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
-from cosmoflow_dali.compute.step import Precision, autocast, forward_backward, settle_float32
+from cosmoflow_dali.compute.step import Precision, autocast, configure_float32, forward_backward
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig, from_reference_weights
 from pipelines.errors import UserError
 from pipelines.sample import Batch, SampleSpec
@@ -125,7 +125,7 @@ def test_every_engine_and_precision(
     kind: str, engine: Literal["eager", "graph", "compile"], precision: Precision, keras: Arrays, batch: Batch
 ) -> None:
     device = torch.device(kind)
-    settle_float32(precision)
+    configure_float32(precision)
     model = from_reference_weights(named(keras, "w/")).to(device)
     given = replace(batch, volume=batch.volume.to(device), target=batch.target.to(device))
     values, changes = np.maximum(CLOSE[precision], ON_GPU if kind == "cuda" else 0)

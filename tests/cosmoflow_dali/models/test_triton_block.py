@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cosmoflow_dali.compute.step import forward_backward, settle_float32
+from cosmoflow_dali.compute.step import configure_float32, forward_backward
 from cosmoflow_dali.models.blocks import LEAK, plain_max_block
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
 from cosmoflow_dali.models.triton_block import first_block, fits
@@ -24,7 +24,7 @@ ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 @pytest.fixture(autouse=True)
 def float32_is_ieee() -> None:
-    settle_float32("fp32")
+    configure_float32("fp32")
 
 
 def inputs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> list[torch.Tensor]:
