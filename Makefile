@@ -52,6 +52,7 @@ lint: setup ## Check Python and its imports, C, shell scripts and the Dockerfile
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --no-cache --no-logo
+	$(RUN) docs/import_graph.py --check
 	if command -v $(CC) >/dev/null; then $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only pipelines/formats/packed/gather.c; \
 	else echo "gather.c is not checked: there is no C compiler"; fi
 	$(VENV)/bin/shellcheck --external-sources *.sub *.sh .ci/run configs/*.sh
