@@ -251,7 +251,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", type=_among("auto", "eager", "graph", "compile"), default=["auto"])
     parser.add_argument("--first-block", type=_among("plain", "triton"), default=["plain"])
     parser.add_argument("--layout", type=_among("channels_last", "contiguous"), default=["channels_last"])
-    parser.add_argument("--optimizer", type=_among("auto", "apex", "fused", "foreach"), default=["auto"])
+    parser.add_argument("--optimizer", type=_among("auto", "apex", "fused"), default=["auto"])
     parser.add_argument("--steps", type=harness.positive, help="a turn (default: 3, on a GPU 30)")
     parser.add_argument("--rounds", type=harness.positive, default=7, help="turns of each row")
     parser.add_argument("--loop", action="store_true", help="each of ours once more, from packed samples")

@@ -58,7 +58,7 @@ class Recipe:
     compute: ComputeConfig
     plain: bool = False
     layout: Literal["channels_last", "contiguous"] = "channels_last"
-    optimizer: Literal["default", "auto", "apex", "fused", "foreach"] = "auto"
+    optimizer: Literal["default", "auto", "apex", "fused"] = "auto"
     data: Path | None = None
 
 

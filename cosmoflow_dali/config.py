@@ -159,6 +159,10 @@ def resolve(tree: Tree, flags: Mapping[str, Any] | None = None) -> tuple[TrainCo
     merged, notes = _copy(tree), []
     for key, value in flags.items():
         _set(merged, key, value)
+    if _flat(merged).get("optimizer.implementation") == "foreach":
+        # Configurations and checkpoints of earlier versions may have it.
+        _set(merged, "optimizer.implementation", "fused")
+        notes.append("optimizer.implementation foreach was removed; using fused, which is the same rule")
     if _flat(merged).get("model.kind", "reference") == "reference":
         # The flags decide if they speak of either, else the file does.
         for given in (flags, _flat(tree)):

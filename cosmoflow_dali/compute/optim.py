@@ -36,7 +36,7 @@ class SGDConfig:
     kind: Literal["sgd"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
-    implementation: Literal["auto", "apex", "fused", "foreach"] = "auto"
+    implementation: Literal["auto", "apex", "fused"] = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -87,9 +87,8 @@ def describe(optimizer: torch.optim.Optimizer, config: SGDConfig | AdamConfig, d
     name = type(optimizer).__name__
     if type(optimizer).__module__.startswith("apex"):
         return f"apex {name}"
-    how = "fused" if optimizer.defaults.get("fused") else "foreach"
     wants_apex = isinstance(config, SGDConfig) and config.implementation == "auto" and device.type == "cuda"
-    return f"torch {how} {name}" + (f" ({_apex_sgd(device)[1]})" if wants_apex else "")
+    return f"torch fused {name}" + (f" ({_apex_sgd(device)[1]})" if wants_apex else "")
 
 
 def _build_sgd(
@@ -103,14 +102,13 @@ def _build_sgd(
             return fused(groups, lr=lr, momentum=momentum)
         if kind == "apex":
             raise ConfigError("optimizer.implementation", kind, reason)
-    foreach = kind == "foreach"
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=not foreach, foreach=foreach)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
 
 
 def _apex_sgd(device: torch.device) -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
     """NVIDIA's FusedSGD; or None, and why."""
     if device.type != "cuda":
-        return None, "apex works on GPUs alone; use auto, fused or foreach"
+        return None, "apex needs a GPU; use auto or fused"
     if importlib.util.find_spec("apex") is None:
         return None, f"apex is not installed; {_BUILD_APEX}"
     try:

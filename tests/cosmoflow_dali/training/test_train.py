@@ -35,7 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "reference": {},
     "open": OPEN,
     "bf16": {"compute": {"precision": "bf16"}},
-    "fp16": {"compute": {"precision": "fp16", "micro_batch": 2}, "optimizer": {"implementation": "foreach"}},
+    "fp16": {"compute": {"precision": "fp16", "micro_batch": 2}},
 }
 """Runs by what they change."""
 
@@ -75,7 +75,7 @@ def test_a_run_leaves_what_it_should(undisturbed: dict[str, Path]) -> None:
         "reference": "torch fused SGD, eager engine, fp32 on cpu",
         "open": "torch fused Adam, eager engine, fp32 on cpu",
         "bf16": "torch fused SGD, eager engine, bf16 on cpu",
-        "fp16": "torch foreach SGD, eager engine, fp16 on cpu",
+        "fp16": "torch fused SGD, eager engine, fp16 on cpu",
     }
 
 
