@@ -62,7 +62,7 @@ class LogConfig:
     def __post_init__(self) -> None:
         for name in ("every", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"log.{name}", getattr(self, name), "must be at least 1 step")
+                raise ConfigError(name, getattr(self, name), "must be at least 1 step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,14 @@ def _build(cls: Any, tree: Tree, prefix: str) -> Any:
             way_out = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
             raise ConfigError(f"{prefix}{key}", value, f"unknown key; {way_out}")
         values[key] = _convert(known[key], value, f"{prefix}{key}")
-    return cls(**values)
+    for item in dataclasses.fields(cls):
+        if item.name not in values and item.default is item.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{prefix}{item.name}", None, "is required")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        # A nested class names its own field only.
+        raise ConfigError(f"{prefix}{error.key}", error.value, error.remedy) from None
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:

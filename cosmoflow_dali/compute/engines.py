@@ -28,15 +28,16 @@ _WARM_UP = 11
 
 @dataclass(frozen=True, slots=True)
 class ComputeConfig:
-    """How a step computes.
+    """Numerics and execution of a training step.
 
-    precision: see `Precision`.
-    engine: "eager"; "graph", one CUDA graph of forward, backward and the ranks' exchange, and "compile",
-        torch.compile, both on a GPU; "auto" is eager, until a GPU has shown what the others win.
-    micro_batch: samples that are worked on at a time, to save memory; must divide loader.batch_size.
-    exchange: in what ranks exchange gradients.
-    first_block: "triton" computes the reference network's first block in one kernel, on a GPU.
-    nvtx: mark forward, backward, update and every operation for Nsight, on a GPU; costs time.
+    Args:
+        precision: Numbers of the forward and backward pass; weights and optimizer stay float32.
+        engine: "eager"; "graph", one CUDA graph of forward, backward and all-reduce; "compile",
+            torch.compile. The last two require a GPU. "auto" is eager.
+        micro_batch: Samples processed at a time, to save memory; must divide loader.batch_size.
+        exchange: Data type of the gradient all-reduce.
+        first_block: "triton" computes the reference network's first block in one kernel, on a GPU.
+        nvtx: Mark forward, backward, update and every operation for Nsight, on a GPU; slows training.
     """
 
     precision: Precision = "fp32"
@@ -48,7 +49,7 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
-            raise ConfigError("compute.micro_batch", self.micro_batch, "must be at least 1")
+            raise ConfigError("micro_batch", self.micro_batch, "must be at least 1")
 
     def engine_on(self, device: torch.device) -> str:
         """Which engine that is on `device`; ConfigError where it cannot be."""

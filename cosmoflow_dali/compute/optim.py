@@ -26,11 +26,15 @@ _BUILD_APEX = "the README tells how to build it from NVIDIA's source"
 
 @dataclass(frozen=True, slots=True)
 class SGDConfig:
-    """SGD with Keras's momentum.
+    """SGD with Keras's momentum rule.
 
-    weight_decay: L2 on the model's `decayed_parameters`, in PyTorch's units: Keras's l2 doubled.
-    implementation: "auto" is apex's FusedSGD on a GPU where NVIDIA's apex is installed, and torch's fused
-        SGD elsewhere.
+    Args:
+        kind: Selects this optimizer.
+        momentum: Momentum, at least 0 and below 1.
+        weight_decay: L2 penalty of the first two dense layers, in PyTorch's units (twice Keras's l2).
+            Requires dropout 0; given without a dropout, it sets dropout to 0.
+        implementation: "auto" uses apex's FusedSGD on a GPU if NVIDIA's apex is installed, otherwise
+            torch's fused SGD.
     """
 
     kind: Literal["sgd"] = "sgd"
@@ -40,23 +44,26 @@ class SGDConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
-            raise ConfigError("optimizer.momentum", self.momentum, "must be at least 0 and below 1")
+            raise ConfigError("momentum", self.momentum, "must be at least 0 and below 1")
         if self.weight_decay < 0:
-            raise ConfigError("optimizer.weight_decay", self.weight_decay, "must be at least 0")
+            raise ConfigError("weight_decay", self.weight_decay, "must be at least 0")
 
 
 @dataclass(frozen=True, slots=True)
 class AdamConfig:
-    """Adam, for the open network."""
+    """Adam.
+
+    Args:
+        kind: Selects this optimizer.
+        betas: Decay rates of the two moment estimates, each at least 0 and below 1.
+    """
 
     kind: Literal["adam"] = "adam"
     betas: tuple[float, ...] = (0.9, 0.99)
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(
-                "optimizer.betas", self.betas, "must be two numbers, each at least 0 and below 1"
-            )
+            raise ConfigError("betas", self.betas, "must be two numbers, each at least 0 and below 1")
 
 
 def build_optimizer(config: SGDConfig | AdamConfig, model: nn.Module) -> torch.optim.Optimizer:

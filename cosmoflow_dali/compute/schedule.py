@@ -11,11 +11,18 @@ from pipelines.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class StepDecayConfig:
-    """The reference's rule: warm-up by whole epochs, then factors of the base rate.
+    """Schedule of the MLPerf reference: warm-up by whole epochs, then factors of the base rate.
 
     In epoch e (from 0) before `warmup_epochs` the rate is initial_lr + e (base_lr - initial_lr) /
-    warmup_epochs; from then on it is base_lr times the factor of the last boundary passed. A
-    boundary holds from its epoch on.
+    warmup_epochs; afterwards it is base_lr times the factor of the last decay epoch reached.
+
+    Args:
+        kind: Selects this schedule.
+        initial_lr: Learning rate at the start of warm-up, at least 0.
+        base_lr: Learning rate after warm-up, at least `initial_lr`.
+        warmup_epochs: Epochs from `initial_lr` to `base_lr`.
+        decay_epochs: Epochs, counted from 0, at which the factors take effect, in rising order.
+        decay_factors: Factor of `base_lr` from each decay epoch on, between 0 and 1.
     """
 
     kind: Literal["step_decay"] = "step_decay"
@@ -27,31 +34,31 @@ class StepDecayConfig:
 
     def __post_init__(self) -> None:
         if self.initial_lr < 0:
-            raise ConfigError("schedule.initial_lr", self.initial_lr, "must be at least 0")
+            raise ConfigError("initial_lr", self.initial_lr, "must be at least 0")
         if self.base_lr < self.initial_lr:
-            raise ConfigError(
-                "schedule.base_lr",
-                self.base_lr,
-                f"must be at least schedule.initial_lr = {self.initial_lr}",
-            )
+            raise ConfigError("base_lr", self.base_lr, f"must be at least initial_lr = {self.initial_lr}")
         if self.warmup_epochs < 0:
-            raise ConfigError("schedule.warmup_epochs", self.warmup_epochs, "must be at least 0")
+            raise ConfigError("warmup_epochs", self.warmup_epochs, "must be at least 0")
         epochs = self.decay_epochs
         if list(epochs) != sorted(set(epochs)) or any(epoch < 0 for epoch in epochs):
-            raise ConfigError("schedule.decay_epochs", epochs, "must rise from at least 0")
+            raise ConfigError("decay_epochs", epochs, "must rise from at least 0")
         if len(self.decay_factors) != len(epochs):
             raise ConfigError(
-                "schedule.decay_factors",
-                self.decay_factors,
-                f"must be as many as decay_epochs = {epochs}",
+                "decay_factors", self.decay_factors, f"must be as many as decay_epochs = {epochs}"
             )
         if not all(0 < factor < 1 for factor in self.decay_factors):
-            raise ConfigError("schedule.decay_factors", self.decay_factors, "must each be between 0 and 1")
+            raise ConfigError("decay_factors", self.decay_factors, "must each be between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True)
 class OneCycleConfig:
-    """Linear from 0 to `peak_lr` over the first `warmup_fraction` of all steps, then a cosine to 0."""
+    """Linear warm-up from 0 to `peak_lr`, then a cosine to 0.
+
+    Args:
+        kind: Selects this schedule.
+        peak_lr: Highest learning rate, above 0.
+        warmup_fraction: Fraction of all steps spent on warm-up, at least 0 and below 1.
+    """
 
     kind: Literal["one_cycle"] = "one_cycle"
     peak_lr: float = 0.01
@@ -59,11 +66,9 @@ class OneCycleConfig:
 
     def __post_init__(self) -> None:
         if self.peak_lr <= 0:
-            raise ConfigError("schedule.peak_lr", self.peak_lr, "must be above 0")
+            raise ConfigError("peak_lr", self.peak_lr, "must be above 0")
         if not 0 <= self.warmup_fraction < 1:
-            raise ConfigError(
-                "schedule.warmup_fraction", self.warmup_fraction, "must be at least 0 and below 1"
-            )
+            raise ConfigError("warmup_fraction", self.warmup_fraction, "must be at least 0 and below 1")
 
 
 def lr_at(config: StepDecayConfig | OneCycleConfig, *, step: int, steps_per_epoch: int, epochs: int) -> float:

@@ -26,10 +26,13 @@ from pipelines.sample import PARAMETERS, REDSHIFTS
 
 @dataclass(frozen=True, slots=True)
 class OpenConfig:
-    """The open network's shape.
+    """Shape of the open network.
 
-    size: edge of a sample in voxels. widths: filters of each convolution block, which halves the
-    edge. hidden: width of the dense layer.
+    Args:
+        kind: Selects this network.
+        size: Edge of a sample in voxels.
+        widths: Filters of each convolution block; each block halves the edge.
+        hidden: Width of the dense layer.
     """
 
     kind: Literal["open"] = "open"
@@ -39,12 +42,12 @@ class OpenConfig:
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
-            raise ConfigError("model.widths", self.widths, "must be one width or more, each at least 1")
+            raise ConfigError("widths", self.widths, "must be one width or more, each at least 1")
         if self.hidden < 1:
-            raise ConfigError("model.hidden", self.hidden, "must be at least 1")
+            raise ConfigError("hidden", self.hidden, "must be at least 1")
         if self.size < 1 or self.size % 2 ** len(self.widths):
             raise ConfigError(
-                "model.size",
+                "size",
                 self.size,
                 f"{len(self.widths)} blocks halve it as often: give a multiple of {2 ** len(self.widths)}",
             )

@@ -27,11 +27,15 @@ OUTPUT_SCALE = 1.2
 
 @dataclass(frozen=True, slots=True)
 class ReferenceConfig:
-    """The reference network's shape; the defaults are the benchmark's.
+    """Shape of the reference network; the defaults are the benchmark's.
 
-    size: edge of a sample in voxels. blocks: convolution blocks, each halving the edge.
-    filters: of the first block; each later one has twice as many.
-    dense: widths of the two hidden dense layers. dropout: after each of them, 0 <= x < 1.
+    Args:
+        kind: Selects this network.
+        size: Edge of a sample in voxels.
+        blocks: Number of convolution blocks; each halves the edge.
+        filters: Filters of the first block; each later block has twice as many.
+        dense: Widths of the two hidden dense layers.
+        dropout: Dropout rate after each hidden dense layer, at least 0 and below 1.
     """
 
     kind: Literal["reference"] = "reference"
@@ -44,17 +48,17 @@ class ReferenceConfig:
     def __post_init__(self) -> None:
         for name in ("size", "blocks", "filters"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}", getattr(self, name), "must be at least 1")
+                raise ConfigError(name, getattr(self, name), "must be at least 1")
         if self.size % 2**self.blocks:
             raise ConfigError(
-                "model.size",
+                "size",
                 self.size,
                 f"{self.blocks} blocks halve it as often: give a multiple of {2**self.blocks}",
             )
         if len(self.dense) != 2 or min(self.dense) < 1:
-            raise ConfigError("model.dense", self.dense, "must be two widths of at least 1")
+            raise ConfigError("dense", self.dense, "must be two widths of at least 1")
         if not 0 <= self.dropout < 1:
-            raise ConfigError("model.dropout", self.dropout, "must be at least 0 and below 1")
+            raise ConfigError("dropout", self.dropout, "must be at least 0 and below 1")
 
 
 class CosmoFlow(nn.Module):

@@ -29,15 +29,17 @@ _LETTER: dict[SplitName, str] = {"train": "a", "validation": "b"}
 
 @dataclass(frozen=True, slots=True)
 class SimulateConfig:
-    """What a simulated data set is made of; the same settings make the same bytes.
+    """Contents of a simulated data set; equal settings give equal bytes.
 
-    train, validation: universes in each split; each gives crops^3 samples.
-    size: voxels along each edge of a sample.
-    voxel: edge of a voxel in Mpc/h where H_0 is 70; it scales with H_0, as the published boxes do.
-    steps: time steps in all, the one to the first redshift included.
-    crops: samples along each edge of a universe.
-    seed: every universe is a pure function of this, its split and its number.
-    format: a key of `pipelines.formats.FORMATS`; "tfrecord_gzip" is the published one.
+    Args:
+        train: Universes of the training split; each gives crops^3 samples.
+        validation: Universes of the validation split.
+        size: Voxels along each edge of a sample.
+        voxel: Edge of a voxel in Mpc/h for H_0 = 70; it scales with H_0, as in the published data set.
+        steps: Time steps, including the one to the first redshift.
+        crops: Samples along each edge of a universe.
+        seed: Seed; with the split and the number of a universe it determines the universe.
+        format: File format; "tfrecord_gzip" is that of the published data set.
     """
 
     train: int = 4096
@@ -52,27 +54,25 @@ class SimulateConfig:
     def __post_init__(self) -> None:
         for split in SPLITS:
             if getattr(self, split) < 0:
-                raise ConfigError(f"simulate.{split}", getattr(self, split), "expected 0 or more universes")
+                raise ConfigError(split, getattr(self, split), "expected 0 or more universes")
         if self.train + self.validation == 0:
-            raise ConfigError("simulate.train", 0, "with simulate.validation 0 too there is nothing to make")
+            raise ConfigError("train", 0, "with validation = 0 there is nothing to make")
         if self.size not in SIZES:
-            raise ConfigError("simulate.size", self.size, f"expected one of {', '.join(map(str, SIZES))}")
+            raise ConfigError("size", self.size, f"expected one of {', '.join(map(str, SIZES))}")
         if not (math.isfinite(self.voxel) and self.voxel > 0.0):
-            raise ConfigError("simulate.voxel", self.voxel, "expected a length above 0, in Mpc/h")
+            raise ConfigError("voxel", self.voxel, "expected a length above 0, in Mpc/h")
         if self.steps < len(REDSHIFTS):
-            raise ConfigError(
-                "simulate.steps", self.steps, f"expected at least {len(REDSHIFTS)}, one a redshift"
-            )
+            raise ConfigError("steps", self.steps, f"expected at least {len(REDSHIFTS)}, one a redshift")
         if not 1 <= self.crops <= _MAX_CROPS or self.crops * self.size > _MAX_MESH:
             raise ConfigError(
-                "simulate.crops",
+                "crops",
                 self.crops,
-                f"expected 1 to {min(_MAX_CROPS, _MAX_MESH // self.size)} for simulate.size {self.size}",
+                f"expected 1 to {min(_MAX_CROPS, _MAX_MESH // self.size)} for size = {self.size}",
             )
         if self.seed < 0:
-            raise ConfigError("simulate.seed", self.seed, "expected 0 or more")
+            raise ConfigError("seed", self.seed, "expected 0 or more")
         if self.format not in FORMATS:
-            raise ConfigError("simulate.format", self.format, f"expected one of {', '.join(sorted(FORMATS))}")
+            raise ConfigError("format", self.format, f"expected one of {', '.join(sorted(FORMATS))}")
 
     def universes(self, split: SplitName) -> int:
         """How many universes the split has."""

@@ -19,17 +19,18 @@ _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
-    """How a data set is staged.
+    """Staging of a data set to the local disks of the nodes.
 
-    dir: the folder on each node's own disk, which may name environment variables, such as $TMPDIR; it
-        becomes what the shared one is, or a share of it.
-    shard_type: "global" gives every node all samples; "local" gives each team of nodes a share, and
-        the teams together all of them.
-    shard_multiplier: nodes in a team, so copies of each sample, if shard_type is "local".
-    preshuffle: draw who gets which samples by `seed`; without it, each team gets every n-th.
-    seed: of that draw alone, so that models with seeds of their own find the same shares staged.
-    threads: of each rank, which read, inflate and write.
-    direct_io: read the shared file system past the page cache.
+    Args:
+        dir: Folder on each node's own disk. It may contain environment variables, such as $TMPDIR, and
+            becomes a copy of the shared data set or of a part of it.
+        shard_type: "global" copies all samples to every node; "local" gives each team of nodes a part, and
+            all teams together hold every sample.
+        shard_multiplier: Nodes in a team, that is, copies of each sample, if shard_type is "local".
+        preshuffle: Assign samples to teams at random by `seed`; otherwise team k of n gets every n-th sample.
+        seed: Seed of that assignment only, so that runs with other seeds can reuse the staged samples.
+        threads: Threads of each rank that read, decompress and write.
+        direct_io: Bypass the page cache when reading from the shared file system.
     """
 
     dir: str
@@ -43,11 +44,9 @@ class StageConfig:
     def __post_init__(self) -> None:
         for name in ("threads", "shard_multiplier"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"stage.{name}", getattr(self, name), "must be at least 1")
+                raise ConfigError(name, getattr(self, name), "must be at least 1")
         if self.shard_type == "global" and (self.shard_multiplier > 1 or self.preshuffle):
-            raise ConfigError(
-                "stage.shard_type", self.shard_type, "has one share; the other settings want local"
-            )
+            raise ConfigError("shard_type", self.shard_type, "has one share; the other settings want local")
 
     @property
     def folder(self) -> Path:
@@ -58,7 +57,7 @@ class StageConfig:
             said = (
                 f"{unset[0]} is not set on {os.uname().nodename}: set it" if unset else "a lone $: name one"
             )
-            raise ConfigError("stage.dir", self.dir, f"{said}, or write the folder without a variable")
+            raise ConfigError("data.stage.dir", self.dir, f"{said}, or write the folder without a variable")
         return Path(folder)
 
     def teams(self, nodes: int, models: int = 1) -> list[list[int]]:
@@ -74,7 +73,7 @@ class StageConfig:
         team = own if self.shard_type == "global" else self.shard_multiplier
         if own % team:
             said = f"does not divide the {own} nodes of a model: take {_choices(own)}, or other nodes"
-            raise ConfigError("stage.shard_multiplier", team, said)
+            raise ConfigError("data.stage.shard_multiplier", team, said)
         return [
             [first + place for first in range(share, nodes, own) for place in range(team)]
             for share in range(0, own, team)

@@ -8,7 +8,7 @@ import pytest
 
 from cosmoflow_dali.arguments import parse
 from cosmoflow_dali.config import CONFIGS, flatten, read_yaml, resolve, to_tree
-from pipelines.errors import UserError
+from pipelines.errors import ConfigError, UserError
 
 REFERENCE = ["--config", str(CONFIGS / "reference.yaml")]
 
@@ -103,6 +103,22 @@ def test_a_bad_file_is_refused_in_one_line(tree: dict[str, object], said: list[s
     assert "\n" not in line
     for word in said:
         assert word in line
+
+
+def test_errors_name_the_full_key() -> None:
+    for tree, key in (
+        ({"loader": {"threads": 0}}, "loader.threads"),
+        ({"data": {"stage": {"dir": "d", "threads": 0}}}, "data.stage.threads"),
+        ({"data": {"stage": {}}}, "data.stage.dir"),
+        ({"data": {"simulate": {"steps": 1}}}, "data.simulate.steps"),
+        ({"schedule": {"initial_lr": -1}}, "schedule.initial_lr"),
+        ({"log": {"every": 0}}, "log.every"),
+        ({"optimizer": {"kind": "adam", "betas": [1]}}, "optimizer.betas"),
+        ({"model": {"kind": "open", "widths": []}}, "model.widths"),
+    ):
+        with pytest.raises(ConfigError) as refusal:
+            resolve(tree)
+        assert refusal.value.key == key
 
 
 def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_direct_reading_that_cannot_be_is_refused_by_name(
     format_name: str, options: dict[str, Any], fault: str, roots: dict[str, Path]
 ) -> None:
     with (
-        pytest.raises(ConfigError, match=f"loader.gpu_direct = True: {fault}"),
+        pytest.raises(ConfigError, match=f"gpu_direct = True: {fault}"),
         loader(roots[format_name], gpu_direct=True, **options),
     ):
         pass

@@ -472,8 +472,8 @@ def test_nodes_that_share_a_folder_are_told_and_do_not_wait_for_each_other(
             ["--shard-type", "local", "--shard-multiplier", "2"],
             "shard_multiplier = 2: does not divide the 3 nodes of a model: take 1 or 3, or other nodes",
         ),
-        (["--preshuffle"], "stage.shard_type = 'global': has one share"),
-        (["--shard-type", "local", "--shard-multiplier", "0"], "stage.shard_multiplier = 0"),
+        (["--preshuffle"], "shard_type = 'global': has one share"),
+        (["--shard-type", "local", "--shard-multiplier", "0"], "shard_multiplier = 0"),
         (["--models", "2"], "models = 2: do not share out the 3 nodes: take 1 or 3 models, or other nodes"),
     ],
 )
@@ -501,10 +501,10 @@ def test_a_node_without_room_is_told_before_anything_is_copied(tmp_path: Path) -
     [
         (
             "$NO_SUCH/x",
-            r"stage.dir = '\$NO_SUCH/x': \$NO_SUCH is not set on \S+: set it, or write the folder",
+            r"data.stage.dir = '\$NO_SUCH/x': \$NO_SUCH is not set on \S+: set it, or write the folder",
         ),
         ("/x/${NO_SUCH}/$HOME", r"\$\{NO_SUCH\} is not set on \S+: set it, or write the folder without"),
-        ("/x/$", r"stage.dir = '/x/\$': a lone \$: name one, or write the folder without a variable"),
+        ("/x/$", r"data.stage.dir = '/x/\$': a lone \$: name one, or write the folder without a variable"),
     ],
 )
 def test_a_folder_that_names_no_variable_is_refused(folder: str, said: str) -> None:
@@ -521,7 +521,7 @@ def test_direct_reads_give_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["-i", "{tiny}/none"], "cannot be listed"), (["-i", "{tiny}", "--threads", "0"], "stage.threads = 0")],
+    [(["-i", "{tiny}/none"], "cannot be listed"), (["-i", "{tiny}", "--threads", "0"], "threads = 0")],
 )
 def test_what_does_not_fit_is_one_line(arguments: list[str], said: str, tiny: Path, tmp_path: Path) -> None:
     filled = [argument.format(tiny=tiny) for argument in arguments]
