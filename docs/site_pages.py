@@ -11,7 +11,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipelines", "preprocess", "cosmoflow_dali")
 # Pages of the top folder, whose links start there.
-TOP_PAGES: dict[str, str] = {}
+TOP_PAGES = {"Contributing": "CONTRIBUTING.md", "Changelog": "CHANGELOG.md"}
 # What a browser fetches by itself when it shows a page.
 EXTERNAL_LOAD = re.compile(r"""(?:\bsrc=|<link\b[^>]*\bhref=)["']?(?:https?:)?//[^"'\s>]+""")
 
