@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 # A process a core, each with whole test modules, so that what a module's tests share is made once.
 PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help setup train test test-rest test-all gpu-check lint docs image clean
+.PHONY: help setup train test test-rest test-all gpu-check lint lint-python lint-generated lint-c lint-scripts docs image clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -47,14 +47,22 @@ test-all: test test-rest ## Run all tests.
 gpu-check: ## Check a GPU with the Python that is there, without a set-up, in eight minutes.
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
-lint: setup ## Check Python and its imports, C, shell scripts and the Dockerfile.
+lint: lint-python lint-generated lint-c lint-scripts ## Check Python, imports, generated files, C, scripts and the Dockerfile.
+
+lint-python: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --no-cache --no-logo
+
+lint-generated: setup
 	$(RUN) docs/import_graph.py --check
+
+lint-c:
 	if command -v $(CC) >/dev/null; then $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only pipelines/formats/packed/gather.c; \
 	else echo "gather.c is not checked: there is no C compiler"; fi
+
+lint-scripts: setup
 	$(VENV)/bin/shellcheck --external-sources *.sub *.sh .ci/run configs/*.sh
 	$(VENV)/bin/hadolint Dockerfile
 
