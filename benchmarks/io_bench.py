@@ -45,7 +45,6 @@ from benchmarks.samples import make_splits
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
-from pipelines.loading.footprint import device_bytes, host_bytes
 
 FLOOR, NPY_PLAIN, GZIP_PLAIN = "DALI numpy reader", "DataLoader of npy", "DataLoader of gzip"
 PUBLISHED = "tfrecord_gzip"
@@ -88,8 +87,6 @@ class Result:
 
     figures: see `harness.Summary`.
     bytes_read: from files, a sample.
-    memory: what it holds on the device that it loads for, in bytes, by `pipelines.loading.footprint`; 0 for
-        others' ways.
     plain, limit: who stands for these, by name.
     cpu_of_floor, cpu_of_limit: its CPU time a sample over theirs, so below 1 is less.
     speed_of_plain: its samples a second over the plain way's, so above 1 is faster.
@@ -98,7 +95,6 @@ class Result:
 
     figures: harness.Summary
     bytes_read: float
-    memory: int
     plain: str
     limit: str
     cpu_of_floor: harness.Spread
@@ -122,15 +118,13 @@ def run(
             # Its workers start now, and import torch while nobody is timed.
             next(batches)
         of = {NPY_PLAIN: "npy", GZIP_PLAIN: PUBLISHED, FLOOR: "npy"}
-        candidates, held = {}, {}
+        candidates = {}
         for format_name, device in itertools.product(forms, _devices()):
             name = _on(format_name, device)
             candidates[name] = stack.enter_context(
                 project_loader(splits[format_name], setting.config, device)
             )
             of[name] = format_name
-            on_host = device == "cpu"
-            held[name] = (host_bytes if on_host else device_bytes)(splits[format_name], setting.config)
         for format_name in dict.fromkeys(of.values()):
             candidates[_limit(format_name)] = limit(splits[format_name], batch_size, threads, direct=direct)
             of[_limit(format_name)] = format_name
@@ -147,7 +141,6 @@ def run(
         results[name] = Result(
             figures=harness.summarise(each, split.spec.bytes),
             bytes_read=float(bytes_read(split).mean()),
-            memory=held.get(name, 0),
             plain=first,
             limit=least,
             cpu_of_floor=harness.ratio(each, readings[FLOOR], "cpu"),
@@ -176,14 +169,14 @@ def show(setting: Setting, results: dict[str, Result]) -> None:
     print(setting)
     print(
         f"{'':22} {'samples/s':>17} {'CPU ms/sample':>16} {'MB read':>7} {'p50/p95/p99 ms':>17}"
-        f" {'MB held':>7} {'CPU/floor':>9} {'CPU/limit':>9} {'speed/plain':>16} {'plain CPU/own':>13}"
+        f" {'CPU/floor':>9} {'CPU/limit':>9} {'speed/plain':>16} {'plain CPU/own':>13}"
     )
     for name, result in results.items():
         figures = result.figures
         latency = "/".join(f"{value:.1f}" for value in figures.latency_ms)
         print(
             f"{name:22} {_text(figures.samples_per_s, 1):>17} {_text(figures.cpu_ms, 1):>16}"
-            f" {result.bytes_read / 1e6:7.1f} {latency:>17} {result.memory / 1e6 or float('nan'):7.0f}"
+            f" {result.bytes_read / 1e6:7.1f} {latency:>17}"
             f" {result.cpu_of_floor.median:9.2f} {result.cpu_of_limit.median:9.2f}"
             f" {_text(result.speed_of_plain, 1):>16} {result.cpu_saving.median:13.1f}"
         )

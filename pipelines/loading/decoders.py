@@ -32,10 +32,12 @@ from pipelines.loading.dali_graphs import (
     define_files_graph,
     define_packed_graph,
 )
-from pipelines.loading.footprint import READ_AHEAD, host_ahead
 from pipelines.loading.transforms import table_of
 from pipelines.plan import Indices
 from pipelines.sample import SampleSpec
+
+_READ_AHEAD = 2
+"""Batches that are being read before DALI asks for them."""
 
 NextPayloads = Callable[[], Sequence[Payload]]
 """Hands out the next batch of payloads."""
@@ -74,7 +76,7 @@ class Decoder(Protocol):
 class _DaliDecoder:
     """What has a pipeline of DALI, which does everything with the payloads and works ahead."""
 
-    ahead = READ_AHEAD
+    ahead = _READ_AHEAD
     _pipeline: Any
 
     def __init__(self, config: LoaderConfig, device: torch.device) -> None:
@@ -156,7 +158,7 @@ class FilesDecoder(_DaliDecoder):
         device: torch.device,
     ) -> None:
         super().__init__(config, device)
-        self.ahead = READ_AHEAD + config.prefetch
+        self.ahead = _READ_AHEAD + config.prefetch
         self._split, self._source, self._rows = split, source, rows
         self.seek(0, 0)
 
@@ -187,7 +189,8 @@ class HostDecoder:
     """
 
     def __init__(self, source: NextPayloads, spec: SampleSpec, config: LoaderConfig) -> None:
-        self.ahead = host_ahead(config)
+        # A sample for each thread, and `prefetch` batches that are ready.
+        self.ahead = config.prefetch + -(-config.threads // config.batch_size)
         self._source, self._apply_log = source, config.apply_log
         self._table = table_of(apply_log=config.apply_log)
         buffers = [torch.empty(config.batch_size, *spec.shape) for _ in range(self.ahead + 1)]
