@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import yaml
+from forked import Forked
 
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample
@@ -119,13 +120,32 @@ def run(line: Sequence[str]) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+def start(line: Sequence[str], **variables: str) -> Forked | subprocess.Popen[str]:
+    """Start the command `line` in the checkout, with `variables` in its environment.
+
+    A command of this interpreter is forked from a process that has imported torch; see `forked`.
+    """
+    env = environment() | variables
+    if line[0] == sys.executable and line[1] in ("-m", "-c") and not line[2].startswith("torch."):
+        return Forked(line, cwd=ROOT, env=env)
+    return subprocess.Popen(
+        line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 def program(module: str, *arguments: object, ranks: int = 1) -> Done:
     """Run `python -m module arguments...` to its end, on `ranks` ranks; a lone one in this process.
 
-    Torch takes seconds to start. What has to be a process of its own is for `command` and `run`.
+    The exit status is that of a rank that failed, if one did; the outputs follow each other by rank. What
+    has to be a process of its own is for `start`, and what mpirun has to start for `command` and `run`.
     """
     if ranks > 1:
-        return run(command(module, arguments, ranks))
+        with Ranks(command(module, arguments), range(ranks), ranks) as started:
+            done = [
+                (*process.communicate(timeout=240), process.wait()) for process in started.processes.values()
+            ]
+        outputs, errors, codes = zip(*done, strict=True)
+        return Done(max(codes, key=abs), "".join(outputs), "".join(errors))
     out, err = io.StringIO(), io.StringIO()
     with (
         # What a process settles about its memory would be settled for all tests behind it.
@@ -220,15 +240,7 @@ class Ranks:
             }
 
         self.processes = {
-            rank: subprocess.Popen(
-                line,
-                cwd=ROOT,
-                env=environment() | (place(rank) if size > 1 else {}) | variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in ranks
+            rank: start(line, **((place(rank) if size > 1 else {}) | variables)) for rank in ranks
         }
 
     def end(self, seconds: float, *but: int) -> tuple[set[int], str]:
@@ -242,7 +254,17 @@ class Ranks:
             for rank, process in self.processes.items()
             if rank not in but
         }
-        return {process.returncode for process in done}, "".join(out + err for out, err in done.values())
+        return {process.wait() for process in done}, "".join(out + err for out, err in done.values())
+
+    def wait_until_printed(self, text: str, seconds: float = 60) -> None:
+        """Return once every rank, forked each, has written `text` to stdout; TimeoutError after `seconds`."""
+        deadline = time.monotonic() + seconds
+        for rank, process in self.processes.items():
+            assert isinstance(process, Forked)
+            while text not in process.printed():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"rank {rank} has not printed {text!r} in {seconds} s")
+                time.sleep(0.02)
 
     def __enter__(self) -> Ranks:
         return self

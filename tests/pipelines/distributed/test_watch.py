@@ -43,8 +43,7 @@ def waiting(body: str = "time.sleep(60)", sums: int = 1) -> list[str]:
 
 
 def wait_until_met(ranks: Ranks) -> None:
-    for process in ranks.processes.values():
-        assert process.stdout is not None and process.stdout.readline() == "met\n"
+    ranks.wait_until_printed("met")
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow), 2])
