@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import OPEN, ROOT, Done, command, config_file, environment, program, write_tiny
-from helpers import run as started
+from helpers import OPEN, ROOT, Done, command, config_file, environment, program, start, write_tiny
 from left_behind import metrics, same_weights
 
 TRAIN = "cosmoflow_dali.train"
@@ -161,7 +160,7 @@ def test_kill_9_mid_epoch_and_resume_change_nothing(
     config = config_file(tmp_path / "config.yaml", tiny, **RUNS[name])
     run = tmp_path / "run"
     line = command(TRAIN, ["--config", config, "--run-dir", run])
-    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    process = start(line)
     wait_for_step(run, 8)
     process.kill()
     process.wait()
@@ -183,7 +182,7 @@ def test_kill_9_at_ten_random_moments_changes_nothing(tiny: Path, tmp_path: Path
     line = command(TRAIN, ["--config", config, "--run-dir", run, "--resume"])
     # Any moment of an epoch: between steps, in them, in an evaluation, in a write.
     for epoch in sorted(rng.sample(range(58), 10)):
-        process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+        process = start(line)
         deadline = time.monotonic() + 120
         while newest_epoch(run) < epoch and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -198,7 +197,7 @@ def test_sigterm_saves_and_leaves_with_75(tiny: Path, tmp_path: Path, undisturbe
     config = config_file(tmp_path / "config.yaml", tiny)
     run = tmp_path / "run"
     line = command(TRAIN, ["--config", config, "--run-dir", run])
-    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = start(line)
     wait_for_step(run, 8)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
@@ -235,9 +234,10 @@ def test_a_damaged_newest_checkpoint_falls_back(
     content[middle : middle + 256] = bytes(byte ^ 1 for byte in content[middle : middle + 256])
     newest.write_bytes(content)
     # A process of its own, where a warning is printed.
-    done = started(command(TRAIN, ["--run-dir", run, "--resume"]))
-    assert done.code == 0, done.err
-    assert newest.name in done.err and "falling back" in done.err
+    process = start(command(TRAIN, ["--run-dir", run, "--resume"]))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert newest.name in err and "falling back" in err
     assert same_weights(run, undisturbed["reference"])
 
 

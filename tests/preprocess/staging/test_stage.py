@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,14 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import (
-    ROOT,
     can_mount,
     command,
     config_file,
-    environment,
     mounted,
     program,
     run,
+    start,
     tiny_sample,
     write_tiny,
 )
@@ -74,12 +72,9 @@ def as_srun(nodes: int, ranks: int, line: Callable[[int], list[object]]) -> list
             "NODE": str(rank // ranks),
         }
         started = [sys.executable, "-m", *map(str, line(rank // ranks))]
-        pipe, told = subprocess.PIPE, environment() | place
-        running.append(subprocess.Popen(started, cwd=ROOT, env=told, stdout=pipe, stderr=pipe, text=True))
-    # Read all of them while waiting: a pipe that is full would stop its rank, and with it the others.
-    with ThreadPoolExecutor(len(running)) as readers:
-        said = list(readers.map(lambda process: process.communicate(timeout=240), running))
-    return [(process.returncode, out, err) for process, (out, err) in zip(running, said, strict=True)]
+        running.append(start(started, **place))
+    said = [process.communicate(timeout=240) for process in running]
+    return [(process.wait(), out, err) for process, (out, err) in zip(running, said, strict=True)]
 
 
 def content(folder: Path) -> dict[str, str]:
