@@ -50,7 +50,13 @@ def project_loader(
 ) -> Iterator[Iterator[int]]:
     """The project's loader, targets and all, epoch after epoch."""
     loader = Loader(
-        split, config, shard=RankSlice(), seed=0, shuffle=True, ragged="drop", device=torch.device(device)
+        split,
+        config,
+        rank_slice=RankSlice(),
+        seed=0,
+        shuffle=True,
+        ragged="drop",
+        device=torch.device(device),
     )
 
     def deliver() -> Iterator[int]:

@@ -254,7 +254,7 @@ def _read(
     loader = Loader(
         open_folder(folder),
         LoaderConfig(batch_size),
-        shard=RankSlice(),
+        rank_slice=RankSlice(),
         seed=0,
         shuffle=True,
         ragged="drop",

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             loader = Loader(
                 split,
                 replace(config, apply_log=trained.apply_log),
-                shard=RankSlice(world.rank, world.size),
+                rank_slice=RankSlice(world.rank, world.size),
                 seed=0,
                 shuffle=False,
                 ragged="pad",

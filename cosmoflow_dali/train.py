@@ -145,7 +145,7 @@ def _train(
     train = Loader(
         setup.train,
         config.loader,
-        shard=shard,
+        rank_slice=shard,
         seed=seed,
         shuffle=config.shuffle,
         ragged="drop",
@@ -154,7 +154,7 @@ def _train(
     validation = Loader(
         setup.validation,
         config.loader,
-        shard=shard,
+        rank_slice=shard,
         seed=seed,
         shuffle=False,
         ragged="pad",

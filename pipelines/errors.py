@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 
+MAX_CONSECUTIVE_BAD = 16
+"""Consecutive damaged or unreadable files after which a program stops: so many are no accident."""
+
 
 class UserError(Exception):
     """An error whose message a user can act on; `str(error)` is one line."""

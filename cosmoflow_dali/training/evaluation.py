@@ -100,7 +100,9 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
     bad = index[~np.isfinite(predictions[index]).all(axis=1)]
     if bad.size:
         own = np.arange(len(loader.split))
-        world.run_on_all_ranks(lambda: loader.explain(own[np.isin(loader.split.global_indices(own), bad)]))
+        world.run_on_all_ranks(
+            lambda: loader.raise_if_damaged(own[np.isin(loader.split.global_indices(own), bad)])
+        )
         raise UserError(
             f"the network's answer for {bad.size} of {loader.split.total} sound samples is not a number: "
             "its training has diverged; lower the learning rate"

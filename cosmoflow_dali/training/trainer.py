@@ -232,7 +232,7 @@ class Trainer:
         if not bad:
             return
         index = self._window[bad[0]][1]
-        self._world.run_on_all_ranks(lambda: self._train.explain(index))
+        self._world.run_on_all_ranks(lambda: self._train.raise_if_damaged(index))
         step = self.steps - len(means) + bad[0] + 1
         raise UserError(
             f"the loss is {means[bad[0]]} at step {step} (epoch {self.position.epoch + 1}), and the samples "

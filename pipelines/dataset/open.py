@@ -14,7 +14,7 @@ import numpy as np
 from pipelines.dataset.dataset import SampleDataset, dataset_from_shards
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Manifest
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError, DataError
 from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.packed.format import PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
@@ -26,9 +26,6 @@ _EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
 
 _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
-
-_MAX_PROBES = 16
-"""Files or samples tried before a folder is taken to hold none that is sound."""
 
 
 def split_dirs(root: Path) -> list[str]:
@@ -87,7 +84,7 @@ def open_folder(folder: Path) -> SampleDataset:
 def first_valid(items: Iterable[_Item], probe: Callable[[_Item], _Found]) -> _Found:
     """What `probe` finds in the first sound one of some of `items`; the very first's DataError if none is."""
     faults: list[DataError] = []
-    for item in islice(items, _MAX_PROBES):
+    for item in islice(items, MAX_CONSECUTIVE_BAD):
         try:
             return probe(item)
         except DataError as error:

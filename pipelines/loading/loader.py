@@ -48,7 +48,7 @@ class Loader:
         split: SampleDataset,
         config: LoaderConfig,
         *,
-        shard: RankSlice,
+        rank_slice: RankSlice,
         seed: int,
         shuffle: bool,
         ragged: Ragged,
@@ -56,14 +56,14 @@ class Loader:
     ) -> None:
         """See `plan_epoch` for `seed`, `shuffle` and `ragged`; UserError where the plan is empty.
 
-        `shard` is of those that read `split`; where that is a share, the others read other shares, in
+        `rank_slice` is of those that read `split`; where that is a share, the others read other shares, in
         as many steps.
         """
         self.split = split
         self._reader = Reader(split, config.on_bad_sample, direct_io=config.direct_io)
         self._substitutes = ragged == "drop"
-        self._shard, self._device = shard, device
-        global_batch = config.batch_size * shard.count
+        self._rank_slice, self._device = rank_slice, device
+        global_batch = config.batch_size * rank_slice.count
         # The smallest share sets the pace in training, the largest where every sample must be seen.
         smallest, largest = split.total // split.num_partitions, -(-split.total // split.num_partitions)
         steps = smallest // global_batch if ragged == "drop" else -(-largest // global_batch)
@@ -105,7 +105,7 @@ class Loader:
             self._next = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
             yield self._batch(epoch, step, into)
 
-    def explain(self, index: npt.NDArray[np.int64]) -> None:
+    def raise_if_damaged(self, index: npt.NDArray[np.int64]) -> None:
         """Raise the DataError of the first sample among `index` that is not sound, if one is not."""
         for sample in index[index >= 0].tolist():
             self.split.read(sample)
@@ -125,7 +125,7 @@ class Loader:
     def _rows_from(self, epoch: int, step: int) -> Iterator[Indices]:
         """This shard's samples, (steps, B), of the rest of that epoch, then of each one after it."""
         while True:
-            yield self._shard.select(self._plan(epoch))[step:]
+            yield self._rank_slice.select(self._plan(epoch))[step:]
             epoch, step = epoch + 1, 0
 
     def _steps_from(self, epoch: int, step: int) -> Iterator[tuple[int, int, Indices]]:
@@ -179,7 +179,7 @@ class Loader:
         except RuntimeError:
             # DALI's errors name no file; reading the same samples on the host does. It may be ahead.
             for planned in (*self._running, *self._reading):
-                self.explain(planned.index)
+                self.raise_if_damaged(planned.index)
             raise
 
     def _take(self, volume: torch.Tensor, planned: _Planned, into: Batch | None) -> Batch:

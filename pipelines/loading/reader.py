@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.errors import DataError
+from pipelines.errors import MAX_CONSECUTIVE_BAD, DataError
 from pipelines.formats.base import Payload
 from pipelines.sample import Sample
 
 OnBadSample: TypeAlias = Literal["fail", "skip"]
 
 _Read = TypeVar("_Read")
-
-IN_A_ROW = 16
-"""Files in a row without a sound sample; so many are no accident."""
 
 
 class Reader:
@@ -50,7 +47,7 @@ class Reader:
         while passed < len(self.split):
             candidate = (index + passed) % len(self.split)
             files.add(self.split.files(candidate)[-1])
-            if len(files) > IN_A_ROW:
+            if len(files) > MAX_CONSECUTIVE_BAD:
                 break
             payload = self._unless_damaged(candidate, self._payload)
             if payload is not None:

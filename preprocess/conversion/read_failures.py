@@ -6,8 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipelines.errors import AccessError
-from pipelines.loading.reader import IN_A_ROW
+from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError
 
 
 class Lost:
@@ -19,7 +18,7 @@ class Lost:
     def note(self, unread: Mapping[str, str]) -> None:
         """Hear of one more source: the fault of each file by its path if none could be read, else nothing.
 
-        AccessError where a file's folder is gone with it, and after more than IN_A_ROW files.
+        AccessError where a file's folder is gone with it, and after more than MAX_CONSECUTIVE_BAD files.
         """
         self._row = {**self._row, **unread} if unread else {}
         for folder in {Path(path).parent for path in unread}:
@@ -29,7 +28,7 @@ class Lost:
                     next(names, None)
             except OSError as error:
                 raise AccessError.reading(folder, error) from error
-        if len(self._row) > IN_A_ROW:
+        if len(self._row) > MAX_CONSECUTIVE_BAD:
             path, fault = next(reversed(self._row.items()))
             said = f"{fault}, nor can the {len(self._row) - 1} files tried before it"
             raise AccessError(path, said, "see what has become of the file system")

@@ -46,7 +46,7 @@ def test_a_step_of_a_thousand_samples_a_second_never_waits(
     loader = Loader(
         split,
         LoaderConfig(batch_size=4, threads=8, prefetch=3),
-        shard=RankSlice(),
+        rank_slice=RankSlice(),
         seed=0,
         shuffle=True,
         ragged="drop",

@@ -127,7 +127,7 @@ def loader(root: Path, device: str, **options: object) -> Loader:
     return Loader(
         open_split(root, "train"),
         LoaderConfig(**options),  # type: ignore[arg-type]
-        shard=RankSlice(),
+        rank_slice=RankSlice(),
         seed=0,
         shuffle=False,
         ragged="drop",
@@ -185,5 +185,5 @@ def test_on_a_gpu_damage_becomes_no_number(
     (batch,) = batches.batches(0)
     assert batch.volume.isnan().flatten(1).any(1).tolist() == [False, False, False, True, False, False]
     with pytest.raises(DataError, match=said):
-        batches.explain(batch.index)
+        batches.raise_if_damaged(batch.index)
     batches.close()

@@ -48,7 +48,7 @@ def loader(
     data: Path | SampleDataset,
     *,
     batch_size: int = 2,
-    shard: RankSlice = RankSlice(),  # noqa: B008  (it is frozen)
+    rank_slice: RankSlice = RankSlice(),  # noqa: B008  (it is frozen)
     shuffle: bool = True,
     ragged: Ragged = "drop",
     seed: int = 9,
@@ -58,7 +58,7 @@ def loader(
     made = Loader(
         open_split(data, "train") if isinstance(data, Path) else data,
         LoaderConfig(batch_size=batch_size, **config),
-        shard=shard,
+        rank_slice=rank_slice,
         seed=seed,
         shuffle=shuffle,
         ragged=ragged,
@@ -150,7 +150,7 @@ def test_what_tensorflow_wrote_comes_through_dali_and_through_npy_exactly(
 def test_ranks_share_the_epoch_between_them(ranks: int, roots: dict[str, Path]) -> None:
     seen, steps = [], set()
     for rank in range(ranks):
-        with loader(roots["npy"], batch_size=1, shard=RankSlice(rank, ranks), ragged="pad") as batches:
+        with loader(roots["npy"], batch_size=1, rank_slice=RankSlice(rank, ranks), ragged="pad") as batches:
             seen += rows(batches.batches(0))
             steps.add(len(batches))
     assert steps == {-(-SAMPLES // ranks)}
@@ -168,7 +168,7 @@ def test_dali_reads_the_same_files_in_the_same_order(
         return [left, *(rows(batches.batches(*place)) for place in ((0, 0), (1, 0), (0, 3), (1, 0)))]
 
     settings: tuple[dict[str, Any], ...] = (
-        {"shard": RankSlice(1, 2), "batch_size": 1},
+        {"rank_slice": RankSlice(1, 2), "batch_size": 1},
         {"ragged": "pad", "batch_size": 3},
     )
     for options in settings:
@@ -227,7 +227,7 @@ def test_two_ranks_make_up_the_batches_of_one(roots: dict[str, Path]) -> None:
         whole = [rows(iter([batch])) for batch in batches.batches(1)]
     halves = []
     for rank in range(2):
-        with loader(roots["npy"], batch_size=2, shard=RankSlice(rank, 2)) as batches:
+        with loader(roots["npy"], batch_size=2, rank_slice=RankSlice(rank, 2)) as batches:
             halves.append([rows(iter([batch])) for batch in batches.batches(1)])
     assert len(whole) == len(halves[0]) == len(halves[1]) == SAMPLES // 4
     for step, left, right in zip(whole, *halves, strict=True):
@@ -336,12 +336,15 @@ def test_a_count_below_zero_becomes_no_number_and_is_explained(
         for index, volume, _ in rows(batches.batches(0)):
             assert np.isnan(volume).any() == (index == 5)
         with pytest.raises(DataError, match="a count is -30000"):
-            batches.explain(np.array([4, 5, -1]))
-        batches.explain(np.array([4, 6, -1]))
+            batches.raise_if_damaged(np.array([4, 5, -1]))
+        batches.raise_if_damaged(np.array([4, 6, -1]))
 
 
 def test_more_ranks_than_samples_is_refused(roots: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match="11 training samples"), loader(roots["npy"], shard=RankSlice(0, 12)):
+    with (
+        pytest.raises(UserError, match="11 training samples"),
+        loader(roots["npy"], rank_slice=RankSlice(0, 12)),
+    ):
         pass
 
 

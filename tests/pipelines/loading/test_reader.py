@@ -71,7 +71,7 @@ def test_training_takes_another_and_validation_leaves_it_out(
     loader = Loader(
         split,
         LoaderConfig(batch_size=4, on_bad_sample="skip"),
-        shard=RankSlice(),
+        rank_slice=RankSlice(),
         seed=0,
         shuffle=False,
         ragged=ragged,

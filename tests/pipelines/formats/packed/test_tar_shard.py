@@ -267,7 +267,7 @@ def test_an_epoch_of_many_small_samples_holds_memory_flat(tmp_path: Path) -> Non
     loader = Loader(
         open_split(tmp_path, "train"),
         LoaderConfig(batch_size=64),
-        shard=RankSlice(),
+        rank_slice=RankSlice(),
         seed=1,
         shuffle=True,
         ragged="drop",
