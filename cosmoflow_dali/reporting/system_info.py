@@ -14,6 +14,7 @@ from pipelines.distributed.session import available_cores
 from pipelines.formats.packed.gather_cpu import COMPILED
 
 _PACKAGES = (
+    "cosmoflow-dali",
     "torch",
     "triton",
     "nvidia-dali-cuda120",

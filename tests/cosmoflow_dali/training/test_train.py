@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import random
 import signal
@@ -96,6 +97,7 @@ def test_a_run_that_reaches_its_target_ends_there_and_complies(tmp_path: Path) -
     assert done.code == 0, done.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["outcome"] == "reached"
+    assert summary["versions"]["cosmoflow-dali"] == importlib.metadata.version("cosmoflow-dali")
     assert summary["mae"] <= 0.124
     assert summary["epochs"] < 9
     checked = compliance(tmp_path / "run")
