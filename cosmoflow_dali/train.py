@@ -22,7 +22,7 @@ from typing import NoReturn
 import torch
 from mlperf_logging.mllog import constants
 
-from cosmoflow_dali.arguments import Arguments, of_model, parse
+from cosmoflow_dali.arguments import Arguments, parse, select_instance
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.mlperf import log_events as mlperf
@@ -31,7 +31,7 @@ from cosmoflow_dali.models.open import OpenCosmoFlow
 from cosmoflow_dali.reporting.summary import Result, finish
 from cosmoflow_dali.training import run_dir as runs
 from cosmoflow_dali.training.checkpoint import Checkpoint
-from cosmoflow_dali.training.logs import Console, RunLogs
+from cosmoflow_dali.training.logs import Console, RunLogs, configure_logging
 from cosmoflow_dali.training.trainer import STOP_SIGNALS, Outcome, Trainer
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_split
@@ -63,15 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     whole = launched()
     with report_errors(whole):
+        configure_logging(whole)
         arguments = parse(argv)
         world = whole.split(arguments.instances)
         device = world.device(arguments.config.device)
     # From here on what all ranks of a model know is told by that model's own rank 0.
     with report_errors(world, "stopped; what the last checkpoint holds goes on with --run-dir RUN --resume"):
-        arguments = of_model(arguments, world.model)
+        arguments = select_instance(arguments, world.model)
         console = Console(speaks=world.is_root)
-        for note in arguments.notes:
-            console.say(note)
+        configure_logging(world)
         configure_torch(device, world.cores, arguments.config.compute.precision)
         began_ms = arguments.staged_since or round(1e3 * time.time())
         with world.connected(device):

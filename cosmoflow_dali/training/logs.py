@@ -19,6 +19,7 @@ from typing import Any
 from mlperf_logging.mllog.mllog import MLLogger
 from tqdm import tqdm
 
+from pipelines.distributed.session import World
 from pipelines.errors import AccessError
 
 METRICS = "metrics.jsonl"
@@ -85,6 +86,24 @@ class _RaisingHandler(logging.FileHandler):
         if isinstance(error, OSError):
             raise AccessError.writing(Path(self.baseFilename), error) from error
         super().handleError(record)
+
+
+def configure_logging(world: World) -> None:
+    """Log to standard error: all messages on rank 0, and on others warnings with the rank as prefix."""
+    handler = _ConsoleHandler()
+    handler.setFormatter(
+        logging.Formatter(f"rank {world.rank}: %(message)s" if world.rank else "%(message)s")
+    )
+    logger = logging.getLogger("cosmoflow_dali")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if world.is_root else logging.WARNING)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Write records to standard error, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 class Console:

@@ -40,7 +40,7 @@ def load_trained(path: Path) -> Trained:
     if path.suffix == ".npz":
         return _from_npz(path)
     checkpoint = Checkpoint.load(path)
-    config, _ = resolve(checkpoint.config)
+    config = resolve(checkpoint.config)
     model = build_model(config.model, checkpoint.seed)
     model.load_state_dict(checkpoint.model)
     # Within an epoch, the newest scores are those of older weights.

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cosmoflow_dali.compute.schedule import StepDecayConfig
-from cosmoflow_dali.config import TrainConfig, flatten, read_yaml, resolve, to_tree
+from cosmoflow_dali.config import TrainConfig, flatten, read_yaml, resolve
 from cosmoflow_dali.training.checkpoint import Checkpoint
 from cosmoflow_dali.training.evaluation import Evaluation
 from pipelines.dataset.dataset import SampleDataset
@@ -64,13 +64,13 @@ def begin(folder: Path, config: TrainConfig) -> None:
 
 def save_config(folder: Path, config: TrainConfig) -> None:
     """Write `config` into `folder` as YAML."""
-    text = yaml.safe_dump(to_tree(config), sort_keys=False)
+    text = yaml.safe_dump(asdict(config), sort_keys=False)
     write_chunks(folder / CONFIG, text.encode())
 
 
 def load_config(folder: Path) -> TrainConfig:
     """The configuration that the run in `folder` started with."""
-    return resolve(read_yaml(folder / CONFIG))[0]
+    return resolve(read_yaml(folder / CONFIG))
 
 
 def go_on(folder: Path, config: TrainConfig, ranks: int) -> tuple[TrainConfig, Checkpoint | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,7 @@ from cosmoflow_dali.compute.engines import make_engine, wrap_model
 from cosmoflow_dali.compute.optim import build_optimizer, describe, restore_optimizer, set_lr
 from cosmoflow_dali.compute.schedule import lr_at
 from cosmoflow_dali.compute.step import autocast, make_scaler, seed_step
-from cosmoflow_dali.config import TrainConfig, to_tree
+from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.training.checkpoint import Checkpoint, Position
 from cosmoflow_dali.training.evaluation import Evaluation, evaluate
 from cosmoflow_dali.training.logs import Console, RunLogs
@@ -291,7 +291,7 @@ class Trainer:
         if not self._world.is_root:
             return
         state = Checkpoint(
-            config=to_tree(self._config),
+            config=asdict(self._config),
             seed=self._seed,
             global_batch=self._global_batch,
             train_samples=self._train.split.total,

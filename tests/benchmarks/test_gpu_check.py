@@ -126,6 +126,6 @@ def test_the_training_is_one_that_the_program_takes(tmp_path: Path) -> None:
     from cosmoflow_dali.config import read_yaml, resolve
 
     gpu_check.write_config(tmp_path)
-    config, _ = resolve(read_yaml(tmp_path / "train.yaml"))
+    config = resolve(read_yaml(tmp_path / "train.yaml"))
     assert config.data.simulate is not None
     assert config.epochs * config.data.simulate.train // config.loader.batch_size == 200

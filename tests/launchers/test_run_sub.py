@@ -392,7 +392,7 @@ PUBLISHED = {
 def test_each_submission_has_the_published_hyperparameters() -> None:
     found = {}
     for path in CONFIGS.glob("submission_*.yaml"):
-        config, _ = resolve(read_yaml(path))
+        config = resolve(read_yaml(path))
         schedule, network, optimizer = config.schedule, config.model, config.optimizer
         assert isinstance(schedule, StepDecayConfig) and isinstance(network, ReferenceConfig)
         assert isinstance(optimizer, SGDConfig) and optimizer.momentum == 0.9
@@ -412,7 +412,7 @@ def test_each_system_has_its_configuration_and_the_ranks_for_its_batch(path: Pat
         checkout, f"source configs/{path.name}; echo $DGXNNODES $DGXNGPU $CONFIG_FILE $WALLTIME $DGXSYSTEM"
     )
     nodes, gpus, name, walltime, system = done.stdout.split()
-    config, _ = resolve(read_yaml(CONFIGS / f"{name}.yaml"))
+    config = resolve(read_yaml(CONFIGS / f"{name}.yaml"))
     assert config.global_batch == int(nodes) * int(gpus) * config.loader.batch_size
     assert path.stem == f"config_{system}" and re.fullmatch(r"\d\d:\d\d:00", walltime)
     assert config.target_mae == 0.124 and config.shuffle

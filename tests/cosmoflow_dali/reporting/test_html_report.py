@@ -28,7 +28,7 @@ def run_folder(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     targets = rng.uniform(-1, 1, (40, 4))
     evaluation = Evaluation(np.arange(40), 0.8 * targets + 0.1 * rng.standard_normal((40, 4)), targets)
-    runs.save_config(folder, resolve({})[0])
+    runs.save_config(folder, resolve({}))
     runs.write_predictions(folder, evaluation)
     trivial = evaluation.trivial_mae_per_parameter
     summary = evaluation.scores() | {
