@@ -1,10 +1,10 @@
-"""What a submission to MLPerf HPC reports, from the logs of its runs.
+"""Score MLPerf logs as a submission to MLPerf HPC does.
 
     python -m cosmoflow_dali.results LOGDIR [--submission DIR] [--plot FILE.png] [--json FILE]
 
-LOGDIR holds MLPerf logs at any depth: run folders of this trainer, or logs of anyone's. Each log is
-checked by the official compliance checker; a table names every one of them, and what the runs come to is
-printed beside published results. Exits with 0 if all logs pass and their runs converged.
+LOGDIR holds MLPerf logs at any depth: run folders of this trainer, or logs of any program. The official
+compliance checker checks each log. A table lists all logs, and a second one the scores of each system with
+published results. The exit status is 0 if all logs are compliant and their runs converged.
 """
 
 from __future__ import annotations
@@ -21,84 +21,80 @@ from typing import TYPE_CHECKING, Any
 from mlperf_logging.benchmark_meta import get_result_file_counts
 
 from cosmoflow_dali.mlperf.checkers import USAGE
-from cosmoflow_dali.mlperf.events import TARGET_MAE
 from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run, read_logs
 from cosmoflow_dali.mlperf.published import ROWS
+from cosmoflow_dali.mlperf.read_events import TARGET_MAE
 from cosmoflow_dali.mlperf.scoring import Score, summarize
+from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, STYLE
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.session import World
 from pipelines.errors import UserError
 from pipelines.io import write_chunks
+from pipelines.tables import format_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 _PUBLISHED = [row for row in ROWS if row.version >= "v2.0"]
-"""Of the rounds whose scores are the ones that are reported today."""
+"""Rounds with today's scores."""
 
-_SHOWN = 5
-"""Lines of what is wrong with each log."""
-
-_INK, _RUN, _STAGING, _OUT = "#1f2430", "#2f6db5", "#a9c3e2", "#c25a2a"
-_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+_MAX_ERRORS = 5
+"""Compliance errors printed per log."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line; return the exit status."""
     with report_errors(World()):
         parser = OneLineParser(
             prog="python -m cosmoflow_dali.results",
-            description="Check the MLPerf logs of many runs and print what a submission reports of them.",
+            description="Check the MLPerf logs of many runs and print the scores that a submission reports.",
         )
-        parser.add_argument("logdir", type=Path, metavar="LOGDIR", help="holds MLPerf logs, at any depth")
+        parser.add_argument("logdir", type=Path, metavar="LOGDIR", help="folder with MLPerf logs, any depth")
         parser.add_argument(
-            "--submission", type=Path, metavar="DIR", help="lay a submission out here and have it checked"
+            "--submission", type=Path, metavar="DIR", help="write a submission to this folder and check it"
         )
         parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the runs")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
         arguments = parser.parse_args(argv)
         runs = read_logs(arguments.logdir)
         scores = summarize(runs)
-        print(_table(_log_rows(runs)))
+        print(format_table(_log_rows(runs), left=(0, 8)))
         for run in runs:
-            for complaint in _shortened(run.compliance_errors):
-                print(f"{run.name}: fails compliance: {complaint}")
-        print("\n" + _table(_result_rows(scores)))
+            for error in run.compliance_errors[:_MAX_ERRORS]:
+                print(f"{run.name}: fails compliance: {error}")
+            if (more := len(run.compliance_errors) - _MAX_ERRORS) > 0:
+                print(f"{run.name}: fails compliance: {more} more errors")
+        print("\n" + format_table(_score_rows(scores)))
         for note in _notes(scores):
             print(f"note: {note}")
         if arguments.json is not None:
             write_chunks(arguments.json, json.dumps(_tree(runs, scores), indent=2).encode() + b"\n")
         if arguments.plot is not None:
             write_chunks(arguments.plot, draw(scores))
-        refused = _submit(arguments.submission, scores) if arguments.submission is not None else 0
-        out = [run.name for run in runs if not run.is_valid]
-        if out:
-            raise UserError(f"{len(out)} of {len(runs)} logs do not count, such as {out[0]}; see the table")
-        if refused:
-            raise UserError(f"{arguments.submission}: {refused} checkers refuse it; see what they say")
+        failed = _submit(arguments.submission, scores) if arguments.submission is not None else 0
+        invalid = [run.name for run in runs if not run.is_valid]
+        if invalid:
+            raise UserError(f"{len(invalid)} of {len(runs)} logs are invalid: {invalid[0]}; see the table")
+        if failed:
+            raise UserError(f"{arguments.submission}: {failed} checkers fail; see their messages above")
     return 0
 
 
 def _submit(folder: Path, scores: Sequence[Score]) -> int:
-    """Write the submission and print what the checkers say of it; how many refuse it."""
-    # Only here: the convergence checker brings scipy, which takes its time.
+    """Write the submission and print the verdicts; return the number of checkers that fail."""
+    # Imported here because the convergence checker imports scipy, which is slow.
     from cosmoflow_dali.mlperf.submission import write_submission
 
     submission = write_submission(folder, scores)
     print(f"\nwrote {folder}")
     for verdict in submission.verdicts:
-        print(f"{verdict.checker}, {verdict.of}: {'passes' if verdict.passed else 'fails'}")
-        for reason in verdict.messages:
-            print(f"  {reason}")
+        print(f"{verdict.checker}, {verdict.subject}: {'passes' if verdict.passed else 'fails'}")
+        for message in verdict.messages:
+            print(f"  {message}")
     for note in submission.notes:
         print(f"note: {note}")
     return sum(not verdict.passed for verdict in submission.verdicts)
-
-
-def _shortened(compliance_errors: Sequence[str]) -> list[str]:
-    more = len(compliance_errors) - _SHOWN
-    return [*compliance_errors[:_SHOWN], *([f"{more} more of these"] if more > 0 else [])]
 
 
 def _log_rows(runs: Sequence[Run]) -> list[list[str]]:
@@ -115,15 +111,15 @@ def _log_rows(runs: Sequence[Run]) -> list[list[str]]:
             _text(run.staging, 1),
             _text(run.system.accelerators if run.system else None),
             _text(run.seed),
-            "; ".join(run.invalid_reasons) or ("does not count" if run.compliance_errors else "converged"),
+            "; ".join(run.invalid_reasons) or ("not compliant" if run.compliance_errors else "converged"),
         ]
         for run in runs
     ]
     return rows
 
 
-def _result_rows(scores: Sequence[Score]) -> list[list[str]]:
-    """These results, and below them what others have published."""
+def _score_rows(scores: Sequence[Score]) -> list[list[str]]:
+    """Return the rows of `scores`, followed by the published results."""
     rows = [
         [
             "result", "scaling", "runs", "accelerators", "samples/s each", "minutes", "staging, s", "epochs",
@@ -149,45 +145,45 @@ def _result_rows(scores: Sequence[Score]) -> list[list[str]]:
         )
     rows += [
         [
-            f"published: {one.submission}",
-            one.scaling,
+            f"published: {row.submission}",
+            row.scaling,
             "",
-            one.accelerators,
-            _text(one.rate, 1),
-            _text(one.minutes, 2),
-            "included" if one.counted else _text(one.staging, 1),
-            _text(one.epochs, 1),
-            _text(one.whole, 2),
-            _text(one.models_per_minute, 2),
+            row.accelerators,
+            _text(row.rate, 1),
+            _text(row.minutes, 2),
+            "included" if row.counted else _text(row.staging, 1),
+            _text(row.epochs, 1),
+            _text(row.whole, 2),
+            _text(row.models_per_minute, 2),
         ]
-        for one in _PUBLISHED
+        for row in _PUBLISHED
     ]
     return rows
 
 
 def _notes(scores: Sequence[Score]) -> list[str]:
-    """What the figures are, and what keeps them from being a submission's."""
+    """Return the definitions of the figures, and what a submission would need in addition."""
     notes = [
         "minutes: from run_start to run_stop, the mean without the fastest and the slowest run",
         f"epochs: to the first validation error of at most {TARGET_MAE}; samples/s: of training alone",
     ]
-    wanted = get_result_file_counts(USAGE)[BENCHMARK]
+    required = get_result_file_counts(USAGE)[BENCHMARK]
     for score in scores:
         name = f"{score.system.org}, {score.system.platform}, {score.scaling}"
         count = len(score.valid_runs)
-        if count < wanted or (score.scaling == "strong" and count > wanted):
-            notes.append(f"{name}: runs that count: {count}; a submission has {wanted}")
+        if count < required or (score.scaling == "strong" and count > required):
+            notes.append(f"{name}: {count} valid runs; a submission has {required}")
         seeds = defaultdict(list)
         for run in score.runs:
             seeds[run.seed].append(run.name)
         for seed, names in seeds.items():
             if len(names) > 1 and seed is not None:
-                notes.append(f"{name}: {' and '.join(names)} share the seed {seed}; each wants its own")
+                notes.append(f"{name}: {' and '.join(names)} share seed {seed}; each run needs its own")
     return notes
 
 
 def _tree(runs: Sequence[Run], scores: Sequence[Score]) -> dict[str, Any]:
-    """All figures, as JSON has them."""
+    """Return all figures for JSON."""
     return {
         "logs": [_run_tree(run) for run in runs],
         "results": [
@@ -196,97 +192,61 @@ def _tree(runs: Sequence[Run], scores: Sequence[Score]) -> dict[str, Any]:
             | {f"mean_{figure}": score.mean(figure) for figure in ("rate", "staging", "epochs")}
             for score in scores
         ],
-        "published": [asdict(one) for one in _PUBLISHED],
+        "published": [asdict(row) for row in _PUBLISHED],
     }
 
 
 def _run_tree(run: Run) -> dict[str, Any]:
-    tree = asdict(run) | {
-        "path": str(run.path),
-        "minutes": run.minutes,
-        "counts": run.is_valid,
-        "content": None,
-    }
-    tree["complaints"], tree["faults"] = tree.pop("compliance_errors"), tree.pop("invalid_reasons")
-    return tree
+    tree = asdict(run) | {"path": str(run.path), "minutes": run.minutes, "content": None}
+    # The keys of earlier versions.
+    errors, reasons = tree.pop("compliance_errors"), tree.pop("invalid_reasons")
+    return tree | {"complaints": errors, "faults": reasons, "counts": run.is_valid}
 
 
 def draw(scores: Sequence[Score]) -> bytes:
-    """A PNG picture: of each result its runs in time, and its score beside the published ones."""
-    # Only here: matplotlib takes its time, and most calls draw nothing.
+    """Return a PNG picture of each score's runs over time."""
+    # Imported here because matplotlib is slow to import, and most calls draw nothing.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     heights = [1.6 + 0.14 * len(score.runs) for score in scores] or [1.0]
-    with rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=150)
-        axes = figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights, width_ratios=(2, 1))
-        for (left, right), score in zip(axes, scores, strict=False):
-            _draw_runs(left, score)
-            _draw_scores(right, score)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, sum(heights)), layout="constrained", dpi=150)
+        axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+        for ax, score in zip(axes, scores, strict=False):
+            _draw_runs(ax, score)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def _draw_runs(ax: Axes, score: Score) -> None:
-    """Each run as a bar: from its own start, or, where models are trained together, from the first one's."""
+    """Draw each run as a bar from its own start or, for weak scaling, from the first run's start."""
     first = min((run.start for run in score.valid_runs if run.start is not None), default=0.0)
     for row, run in enumerate(score.runs):
         if run.start is None or run.minutes is None:
             continue
-        began = (run.start - first) / 60 if score.scaling == "weak" else 0.0
-        ax.barh(row, run.minutes, left=began, color=_RUN if run.is_valid else _OUT, height=0.7)
+        start = (run.start - first) / 60 if score.scaling == "weak" else 0.0
+        ax.barh(row, run.minutes, left=start, color=BLUE if run.is_valid else ORANGE, height=0.7)
         if run.staging is not None and run.staging_start is not None:
-            left = began + (run.staging_start - run.start) / 60
-            ax.barh(row, run.staging / 60, left=left, color=_STAGING, height=0.7)
+            left = start + (run.staging_start - run.start) / 60
+            ax.barh(row, run.staging / 60, left=left, color=LIGHT_BLUE, height=0.7)
     line, name = (
-        (score.time_to_train_all, "TTTa") if score.scaling == "weak" else (score.time_to_train, "the mean")
+        (score.time_to_train_all, "TTTa") if score.scaling == "weak" else (score.time_to_train, "mean")
     )
     if line is not None:
-        ax.axvline(line, color=_INK, lw=1, ls="--")
+        ax.axvline(line, color=INK, lw=1, ls="--")
     ax.set_title(f"{score.system.org}, {score.system.platform}: {len(score.runs)} runs", fontsize=9)
-    # Bars hold the axes' edges, which would cut staging off from the frame.
+    # Bars pin the limits of the axes, which would clip staging at the frame.
     ax.use_sticky_edges = False
     ax.margins(x=0.03)
-    ax.set(xlabel=f"minutes (light: staging, orange: does not count, dashed: {name})", yticks=[])
+    ax.set(xlabel=f"minutes (light: staging, orange: invalid, dashed: {name})", yticks=[])
     ax.set_ylim(max(len(score.runs), 4) - 0.5, -0.5)
-
-
-def _draw_scores(ax: Axes, score: Score) -> None:
-    others = [one for one in _PUBLISHED if one.scaling == score.scaling]
-    if score.scaling == "strong":
-        label, own = "time to train [min]", score.time_to_train
-        theirs: list[tuple[str, float | None]] = [(one.submission, one.minutes) for one in others]
-    else:
-        label, own = "models a minute", score.models_per_minute
-        theirs = [(one.submission, one.models_per_minute) for one in others]
-    bars = [("these runs", own, _RUN), *((name, value, _STAGING) for name, value in theirs)]
-    for row, (_, value, color) in enumerate(bars):
-        ax.barh(row, value or 0, color=color, height=0.7)
-        ax.annotate(f" {_text(value, 2)}", (value or 0, row), va="center", fontsize=8)
-    ax.set_yticks(range(len(bars)), [name for name, _, _ in bars])
-    # No taller than a few of the runs beside them.
-    ax.set_ylim(max(len(bars), len(score.runs) / 4) - 0.5, -0.5)
-    ax.margins(x=0.2)
-    ax.set(xlabel=label)
 
 
 def _text(value: float | None, digits: int = 0) -> str:
     # A seed may have more digits than a float.
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.{digits}f}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """`rows` in columns: the first and the last flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in (0, len(widths) - 1) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 if __name__ == "__main__":

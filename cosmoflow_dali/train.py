@@ -25,7 +25,7 @@ from mlperf_logging.mllog import constants
 from cosmoflow_dali.arguments import Arguments, parse, select_instance
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.config import TrainConfig
-from cosmoflow_dali.mlperf import log_events as mlperf
+from cosmoflow_dali.mlperf import write_events as mlperf
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenCosmoFlow
 from cosmoflow_dali.reporting.summary import Result, finish

@@ -27,6 +27,7 @@ from pipelines.distributed.session import World, available_cores
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SPLITS
+from pipelines.tables import format_table
 from preprocess.conversion.journal import finish, is_unfinished, list_files
 from preprocess.conversion.progress import progress
 from preprocess.conversion.verify_task import Check
@@ -162,12 +163,7 @@ def _table(reports: Sequence[Report]) -> str:
             faults = len(report.faults[check])
             verdicts.append("no manifest" if needs_manifest else f"{faults} faults" if faults else "ok")
         rows.append((check, *verdicts))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for label, *cells in rows:
-        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join((label.ljust(widths[0]), *padded)))
-    return "\n".join(lines)
+    return format_table(rows)
 
 
 def verify(root: Path, *, workers: int, write: bool) -> int:

@@ -1,5 +1,5 @@
-"""MLPerf HPC: the log events of a run, and results and submissions made from the logs of many.
+"""MLPerf HPC: the events that a run logs, and the scores and submissions made from logs.
 
-In: the settings of a run, or logs of anyone's runs. Out: events in the rules' terms; scores, checker verdicts
-and a submission folder.
+In: a run's settings, or the MLPerf logs of any program. Out: log events; scores, checker verdicts and a
+submission folder.
 """

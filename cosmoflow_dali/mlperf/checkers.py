@@ -1,4 +1,4 @@
-"""The official checkers of mlperf_logging (usage hpc, ruleset 3.0.0), and what they say, in short."""
+"""The official checkers of mlperf_logging (usage hpc, ruleset 3.0.0), with their messages shortened."""
 
 from __future__ import annotations
 
@@ -27,40 +27,43 @@ _SUCCESS = "PACKAGE CHECKER FOUND NO ERRORS"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one checker says.
+    """The verdict of one checker.
 
-    of: the folder below the submission's that it looked at.
-    messages: its reasons, a line each.
+    Attributes:
+        checker: Name of the checker.
+        subject: Checked folder, relative to the submission's folder.
+        passed: True if the checker found no error.
+        messages: Reasons, one line each.
     """
 
     checker: str
-    of: str
+    subject: str
     passed: bool
     messages: tuple[str, ...]
 
 
 def check_compliance(path: Path) -> tuple[str, ...]:
-    """What the compliance checker has against the log at `path`, a line each."""
+    """Return the compliance checker's errors for the log at `path`, one line each."""
     checker = mlp_compliance.make_checker(USAGE, RULESET, quiet=True, werror=False)
-    # A queue that all checkers of a process share, and that one which broke off has not emptied.
+    # All checkers of a process share this queue, and one that raised has not emptied it.
     mlp_compliance.enqueued_configs.clear()
     with capture_logs():
         try:
             mlp_compliance.main(str(path), f"{USAGE}_{RULESET}/common.yaml", checker)
         except Exception as error:
-            # It computes with what a log says, of whatever type that is.
-            return (f"the checker breaks off: {error!r}",)
+            # The checker computes with logged values of any type.
+            return (f"the checker failed: {error!r}",)
     return tuple(map(_brief, (*checker.overwritable.values(), *checker.not_overwritable)))
 
 
-def _brief(complaint: str) -> str:
-    """The checker's `complaint` without the context that it prints over many lines."""
-    first, *rest = complaint.splitlines()
+def _brief(message: str) -> str:
+    """Return the checker's `message` without the context that it prints over many lines."""
+    first, *rest = message.splitlines()
     return " ".join([first, *(line for line in rest if line.startswith("failed test"))])
 
 
 def missing_fields(description: Path) -> list[str]:
-    """What the JSON file `description` of a system lacks; the names stand in the checker alone."""
+    """Return the fields that the JSON file `description` of a system lacks; only the checker lists them."""
     with capture_logs() as records:
         system_desc_checker.check_system_desc(str(description), USAGE, RULESET)
     return [
@@ -69,77 +72,69 @@ def missing_fields(description: Path) -> list[str]:
 
 
 def check_package(folder: Path) -> Verdict:
-    """Of a whole submission in `folder`."""
-    # As a program of its own and inside the folder, whose name might read as a pattern. It exits with 0
-    # whatever it finds, so that its words are all there is to go by.
+    """Run the package checker on the whole submission in `folder`."""
+    # It runs inside the folder, because it would read special characters in the path as a pattern. It always
+    # exits with 0, so the verdict is taken from its output.
     line = [sys.executable, "-m", "mlperf_logging.package_checker", ".", USAGE, RULESET]
     done = subprocess.run(
         [*line, "--log_output", os.devnull], cwd=folder, capture_output=True, text=True, check=False
     )
     *_, last = done.stderr.splitlines() or [""]
     if done.returncode:
-        return Verdict("package checker", ".", False, (f"it breaks off: {last}",))
+        return Verdict("package checker", ".", False, (f"the checker failed: {last}",))
     errors = re.findall(r"^ERROR - *(.*)", done.stderr, re.MULTILINE)
     return Verdict("package checker", ".", _SUCCESS in done.stderr, tuple(errors))
 
 
-def check_seeds(folder: Path, place: Path) -> Verdict:
-    """Of the logs in `place`, a folder below the submission's `folder`."""
-    logs = sorted(map(str, (folder / place).iterdir()))
-    with capture_logs() as records, warnings.catch_warnings():
-        # It warns of a log with more than one seed, which the rules allow.
-        warnings.simplefilter("ignore")
-        passed = SeedChecker(RULESET).check_seeds(logs)
+def check_seeds(folder: Path, subject: Path) -> Verdict:
+    """Run the seed checker on the logs in `subject`, relative to the submission's `folder`."""
+    with capture_logs() as records:
+        passed = SeedChecker(RULESET).check_seeds(sorted(map(str, (folder / subject).iterdir())))
     errors = (record.getMessage().strip() for record in records if record.levelname == "ERROR")
-    return Verdict("seed checker", str(place), passed, tuple(errors))
+    return Verdict("seed checker", str(subject), passed, tuple(errors))
 
 
-def check_convergence(folder: Path, place: Path) -> Verdict:
-    """Of the epochs that the runs in `place` took, beside the reference's, as the package checker does it."""
+def check_convergence(folder: Path, subject: Path) -> Verdict:
+    """Compare the epochs of the runs in `subject` with the reference's, as the package checker does."""
     checker = "reference-convergence checker"
-    with capture_logs() as records, warnings.catch_warnings():
-        # Of fewer than three runs it takes a mean of none.
-        warnings.simplefilter("ignore")
+    with capture_logs() as records:
         try:
             passed, message, factor = rcp_checker.check_directory(
-                glob.escape(str(folder / place)), USAGE, RULESET, False, False, rcp_pass="pruned_rcps"
+                glob.escape(str(folder / subject)), USAGE, RULESET, False, False, rcp_pass="pruned_rcps"
             )
         except Exception as error:
-            # It takes it for granted that a log has what the compliance checker asks for.
-            return Verdict(checker, str(place), False, (f"it breaks off: {error!r}",))
+            # The checker relies on values that only compliant logs have.
+            return Verdict(checker, str(subject), False, (f"the checker failed: {error!r}",))
     messages = [message]
     for record in records:
         args: Any = record.args
         if record.msg.startswith(" RCP Record"):
             mean, least = args["RCP Mean"], args["Min Epochs"]
-            messages.append(
-                f"the reference took {mean:.4f} epochs on average, the least allowed is {least:.4f}"
-            )
+            messages.append(f"the reference took {mean:.4f} epochs on average; the minimum is {least:.4f}")
         elif record.msg.startswith(" Submission mean epochs: "):
             messages.append(f"these runs took {args[0]:.4f}")
     if passed and factor > 1:
-        messages.append(f"as they took fewer than the reference, their time is multiplied by {factor:.4f}")
-    return Verdict(checker, str(place), bool(passed), tuple(messages))
+        messages.append(f"fewer epochs than the reference: times are multiplied by {factor:.4f}")
+    return Verdict(checker, str(subject), bool(passed), tuple(messages))
 
 
 @contextmanager
 def capture_logs() -> Iterator[list[logging.LogRecord]]:
-    """What mlperf_logging's checkers say in the body, to the root logger, instead of having it printed."""
-    listener, root = _Listener(), logging.getLogger()
+    """Yield the list of records that the body logs to the root logger; print neither them nor warnings.
+
+    The checkers report through logging. They also warn about logs with several seeds, which the rules allow,
+    and of the mean of no values where there are fewer than three runs.
+    """
+    records: list[logging.LogRecord] = []
+    handler, root = logging.Handler(), logging.getLogger()
+    handler.emit = records.append  # type: ignore[assignment]
     handlers, level = root.handlers, root.level
-    root.handlers = [listener]
+    root.handlers = [handler]
     root.setLevel(logging.INFO)
     try:
-        yield listener.records
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield records
     finally:
         root.handlers = handlers
         root.setLevel(level)
-
-
-class _Listener(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)

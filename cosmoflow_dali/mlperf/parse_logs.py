@@ -1,14 +1,15 @@
-"""MLPerf logs read back: what each run did, whether it counts, and the figures that a submission reports.
+"""The runs recorded in MLPerf logs: what each did, and whether it is valid.
 
-The lines are parsed, and each log is checked, by mlperf_logging itself (usage hpc, ruleset 3.0.0). The
-figures follow the MLPerf HPC training rules,
-https://github.com/mlcommons/training_policies/blob/master/hpc_training_rules.adoc, "HPC rules" below,
-and where these point to them the MLPerf training rules, training_rules.adoc beside them.
+mlperf_logging parses and checks the logs (usage hpc, ruleset 3.0.0). The figures follow the MLPerf HPC
+training rules, https://github.com/mlcommons/training_policies/blob/master/hpc_training_rules.adoc ("HPC
+rules" in this package), and, where these refer to them, the MLPerf training rules, training_rules.adoc in the
+same folder.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mlperf_logging.compliance_checker.mlp_parser.ruleset_300 import TOKEN
 from mlperf_logging.mllog import constants
 
 from cosmoflow_dali.mlperf.checkers import RULESET, check_compliance
-from cosmoflow_dali.mlperf.events import Events, rate
+from cosmoflow_dali.mlperf.read_events import RunEvents
 from cosmoflow_dali.training.logs import MLPERF
 from pipelines.errors import DataError
 
@@ -29,10 +30,11 @@ _SCALINGS = ("strong", "weak")
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Who ran on what, as the log says; runs that share it belong together.
+    """Submitter and system as logged; runs with equal ones belong together.
 
-    nodes, accelerators_per_node: None where the log has no such number.
-    global_batch: samples a step.
+    Attributes:
+        nodes, accelerators_per_node: None if the log has no such number.
+        global_batch: Samples of a step.
     """
 
     org: str
@@ -45,30 +47,36 @@ class System:
 
     @property
     def accelerators(self) -> int | None:
-        """Of one run; a machine without any, whose logs give 0 a node, counts its nodes."""
+        """Accelerators of one run; the nodes of a machine whose logs give 0 per node."""
         if self.nodes is None or self.accelerators_per_node is None:
             return None
         return self.nodes * max(1, self.accelerators_per_node)
 
+    @property
+    def folder_name(self) -> str:
+        """The platform as a name for folders and files."""
+        return re.sub(r"[^\w.+-]+", "_", self.platform).strip("._") or "unknown"
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one log tells of one run; None where it does not tell.
+    """One run as its log records it; None for what the log lacks.
 
-    name: the log's path below the folder that was asked for.
-    system: None for what is no log of CosmoFlow.
-    seed: the first one logged.
-    source: the program's file that logged run_start.
-    start, stop: of the timed run (run_start, run_stop), seconds of Unix time.
-    staging_start: seconds of Unix time.
-    staging: seconds from staging_start to staging_stop. Since HPC v3.0 it may lie before run_start and is
-        then no part of the time; where it lies after it, it is.
-    epochs: to the first evaluation that met the target, all before run_stop.
-    rate: training samples a second on each accelerator; see `mlperf_events.rate`.
-    compliance_errors: of the compliance checker.
-    invalid_reasons: why this run does not count, the compliance errors aside.
-    scaling: "strong" or "weak" where a folder of the log's path is named so, as in a submission.
-    content: what two logs of the same run share.
+    Attributes:
+        name: Path of the log, relative to the folder that was searched.
+        system: None if the log is not one of CosmoFlow.
+        seed: The first one logged.
+        source: File of the program that logged run_start.
+        start, stop: Unix time in seconds of run_start and run_stop, which bound the timed run.
+        staging_start: Unix time in seconds.
+        staging: Seconds from staging_start to staging_stop. Since HPC v3.0 it may come before run_start, and
+            is then not part of the time; after run_start it is.
+        epochs: Epochs to the first evaluation that met the target, before run_stop.
+        rate: Training samples per second on each accelerator; see `RunEvents.rate`.
+        compliance_errors: Errors of the compliance checker.
+        invalid_reasons: Other reasons for which the run is invalid.
+        scaling: "strong" or "weak" if a folder in the log's path has that name, as in a submission.
+        content: Lines that two logs of the same run share.
     """
 
     path: Path
@@ -89,38 +97,40 @@ class Run:
 
     @property
     def is_valid(self) -> bool:
-        """True if the run converged, its log passes compliance and no other log repeats it."""
+        """True if the run converged, its log is compliant, and no other log repeats it."""
         return not self.compliance_errors and not self.invalid_reasons
 
     @property
     def minutes(self) -> float | None:
-        """Time to train: from run_start to run_stop (training rules, section Run Results)."""
+        """Time to train, from run_start to run_stop (training rules, section Run Results)."""
         return None if self.start is None or self.stop is None else (self.stop - self.start) / 60
 
 
 def read_logs(folder: Path) -> list[Run]:
-    """The runs logged below `folder`, by name; DataError where there are none.
+    """Return the runs logged below `folder`, sorted by name.
 
-    Logs are mlperf.log, result_*.txt, and whatever other .log, .txt or .out holds lines of MLPerf's.
+    Logs are mlperf.log, result_*.txt, and each other .log, .txt or .out file with MLPerf lines.
+
+    Raises:
+        DataError: There is no such log.
     """
     if not folder.is_dir():
-        raise DataError(folder, "is no folder", "give the one that holds the logs")
+        raise DataError(folder, "is not a folder", "give the folder that holds the logs")
     paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
     runs = [_read(path, folder) for path in sorted(paths, key=_natural) if _is_log(path)]
     if not runs:
-        raise DataError(
-            folder, f"holds no MLPerf log, such as {MLPERF} or result_0.txt", "give the folder of a run"
-        )
+        reason = f"contains no MLPerf log such as {MLPERF} or result_0.txt"
+        raise DataError(folder, reason, "give the folder of a run")
     first: dict[tuple[str, ...], str] = {}
     for index, run in enumerate(runs):
         original = first.setdefault(run.content, run.name) if run.content else run.name
         if original != run.name:
-            runs[index] = replace(run, invalid_reasons=(*run.invalid_reasons, f"the same run as {original}"))
+            runs[index] = _invalid(run, *run.invalid_reasons, f"the same run as {original}")
     return runs
 
 
 def _natural(path: Path) -> tuple[str, int, str]:
-    """A key that puts result_9 before result_10."""
+    """Return a sort key that puts result_9 before result_10."""
     digits = path.stem[len(path.stem.rstrip("0123456789")) :]
     return str(path.parent / path.stem.removesuffix(digits)), int(digits or -1), path.name
 
@@ -135,37 +145,41 @@ def _is_log(path: Path) -> bool:
         return path.suffix in _SUFFIXES
 
 
+def _invalid(run: Run, *reasons: str) -> Run:
+    return replace(run, invalid_reasons=reasons)
+
+
 def _read(path: Path, folder: Path) -> Run:
     name = path.relative_to(folder)
-    named = [part for part in (folder.resolve().name, *name.parts[:-1]) if part in _SCALINGS]
-    run = Run(path, str(name), scaling=named[-1] if named else None, compliance_errors=check_compliance(path))
+    scalings = [part for part in (folder.resolve().name, *name.parts[:-1]) if part in _SCALINGS]
+    run = Run(
+        path,
+        str(name),
+        scaling=scalings[-1] if scalings else None,
+        compliance_errors=check_compliance(path),
+    )
     try:
         lines, _ = parse_file(str(path), ruleset=RULESET)
-        events = Events(lines)
+        events = RunEvents(lines)
     except OSError as error:
-        return replace(run, invalid_reasons=(f"cannot be read ({error.strerror})",))
+        return _invalid(run, f"cannot be read ({error.strerror})")
     except (KeyError, OverflowError, TypeError) as error:
-        # The parser is ready for broken JSON, but not for JSON that says something else.
-        return replace(run, invalid_reasons=(f"has a line that is no event ({error!r})",))
+        # The parser handles broken JSON, but not valid JSON that is not an event.
+        return _invalid(run, f"contains a line that is not an event ({error!r})")
     if not lines:
-        return replace(run, invalid_reasons=("holds no whole line of MLPerf's",))
-    benchmark, invalid_reasons = events.value(constants.SUBMISSION_BENCHMARK), tuple(events.invalid_reasons())
+        return _invalid(run, "contains no complete MLPerf line")
+    benchmark, reasons = events.value(constants.SUBMISSION_BENCHMARK), tuple(events.invalid_reasons())
     if benchmark is None:
-        return replace(run, invalid_reasons=("does not say of which benchmark it is", *invalid_reasons))
+        return _invalid(run, "does not name its benchmark", *reasons)
     if benchmark != BENCHMARK:
-        return replace(run, invalid_reasons=(f"is of {benchmark}, not of {BENCHMARK}",))
+        return _invalid(run, f"benchmark is {benchmark}, not {BENCHMARK}")
     org, division, status, platform = (
-        str(events.value(f"submission_{what}", "")) for what in ("org", "division", "status", "platform")
+        str(events.value(f"submission_{field}", "")) for field in ("org", "division", "status", "platform")
     )
-    system = System(
-        org,
-        division,
-        status,
-        platform,
-        events.count("number_of_nodes"),
-        events.count("accelerators_per_node"),
-        events.count(constants.GLOBAL_BATCH_SIZE),
+    nodes, per_node, batch = (
+        events.count(key) for key in ("number_of_nodes", "accelerators_per_node", constants.GLOBAL_BATCH_SIZE)
     )
+    system = System(org, division, status, platform, nodes, per_node, batch)
     staging_start, staging_stop = events.seconds("staging_start"), events.seconds("staging_stop")
     return replace(
         run,
@@ -177,7 +191,7 @@ def _read(path: Path, folder: Path) -> Run:
         staging_start=staging_start,
         staging=None if staging_start is None or staging_stop is None else staging_stop - staging_start,
         epochs=events.epochs_to_target(),
-        rate=rate(events, system.accelerators),
-        invalid_reasons=invalid_reasons,
+        rate=events.rate(system.accelerators),
+        invalid_reasons=reasons,
         content=tuple(line.full_string for line in events.lines),
     )

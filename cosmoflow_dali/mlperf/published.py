@@ -1,4 +1,4 @@
-"""What others have published of CosmoFlow in MLPerf HPC, to compare with."""
+"""Published results of CosmoFlow in MLPerf HPC, for comparison."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A published result, one sample a GPU: from the result logs in mlcommons/hpc_results_<version>.
+    """A published result with one sample per GPU, from the result logs in mlcommons/hpc_results_<version>.
 
-    stack: whose software, and what it stands on.
-    site: whose file system. source: the entry, as <submitter>/<system>/<scaling>.
-    nodes, gpus: of each model, and of each node. models: side by side.
-    rate: training samples a second of each GPU, as `mlperf_logs.Run` has it. evaluation: seconds of one.
-    epochs: the runs' mean. minutes: to train, the mean without the fastest and slowest, where runs were
-    scored so. staging: seconds. copies: of the samples, which a model staged; v1.0's are its
-    DATA_SHARD_MULTIPLIER. counted: whether the minutes have the staging.
-    whole: minutes from the first model's start to the last one's end (TTTa), where it is known.
-    calibrates: whether the scaling model takes figures from it.
-    beyond: why that model cannot predict its time to train, where that is so.
+    Attributes:
+        stack: Submitter of the software and its framework.
+        site: System whose file system was used.
+        source: Entry, as <submitter>/<system>/<scaling>.
+        nodes, gpus: Nodes of each model, and GPUs of each node.
+        models: Models trained side by side.
+        rate: Training samples per second of each GPU, defined as `parse_logs.Run.rate`.
+        evaluation: Seconds of one evaluation.
+        epochs: Mean over the runs.
+        minutes: Time to train: the mean without the fastest and slowest run, where runs were scored so.
+        staging: Seconds.
+        copies: Copies of the samples that a model staged; in v1.0 its DATA_SHARD_MULTIPLIER.
+        counted: True if `minutes` includes staging.
+        whole: Minutes from the first model's start to the last one's end (TTTa), if known.
+        calibrates: True if the scaling model takes figures from this row.
+        beyond: Reason why that model cannot predict the time to train, if so.
     """
 
     chip: str
@@ -42,28 +48,28 @@ class Row:
 
     @property
     def batch(self) -> int:
-        """Global: a sample for each GPU."""
+        """Global batch: one sample per GPU."""
         return self.nodes * self.gpus
 
     @property
     def accelerators(self) -> str:
-        """For tables."""
+        """Number and kind of accelerators, for tables."""
         models = f"{self.models} x " if self.models > 1 else ""
         return f"{models}{self.batch} {self.chip}"
 
     @property
     def submission(self) -> str:
-        """Whose, and in which round."""
+        """Submitter and round."""
         return f"{self.source.partition('/')[0]} {self.version}"
 
     @property
     def scaling(self) -> str:
-        """Which was measured: "strong" or "weak"."""
+        """Kind of scaling, "strong" or "weak"."""
         return self.source.rpartition("/")[2]
 
     @property
     def models_per_minute(self) -> float | None:
-        """Models trained by `whole`."""
+        """Models trained, divided by `whole`."""
         return self.models / self.whole if self.whole else None
 
 
@@ -83,7 +89,7 @@ ROWS = [
         63.2, 1.41, 34.4, 7.12, 91.6, copies=2),
     Row("A100", _MXNET, "Selene", "v1.0", "NVIDIA/dgxa100_n512_ngc21.09_mxnet/weak", 16, 8, 32,
         67.4, 51.9, 18.0, 40.36, 581.3,
-        beyond="an evaluation took 52 s, where one model alone needs 3.5: v1.0 staged none of its samples"),
+        beyond="an evaluation took 52 s, against 3.5 s for one model alone: v1.0 did not stage its samples"),
     Row("A100", "HelmholtzAI MXNet", "JUWELS", "v1.0", "HelmholtzAI/juwelsbooster_gpu_n512_mxnet1.9/strong",
         128, 4, 1, 49.9, 3.60, 43.0, 19.47, 77.9, copies=2, calibrates=True),
     Row("A100", "HelmholtzAI MXNet", "JUWELS", "v1.0", "HelmholtzAI/juwelsbooster_gpu_n1024_mxnet1.9/strong",
@@ -97,4 +103,4 @@ ROWS = [
     Row("A100", "HPE+LBNL PyTorch", "Perlmutter", "v3.0", "HPE+LBNL/perlmutter_128x4/strong", 128, 4, 1,
         90.7, 0.689, 22.9, 4.73, 5.2, calibrates=True),
 ]  # fmt: skip
-"""The v3.0 figures of NVIDIA's are what cosmoflow_dali.results makes of its logs."""
+"""NVIDIA's v3.0 figures were computed from its logs by cosmoflow_dali.results."""

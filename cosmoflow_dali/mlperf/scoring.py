@@ -1,7 +1,6 @@
-"""What the runs of a system come to: the figures that a submission reports.
+"""The scores of a system's runs: the figures that a submission reports.
 
-They follow the MLPerf HPC training rules, "HPC rules" below, and where these point to them the MLPerf
-training rules; mlperf_logs.py says where both are.
+They follow the MLPerf HPC training rules; parse_logs.py names the documents.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from cosmoflow_dali.mlperf.parse_logs import Run, System
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The runs of one system and what they come to; times in minutes, None where the rules give no figure.
+    """The runs of one system and their score; times in minutes, None if the rules give no figure.
 
-    scaling: "strong", called Time To Solution since v3.0, or "weak", called Throughput.
-    time_to_train: the mean without the fastest and the slowest run. A strong run that does not count is
-        taken for an endless one, so that one may be dropped as the slowest and two leave no result
-        (training rules, section Benchmark Results); of weak ones submitters may prune any (HPC rules,
-        section Throughput).
-    at_once: how many of the runs that count ran at the same time at most.
-    time_to_train_all: TTTa, from the first run_start to the last run_stop of the runs that count (HPC
-        rules, section Throughput). Staging that ends before run_start is outside it.
-    models_per_minute: models trained by TTTa.
+    Attributes:
+        scaling: "strong", called Time To Solution since v3.0, or "weak", called Throughput.
+        time_to_train: Mean without the fastest and the slowest run. An invalid strong run counts as endless,
+            so one may be dropped as the slowest and two leave no score (training rules, section Benchmark
+            Results); of weak ones submitters may prune any (HPC rules, section Throughput).
+        at_once: Largest number of valid runs at the same time.
+        time_to_train_all: TTTa, from the first run_start to the last run_stop of the valid runs (HPC rules,
+            section Throughput). It excludes staging that ends before run_start.
+        models_per_minute: Models trained, divided by TTTa.
     """
 
     system: System
@@ -40,19 +39,19 @@ class Score:
 
     @property
     def valid_runs(self) -> tuple[Run, ...]:
-        """The runs that count."""
+        """The valid runs."""
         return tuple(run for run in self.runs if run.is_valid)
 
     def mean(self, figure: str) -> float | None:
-        """The mean of a `figure` of a Run over those that count and have it."""
+        """Return the mean of attribute `figure` over the valid runs that have it."""
         values = [value for run in self.valid_runs if (value := getattr(run, figure)) is not None]
         return statistics.fmean(values) if values else None
 
 
 def summarize(runs: Sequence[Run]) -> list[Score]:
-    """The results of `runs`, one for each system and kind of scaling.
+    """Return the scores of `runs`, one per system and kind of scaling.
 
-    Where no folder is named after it, runs of a system that overlap in time are weak scaling.
+    Runs of a system that overlap in time are weak scaling, unless a folder's name says otherwise.
     """
     systems: dict[tuple[System, str | None], list[Run]] = defaultdict(list)
     seen = set()
@@ -61,20 +60,14 @@ def summarize(runs: Sequence[Run]) -> list[Score]:
             seen.add(run.content)
             systems[run.system, run.scaling].append(run)
     return [
-        _score(system, scaling, sorted(members, key=_begin)) for (system, scaling), members in systems.items()
+        _score(system, scaling, sorted(members, key=lambda run: math.inf if run.start is None else run.start))
+        for (system, scaling), members in systems.items()
     ]
-
-
-def _begin(run: Run) -> float:
-    return math.inf if run.start is None else run.start
 
 
 def _score(system: System, scaling: str | None, runs: Sequence[Run]) -> Score:
-    spans = [
-        (run.start, run.stop)
-        for run in runs
-        if run.is_valid and run.start is not None and run.stop is not None
-    ]
+    valid = [run for run in runs if run.is_valid]
+    spans = [(run.start, run.stop) for run in valid if run.start is not None and run.stop is not None]
     at_once = max((sum(a <= start < b for a, b in spans) for start, _ in spans), default=0)
     scaling = scaling or ("weak" if at_once > 1 else "strong")
     times = [run.minutes if run.is_valid and run.minutes else math.inf for run in runs]

@@ -1,14 +1,13 @@
-"""A folder as MLPerf HPC wants a submission, made of logs, and what the official checkers say of it.
+"""A submission folder for MLPerf HPC, made from logs, and the official checkers' verdicts on it.
 
-The layout is what mlperf_logging.package_checker looks for: results/SYSTEM/strong/cosmoflow/result_N.txt
-(or weak), systems/SYSTEM.json, and the code in benchmarks/cosmoflow.
+mlperf_logging.package_checker expects results/SYSTEM/strong/cosmoflow/result_N.txt (or weak),
+systems/SYSTEM.json, and the code in benchmarks/cosmoflow.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,10 +34,11 @@ _CODE = (
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A folder that was laid out.
+    """A folder that was written.
 
-    verdicts: of the package, seed and reference-convergence checkers.
-    notes: what is left to a person, and what the checkers were not asked.
+    Attributes:
+        verdicts: Of the package, seed and reference-convergence checkers.
+        notes: What a person has to complete, and what the checkers did not check.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -46,46 +46,48 @@ class Submission:
 
 
 def write_submission(folder: Path, scores: Sequence[Score]) -> Submission:
-    """Lay `scores` out in `folder`, which must be empty or not there, and have them checked.
+    """Write `scores` to `folder`, which must be empty or missing, and run the checkers on it.
 
-    Of weak scaling, the runs that do not count are left out, which the rules call pruning; strong ones
-    are all there, since the rules let nobody choose among them.
+    Invalid runs of weak scaling are left out, which the rules call pruning. Strong ones are all included,
+    because the rules do not allow a choice among them.
+
+    Raises:
+        UserError: `scores` are not one submission, or `folder` cannot be used.
     """
-    _refuse(folder, scores)
+    _check(folder, scores)
     verdicts, notes = [], []
-    for name in dict.fromkeys(_system_name(score) for score in scores):
-        fields = _describe(folder, name, [score for score in scores if _system_name(score) == name])
-        notes.append(f"systems/{name}.json: a person has to fill in {', '.join(fields)}")
+    for name in dict.fromkeys(score.system.folder_name for score in scores):
+        fields = _write_system(folder, name, [score for score in scores if score.system.folder_name == name])
+        notes.append(f"systems/{name}.json: fill in {', '.join(fields)}")
     for score in scores:
-        place = Path("results", _system_name(score), score.scaling, BENCHMARK)
+        subject = Path("results", score.system.folder_name, score.scaling, BENCHMARK)
         runs = score.runs if score.scaling == "strong" else score.valid_runs
         for number, run in enumerate(runs):
-            write_chunks(_made(folder / place) / f"result_{number}.txt", read_file(run.path))
-        verdicts.append(check_seeds(folder, place))
+            write_chunks(_made(folder / subject) / f"result_{number}.txt", read_file(run.path))
+        verdicts.append(check_seeds(folder, subject))
         if score.system.division == "closed":
-            verdicts.append(check_convergence(folder, place))
+            verdicts.append(check_convergence(folder, subject))
         else:
-            notes.append(f"{place}: reference convergence is asked of the closed division alone")
-    notes += _add_code(folder, [run for score in scores for run in score.runs])
+            notes.append(f"{subject}: reference convergence is checked in the closed division only")
+    notes.append(_add_code(folder, [run for score in scores for run in score.runs]))
     return Submission((check_package(folder), *verdicts), tuple(notes))
 
 
-def _refuse(folder: Path, scores: Sequence[Score]) -> None:
-    """UserError where `scores` are no single submission or `folder` cannot take it."""
+def _check(folder: Path, scores: Sequence[Score]) -> None:
     if not scores:
         raise UserError("there is no run of CosmoFlow to submit; see the table")
-    for what in ("org", "division"):
-        values = sorted({getattr(score.system, what) for score in scores})
+    for field in ("org", "division"):
+        values = sorted({getattr(score.system, field) for score in scores})
         if len(values) > 1:
             raise UserError(
-                f"submission_{what}: the logs give {', '.join(values)}, and a submission has one; "
-                "give the folder of one at a time"
+                f"submission_{field}: the logs have {', '.join(values)}, but a submission has one; "
+                "give the folder of one submission at a time"
             )
-    places = [(_system_name(score), score.scaling) for score in scores]
-    for system, scaling in places:
-        if places.count((system, scaling)) > 1:
+    subjects = [(score.system.folder_name, score.scaling) for score in scores]
+    for name, scaling in subjects:
+        if subjects.count((name, scaling)) > 1:
             raise UserError(
-                f"submission_platform = {system!r}: its {scaling} runs differ in nodes, status or batch; "
+                f"submission_platform = {name!r}: its {scaling} runs differ in nodes, status or batch; "
                 "give the folder of one kind of run at a time"
             )
     try:
@@ -97,25 +99,20 @@ def _refuse(folder: Path, scores: Sequence[Score]) -> None:
         raise DataError(folder, "is not empty", "name a new folder for the submission")
 
 
-def _system_name(score: Score) -> str:
-    """What the system is called in paths."""
-    return re.sub(r"[^\w.+-]+", "_", score.system.platform).strip("._") or "unknown"
-
-
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _describe(folder: Path, name: str, scores: Sequence[Score]) -> list[str]:
-    """Write what the logs tell of the system `name`; the fields that they leave empty."""
+def _write_system(folder: Path, name: str, scores: Sequence[Score]) -> list[str]:
+    """Write the description of system `name` as far as logged; return the fields that stay empty."""
     system = scores[0].system
     nodes = [
         score.system.nodes * (score.at_once if score.scaling == "weak" else 1)
         for score in scores
         if score.system.nodes is not None
     ]
-    # All values are strings, since the checker joins them.
+    # All values are strings, because the checker joins them.
     description = {
         "submitter": system.org,
         "division": system.division,
@@ -127,22 +124,20 @@ def _describe(folder: Path, name: str, scores: Sequence[Score]) -> list[str]:
     path = _made(folder / "systems") / f"{name}.json"
     write_chunks(path, json.dumps(description).encode())
     missing = missing_fields(path)
-    description |= dict.fromkeys(missing, "")
-    write_chunks(path, json.dumps(description, indent=4).encode() + b"\n")
+    write_chunks(path, json.dumps(description | dict.fromkeys(missing, ""), indent=4).encode() + b"\n")
     return missing
 
 
-def _add_code(folder: Path, runs: Sequence[Run]) -> list[str]:
-    """Copy this program's code if it is what made the logs of `runs`; notes about what is missing."""
-    place = Path("benchmarks", BENCHMARK, "implementations")
-    ours = [not os.path.isabs(run.source) and (_ROOT / run.source).is_file() for run in runs if run.source]
-    if not all(ours) or not ours:
-        _made(folder / place)
-        return [f"{place}: another program made these logs, and a person has to add its code"]
-    target = _made(folder / place / "cosmoflow-dali")
+def _add_code(folder: Path, runs: Sequence[Run]) -> str:
+    """Copy this project's code if it wrote the logs of `runs`; return a note on what is missing."""
+    target = _made(folder / "benchmarks" / BENCHMARK / "implementations")
+    sources = [run.source for run in runs if run.source]
+    if not sources or any(os.path.isabs(each) or not (_ROOT / each).is_file() for each in sources):
+        return f"{target.relative_to(folder)}: another program wrote these logs; add its code"
+    target = _made(target / "cosmoflow-dali")
     for part in _CODE:
         if (_ROOT / part).is_dir():
             shutil.copytree(_ROOT / part, target / part, ignore=shutil.ignore_patterns("__pycache__"))
         elif (_ROOT / part).is_file():
             shutil.copy(_ROOT / part, target / part)
-    return [f"{target.relative_to(folder)}: a person has to add the configuration that ran"]
+    return f"{target.relative_to(folder)}: add the configuration that was used"

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, STYLE
 from cosmoflow_dali.training.logs import METRICS
 from cosmoflow_dali.training.run_dir import CONFIG, PREDICTIONS, SUMMARY
 from pipelines.io import write_chunks
@@ -27,14 +28,9 @@ from pipelines.sample import HALF_RANGE, PARAMETERS, Parameter
 REPORT = "report.html"
 
 _SYMBOLS = {"Omega_m": r"$\Omega_m$", "sigma_8": r"$\sigma_8$", "n_s": "$n_s$", "H_0": "$H_0$"}
-_INK, _DATA, _TRUTH, _TRIVIAL, _SECOND = "#1f2430", "#2f6db5", "#1f2430", "#c25a2a", "#5b9a4f"
-_STYLE = {
-    "font.size": 9,
+_STYLE = STYLE | {
     "axes.edgecolor": "#8a8f9c",
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
+    "axes.labelcolor": INK,
     # Text stays text: it can be searched, and the file stays small.
     "svg.fonttype": "none",
     # Fixed, so that the same run gives the same file.
@@ -153,7 +149,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _picture(columns: int, height: float, draw: Callable[[list[Axes]], None]) -> str:
     """The SVG element of a row of axes that `draw` fills."""
     width = (_WIDTH - _RIGHT) / columns - _LEFT
-    with rc_context(_STYLE):  # type: ignore[arg-type]
+    with rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, height), dpi=150)
         figure.subplots_adjust(
             left=_LEFT / _WIDTH,
@@ -183,9 +179,9 @@ def _draw_parameter(ax: Axes, parameter: Parameter, true: Any, predicted: Any) -
     low, high = (parameter.mean * (1 + sign * 1.25 * HALF_RANGE) for sign in (-1, 1))
     size = float(np.clip(2000 / len(true), 0.5, 6))
     # Points as pixels, for there may be 65,536 of them; the rest stays vector.
-    ax.scatter(true, predicted, s=size, color=_DATA, alpha=0.5, linewidths=0, rasterized=True)
-    ax.plot([low, high], [low, high], color=_TRUTH, lw=1)
-    ax.axhline(parameter.mean, color=_TRIVIAL, lw=1, ls="--")
+    ax.scatter(true, predicted, s=size, color=BLUE, alpha=0.5, linewidths=0, rasterized=True)
+    ax.plot([low, high], [low, high], color=INK, lw=1)
+    ax.axhline(parameter.mean, color=ORANGE, lw=1, ls="--")
     edges = parameter.mean * (1 + HALF_RANGE * np.linspace(-1, 1, 9))
     bins = np.digitize(true, edges) - 1
     filled = [b for b in range(8) if (bins == b).any()]
@@ -195,7 +191,7 @@ def _draw_parameter(ax: Axes, parameter: Parameter, true: Any, predicted: Any) -
         "o",
         ms=4,
         color="white",
-        mec=_INK,
+        mec=INK,
     )
     residual = predicted - true
     spread = float(np.square(true - true.mean()).sum())
@@ -218,26 +214,26 @@ def _draw_training(axes: list[Axes], records: list[dict[str, Any]], summary: dic
     evals = [record for record in records if record["kind"] == "eval"]
     per_epoch = summary["steps"] / max(summary["epochs"], 1)
     at = [record["step"] / per_epoch for record in steps]
-    axes[0].plot(at, [record["loss"] for record in steps], color=_DATA, lw=1, label="training")
+    axes[0].plot(at, [record["loss"] for record in steps], color=BLUE, lw=1, label="training")
     at_eval = [record["step"] / per_epoch for record in evals]
-    axes[0].plot(at_eval, [record["mse"] for record in evals], "o-", color=_TRIVIAL, ms=4, label="validation")
+    axes[0].plot(at_eval, [record["mse"] for record in evals], "o-", color=ORANGE, ms=4, label="validation")
     axes[0].set(xlabel="epoch", ylabel="mean squared error", yscale="log")
     # As powers of ten, which are set in mathematics, the labels would take as long as all else.
     axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].yaxis.set_minor_formatter("")
     axes[0].legend()
-    for parameter, color in zip(PARAMETERS, (_DATA, _TRIVIAL, _SECOND, "#8661a6"), strict=True):
+    for parameter, color in zip(PARAMETERS, (BLUE, ORANGE, "#5b9a4f", "#8661a6"), strict=True):
         values = [record["mae_per_parameter"][parameter.name] for record in evals]
         axes[1].plot(at_eval, values, "o-", color=color, ms=3, lw=1, label=_SYMBOLS[parameter.name])
-    axes[1].plot(at_eval, [record["mae"] for record in evals], "o-", color=_INK, ms=4, lw=2, label="all")
-    axes[1].axhline(summary["trivial_mae"], color=_INK, lw=1, ls="--")
+    axes[1].plot(at_eval, [record["mae"] for record in evals], "o-", color=INK, ms=4, lw=2, label="all")
+    axes[1].axhline(summary["trivial_mae"], color=INK, lw=1, ls="--")
     axes[1].annotate("always the mean", (0.02, summary["trivial_mae"]), va="bottom", fontsize=8,
                      xycoords=("axes fraction", "data"))  # fmt: skip
     axes[1].set(xlabel="epoch", ylabel="validation MAE")
     axes[1].set_ylim(bottom=0)
     axes[1].legend(ncols=2, fontsize=8)
-    axes[2].plot(at, [record["lr"] for record in steps], color=_DATA, lw=1)
+    axes[2].plot(at, [record["lr"] for record in steps], color=BLUE, lw=1)
     axes[2].set(xlabel="epoch", ylabel="learning rate")
 
 
@@ -248,12 +244,12 @@ def _draw_time(axes: list[Axes], records: list[dict[str, Any]], summary: dict[st
     wait = np.array([record["data_wait_ms"] for record in steps])
     whole = np.array([record["step_ms"] for record in steps])
     axes[0].stackplot(
-        at, wait, whole - wait, labels=["data wait", "compute"], colors=[_TRIVIAL, "#a9c3e2"], lw=0
+        at, wait, whole - wait, labels=["data wait", "compute"], colors=[ORANGE, LIGHT_BLUE], lw=0
     )
     axes[0].set(xlabel="epoch", ylabel="ms a step", ylim=(0, 1.35 * whole.max()))
     axes[0].legend(loc="upper right", ncols=2)
     phases = {name: seconds for name, seconds in summary["seconds"].items() if seconds}
-    axes[1].barh(list(phases), list(phases.values()), color="#a9c3e2")
+    axes[1].barh(list(phases), list(phases.values()), color=LIGHT_BLUE)
     for row, seconds in enumerate(phases.values()):
         axes[1].annotate(f" {seconds:.1f} s", (seconds, row), va="center", fontsize=8)
     axes[1].invert_yaxis()

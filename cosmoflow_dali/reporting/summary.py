@@ -18,6 +18,7 @@ from cosmoflow_dali.training.trainer import Outcome
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.distributed.session import World
 from pipelines.loading.reader import Reader
+from pipelines.tables import format_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +118,14 @@ def _report(folder: Path, console: Console) -> None:
 
 def _say_scores(console: Console, summary: dict[str, Any]) -> None:
     """A small table: each parameter's MAE beside the trivial predictor's and the baseline's."""
-    rows = [("network", summary), ("ridge", summary["baseline"])]
     names = list(summary["mae_per_parameter"])
-    console.say(f"{'validation MAE':>16} {'all':>8} " + " ".join(f"{name:>8}" for name in names))
-    for title, scores in rows:
-        if scores is not None:
-            each = " ".join(f"{scores['mae_per_parameter'][name]:8.4f}" for name in names)
-            console.say(f"{title:>16} {scores['mae']:8.4f} {each}")
-    each = " ".join(f"{summary['trivial_mae_per_parameter'][name]:8.4f}" for name in names)
-    console.say(f"{'always the mean':>16} {summary['trivial_mae']:8.4f} {each}")
+    scores = [("network", summary["mae"], summary["mae_per_parameter"])]
+    if baseline := summary["baseline"]:
+        scores.append(("ridge", baseline["mae"], baseline["mae_per_parameter"]))
+    scores.append(("always the mean", summary["trivial_mae"], summary["trivial_mae_per_parameter"]))
+    rows = [
+        [title, *(f"{value:.4f}" for value in (mae, *(each[name] for name in names)))]
+        for title, mae, each in scores
+    ]
+    for line in format_table([["validation MAE", "all", *names], *rows]).splitlines():
+        console.say(line)

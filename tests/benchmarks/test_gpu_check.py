@@ -54,7 +54,7 @@ picture.draw({{}}, pathlib.Path("nowhere.png"))
     assert done.stdout.splitlines() == [
         f"plain PyTorch, batch 2 {shape}",
         f"fp32 eager auto, batch 2 {shape}",
-        "not drawn: this Python lacks matplotlib",
+        "not drawn: matplotlib is not installed",
     ]
 
 

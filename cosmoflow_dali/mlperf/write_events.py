@@ -1,7 +1,7 @@
-"""What the MLPerf HPC rules want logged, in their words.
+"""The events that the MLPerf HPC rules require in a run's log.
 
-The keys are those of mlperf_logging.mllog.constants; the rules that a log must keep are
-mlperf_logging.compliance_checker's, usage hpc, ruleset 3.0.0.
+The keys are those of mlperf_logging.mllog.constants; mlperf_logging.compliance_checker (usage hpc, ruleset
+3.0.0) checks them.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from preprocess.staging.stager import Staged
 
 
 def log_init_start(log: MLLogger, began_ms: int, *, caches_cleared: bool) -> None:
-    """The run began to set itself up at `began_ms` (Unix time); page caches were cleared for it, or not."""
+    """Log that set-up began at `began_ms` (Unix time), and whether page caches were cleared before."""
     log.event(constants.CACHE_CLEAR, value=caches_cleared, time_ms=began_ms)
     log.start(constants.INIT_START, time_ms=began_ms)
 
 
 def log_staging(log: MLLogger, seconds: float, staged: Sequence[Staged]) -> None:
-    """Staging has ended, `seconds` after it began; what it did to each folder."""
+    """Log the end of staging, `seconds` after its start, with the totals over the `staged` folders."""
     metadata = {
         "staging_duration": seconds,
-        "samples": sum(one.samples for one in staged),
-        "read_bytes": sum(one.read_bytes for one in staged),
-        "written_bytes": sum(one.written_bytes for one in staged),
+        "samples": sum(each.samples for each in staged),
+        "read_bytes": sum(each.read_bytes for each in staged),
+        "written_bytes": sum(each.written_bytes for each in staged),
     }
     log.end("staging_stop", metadata=metadata)
 
@@ -40,7 +40,7 @@ def log_staging(log: MLLogger, seconds: float, staged: Sequence[Staged]) -> None
 def log_settings(
     log: MLLogger, config: TrainConfig, world: World, *, seed: int, samples: tuple[int, int]
 ) -> None:
-    """Who runs what, with which hyperparameters, on `samples` = (training, validation) samples."""
+    """Log submitter, system and hyperparameters of a run on `samples` = (training, validation) samples."""
     submission = config.submission
     events: dict[str, Any] = {
         constants.SUBMISSION_BENCHMARK: "cosmoflow",
