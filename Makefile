@@ -57,6 +57,7 @@ lint-python: setup
 
 lint-generated: setup
 	$(RUN) docs/import_graph.py --check
+	$(RUN) docs/settings.py --check
 
 lint-c:
 	if command -v $(CC) >/dev/null; then $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only pipelines/formats/packed/gather.c; \

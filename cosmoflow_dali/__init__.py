@@ -2,3 +2,5 @@
 
 In: a folder of samples and a configuration. Out: a run folder with a trained network and its report.
 """
+
+__version__ = "0.2.0.dev0"

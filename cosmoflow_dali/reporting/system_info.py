@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from cosmoflow_dali import __version__
 from pipelines.distributed.session import available_cores
 from pipelines.formats.packed.gather_cpu import COMPILED
 
 _PACKAGES = (
-    "cosmoflow-dali",
     "torch",
     "triton",
     "nvidia-dali-cuda120",
@@ -29,7 +29,7 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """The versions of Python and of what decides speed or results; whether rows.c is built."""
-    found = {"python": platform.python_version()}
+    found = {"cosmoflow-dali": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
