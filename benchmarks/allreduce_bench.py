@@ -27,7 +27,8 @@ from benchmarks import harness
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.reference import ReferenceConfig
 from pipelines.distributed.cli import launched, report_errors
-from pipelines.distributed.session import World
+from pipelines.distributed.session import Session, exit_now
+from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, UserError
 
 _LARGE = 160 * 10**6
@@ -49,15 +50,15 @@ def gradient_bytes() -> int:
     return 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
-def reduce(world: World, device: torch.device, size: int, rounds: int) -> Reduced:
+def reduce(session: Session, device: torch.device, size: int, rounds: int) -> Reduced:
     """Have all ranks sum `size` bytes, `rounds` times; UserError where a sum is wrong."""
-    count = size // 4
+    world, count = session.world, size // 4
     seconds = []
     for warm in [False] * 3 + [True] * rounds:
         tensor = torch.full((count,), float(world.rank + 1), device=device)
         _finish(device)
         start = time.perf_counter()
-        world.sum(tensor)
+        session.sum(tensor)
         _finish(device)
         if warm:
             seconds.append(time.perf_counter() - start)
@@ -93,13 +94,13 @@ def main(argv: Sequence[str] | None = None) -> list[Reduced]:
     options = parser.parse_args(argv)
     results: list[Reduced] = []
     world = launched()
-    with report_errors(world):
+    with report_errors(world) as session:
         sizes = options.bytes or [gradient_bytes(), _LARGE]
         if min(sizes) < 4 or options.rounds < 1:
             raise ConfigError("--bytes", sizes, "expected at least 4, and at least one of the --rounds")
         device = world.device(options.device)
-        with world.connected(device):
-            results = [reduce(world, device, size, options.rounds) for size in sizes]
+        session.connect(device)
+        results = [reduce(session, device, size, options.rounds) for size in sizes]
         if world.is_root:
             print(f"{world.size} ranks on {world.nodes} nodes, {device.type}")
             for result in results:
@@ -119,4 +120,4 @@ def main(argv: Sequence[str] | None = None) -> list[Reduced]:
 
 if __name__ == "__main__":
     main()
-    World.detect().exit_together(0)
+    exit_now(0, World.detect())

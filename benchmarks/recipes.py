@@ -30,7 +30,7 @@ from cosmoflow_dali.models.blocks import LEAK
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenConfig, OpenCosmoFlow
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
-from pipelines.distributed.session import available_cores
+from pipelines.distributed.world import available_cores
 from pipelines.errors import UserError
 from pipelines.sample import Batch, SampleSpec
 

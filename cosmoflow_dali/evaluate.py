@@ -16,7 +16,8 @@ from cosmoflow_dali.training.evaluation import evaluate
 from cosmoflow_dali.training.pretrained import load_trained
 from pipelines.dataset.open import open_split
 from pipelines.distributed.cli import OneLineParser, launched, report_errors
-from pipelines.distributed.session import World
+from pipelines.distributed.session import exit_now
+from pipelines.distributed.world import World
 from pipelines.errors import DataError
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
@@ -27,7 +28,7 @@ from pipelines.sample import SPLITS
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     world = launched()
-    with report_errors(world):
+    with report_errors(world) as session:
         parser = OneLineParser(prog="python -m cosmoflow_dali.evaluate", description=__doc__)
         parser.add_argument("--data-dir", type=Path, required=True, help="holds train/ and validation/")
         parser.add_argument("--weights", type=Path, required=True, help="a checkpoint or a reference .npz")
@@ -38,33 +39,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = LoaderConfig(batch_size=arguments.batch_size)
         device = world.device(arguments.device)
         configure_torch(device, world.cores)
-        with world.connected(device):
-            trained = world.run_on_all_ranks(lambda: load_trained(arguments.weights))
-            split = world.run_on_root(lambda: open_split(arguments.data_dir, arguments.split))
-            if split.spec.size != trained.size:
-                raise DataError(
-                    split.root,
-                    f"samples are {split.spec.size} voxels wide",
-                    f"{arguments.weights} takes samples of {trained.size}",
-                )
-            loader = Loader(
-                split,
-                replace(config, apply_log=trained.apply_log),
-                rank_slice=RankSlice(world.rank, world.size),
-                seed=0,
-                shuffle=False,
-                ragged="pad",
-                device=device,
+        session.connect(device)
+        trained = session.run_on_all_ranks(lambda: load_trained(arguments.weights))
+        split = session.run_on_root(lambda: open_split(arguments.data_dir, arguments.split))
+        if split.spec.size != trained.size:
+            raise DataError(
+                split.root,
+                f"samples are {split.spec.size} voxels wide",
+                f"{arguments.weights} takes samples of {trained.size}",
             )
-            try:
-                model = trained.model.to(device)
-                result = evaluate(model, loader, world)
-            finally:
-                loader.close()
+        loader = Loader(
+            split,
+            replace(config, apply_log=trained.apply_log),
+            rank_slice=RankSlice(world.rank, world.size),
+            seed=0,
+            shuffle=False,
+            ragged="pad",
+            device=device,
+        )
+        try:
+            model = trained.model.to(device)
+            result = evaluate(model, loader, session)
+        finally:
+            loader.close()
         if world.is_root:
             print(json.dumps(result.scores()))
     return 0
 
 
 if __name__ == "__main__":
-    World.detect().exit_together(main())
+    exit_now(main(), World.detect())

@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.distributed.cli import OneLineParser, report_errors
-from pipelines.distributed.session import World
+from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError, UserError
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
-_HANDED_ON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "MEETING_SECONDS", "NCCL_")
+_HANDED_ON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "RENDEZVOUS_TIMEOUT", "NCCL_")
 """Variables, or their beginnings, that ranks on other hosts are to have too."""
 
 

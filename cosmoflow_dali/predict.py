@@ -19,7 +19,7 @@ from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.training.pretrained import Trained, load_trained
 from pipelines.dataset.open import read_sample
 from pipelines.distributed.cli import OneLineParser, report_errors
-from pipelines.distributed.session import World
+from pipelines.distributed.world import World
 from pipelines.errors import DataError
 from pipelines.loading.transforms import transform
 from pipelines.sample import HALF_RANGE, PARAMETERS, to_physical

@@ -27,7 +27,7 @@ from cosmoflow_dali.mlperf.read_events import TARGET_MAE
 from cosmoflow_dali.mlperf.scoring import Score, summarize
 from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, STYLE
 from pipelines.distributed.cli import OneLineParser, report_errors
-from pipelines.distributed.session import World
+from pipelines.distributed.world import World
 from pipelines.errors import UserError
 from pipelines.io import write_chunks
 from pipelines.tables import format_table

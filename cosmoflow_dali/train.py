@@ -36,7 +36,8 @@ from cosmoflow_dali.training.trainer import STOP_SIGNALS, Outcome, Trainer
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_split
 from pipelines.distributed.cli import launched, report_errors
-from pipelines.distributed.session import World, available_cores
+from pipelines.distributed.session import Session, exit_now
+from pipelines.distributed.world import World, available_cores
 from pipelines.errors import UserError
 from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.loader import Loader
@@ -65,43 +66,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_errors(whole):
         configure_logging(whole)
         arguments = parse(argv)
-        world = whole.split(arguments.instances)
+        world = whole.partition_ranks(arguments.instances)
         device = world.device(arguments.config.device)
-    # From here on what all ranks of a model know is told by that model's own rank 0.
-    with report_errors(world, "stopped; what the last checkpoint holds goes on with --run-dir RUN --resume"):
-        arguments = select_instance(arguments, world.model)
+    # From here on rank 0 of each instance prints the errors that all ranks of the instance have seen.
+    stopped = "stopped; resume from the last checkpoint with --run-dir RUN --resume"
+    with report_errors(world, stopped) as session:
+        arguments = select_instance(arguments, world.instance)
         console = Console(speaks=world.is_root)
         configure_logging(world)
         configure_torch(device, world.cores, arguments.config.compute.precision)
         began_ms = arguments.staged_since or round(1e3 * time.time())
-        with world.connected(device):
-            setup = world.run_on_root(lambda: _set_up(arguments, world, console))
-            lengths = setup.checkpoint.logs if setup.checkpoint else None
-            with RunLogs(setup.folder if world.is_root else None, lengths) as logs:
-                if setup.checkpoint is None:
-                    mlperf.log_init_start(logs.mlperf, began_ms, caches_cleared=arguments.caches_cleared)
-                here = setup
-                if setup.config.data.stage is not None:
-                    here = _stage(setup, world, logs, console, arguments.staged_since)
-                result = _train(here, world, device, logs, console)
-            if result is not None:
-                # The others wait for the report: a launcher may end a rank that is long in following them.
-                told = setup.folder, setup.config, result, setup.train, setup.validation, world, console
-                world.run_on_root(partial(finish, *told))
+        session.connect(device)
+        setup = session.run_on_root(lambda: _set_up(arguments, session, console))
+        lengths = setup.checkpoint.logs if setup.checkpoint else None
+        with RunLogs(setup.folder if world.is_root else None, lengths) as logs:
+            if setup.checkpoint is None:
+                mlperf.log_init_start(logs.mlperf, began_ms, caches_cleared=arguments.caches_cleared)
+            here = setup
+            if setup.config.data.stage is not None:
+                here = _stage(setup, session, logs, console, arguments.staged_since)
+            result = _train(here, session, device, logs, console)
+        if result is not None:
+            told = setup.folder, setup.config, result, setup.train, setup.validation, world, console
+            session.run_on_root(partial(finish, *told))
         if result is None:
             console.say(f"stopped by a signal; go on with --run-dir {setup.folder} --resume")
             return os.EX_TEMPFAIL
     return 0
 
 
-def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
+def _set_up(arguments: Arguments, session: Session, console: Console) -> Setup:
     """Find or make the run's folder and its data, on rank 0."""
     config, checkpoint = arguments.config, None
     folder = arguments.run_dir or Path("runs") / f"{arguments.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with world.stall_guard("looking for a run to go on with"):
+    with session.stall_guard("looking for a run to go on with"):
         resumes = arguments.resume and (folder / runs.CONFIG).exists()
         if resumes:
-            config, checkpoint = runs.go_on(folder, config, world.size)
+            config, checkpoint = runs.go_on(folder, config, session.world.size)
     if config.seed is None:
         config = replace(config, seed=secrets.randbelow(2**31))
     seed = config.seed
@@ -114,9 +115,9 @@ def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
         start = time.perf_counter()
         make_dataset(simulate, root, workers=available_cores(), shown=True)
         seconds["simulate"] = time.perf_counter() - start
-    with world.stall_guard("opening the data set"):
+    with session.stall_guard("opening the data set"):
         train, validation = open_split(root, "train"), open_split(root, "validation")
-    runs.check_data(config, checkpoint, world.size, train, validation)
+    runs.check_data(config, checkpoint, session.world.size, train, validation)
     if resumes:
         runs.save_config(folder, config)
         at = checkpoint.position if checkpoint else "the beginning, for want of a checkpoint"
@@ -128,16 +129,16 @@ def _set_up(arguments: Arguments, world: World, console: Console) -> Setup:
 
 
 def _train(
-    setup: Setup, world: World, device: torch.device, logs: RunLogs, console: Console
+    setup: Setup, session: Session, device: torch.device, logs: RunLogs, console: Console
 ) -> Result | None:
     """Build everything and train, every rank taking part; None where a signal stopped it."""
-    config, seed, checkpoint = setup.config, setup.seed, setup.checkpoint
+    config, seed, checkpoint, world = setup.config, setup.seed, setup.checkpoint, session.world
     start = time.perf_counter()
     model = build_model(config.model, seed)
     if isinstance(model, OpenCosmoFlow) and checkpoint is None:
         reader = Reader(setup.train, config.loader.on_bad_sample)
         apply_log = config.loader.apply_log
-        model.fit_input(*world.run_on_root(lambda: input_statistics(reader, apply_log=apply_log)))
+        model.fit_input(*session.run_on_root(lambda: input_statistics(reader, apply_log=apply_log)))
     runs.check_shares(checkpoint, setup.train)
     # Ranks that have the same samples share them out; those of other nodes have others.
     readers = world.size // setup.train.num_partitions
@@ -164,7 +165,7 @@ def _train(
         config,
         seed,
         model,
-        world=world,
+        session=session,
         device=device,
         train=train,
         validation=validation,
@@ -200,12 +201,12 @@ def _train(
         steps=trainer.steps,
         compute_summary=trainer.compute_summary,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        wait_fractions=world.gather(clock.total_waited / clock.total if clock.total else 0.0),
+        wait_fractions=session.gather(clock.total_waited / clock.total if clock.total else 0.0),
         seconds=seconds | trainer.seconds,
     )
 
 
-def _stage(setup: Setup, world: World, logs: RunLogs, console: Console, since: int | None) -> Setup:
+def _stage(setup: Setup, session: Session, logs: RunLogs, console: Console, since: int | None) -> Setup:
     """`setup` with both splits on each node's own disk, every rank taking part.
 
     since: when a job step before this program began with that, in Unix ms, or None.
@@ -217,13 +218,13 @@ def _stage(setup: Setup, world: World, logs: RunLogs, console: Console, since: i
         logs.mlperf.start("staging_start", time_ms=began)
     splits, trusted = {"train": setup.train, "validation": setup.validation}, since is not None
     (train, of_train), (validation, of_validation) = stage(
-        splits, config.folder, config, world, trusted=trusted
+        splits, config.folder, config, session, trusted=trusted
     )
     seconds = time.time() - 1e-3 * began
     if fresh:
         mlperf.log_staging(logs.mlperf, seconds, (of_train, of_validation))
     for split, staged in ((train, of_train), (validation, of_validation)):
-        console.say(describe(split, staged, world.nodes))
+        console.say(describe(split, staged, session.world.nodes))
         if staged.faults and setup.config.loader.on_bad_sample == "fail":
             raise UserError(f"{staged.faults[0]} ({len(staged.faults)} samples could not be staged)")
     return replace(setup, train=train, validation=validation, seconds=setup.seconds | {"staging": seconds})
@@ -237,4 +238,4 @@ def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
 if __name__ == "__main__":
     for each in STOP_SIGNALS:
         signal.signal(each, _leave_at_once)
-    World.detect().exit_together(main())
+    exit_now(main(), World.detect())

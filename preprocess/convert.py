@@ -16,7 +16,8 @@ from pathlib import Path
 
 from pipelines.dataset.open import open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser
-from pipelines.distributed.session import World
+from pipelines.distributed.session import exit_now
+from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.registry import FORMATS
@@ -139,4 +140,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    World.detect().exit_together(main())
+    exit_now(main(), World.detect())

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.distributed.session import World
+from pipelines.distributed.session import exit_now
+from pipelines.distributed.world import World
 from preprocess.convert import convert_as_original
 
 
@@ -17,4 +18,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    World.detect().exit_together(main())
+    exit_now(main(), World.detect())

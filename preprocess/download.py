@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.distributed.cli import OneLineParser, report_errors
-from pipelines.distributed.session import World, available_cores
+from pipelines.distributed.world import World, available_cores
 from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.formats.tfrecord import TFRECORD_SUFFIX
 from pipelines.sample import SPLITS

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from pipelines.dataset.open import first_valid
 from pipelines.distributed.cli import OneLineParser
-from pipelines.distributed.session import World
+from pipelines.distributed.session import exit_now
+from pipelines.distributed.world import World
 from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.plan import derive_seed
 from pipelines.sample import SPLITS, SampleSpec
@@ -122,4 +123,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    World.detect().exit_together(main())
+    exit_now(main(), World.detect())

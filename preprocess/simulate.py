@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipelines.distributed.cli import OneLineParser, report_errors
-from pipelines.distributed.session import World, available_cores
+from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.io import final_name, locked, remove_temporaries, write_chunks

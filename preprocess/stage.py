@@ -17,7 +17,8 @@ from pathlib import Path
 
 from pipelines.dataset.open import open_folder
 from pipelines.distributed.cli import OneLineParser, launched, report_errors
-from pipelines.distributed.session import World
+from pipelines.distributed.session import exit_now
+from pipelines.distributed.world import World
 from pipelines.errors import UserError
 from pipelines.sample import SPLITS
 from preprocess.conversion.progress import STOPPED
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--direct-io", action="store_true", help="read past the page cache")
     arguments = parser.read(argv)
     world, faults = launched(), 0
-    with report_errors(world, STOPPED):
+    with report_errors(world, STOPPED) as session:
         config = StageConfig(
             str(arguments.output_dir),
             arguments.shard_type,
@@ -51,20 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.threads,
             arguments.direct_io,
         )
-        with world.connected():
-            splits = world.run_on_root(
-                lambda: {str(name): open_folder(arguments.input_dir / name) for name in SPLITS}
-            )
-            for there, staged in stage(splits, config.folder, config, world, arguments.models):
-                if world.is_root:
-                    print(describe(there, staged, world.nodes))
-                    for fault in dict.fromkeys(staged.faults):
-                        print(f"error: {fault}", file=sys.stderr)
-                faults += len(staged.faults)
+        session.connect()
+        splits = session.run_on_root(
+            lambda: {str(name): open_folder(arguments.input_dir / name) for name in SPLITS}
+        )
+        for there, staged in stage(splits, config.folder, config, session, arguments.models):
+            if world.is_root:
+                print(describe(there, staged, world.nodes))
+                for fault in dict.fromkeys(staged.faults):
+                    print(f"error: {fault}", file=sys.stderr)
+            faults += len(staged.faults)
         if faults:
             raise UserError(f"{faults} samples are damaged, and on no node; mend them and stage again")
     return 0
 
 
 if __name__ == "__main__":
-    World.detect().exit_together(main())
+    exit_now(main(), World.detect())

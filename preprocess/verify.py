@@ -23,7 +23,7 @@ from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import list_folder, open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser, report_errors
-from pipelines.distributed.session import World, available_cores
+from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SPLITS

@@ -16,7 +16,7 @@ from cosmoflow_dali.compute.optim import SGDConfig
 from cosmoflow_dali.compute.schedule import StepDecayConfig
 from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.models.reference import ReferenceConfig
-from pipelines.distributed.session import World
+from pipelines.distributed.world import World
 from preprocess.staging.stager import Staged
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from cosmoflow_dali.training.evaluation import Evaluation
-from pipelines.distributed.session import available_cores
+from pipelines.distributed.world import available_cores
 from pipelines.loading.reader import Reader
 
 Array = npt.NDArray[np.float64]

@@ -16,7 +16,7 @@ from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.logs import Console
 from cosmoflow_dali.training.trainer import Outcome
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.distributed.session import World
+from pipelines.distributed.world import World
 from pipelines.loading.reader import Reader
 from pipelines.tables import format_table
 

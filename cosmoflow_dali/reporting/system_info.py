@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cosmoflow_dali import __version__
-from pipelines.distributed.session import available_cores
+from pipelines.distributed.world import available_cores
 from pipelines.formats.packed.gather_cpu import COMPILED
 
 _PACKAGES = (

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from pipelines.distributed.session import World
+from pipelines.distributed.session import Session
 from pipelines.errors import DataError, UserError
 from pipelines.loading.loader import Loader
 from pipelines.sample import PARAMETERS
@@ -68,7 +68,7 @@ class Evaluation:
         }
 
 
-def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) -> Evaluation:
+def evaluate(model: nn.Module, loader: Loader, session: Session, *, epoch: int = 0) -> Evaluation:
     """Score `model` on the split that the ranks' loaders cover between them, padded, in `epoch`'s order.
 
     Each rank fills in the rows that it has seen and the sum over ranks completes the table, so a
@@ -79,8 +79,8 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
     model.eval()
     table: torch.Tensor | None = None
     with torch.no_grad():
-        loaded = world.with_stall_guard(loader.batches(epoch), "waiting for a validation sample")
-        for batch in world.tag_rank_errors(loaded):
+        loaded = session.with_stall_guard(loader.batches(epoch), "waiting for a validation sample")
+        for batch in session.tag_rank_errors(loaded):
             if table is None:
                 # Whether a sample was seen, what the network made of it, and its target.
                 shape = loader.split.total, 3, len(PARAMETERS)
@@ -93,14 +93,14 @@ def evaluate(model: nn.Module, loader: Loader, world: World, *, epoch: int = 0) 
                 table[place, 2] = batch.target[torch.from_numpy(rows)].double()
     model.train(was_training)
     assert table is not None, "every rank takes part in every evaluation step"
-    seen, predictions, targets = world.sum(table).cpu().numpy().transpose(1, 0, 2)
+    seen, predictions, targets = session.sum(table).cpu().numpy().transpose(1, 0, 2)
     index = np.flatnonzero(seen[:, 0])
     if not index.size:
         raise DataError(loader.split.root, "holds no sound sample to score", "see preprocess.verify")
     bad = index[~np.isfinite(predictions[index]).all(axis=1)]
     if bad.size:
         own = np.arange(len(loader.split))
-        world.run_on_all_ranks(
+        session.run_on_all_ranks(
             lambda: loader.raise_if_damaged(own[np.isin(loader.split.global_indices(own), bad)])
         )
         raise UserError(

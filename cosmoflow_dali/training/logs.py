@@ -19,7 +19,7 @@ from typing import Any
 from mlperf_logging.mllog.mllog import MLLogger
 from tqdm import tqdm
 
-from pipelines.distributed.session import World
+from pipelines.distributed.world import World
 from pipelines.errors import AccessError
 
 METRICS = "metrics.jsonl"

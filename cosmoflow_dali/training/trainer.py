@@ -34,7 +34,7 @@ from cosmoflow_dali.training.checkpoint import Checkpoint, Position
 from cosmoflow_dali.training.evaluation import Evaluation, evaluate
 from cosmoflow_dali.training.logs import Console, RunLogs
 from cosmoflow_dali.training.timer import Clock
-from pipelines.distributed.session import World
+from pipelines.distributed.session import Session
 from pipelines.errors import UserError
 from pipelines.loading.loader import Loader
 from pipelines.sample import Batch
@@ -69,7 +69,7 @@ class Trainer:
         seed: int,
         model: nn.Module,
         *,
-        world: World,
+        session: Session,
         device: torch.device,
         train: Loader,
         validation: Loader,
@@ -78,10 +78,10 @@ class Trainer:
         console: Console,
         checkpoint: Checkpoint | None,
     ) -> None:
-        self._config, self._seed, self._world, self._device = config, seed, world, device
+        self._config, self._seed, self._session, self._device = config, seed, session, device
         self._train, self._validation = train, validation
         self._folder, self._logs, self._console = folder, logs, console
-        self._global_batch = config.loader.batch_size * world.size
+        self._global_batch = config.loader.batch_size * session.world.size
         self._model = model.to(device)
         self._optimizer = build_optimizer(config.optimizer, self._model)
         compute = config.compute
@@ -98,7 +98,7 @@ class Trainer:
         self._stop_asked = False
         if checkpoint is not None:
             self._restore(checkpoint)
-        self._parallel = wrap_model(self._model, compute, device, ranks=world.size)
+        self._parallel = wrap_model(self._model, compute, device, ranks=session.world.size)
         self._gradients = make_engine(
             self._parallel, compute, self._scaler, train.split.spec, config.loader.batch_size, device
         )
@@ -135,7 +135,7 @@ class Trainer:
     def validate(self) -> Evaluation:
         """Score the model on the validation split; UserError where an answer is no number."""
         with autocast(self._config.compute.precision, self._device):
-            return evaluate(self._model, self._validation, self._world, epoch=self.position.epoch)
+            return evaluate(self._model, self._validation, self._session, epoch=self.position.epoch)
 
     def _train_epoch(self) -> bool:
         """Train the rest of the current epoch; False if a signal cut it short."""
@@ -148,8 +148,8 @@ class Trainer:
         self.clock.reset()
         try:
             loaded = self._train.batches(epoch, first, self._gradients.inputs)
-            timely = self._world.with_stall_guard(loaded, "waiting for a training sample")
-            batches = self.clock.waiting(self._world.tag_rank_errors(timely))
+            timely = self._session.with_stall_guard(loaded, "waiting for a training sample")
+            batches = self.clock.waiting(self._session.tag_rank_errors(timely))
             for step, batch in enumerate(batches, first):
                 self._step(epoch, step, batch)
                 self.position = Position(epoch, (step + 1) * self._global_batch)
@@ -176,7 +176,7 @@ class Trainer:
             epochs=config.epochs,
         )
         set_lr(self._optimizer, lr)
-        seed_step(self._seed, epoch, step, self._world.rank)
+        seed_step(self._seed, epoch, step, self._session.world.rank)
         if config.symmetries:
             turned = augment.apply(batch.volume, augment.draw(self._seed, epoch, step))
             batch = replace(batch, volume=turned)
@@ -190,7 +190,7 @@ class Trainer:
         """Log the steps since the last time; whether any rank was asked to stop."""
         losses, own = [loss for loss, _ in self._window], (self._stop_asked, self._has_skipped_more())
         notes = torch.stack([*losses, *torch.tensor(own, dtype=torch.float32).to(self._device)]).double()
-        *means, stops, news = (self._world.sum(notes) / self._world.size).tolist()
+        *means, stops, news = (self._session.sum(notes) / self._session.world.size).tolist()
         if news:
             self._tell_of_skipped()
         self._refuse_nan(means)
@@ -209,7 +209,7 @@ class Trainer:
             "data_wait_ms": 1e3 * waited / len(means),
             "step_ms": 1e3 * seconds / len(means),
         }
-        with self._world.stall_guard("writing metrics.jsonl"):
+        with self._session.stall_guard("writing metrics.jsonl"):
             self._logs.metric(record)
         self._console.advance(
             len(means),
@@ -232,7 +232,7 @@ class Trainer:
         if not bad:
             return
         index = self._window[bad[0]][1]
-        self._world.run_on_all_ranks(lambda: self._train.raise_if_damaged(index))
+        self._session.run_on_all_ranks(lambda: self._train.raise_if_damaged(index))
         step = self.steps - len(means) + bad[0] + 1
         raise UserError(
             f"the loss is {means[bad[0]]} at step {step} (epoch {self.position.epoch + 1}), and the samples "
@@ -278,7 +278,7 @@ class Trainer:
         """Name each sample that some rank has passed over, once, and count it."""
         for split, loader in (("train", self._train), ("validation", self._validation)):
             told = self._skipped[split]
-            for faults in self._world.gather(loader.skipped):
+            for faults in self._session.gather(loader.skipped):
                 for path in sorted(faults.keys() - set(told)):
                     told.append(path)
                     self._console.say(f"skipped {faults[path]}")
@@ -288,7 +288,7 @@ class Trainer:
         return target is not None and self._scores is not None and self._scores["mae"] <= target
 
     def _save(self) -> None:
-        if not self._world.is_root:
+        if not self._session.world.is_root:
             return
         state = Checkpoint(
             config=asdict(self._config),
@@ -305,7 +305,7 @@ class Trainer:
             skipped=self._skipped,
             logs=self._logs.lengths(),
         )
-        with self._world.stall_guard("writing a checkpoint"):
+        with self._session.stall_guard("writing a checkpoint"):
             state.save(self._folder / "checkpoints")
 
     def _restore(self, checkpoint: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Command lines of programs on many ranks: one-line errors, and an exit status that all ranks share."""
+"""Command lines of programs on many ranks: argument parser, one-line errors and exit statuses."""
 
 from __future__ import annotations
 
@@ -10,75 +10,74 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from pipelines.distributed.session import RankError, World
+from pipelines.distributed.session import RankError, Session, exit_now, lost_contact
+from pipelines.distributed.world import World
 from pipelines.errors import UserError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that raises a UserError where argparse would print its usage on every rank."""
+    """A parser that raises UserError where argparse would print its usage on every rank."""
 
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a UserError."""
         raise UserError(f"{message}; see --help")
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The arguments in `argv`, or the process's own; it ends with one line where they make no sense."""
+        """Parse `argv`, or the process's own arguments; exit with one line if they are invalid."""
         with report_errors(launched()):
             return self.parse_args(argv)
 
 
 def launched() -> World:
-    """`World.detect()`, where what is wrong with a launcher's variables ends the process with one line."""
+    """Return `World.detect()`; exit with one line if the launcher's variables are invalid."""
     with report_errors(World()):
         return World.detect()
 
 
 @contextmanager
-def report_errors(world: World, stopped: str = "stopped") -> Iterator[None]:
-    """Leave the process with status 1 and one line where the body raises what a user can cause.
+def report_errors(world: World, stopped: str = "stopped") -> Iterator[Session]:
+    """Run the body in a `Session` of `world`; print errors as one line and exit.
 
-    stopped: the line for Ctrl-C, which ends it with 130.
+    An error that a user can cause ends the process with status 1, Ctrl-C with 130. Of an error that all ranks
+    have seen, rank 0 prints the line. With one rank, other exceptions pass through.
+
+    Args:
+        world: The ranks that run this program.
+        stopped: The line to print for Ctrl-C.
+
+    Yields:
+        The session, which is not connected yet; it is closed after the body.
     """
+    session = Session(world)
     try:
-        yield
+        yield session
+        session.close()
     except UserError as error:
-        known = not isinstance(error, RankError)
-        # A fault that all ranks know of needs telling once.
-        if world.is_root or not known:
+        seen_by_all = not isinstance(error, RankError)
+        if world.is_root or not seen_by_all:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        world.part(str(error), known=known)
-        if not known:
-            world.exit_now()
-        world.exit_together(1)
+        session.report_failure(str(error), seen_by_all_ranks=seen_by_all)
+        if seen_by_all:
+            session.wait_for_root_exit()
+        exit_now(1, world)
     except KeyboardInterrupt:
         if world.is_root:
             print(stopped, file=sys.stderr, flush=True)
-        world.part(stopped, known=False)
-        world.exit_now(128 + signal.SIGINT)
+        session.report_failure(stopped, seen_by_all_ranks=False)
+        exit_now(128 + signal.SIGINT, world)
     except OSError as error:
-        # A file system that has gone, a right that was taken away: it says which file.
+        # A file system that is gone, or a permission that was revoked: the text names the file.
         print(f"error: {RankError(world, UserError(str(error)))}", file=sys.stderr, flush=True)
-        world.part(str(error), known=False)
-        world.exit_now()
+        session.report_failure(str(error), seen_by_all_ranks=False)
+        exit_now(1, world)
     except Exception as error:
         if world.size == 1:
             raise
-        if _lost_contact(error):
-            # Another rank has gone, and the watch finds out which.
-            world.wait_for_failure_report()
-            print(f"error: rank {world.rank} of {world.size}: another rank has gone", file=sys.stderr)
+        if lost_contact(error):
+            session.wait_for_failure_report()
+            print(f"error: {RankError(world, UserError('lost contact with another rank'))}", file=sys.stderr)
         else:
             traceback.print_exc()
-            print(f"error: rank {world.rank} of {world.size}: {error}", file=sys.stderr)
-            world.part(str(error), known=False)
-        world.exit_now()
-
-
-def _lost_contact(error: BaseException) -> bool:
-    """Whether `error` is what a collective raises when another rank has gone."""
-    import torch.distributed as dist
-
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(
-        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    )
+            print(f"error: {RankError(world, UserError(str(error)))}", file=sys.stderr)
+            session.report_failure(str(error), seen_by_all_ranks=False)
+        exit_now(1, world)

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pipelines.distributed import watch
-from pipelines.distributed.rendezvous import Meeting
+from pipelines.distributed.rendezvous import Endpoint
 from pipelines.distributed.wire import limit, receive, send
 from pipelines.errors import UserError
 
@@ -24,7 +24,7 @@ _FAREWELL = 30.0
 class Member(watch.Watch):
     """Another rank's end: it says that it lives, and leaves when told to or when rank 0 has gone."""
 
-    def __init__(self, meeting: Meeting, rank: int, size: int, *, speaks: bool) -> None:
+    def __init__(self, meeting: Endpoint, rank: int, size: int, *, speaks: bool) -> None:
         """Go to the meeting; UserError where rank 0 does not come. `speaks`: of rank 0's end."""
         super().__init__(rank, size)
         self._speaks = speaks
@@ -60,9 +60,9 @@ class Member(watch.Watch):
             while self._connection.poll(max(0.0, deadline - time.monotonic())):
                 receive(self._connection)
 
-    def _go(self, meeting: Meeting) -> Connection:
+    def _go(self, meeting: Endpoint) -> Connection:
         hello = {"key": meeting.key, "rank": self._rank, "name": self._name}
-        deadline, fault = time.monotonic() + meeting.seconds, "nobody answers"
+        deadline, fault = time.monotonic() + meeting.timeout, "nobody answers"
         while time.monotonic() < deadline:
             for port in meeting.ports:
                 try:
@@ -82,7 +82,7 @@ class Member(watch.Watch):
         ports = "-".join(str(port) for port in sorted({meeting.ports[0], meeting.ports[-1]}))
         raise UserError(
             f"rank 0 has not been at {meeting.address}, port {ports}, in "
-            f"{meeting.seconds:g} s ({fault}); has it started, and can this node reach that one?"
+            f"{meeting.timeout:g} s ({fault}); has it started, and can this node reach that one?"
         )
 
     def _say(self, message: dict[str, Any]) -> None:

@@ -1,65 +1,66 @@
-"""Ranks on different nodes that have the same place there, for what several nodes need."""
+"""Communication between ranks of different nodes, for staging: one rank of each node in a group."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
 
-from pipelines.distributed.session import World
+from pipelines.distributed.session import Session
 from pipelines.errors import ConfigError
 
 
-class Peers:
-    """The ranks that have this rank's place on the nodes of its team, one of `teams`, which have all nodes.
+class NodeGroup:
+    """The ranks with this rank's local rank on all nodes of its group; every node belongs to one group.
 
-    All ranks make theirs together. ConfigError where nodes have different numbers of ranks, or
-    ranks that are not numbered consecutively.
+    All ranks create theirs together.
 
-    number: of this rank's team. teams: how many there are. size: nodes in each.
-    place: this rank's node in its team.
+    number: of this rank's group.
+    num_groups: number of groups.
+    size: number of nodes in each group.
+    group_rank: position of this rank's node in its group.
+
+    Raises:
+        ConfigError: Nodes have different numbers of ranks, or ranks are not numbered node by node.
     """
 
-    def __init__(self, world: World, teams: Sequence[Sequence[int]]) -> None:
-        hosts = world.gather((socket.gethostname(), world.local_size, world.local_rank))
-        for rank, (host, size, place) in enumerate(hosts):
-            orderly = size == world.local_size and world.size % size == 0 and place == rank % size
-            if not orderly or hosts[rank - place][0] != host:
-                said = f"is number {place} of {size} on {host}; start as many on every node, in a row"
-                raise ConfigError("rank", rank, said)
-        self.teams = len(teams)
-        self.number = next(number for number, team in enumerate(teams) if world.node in team)
-        own = teams[self.number]
-        self.size, self.place = len(own), own.index(world.node)
-        self._ranks = _ranks(world, own, world.local_rank)
-        self._group = None
+    def __init__(self, session: Session, groups: Sequence[Sequence[int]]) -> None:
+        world = session.world
+        hosts = session.gather((socket.gethostname(), world.local_size, world.local_rank))
+        for rank, (host, size, local_rank) in enumerate(hosts):
+            in_order = size == world.local_size and world.size % size == 0 and local_rank == rank % size
+            if not in_order or hosts[rank - local_rank][0] != host:
+                fault = (
+                    f"is number {local_rank} of {size} on {host}; start equally many on every node, in order"
+                )
+                raise ConfigError("rank", rank, fault)
+        self.num_groups = len(groups)
+        self.number = next(number for number, group in enumerate(groups) if world.node in group)
+        self.size = len(groups[self.number])
+        self.group_rank = groups[self.number].index(world.node)
+        self._process_group = None
         if self.size > 1:
             import torch.distributed as dist
 
-            # Every rank has to know of every group.
-            for team in teams:
+            # Every rank has to create every process group.
+            for number, group in enumerate(groups):
                 for local_rank in range(world.local_size):
-                    ranks = _ranks(world, team, local_rank)
-                    group = dist.new_group(ranks, backend="gloo")
-                    if ranks == self._ranks:
-                        self._group = group
+                    ranks = [node * world.local_size + local_rank for node in group]
+                    created = dist.new_group(ranks, backend="gloo")
+                    if (number, local_rank) == (self.number, world.local_rank):
+                        self._process_group = created
 
-    def broadcast(self, content: bytes | None, place: int) -> bytes:
-        """The `content` that the peer at `place` has, on all of them; theirs is None."""
+    def broadcast(self, content: bytes | None, source: int) -> bytes:
+        """Return on all ranks of the group the `content` of group rank `source`; None on the others."""
         if self.size == 1:
             assert content is not None
             return content
         import torch
         import torch.distributed as dist
 
-        source = self._ranks[place]
         length = torch.tensor([0 if content is None else len(content)])
-        dist.broadcast(length, source, self._group)
+        dist.broadcast(length, group=self._process_group, group_src=source)
         data = bytearray(int(length)) if content is None else bytearray(content)
         if data:
-            dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), source, self._group)
+            tensor = torch.frombuffer(data, dtype=torch.uint8)
+            dist.broadcast(tensor, group=self._process_group, group_src=source)
         return bytes(data)
-
-
-def _ranks(world: World, team: Sequence[int], local_rank: int) -> list[int]:
-    """The ranks with the place `local_rank` on the nodes of `team`."""
-    return [node * world.local_size + local_rank for node in team]

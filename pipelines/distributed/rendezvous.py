@@ -1,4 +1,4 @@
-"""Where the ranks first meet: an address, the ports to try there, and a word to know each other by."""
+"""Rendezvous: the address and the ports at which rank 0 can be reached, found from a launcher's variables."""
 
 from __future__ import annotations
 
@@ -11,82 +11,63 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipelines.distributed.environment import integer
+from pipelines.distributed.world import World
 from pipelines.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
-PATIENCE = "MEETING_SECONDS"
-"""The variable that says how long ranks wait for the next one to come to the meeting."""
-
-ADDRESS = "MEETING_ADDRESS"
-"""The variable that says where rank 0 is, under srun where the name of a step's first node leads nowhere."""
-
-_FIRST_PORT, _PORTS, _TRIES = 20000, 12000, 8
-"""Ports that no system gives out by itself; where one is taken, the next ones are tried."""
+_FIRST_PORT, _PORTS, _ATTEMPTS = 20000, 12000, 8
+"""Ports that no system assigns by itself. If one is in use, the next ones are tried."""
 
 
-class Meeting(NamedTuple):
-    """Where ranks meet.
+class Endpoint(NamedTuple):
+    """Where rank 0 listens.
 
-    address: of rank 0. ports: where it may listen, in the order to try.
-    key: tells this run's ranks from those of another that come to the wrong door.
-    seconds: how long to wait for the next rank to come.
+    address: of rank 0.
+    ports: on which it may listen, in the order to try.
+    key: distinguishes this run from another one that uses the same port.
+    timeout: seconds to wait for the next rank to connect.
     """
 
     address: str
     ports: tuple[int, ...]
     key: str
-    seconds: float
+    timeout: float
 
 
-def integer(environ: Mapping[str, str], name: str, default: int = 0) -> int:
-    """The whole number in the variable `name`, `default` without it; ConfigError for anything else."""
-    text = environ.get(name, str(default))
-    if not text.isdecimal():
-        raise ConfigError(name, text, "must be a whole number, at least 0")
-    return int(text)
+def find_endpoint(world: World, environ: Mapping[str, str]) -> Endpoint:
+    """Return the endpoint of `world`; all of its ranks call this.
 
+    Environment variables: RENDEZVOUS_TIMEOUT, seconds to wait for the next rank to connect; RENDEZVOUS_ADDR,
+    the address of rank 0 under srun, if the name of the step's first node cannot be resolved.
 
-def meeting_place(
-    launcher: str,
-    environ: Mapping[str, str],
-    *,
-    rank: int,
-    size: int,
-    one_node: bool,
-    model: int = 0,
-    models: int = 1,
-) -> Meeting:
-    """Where the `size` ranks of one of the `models` that `launcher` has started meet.
-
-    Called by all of them; `one_node` says that they are on one. ConfigError where it is not to be found.
+    Raises:
+        ConfigError: The launcher's variables give no address.
     """
-    seconds = float(integer(environ, PATIENCE, 40))
+    timeout = float(integer(environ, "RENDEZVOUS_TIMEOUT", 40))
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return _by_torchrun(environ, rank, one_node, model, seconds)
-    if models == 1 and "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
+        return _by_torchrun(world, environ, timeout)
+    if world.num_instances == 1 and "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
         address, port = environ["MASTER_ADDR"], integer(environ, "MASTER_PORT")
-        return Meeting(address, (port,), f"{address}:{port}", seconds)
-    if launcher == "srun":
-        # Steps of one job may share a node, so both numbers choose the ports.
+        return Endpoint(address, (port,), f"{address}:{port}", timeout)
+    if world.launcher == "srun":
+        # Steps of one job may share a node, so the ports depend on both numbers.
         key = f"slurm {environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
-        address = environ.get(ADDRESS) or ("127.0.0.1" if one_node else _first_node(environ))
-        return Meeting(address, _ports(key), key, seconds)
-    if launcher == "mpirun" and one_node and "PMIX_NAMESPACE" in environ:
-        key = f"pmix {environ['PMIX_NAMESPACE']} {model}"
-        return Meeting("127.0.0.1", _ports(key), key, seconds)
-    if launcher == "mpirun":
-        return _by_mpi(rank, size, one_node, model, models, seconds)
-    if models > 1:
-        raise ConfigError(
-            "--instances", models, "is for mpirun and torchrun, which show each model its own place"
+        address = environ.get("RENDEZVOUS_ADDR") or (
+            "127.0.0.1" if world.single_node else _first_node(environ)
         )
-    raise ConfigError(
-        "MASTER_ADDR",
-        None,
-        f"{size} ranks by {launcher}: set MASTER_ADDR and MASTER_PORT",
-    )
+        return Endpoint(address, _ports(key), key, timeout)
+    if world.launcher == "mpirun":
+        if not world.single_node or "PMIX_NAMESPACE" not in environ:
+            return _by_mpi(world, timeout)
+        key = f"pmix {environ['PMIX_NAMESPACE']} {world.instance}"
+        return Endpoint("127.0.0.1", _ports(key), key, timeout)
+    if world.num_instances > 1:
+        raise ConfigError("--instances", world.num_instances, "needs mpirun or torchrun as launcher")
+    fault = f"{world.size} ranks started by {world.launcher}: set MASTER_ADDR and MASTER_PORT"
+    raise ConfigError("MASTER_ADDR", None, fault)
 
 
 def open_store(
@@ -105,74 +86,66 @@ def open_store(
 
 def _ports(key: str) -> tuple[int, ...]:
     first = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
-    return tuple(_FIRST_PORT + (first + attempt) % _PORTS for attempt in range(_TRIES))
+    return tuple(_FIRST_PORT + (first + attempt) % _PORTS for attempt in range(_ATTEMPTS))
 
 
 def _first_node(environ: Mapping[str, str]) -> str:
-    """The first node of SLURM's short form, "rack[1-3]n[07,9],login2"; a container has no scontrol to ask."""
+    """Return the first node of a list such as "rack[1-3]n[07,9],login2", without scontrol."""
     nodes = environ["SLURM_STEP_NODELIST"]
     first = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodes)
     if first is None:
-        raise ConfigError("SLURM_STEP_NODELIST", nodes, "names no node; set MASTER_ADDR")
+        raise ConfigError("SLURM_STEP_NODELIST", nodes, "names no node; set RENDEZVOUS_ADDR")
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first.group())
 
 
-def _free_port() -> int:
+def _free_address(world: World) -> tuple[str, int]:
+    """Return an address of this host, which is rank 0's, and a free port."""
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return probe.getsockname()[1]
+        return "127.0.0.1" if world.single_node else socket.getfqdn(), probe.getsockname()[1]
 
 
-def _by_torchrun(
-    environ: Mapping[str, str], rank: int, one_node: bool, model: int, seconds: float
-) -> Meeting:
-    """Through the store of torchrun's agents, which hold MASTER_PORT themselves."""
-    store = open_store(environ["MASTER_ADDR"], integer(environ, "MASTER_PORT"), seconds=seconds)
-    # The store outlives the ranks: after a restart they meet anew.
-    run, attempt = (environ.get(f"TORCHELASTIC_{what}") for what in ("RUN_ID", "RESTART_COUNT"))
-    name = f"meeting/{run}/{attempt}/{model}"
-    if rank == 0:
-        host = "127.0.0.1" if one_node else socket.getfqdn()
-        store.set(name, f"{host} {_free_port()}")
-    address, port = store.get(name).decode().split()
-    return Meeting(address, (int(port),), name, seconds)
+def _by_torchrun(world: World, environ: Mapping[str, str], timeout: float) -> Endpoint:
+    """Exchange the endpoint through the store of torchrun's agents, which occupies MASTER_PORT."""
+    store = open_store(environ["MASTER_ADDR"], integer(environ, "MASTER_PORT"), seconds=timeout)
+    # The store outlives the ranks: after a restart they need an endpoint of their own.
+    run, attempt = (environ.get(f"TORCHELASTIC_{name}") for name in ("RUN_ID", "RESTART_COUNT"))
+    key = f"rendezvous/{run}/{attempt}/{world.instance}"
+    if world.is_root:
+        store.set(key, " ".join(map(str, _free_address(world))))
+    address, port = store.get(key).decode().split()
+    return Endpoint(address, (int(port),), key, timeout)
 
 
-def _by_mpi(rank: int, size: int, one_node: bool, model: int, models: int, seconds: float) -> Meeting:
+def _by_mpi(world: World, timeout: float) -> Endpoint:
+    """Exchange the endpoint through MPI."""
     try:
         from mpi4py import rc
 
         rc.initialize = False
         from mpi4py import MPI
     except ImportError as error:
-        raise ConfigError(
-            "mpi4py",
-            None,
-            f"mpirun started {size} ranks, but mpi4py is missing: pip install mpi4py",
-        ) from error
-    # MPI waits for a rank that never comes for ever, and says nothing.
-    alarm = threading.Timer(seconds, _give_up, (rank, size, seconds))
+        fault = f"mpirun started {world.size} ranks, but mpi4py is missing: pip install mpi4py"
+        raise ConfigError("mpi4py", None, fault) from error
+    # MPI waits without a limit for a rank that does not start, and reports nothing.
+    alarm = threading.Timer(timeout, _give_up, (world, timeout))
     alarm.daemon = True
     alarm.start()
     MPI.Init()
-    if MPI.COMM_WORLD.size != size * models:
-        raise ConfigError(
-            "mpi4py",
-            MPI.COMM_WORLD.size,
-            f"mpirun started {size * models} ranks, so mpi4py was built for another MPI than this mpirun",
-        )
-    meeting = None
-    if rank == 0:
-        meeting = "127.0.0.1" if one_node else socket.getfqdn(), _free_port()
-    address, port = MPI.COMM_WORLD.allgather(meeting)[model * size]
+    started = world.size * world.num_instances
+    if MPI.COMM_WORLD.size != started:
+        fault = f"mpirun started {started} ranks, so mpi4py was built for another MPI than this mpirun"
+        raise ConfigError("mpi4py", MPI.COMM_WORLD.size, fault)
+    addresses = MPI.COMM_WORLD.allgather(_free_address(world) if world.is_root else None)
+    address, port = addresses[world.instance * world.size]
     alarm.cancel()
-    # MPI has done its part. Finalising at exit would make a rank that fails wait for the others,
-    # who wait for it.
+    # MPI is not used after this. To finalise it at exit would make a rank that fails wait for the others,
+    # which wait for it.
     MPI.Finalize()
-    return Meeting(address, (port,), f"{address}:{port}", seconds)
+    return Endpoint(address, (port,), f"{address}:{port}", timeout)
 
 
-def _give_up(rank: int, size: int, seconds: float) -> None:
-    message = f"error: rank {rank} of {size}: not all ranks have come to MPI within {seconds:g} s; leaving"
+def _give_up(world: World, timeout: float) -> None:
+    message = f"error: rank {world.rank} of {world.size}: not all ranks called MPI_Init within {timeout:g} s"
     os.write(2, f"{message}\n".encode())
     os._exit(1)

@@ -1,9 +1,7 @@
-"""The world of ranks: who we are, how we meet, and the few things we ever say to each other.
+"""Process group of the ranks: connecting, collectives, failure reports and exits.
 
-A launcher (mpirun, torchrun, srun, or none) starts one process for each device and tells each one
-its place in environment variables, which `pipelines.distributed.environment` reads. Everything
-that crosses ranks, but for the gradients, goes through a `World`; with one rank it is plain
-arithmetic, no process group exists, and torch, which takes its time to import, is left out.
+Everything that ranks exchange, except gradients, passes through a `Session`. With one rank there is no
+process group, collectives are plain calls, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -12,42 +10,36 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from pipelines.distributed.environment import place_in
 from pipelines.distributed.member import Member
-from pipelines.distributed.rendezvous import meeting_place, open_store
+from pipelines.distributed.rendezvous import find_endpoint, open_store
 from pipelines.distributed.warden import Warden
 from pipelines.distributed.watch import Watch
-from pipelines.errors import ConfigError, UserError
+from pipelines.distributed.world import World
+from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
 
-_TIMEOUT = {"nccl": timedelta(minutes=30), "gloo": timedelta(days=7)}
-"""How long a rank waits for the others: long enough for rank 0 to simulate a data set, and on the CPU for one
-that converts the slowest part of it; who has gone or is silent the watch tells at once."""
+_COLLECTIVE_TIMEOUT = {"nccl": timedelta(minutes=30), "gloo": timedelta(days=7)}
+"""Longest wait for another rank in a collective: on the CPU a rank may convert files for days. Failed ranks
+are detected by heartbeats, much earlier."""
 
-_GRACE_SECONDS = 5.0
-"""How long ranks that never met let rank 0 speak, before they leave for what all of them know."""
+_ROOT_MESSAGE_SECONDS = 5.0
+"""Time for rank 0 to print an error that all ranks have seen, if the ranks are not connected."""
 
-_watch: Watch | None = None
-"""Of this process, from when its ranks are connected."""
-
-
-def available_cores() -> int:
-    """Cores that this process may run on: those a launcher has bound it to, or all."""
-    return len(os.sched_getaffinity(0))
+_CONNECTION_ERRORS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""Texts of the RuntimeErrors that gloo raises in a collective after another rank's process has ended."""
 
 
 class RankError(UserError):
-    """A fault that only one rank has seen, so that this rank must be the one to tell of it."""
+    """An error that only one rank has seen, so that this rank has to report it."""
 
     def __init__(self, world: World, error: UserError) -> None:
         self.world, self.error = world, error
@@ -57,210 +49,116 @@ class RankError(UserError):
         return type(self), (self.world, self.error)
 
 
-@dataclass(frozen=True, slots=True)
-class World:
-    """This process's place among all of them.
+def exit_now(status: int, world: World) -> NoReturn:
+    """End this process with `status`."""
+    if world.size == 1:
+        sys.exit(status)
+    # Gloo's threads outlive even destroy_process_group. One that releases a tensor while the interpreter
+    # shuts down aborts the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
-    rank, size: place and number of processes in the whole run.
-    local_rank, local_size: the same on this node; `local_rank` picks the GPU.
-    launcher: "torchrun", "mpirun", "srun" or "none".
-    model, models: which of how many worlds this is that the job's ranks were split into.
-    before, beside: ranks of other models on this node: those that stand before this one's, and all.
+
+class Session:
+    """Communication between the ranks of `world`; `connect` it first if there are several.
+
+    world: this process's rank among them.
     """
 
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    launcher: str = "none"
-    model: int = 0
-    models: int = 1
-    before: int = 0
-    beside: int = 0
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._watch: Watch | None = None
 
-    @staticmethod
-    def detect(environ: Mapping[str, str] = os.environ) -> World:
-        """The world that the launcher's variables in `environ` describe; alone without any."""
-        place = place_in(environ)
-        return World() if place is None else World(*place)
+    def connect(self, device: torch.device | None = None) -> None:
+        """Connect all ranks: with NCCL if `device` is a GPU, else with gloo.
 
-    def split(self, models: int) -> World:
-        """This rank's world where all ranks are split into `models` worlds, ranks in a row.
-
-        ConfigError unless each has as many ranks, on whole nodes or in whole parts of one.
+        Raises:
+            UserError: Rank 0 cannot be reached or cannot listen.
         """
-        if models == 1:
-            return self
-        if models < 1 or self.size % models:
-            raise ConfigError("--instances", models, f"does not share out the {self.size} ranks")
-        if self.launcher == "srun":
-            raise ConfigError("--instances", models, "is not for srun, where run.sub has NUM_INSTANCES=N")
-        each = self.size // models
-        local = min(each, self.local_size)
-        if each % local or self.local_size % local:
-            said = f"gives each {each} ranks, which do not fit nodes of {self.local_size}"
-            raise ConfigError("--instances", models, said)
-        place = self.local_rank % local
-        return World(
-            self.rank % each,
-            each,
-            place,
-            local,
-            self.launcher,
-            model=self.rank // each,
-            models=models,
-            before=self.local_rank - place,
-            beside=self.local_size - local,
-        )
-
-    @property
-    def cores(self) -> int:
-        """Cores for this rank: those that the launcher has bound it to, or its share of the node's."""
-        cores, ranks = available_cores(), self.local_size + self.beside
-        return max(1, cores // ranks if cores >= ranks else 1)
-
-    @property
-    def nodes(self) -> int:
-        """How many nodes there are; each has `local_size` ranks, numbered consecutively."""
-        return max(1, self.size // self.local_size)
-
-    @property
-    def node(self) -> int:
-        """The number of this rank's node."""
-        return self.rank // self.local_size
-
-    @property
-    def is_root(self) -> bool:
-        """Whether this is rank 0, which writes the logs."""
-        return self.rank == 0
-
-    def device(self, kind: str) -> torch.device:
-        """This rank's device of `kind` "auto", "cpu" or "cuda"; ConfigError where it is not there."""
-        import torch
-
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if kind == "cpu" or (kind == "auto" and gpus == 0):
-            return torch.device("cpu")
-        if gpus == 0:
-            raise ConfigError("device", kind, "no GPU is visible here; use device: cpu or auto")
-        if gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
-            # Somebody has given each rank a GPU of its own, the only one that it sees.
-            return torch.device("cuda", 0)
-        index = self.before + self.local_rank
-        if index >= gpus:
-            raise ConfigError(
-                "device",
-                kind,
-                f"{self.local_size + self.beside} ranks on this node but {gpus} GPUs; start one rank a GPU",
-            )
-        return torch.device("cuda", index)
-
-    @contextmanager
-    def connected(self, device: torch.device | None = None) -> Iterator[None]:
-        """The process group of these ranks: NCCL for `device` cuda, and gloo for cpu or none."""
-        cuda = device is not None and device.type == "cuda"
+        world, cuda = self.world, device is not None and device.type == "cuda"
         if cuda:
             import torch
 
             torch.cuda.set_device(device)
-        if self.size == 1:
-            yield
+        if world.size == 1:
             return
-        one_node = self.local_size == self.size
-        meeting = meeting_place(
-            self.launcher,
-            os.environ,
-            rank=self.rank,
-            size=self.size,
-            one_node=one_node,
-            model=self.model,
-            models=self.models,
-        )
-        if one_node and "lo" in (name for _, name in socket.if_nameindex()):
-            # One node: gloo need not find out which of its interfaces others can reach.
+        endpoint = find_endpoint(world, os.environ)
+        if world.single_node and "lo" in (name for _, name in socket.if_nameindex()):
+            # On one node gloo need not find out which of its interfaces others can reach.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        global _watch
-        # Before torch comes, which takes its time: a rank that dies meanwhile is missed at once.
-        if self.is_root:
-            _watch = warden = Warden(meeting, self.size)
+        if world.is_root:
+            self._watch = warden = Warden(endpoint, world.size)
         else:
-            # Where rank 0 has gone, one rank a node says so.
-            speaks = self.local_rank == (1 if self.node == 0 else 0)
+            # If rank 0 fails, one rank of each node reports it.
+            reports = world.local_rank == (1 if world.node == 0 else 0)
             try:
-                _watch = member = Member(meeting, self.rank, self.size, speaks=speaks)
+                self._watch = member = Member(endpoint, world.rank, world.size, speaks=reports)
             except UserError as error:
-                raise (RankError(self, error) if speaks else error) from error
-        import torch
+                raise (RankError(world, error) if reports else error) from error
         import torch.distributed as dist
 
-        if self.is_root:
-            store = open_store(meeting.address, 0, serves=True, size=self.size, seconds=meeting.seconds)
+        if world.is_root:
+            store = open_store(endpoint.address, 0, serves=True, size=world.size, seconds=endpoint.timeout)
             warden.begin(str(store.port))
         else:
-            port = int(member.begin())
-            store = open_store(meeting.address, port, size=self.size, seconds=meeting.seconds)
+            store = open_store(
+                endpoint.address, int(member.begin()), size=world.size, seconds=endpoint.timeout
+            )
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(
             backend,
             store=store,
-            rank=self.rank,
-            world_size=self.size,
-            timeout=_TIMEOUT[backend],
+            rank=world.rank,
+            world_size=world.size,
+            timeout=_COLLECTIVE_TIMEOUT[backend],
             device_id=device if cuda else None,
         )
         if not cuda:
-            # Gloo connects every two ranks. One that has all of its own and leaves breaks others' connecting.
+            # Gloo connects every two ranks. One that is connected and exits breaks the connecting of others.
             dist.barrier()
-        yield
-        # Left out on an error on purpose: there the peers may be gone, and waiting for them hangs.
+
+    def close(self) -> None:
+        """Wait until all ranks are done, and disconnect; nothing if they are not connected."""
+        if self._watch is None:
+            return
+        import torch.distributed as dist
+
+        # Launchers end all ranks when the first one exits with a status other than 0.
+        dist.barrier()
+        self._watch.end()
         dist.destroy_process_group()
-        _watch.end()
 
-    def exit_together(self, status: int) -> NoReturn:
-        """End this process with `status`, which all ranks end with; rank 0 has told the reason of a fault."""
-        if _watch is None:
-            if status != 0 and not self.is_root:
-                time.sleep(_GRACE_SECONDS)
-        elif status == 0:
-            _watch.end()
-        else:
-            # A launcher ends all ranks when the first one fails, whatever they were about to say.
-            _watch.outlast_root()
-        self._exit(status)
-
-    def exit_now(self, status: int = 1) -> NoReturn:
-        """End this process with `status`, for a reason that this rank has told."""
-        self._exit(status)
-
-    def part(self, reason: str, *, known: bool) -> None:
-        """Tell the others that this rank leaves, for a `reason` that it has told; all may have `known` it."""
-        if _watch is not None:
-            _watch.part(reason, known=known)
+    def report_failure(self, reason: str, *, seen_by_all_ranks: bool) -> None:
+        """Tell the other ranks that this one exits for `reason`, which it has printed if not seen by all."""
+        if self._watch is not None:
+            self._watch.part(reason, known=seen_by_all_ranks)
 
     def wait_for_failure_report(self) -> None:
-        """Where another rank has gone: give the watch the time to find out which, and say so."""
-        if _watch is not None:
-            _watch.await_word()
+        """After a lost connection, wait until the failure detector reports the failed rank and exits."""
+        if self._watch is not None:
+            self._watch.await_word()
 
-    def _exit(self, status: int) -> NoReturn:
-        if self.size == 1:
-            sys.exit(status)
-        # Where ranks have met, gloo's threads are still there: they outlive even destroy_process_group.
-        # One that lets go of a tensor while the interpreter tidies up aborts the process.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    def wait_for_root_exit(self) -> None:
+        """Wait until rank 0 has printed an error that all ranks have seen, and has exited.
 
-    def run_on_root(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; a UserError there is raised on every rank."""
-        if self.size == 1:
-            return make()
+        A launcher ends all ranks when the first one fails, before rank 0 may have printed its message.
+        """
+        if self._watch is not None:
+            self._watch.outlast_root()
+        elif not self.world.is_root:
+            time.sleep(_ROOT_MESSAGE_SECONDS)
+
+    def run_on_root(self, function: Callable[[], T]) -> T:
+        """Return on every rank the result of `function` on rank 0; raise its UserError on every rank."""
+        if self.world.size == 1:
+            return function()
         import torch.distributed as dist
 
         outcome: list[T | UserError | None] = [None]
-        if self.is_root:
+        if self.world.is_root:
             try:
-                outcome[0] = make()
+                outcome[0] = function()
             except UserError as error:
                 outcome[0] = error
         dist.broadcast_object_list(outcome, src=0)
@@ -269,82 +167,85 @@ class World:
             raise result
         return result  # type: ignore[return-value]
 
-    def run_on_all_ranks(self, make: Callable[[], T]) -> T:
-        """`make()` on every rank; if it raises a UserError on any, every rank raises the first of them."""
-        if self.size == 1:
-            return make()
-        import torch.distributed as dist
-
+    def run_on_all_ranks(self, function: Callable[[], T]) -> T:
+        """Return `function()` on every rank; if some raise a UserError, raise the first on every rank."""
         result: T | None = None
-        mine: UserError | None = None
+        own: UserError | None = None
         try:
-            result = make()
+            result = function()
         except UserError as error:
-            mine = error
-        errors: list[UserError | None] = [None] * self.size
-        dist.all_gather_object(errors, mine)
-        for first in errors:
+            own = error
+        for first in self.gather(own):
             if first is not None:
                 raise first
         return result  # type: ignore[return-value]
 
-    def scatter(self, make: Callable[[], list[T]]) -> T:
-        """What `make` returns on rank 0 for this rank, by rank; a UserError there is raised on every rank."""
-        shares: list[T] = []
-        self.run_on_root(lambda: shares.extend(make()))
-        if self.size == 1:
-            return shares[0]
+    def scatter(self, function: Callable[[], list[T]]) -> T:
+        """Return this rank's item of the list that `function` returns on rank 0.
+
+        Raises:
+            UserError: `function` raised it on rank 0; every rank raises it.
+        """
+        items: list[T] = []
+        self.run_on_root(lambda: items.extend(function()))
+        if self.world.size == 1:
+            return items[0]
         import torch.distributed as dist
 
-        mine: list[T | None] = [None]
-        dist.scatter_object_list(mine, shares if self.is_root else None, src=0)
-        return mine[0]  # type: ignore[return-value]
+        own: list[T | None] = [None]
+        dist.scatter_object_list(own, items if self.world.is_root else None, src=0)
+        return own[0]  # type: ignore[return-value]
 
-    def gather_to_root(self, value: T) -> list[T]:
-        """Every rank's `value`, by rank, on rank 0; nothing on the others."""
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist
+    def gather(self, value: T) -> list[T]:
+        """Return the `value` of every rank, in order of ranks."""
+        values = [value] * self.world.size
+        if self.world.size > 1:
+            import torch.distributed as dist
 
-        values: list[T] = [value] * self.size if self.is_root else []
-        dist.gather_object(value, values if self.is_root else None, dst=0)
+            dist.all_gather_object(values, value)
         return values
 
-    def tag_rank_errors(self, items: Iterable[T]) -> Iterator[T]:
-        """`items`; a UserError among them is one that only this rank knows of, and is raised as such."""
-        try:
-            yield from items
-        except UserError as error:
-            raise RankError(self, error) from error
+    def gather_to_root(self, value: T) -> list[T]:
+        """Return the `value` of every rank, in order of ranks, on rank 0; an empty list on other ranks."""
+        values = [value] * self.world.size if self.world.is_root else []
+        if self.world.size > 1:
+            import torch.distributed as dist
 
-    def with_stall_guard(self, items: Iterable[T], what: str) -> Iterator[T]:
-        """`items`, each of which ought to come soon; a rank that is stuck at one is told of as `what`."""
-        iterator = iter(items)
-        while True:
-            with self.stall_guard(what):
-                item = next(iterator, None)
-            if item is None:
-                return
-            yield item
-
-    def stall_guard(self, what: str) -> AbstractContextManager[None]:
-        """While the body runs this rank is about `what`, which the watch tells of if it takes too long."""
-        return _watch.busy(what) if _watch is not None else nullcontext()
+            dist.gather_object(value, values if self.world.is_root else None, dst=0)
+        return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over the ranks, in place."""
-        if self.size > 1:
+        """Sum `tensor` over all ranks, in place."""
+        if self.world.size > 1:
             import torch.distributed as dist
 
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's `value`, by rank."""
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist
+    def tag_rank_errors(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield `items`; turn a UserError of the iteration into a RankError of this rank."""
+        try:
+            yield from items
+        except UserError as error:
+            raise RankError(self.world, error) from error
 
-        values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value)
-        return values
+    def stall_guard(self, operation: str) -> AbstractContextManager[None]:
+        """Report this rank as stuck in `operation` if the body takes too long."""
+        return self._watch.busy(operation) if self._watch is not None else nullcontext()
+
+    def with_stall_guard(self, items: Iterable[T], operation: str) -> Iterator[T]:
+        """Yield `items`, with a `stall_guard` around the wait for each."""
+        iterator = iter(items)
+        while True:
+            with self.stall_guard(operation):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Return True if `error` is what a collective raises after another rank's process has ended."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in _CONNECTION_ERRORS)

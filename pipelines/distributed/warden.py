@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from pipelines.distributed import watch
-from pipelines.distributed.rendezvous import Meeting
+from pipelines.distributed.rendezvous import Endpoint
 from pipelines.distributed.wire import limit, listen, receive, send
 
 _HALFWAY = 1.0
@@ -38,7 +38,7 @@ class _Line:
 class Warden(watch.Watch):
     """Rank 0's end: it calls the roll, listens to all, and passes judgement."""
 
-    def __init__(self, meeting: Meeting, size: int) -> None:
+    def __init__(self, meeting: Endpoint, size: int) -> None:
         super().__init__(0, size)
         self._meeting = meeting
         # A GPU check without a set-up has no crc32c, and reads no files.
@@ -158,12 +158,12 @@ class Warden(watch.Watch):
     def _judge(self) -> None:
         """End the run if somebody has fallen silent, is stuck, has left, or does not come."""
         now = time.monotonic()
-        if self._door and now - self._last_came > self._meeting.seconds:
+        if self._door and now - self._last_came > self._meeting.timeout:
             missing = [rank for rank in range(1, self._size) if rank not in self._lines]
             named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             self._condemn(
                 f"{len(missing)} of {self._size} ranks have not come ({named}), and none in the last "
-                f"{self._meeting.seconds:g} s"
+                f"{self._meeting.timeout:g} s"
             )
         if stuck := self._stuck():
             self._condemn(f"{self._name} {stuck} (does a file system hang?)")

@@ -8,7 +8,7 @@ and every process leaves. Without that a rank in a collective waits for one that
 timeout of many minutes, and does not know for whom.
 
 How long it takes: at once where a process ends, SILENCE seconds where it falls silent, STALL where it
-is stuck, and before the meeting the seconds that `Meeting` gives.
+is stuck, and before the meeting the seconds that `Endpoint` gives.
 """
 
 from __future__ import annotations

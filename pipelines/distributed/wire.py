@@ -15,14 +15,14 @@ import struct
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pipelines.distributed.rendezvous import Meeting
+from pipelines.distributed.rendezvous import Endpoint
 from pipelines.errors import UserError
 
 _LONGEST = 1 << 16
 """Bytes of a message; a stranger at the door that means something else asks for more."""
 
 
-def listen(meeting: Meeting, size: int) -> socket.socket:
+def listen(meeting: Endpoint, size: int) -> socket.socket:
     """A socket at the first of the meeting's ports that is free; UserError where none is."""
     last: OSError | None = None
     for port in meeting.ports:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from pipelines.dataset.manifest import Entry
 from pipelines.distributed.cli import launched, report_errors
-from pipelines.distributed.session import World
+from pipelines.distributed.session import Session
 from pipelines.errors import AccessError, ConfigError
 from pipelines.io import locked
 from pipelines.sample import SampleSpec
@@ -80,9 +80,9 @@ class _Outcome(NamedTuple):
 
 
 def produce(
-    order: Order, task: Task, *, world: World, workers: int, unit: str, shown: bool = False
+    order: Order, task: Task, *, session: Session, workers: int, unit: str, shown: bool = False
 ) -> Produced:
-    """Make what is missing of `order`, with the ranks of `world`.
+    """Make what is missing of `order`, with the ranks of `session`.
 
     Each rank has `workers` processes do its share. `task` is asked for a source at a time, as
     `make_entries` wants to be called. The manifest and the list files are written if every source
@@ -106,7 +106,7 @@ def produce(
                 begin(target, order.format_name, order.spec, stems, order.samples, prune=order.prune)
             )
             wanted = [(job, [ready[0].known.get(stem) for stem in job.makes]) for job in order.jobs]
-            return [wanted[rank :: world.size] for rank in range(world.size)]
+            return [wanted[rank :: session.world.size] for rank in range(session.world.size)]
 
         def jobs() -> Iterator[Any]:
             for job, noted in mine:
@@ -115,15 +115,15 @@ def produce(
 
         locks: list[int] = []
         ready: list[Ready] = []
-        mine = world.scatter(share)
+        mine = session.scatter(share)
         before = {entry.name: entry for _, noted in mine for entry in noted if entry}
         own = _Outcome([], [], [], [], [])
         with (
-            Journal(target, order.format_name, order.spec, world.rank) as journal,
-            progress(len(mine), "done", unit, shown=shown and world.is_root) as advance,
+            Journal(target, order.format_name, order.spec, session.world.rank) as journal,
+            progress(len(mine), "done", unit, shown=shown and session.world.is_root) as advance,
             contextlib.closing(run_jobs(task, jobs(), workers, locks)) as answers,
         ):
-            for answer in world.tag_rank_errors(_unless_lost(answers)):
+            for answer in session.tag_rank_errors(_unless_lost(answers)):
                 for line in answer["made"]:
                     own.made.append(Entry.from_json(line))
                     journal.add(own.made[-1])
@@ -134,8 +134,8 @@ def produce(
                 own.faults.extend(answer["faults"])
                 own.lost.extend(answer["lost"])
                 advance()
-        outcomes = world.gather_to_root(own)
-        return world.run_on_root(lambda: _settle(order, ready[0], outcomes))
+        outcomes = session.gather_to_root(own)
+        return session.run_on_root(lambda: _settle(order, ready[0], outcomes))
 
 
 def _settle(order: Order, ready: Ready, outcomes: Sequence[_Outcome]) -> Produced:
@@ -166,7 +166,7 @@ def run(
 ) -> int:
     """Produce what `orders`, called on rank 0, gives; the exit status, 0 if every source was sound."""
     world = launched()
-    with report_errors(world, STOPPED):
+    with report_errors(world, STOPPED) as session:
         if workers is not None and workers < 1:
             raise ConfigError("--workers", workers, "expected at least one process")
         processes = workers or _PROCESSES_A_CORE * world.cores
@@ -177,16 +177,16 @@ def run(
             ordered.extend(orders())
             return [(replace(order, jobs=(), samples=()), task) for order, task in ordered]
 
-        with world.connected():
-            for number, (head, task) in enumerate(world.run_on_root(heads)):
-                result += produce(
-                    ordered[number][0] if world.is_root else head,
-                    task,
-                    world=world,
-                    workers=processes,
-                    unit=unit,
-                    shown=True,
-                )
+        session.connect()
+        for number, (head, task) in enumerate(session.run_on_root(heads)):
+            result += produce(
+                ordered[number][0] if world.is_root else head,
+                task,
+                session=session,
+                workers=processes,
+                unit=unit,
+                shown=True,
+            )
         if world.is_root:
             seconds = time.perf_counter() - start
             print(f"{target}: {result.made} samples made in {seconds:.1f} s, {result.kept} were there")

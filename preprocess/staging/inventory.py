@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.manifest import Entry, Manifest, SourceFingerprint
-from pipelines.distributed.session import World
+from pipelines.distributed.session import Session
+from pipelines.distributed.world import World
 from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.io import locked
 from preprocess.conversion.journal import begin, clear, suspend
@@ -43,7 +44,7 @@ def look(
     def wait() -> None:
         # For another model on this node, which may be staging the same. To wait for anyone else would be to
         # have the other ranks wait for ever, if one of them is who holds it.
-        if not world.beside:
+        if not world.other_local_ranks:
             fault = "is being written into by another process or node"
             raise DataError(target, fault, "stage to each node's own disk, one run at a time")
 
@@ -85,12 +86,13 @@ def _is_there(entry: Entry, target: Path, origin: SourceFingerprint | None) -> b
     return origin in (None, entry.source) and entry.is_complete_in(target)
 
 
-def find_origins(split: SampleDataset, world: World) -> npt.NDArray[Any]:
+def find_origins(split: SampleDataset, session: Session) -> npt.NDArray[Any]:
     """What each sample's files are now; each rank looks at some of them, for all.
 
     A file that cannot be asked matches nothing, so staging it tells why; AccessError after many in a row.
     """
     # Neighbours lie in one shard, and a parallel file system is slow to say what a file is.
+    world = session.world
     stat, lost = functools.lru_cache(maxsize=1)(os.stat), Lost()
 
     def ask(index: int) -> SourceFingerprint:
@@ -105,7 +107,7 @@ def find_origins(split: SampleDataset, world: World) -> npt.NDArray[Any]:
         return np.array([ask(index) for index in range(world.rank, len(split), world.size)], ORIGIN)
 
     table = np.empty(len(split), ORIGIN)
-    for rank, share in enumerate(world.gather(world.run_on_all_ranks(look))):
+    for rank, share in enumerate(session.gather(session.run_on_all_ranks(look))):
         table[rank :: world.size] = share
     return table
 

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.dataset.dataset import Partition, SampleDataset, dataset_from_shards
-from pipelines.distributed.node_groups import Peers
-from pipelines.distributed.session import World
+from pipelines.distributed.node_groups import NodeGroup
+from pipelines.distributed.session import Session
 from pipelines.errors import DataError
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.format import MEMBER_SUFFIX
@@ -58,25 +58,25 @@ def stage(
     splits: Mapping[str, SampleDataset],
     root: Path,
     config: StageConfig,
-    world: World,
+    session: Session,
     models: int = 1,
     *,
     trusted: bool = False,
 ) -> list[tuple[SampleDataset, Staged]]:
     """Have this node's samples of `splits` in folders of their names in `root`: those, and what it took.
 
-    All ranks of `world` call this, whose nodes are going to train `models` models. `trusted` says
+    All ranks of `session` call this, whose nodes are going to train `models` models. `trusted` says
     that they have just been staged: of folders that are whole no source is asked for changes. A
     UserError, on every rank that can still be reached, where a node lacks the space or a file cannot
     be read or written.
     """
-    peers = Peers(world, config.teams(world.nodes, models))
+    group = NodeGroup(session, config.teams(session.world.nodes, models))
     with ExitStack() as held:
         plans = [
-            _plan(split, root / name, config, world, peers, held, trusted) for name, split in splits.items()
+            _plan(split, root / name, config, session, group, held, trusted) for name, split in splits.items()
         ]
-        world.run_on_all_ranks(lambda: _check_space(root, plans))
-        done = [_fill(plan, config, world, peers) for plan in plans]
+        session.run_on_all_ranks(lambda: _check_space(root, plans))
+        done = [_fill(plan, config, session, group) for plan in plans]
         return [(_there(plan.split, plan.target), staged) for plan, staged in zip(plans, done, strict=True)]
 
 
@@ -114,29 +114,33 @@ def _plan(
     split: SampleDataset,
     target: Path,
     config: StageConfig,
-    world: World,
-    peers: Peers,
+    session: Session,
+    group: NodeGroup,
     held: ExitStack,
     trusted: bool,
 ) -> _Plan:
     """Find out what `target` lacks of its share of `split`; `held` keeps the right to write it."""
-    start, leads, whole = time.perf_counter(), world.local_rank == 0, split
-    if peers.teams > 1:
+    start, world = time.perf_counter(), session.world
+    leads, whole = world.local_rank == 0, split
+    if group.num_groups > 1:
         seed = config.seed if config.preshuffle else None
-        places = share_of(len(whole), peers.number, peers.teams, seed)
-        split = whole.subset(places, Partition(places, peers.teams, len(whole), seed))
+        places = share_of(len(whole), group.number, group.num_groups, seed)
+        split = whole.subset(places, Partition(places, group.num_groups, len(whole), seed))
     origins, opened = np.empty(0, ORIGIN), False
     own = wanted = np.zeros(len(split), dtype=bool)
     if not (
-        trusted and all(world.gather(world.run_on_all_ranks(lambda: not leads or is_staged(split, target))))
+        trusted
+        and all(session.gather(session.run_on_all_ranks(lambda: not leads or is_staged(split, target))))
     ):
-        origins = find_origins(whole, world)[split.global_indices(np.arange(len(split)))]
+        origins = find_origins(whole, session)[split.global_indices(np.arange(len(split)))]
         looking = partial(look, split, whole, target, origins, world, held)
-        lacking = world.run_on_all_ranks(lambda: looking() if leads else None)
+        lacking = session.run_on_all_ranks(lambda: looking() if leads else None)
         opened = lacking is not None
         # In bits, since every rank hears of all nodes.
-        shares = world.gather((peers.number, np.packbits(own if lacking is None else lacking)))
-        wanted = _mask(np.bitwise_or.reduce([bits for team, bits in shares if team == peers.number]), split)
+        shares = session.gather((group.number, np.packbits(own if lacking is None else lacking)))
+        wanted = _mask(
+            np.bitwise_or.reduce([bits for number, bits in shares if number == group.number]), split
+        )
         own = _mask(shares[world.rank - world.local_rank][1], split)
     return _Plan(split, target, origins, own, wanted, opened, time.perf_counter() - start)
 
@@ -161,10 +165,10 @@ def _check_space(root: Path, plans: Sequence[_Plan]) -> None:
         raise DataError(root, fault, "make room, or stage to another disk")
 
 
-def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Staged:
+def _fill(plan: _Plan, config: StageConfig, session: Session, group: NodeGroup) -> Staged:
     """Bring what the team's nodes lack to their disks."""
     start, format_name = time.perf_counter(), staged_form(plan.split)
-    mine = of_place(np.flatnonzero(plan.wanted), world).tolist()
+    mine = of_place(np.flatnonzero(plan.wanted), session.world).tolist()
     read = written = 0
     faults: dict[str, str] = {}
     if mine:
@@ -172,25 +176,25 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
             plan.split,
             plan.target,
             mine,
-            peers,
+            group,
             origin=lambda index: origin_of(plan.origins, index) if plan.own[index] else None,
             threads=config.threads,
             direct=config.direct_io,
         )
         # A node that lacks nothing may have no folder open.
-        told = plan.target, format_name, plan.split.spec, world.local_rank
+        told = plan.target, format_name, plan.split.spec, session.world.local_rank
         noting = Journal(*told) if plan.own.any() else nullcontext()
         with noting as journal:
             if journal:
                 journal.begin(plan.split.sample_id(index) for index in mine if plan.own[index])
-            for index, taken, done in world.tag_rank_errors(samples):
+            for index, taken, done in session.tag_rank_errors(samples):
                 read += taken
                 if isinstance(done, str):
                     faults[plan.split.names[index]] = done
                 elif done and journal:
                     journal.add(done)
                     written += sum(part.bytes for part in done.files)
-    shares = world.gather((len(mine) if peers.place == 0 else 0, read, written, faults))
+    shares = session.gather((len(mine) if group.group_rank == 0 else 0, read, written, faults))
     # Every node that wants a damaged sample may have found it so.
     damaged = {name: fault for share in shares for name, fault in share[3].items()}
 
@@ -201,7 +205,7 @@ def _fill(plan: _Plan, config: StageConfig, world: World, peers: Peers) -> Stage
             there = (entries[stem] for stem in stems if stem in entries)
             finish(plan.target, format_name, plan.split.spec, [entry for entry in there if entry.files])
 
-    world.run_on_all_ranks(end)
+    session.run_on_all_ranks(end)
     return Staged(
         samples=sum(share[0] for share in shares) - len(damaged),
         read_bytes=sum(share[1] for share in shares),

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.manifest import Entry, SourceFingerprint
-from pipelines.distributed.node_groups import Peers
-from pipelines.distributed.session import World
+from pipelines.distributed.node_groups import NodeGroup
+from pipelines.distributed.world import World
 from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.format import MEMBER_SUFFIX, packed_payload
@@ -49,7 +49,7 @@ def relay(
     split: SampleDataset,
     target: Path,
     indices: Sequence[int],
-    peers: Peers,
+    group: NodeGroup,
     *,
     origin: Callable[[int], SourceFingerprint | None],
     threads: int,
@@ -85,20 +85,20 @@ def relay(
         except DataError as error:
             return str(error)
 
-    own, lost = iter(to_read(indices, peers.place, peers.size)), Lost()
+    own, lost = iter(to_read(indices, group.group_rank, group.size)), Lost()
     reading: deque[Future[_Read]] = deque()
     writing: deque[tuple[int, int, Future[Entry | str | None]]] = deque()
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
         for turn, index in enumerate(indices):
             while len(reading) < threads and (following := next(own, None)) is not None:
                 reading.append(readers.submit(read, following))
-            place = turn % peers.size
+            place = turn % group.size
             contents = fault = None
-            if place == peers.place:
+            if place == group.group_rank:
                 contents, fault, unread = reading.popleft().result()
                 lost.note(unread)
             received = [
-                peers.broadcast(None if contents is None else contents[at], place)
+                group.broadcast(None if contents is None else contents[at], place)
                 for at in range(len(split.file_keys))
             ]
             if contents is None and not any(received):

@@ -99,14 +99,19 @@ def test_the_first_hosts_get_a_rank_for_each_gpu(tmp_path: Path, monkeypatch: py
     hosts = tmp_path / "hosts"
     hosts.write_text("# the first rack\na slots=8\n\nb slots=8\nc slots=8\n")
     monkeypatch.setattr(launch, "_call", call)
-    for name, value in (("DGXNGPU", "4"), ("NCCL_DEBUG", "WARN"), ("MEETING_SECONDS", "9"), ("OTHER", "x")):
+    for name, value in (
+        ("DGXNGPU", "4"),
+        ("NCCL_DEBUG", "WARN"),
+        ("RENDEZVOUS_TIMEOUT", "9"),
+        ("OTHER", "x"),
+    ):
         monkeypatch.setenv(name, value)
     assert launch.main(["--nodes", "2", "--hostfile", str(hosts), "--", "--epochs", "3"]) == 7
     ((program, *line),) = lines
     assert Path(program).name == "mpirun"
     assert line[:8] == ["-n", "8", "--host", "a:4,b:4", "--map-by", "ppr:4:node", "--bind-to", "none"]
     handed = {name for flag, name in pairwise(line) if flag == "-x"}
-    assert {"NCCL_DEBUG", "MEETING_SECONDS", "PATH"} <= handed and "OTHER" not in handed
+    assert {"NCCL_DEBUG", "RENDEZVOUS_TIMEOUT", "PATH"} <= handed and "OTHER" not in handed
     assert line[-5:] == [sys.executable, "-m", "cosmoflow_dali.train", "--epochs", "3"]
 
 

@@ -40,7 +40,7 @@ RECORDER = """#!/bin/bash
 {
     echo "== ${SLURM_LOCALID:-}${OMPI_COMM_WORLD_LOCAL_RANK:-}"
     printf '%s\\n' "$@"
-    env | grep -E '^(PLACE|MEETING|MASTER)' | sort
+    env | grep -E '^(PLACE|RENDEZVOUS|MASTER)' | sort
 } >> "$RECORD"
 exit "${ENDING:-0}"
 """
@@ -206,7 +206,7 @@ def test_stopped_behind_a_checkpoint_it_is_requeued_and_runs_what_is_left(checko
         ({"NEXP": "0"}, "NEXP 0"),
         ({"SEED": "08"}, "SEED 08: expected a whole number"),
         ({"SEED": "abc"}, "SEED abc"),
-        ({"MEETING_SECONDS": "long"}, "MEETING_SECONDS long"),
+        ({"RENDEZVOUS_TIMEOUT": "long"}, "RENDEZVOUS_TIMEOUT long"),
         ({"CONT": "x", "STAGING_DIR": "$TMPDIR/x"}, "STAGING_DIR $TMPDIR/x"),
         ({"DGXNGPU": "all"}, "DGXNGPU all"),
     ],
@@ -246,8 +246,8 @@ VARIABLES = {
     "DROPCACHE_CMD": "echo dropped >> $RECORD.dropped",
     "CHECK_COMPLIANCE": "1",
     "BIND": "env PLACE=on{}",
-    "MEETING_SECONDS": "77",
-    "MEETING_ADDRESS": "10.1.2.3",
+    "RENDEZVOUS_TIMEOUT": "77",
+    "RENDEZVOUS_ADDR": "10.1.2.3",
     "PYTHON": "./bin/python",
 }
 
@@ -264,15 +264,15 @@ def test_every_variable_of_the_table_arrives(checkout: Path) -> None:
     assert sum("--wait=137 " in line and "--ntasks=8 --ntasks-per-node=4 " in line for line in asked) == 3
     assert (checkout / "record.dropped").read_text() == "dropped\n" * 2
     network, first, second, results = calls(checkout)
-    meeting = ["MEETING_ADDRESS=10.1.2.3", "MEETING_SECONDS=77"]
-    assert network == ["3", "benchmarks/allreduce_bench.py", *meeting]
+    rendezvous = ["RENDEZVOUS_ADDR=10.1.2.3", "RENDEZVOUS_TIMEOUT=77"]
+    assert network == ["3", "benchmarks/allreduce_bench.py", *rendezvous]
     logs = f"{checkout}/logs/stamp"
     for run, seed, said in (("1", "40", first), ("2", "41", second)):
         assert said == [
             "3", "-m", "cosmoflow_dali.train", "--config", "configs/reference.yaml",
             "--run-dir", f"{logs}/{run}", "--resume", "--data-dir", "/gpfs/data", "--seed", seed,
             "--set", "data.stage.dir='$TMPDIR/it''s'", "--set", "submission.platform='B''s: box'",
-            "--caches-cleared", "--epochs", "3", *meeting, "PLACE=on3",
+            "--caches-cleared", "--epochs", "3", "PLACE=on3", *rendezvous,
         ]  # fmt: skip
         assert "RESULT,COSMOFLOW_HPC,," in Path(f"{logs}/{run}.log").read_text()
     assert results[:4] == ["3", "-m", "cosmoflow_dali.results", logs]

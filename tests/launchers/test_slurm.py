@@ -47,8 +47,8 @@ def submit(cluster: Cluster, folder: Path, nodes: int, *arguments: str, **variab
         "PYTHON": sys.executable,
         "LOGDIR": str(folder / "logs"),
         # The nodes' names are SLURM's alone, and no system resolves them.
-        "MEETING_ADDRESS": "127.0.0.1",
-        "MEETING_SECONDS": "50",
+        "RENDEZVOUS_ADDR": "127.0.0.1",
+        "RENDEZVOUS_TIMEOUT": "50",
         "DGXNGPU": "1",
         "CLEAR_CACHES": "0",
         "NCCL_TEST": "0",
@@ -208,7 +208,7 @@ def test_init_datasets_converts_both_splits(cluster: Cluster, data: Path, tmp_pa
         PYTHON=sys.executable,
         DATA_SRC_DIR=str(data),
         DATA_DST_DIR=str(tmp_path / "npy"),
-        MEETING_ADDRESS="127.0.0.1",
+        RENDEZVOUS_ADDR="127.0.0.1",
     )
     assert cluster.wait_for(job, seconds=200) == "COMPLETED", told(tmp_path)
     assert [len(open_split(tmp_path / "npy", name)) for name in ("train", "validation")] == [12, 4]
@@ -230,8 +230,8 @@ def test_a_rank_that_goes_under_srun_is_missed_by_the_others(
         f"srun --kill-on-bad-exit=0 --wait=5 -N4 {sys.executable} -m {TRAIN} "
         f"--config {config} --run-dir {tmp_path}/run\n"
     )
-    variables = environment() | {"MEETING_ADDRESS": "127.0.0.1"}
-    given = {name: variables[name] for name in ("MEETING_ADDRESS", "OMP_NUM_THREADS")}
+    variables = environment() | {"RENDEZVOUS_ADDR": "127.0.0.1"}
+    given = {name: variables[name] for name in ("RENDEZVOUS_ADDR", "OMP_NUM_THREADS")}
     job = cluster.submit(["--nodes=4", f"--output={tmp_path}/job.log", str(script)], tmp_path, **given)
     wait_for_checkpoint(tmp_path / "run", 1)
     cluster.kill_rank(2, number)
@@ -245,7 +245,7 @@ def test_a_rank_that_goes_under_srun_is_missed_by_the_others(
 
 def test_a_job_with_a_frozen_rank_ends(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 1}, epochs=5000)
-    job = submit(cluster, tmp_path, 4, CONFIG_FILE=str(config), MEETING_SECONDS="20")
+    job = submit(cluster, tmp_path, 4, CONFIG_FILE=str(config), RENDEZVOUS_TIMEOUT="20")
     run = logs_of(tmp_path, job) / "1"
     wait_for_checkpoint(run, 1)
     cluster.kill_rank(2, signal.SIGSTOP)

@@ -15,8 +15,8 @@ from cosmoflow_dali import train
 from cosmoflow_dali.arguments import parse
 from cosmoflow_dali.training.logs import Console
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.distributed import session as dist
-from pipelines.distributed.session import World
+from pipelines.distributed.session import Session
+from pipelines.distributed.world import World
 from pipelines.errors import UserError
 
 
@@ -58,21 +58,20 @@ def test_a_file_system_that_hangs_while_the_data_is_opened_is_told_of(
 ) -> None:
     about: list[str] = []
 
-    class Watch:
+    class Guarded(Session):
         @contextlib.contextmanager
-        def busy(self, what: str) -> Iterator[None]:
-            about.append(what)
+        def stall_guard(self, operation: str) -> Iterator[None]:
+            about.append(operation)
             yield
             about.pop()
 
     def hang(root: Path, split: str) -> SampleDataset:
         raise UserError(f"hangs while {about}")
 
-    monkeypatch.setattr(dist, "_watch", Watch())
     monkeypatch.setattr(train, "open_split", hang)
     arguments = parse(["--config", str(config_file(tmp_path / "c.yaml", tmp_path))])
     with pytest.raises(UserError, match=r"hangs while .'opening the data set'"):
-        train._set_up(arguments, World(), Console(speaks=False))
+        train._set_up(arguments, Guarded(World()), Console(speaks=False))
 
 
 def test_launchers_that_contradict_each_other_are_told_in_one_line(

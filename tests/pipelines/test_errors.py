@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from pipelines.distributed.session import RankError, World
+from pipelines.distributed.session import RankError
+from pipelines.distributed.world import World
 from pipelines.errors import AccessError, ConfigError, DataError, UserError
 from preprocess.conversion.task_result import DamagedError
 

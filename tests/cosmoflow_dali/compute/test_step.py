@@ -18,7 +18,7 @@ from cosmoflow_dali.compute.step import Precision, configure_float32, forward_ba
 from cosmoflow_dali.config import resolve
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
 from pipelines.dataset.open import open_split
-from pipelines.distributed.session import available_cores
+from pipelines.distributed.world import available_cores
 from pipelines.errors import ConfigError
 from pipelines.sample import Batch
 from preprocess.simulate import SimulateConfig, make_dataset

@@ -13,7 +13,7 @@ from helpers import run
 from cosmoflow_dali import evaluate, predict
 from cosmoflow_dali.compute.step import Precision
 from cosmoflow_dali.compute.torch_setup import configure_torch
-from pipelines.distributed.session import World
+from pipelines.distributed.world import World
 
 CPU = torch.device("cpu")
 

@@ -75,11 +75,13 @@ def test_batch_normalisation_on_one_rank_is_torchs(volume: torch.Tensor) -> None
 _ON_A_RANK = """
 import sys, torch
 from torch.nn.parallel import DistributedDataParallel
-from pipelines.distributed.session import World
+from pipelines.distributed.cli import report_errors
+from pipelines.distributed.world import World
 from cosmoflow_dali.models.open import OpenConfig, OpenCosmoFlow
 
 world, cpu = World.detect(), torch.device("cpu")
-with world.connected(cpu):
+with report_errors(world) as session:
+    session.connect(cpu)
     model = OpenCosmoFlow(OpenConfig(size=16), seed=3).double()
     generator = torch.Generator().manual_seed(4)
     volume = torch.randn(4, 4, 16, 16, 16, generator=generator).double()

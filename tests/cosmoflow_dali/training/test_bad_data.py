@@ -216,7 +216,7 @@ def test_a_skipped_sample_is_told_of_before_the_epoch_ends_and_remembered_by_a_r
         with pytest.raises(SystemExit) as end:
             train.main(["--config", str(config), "--run-dir", str(run_dir)])
     told = capsys.readouterr().err
-    assert end.value.code == 130 and "stopped; what the last checkpoint holds goes on" in told
+    assert end.value.code == 130 and "stopped; resume from the last checkpoint" in told
     assert told.count(f"skipped {bad}") == 1
     assert train.main(["--run-dir", str(run_dir), "--resume"]) == 0
     assert f"skipped {bad}" not in capsys.readouterr().err

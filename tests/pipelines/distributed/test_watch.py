@@ -20,20 +20,22 @@ _WAIT = """
 import sys, time
 import torch
 from pipelines.distributed import watch
-from pipelines.distributed.session import RankError, World
+from pipelines.distributed.session import RankError, exit_now
+from pipelines.distributed.world import World
 from pipelines.distributed.cli import report_errors
 from pipelines.errors import UserError
 
 watch.SILENCE, watch.STALL = 6.0, 3.0
 world = World.detect()
-with report_errors(world), world.connected(torch.device("cpu")):
+with report_errors(world) as session:
+    session.connect(torch.device("cpu"))
     print("met", flush=True)
     if world.rank == 2:
         {body}
     for _ in range({sums}):
-        world.sum(torch.zeros(1))
+        session.sum(torch.zeros(1))
 print("whole")
-world.exit_together(0)
+exit_now(0, world)
 """
 
 
@@ -65,14 +67,14 @@ def test_a_rank_that_goes_is_missed_by_name(victim: int, number: signal.Signals,
 
 
 def test_a_rank_that_does_not_come_is_missed_by_number() -> None:
-    with Ranks(waiting(), [0, 1], 3, MEETING_SECONDS="8") as ranks:
+    with Ranks(waiting(), [0, 1], 3, RENDEZVOUS_TIMEOUT="8") as ranks:
         statuses, words = ranks.end(40)
     assert statuses == {1} and words.count("error: ") == 1
     assert "1 of 3 ranks have not come (2), and none in the last 8 s" in words
 
 
 def test_a_rank_0_that_does_not_come_is_missed() -> None:
-    with Ranks(waiting(), [1, 2], 3, MEETING_SECONDS="4") as ranks:
+    with Ranks(waiting(), [1, 2], 3, RENDEZVOUS_TIMEOUT="4") as ranks:
         statuses, words = ranks.end(40)
         assert statuses == {1}
         assert f"rank 1 of 3: rank 0 has not been at 127.0.0.1, port {ranks.port}, in 4 s" in words
@@ -87,7 +89,7 @@ def test_two_that_say_they_are_the_same_rank_are_named() -> None:
 
 
 def test_a_rank_that_is_stuck_is_told_of() -> None:
-    with Ranks(waiting('with world.stall_guard("reading"): time.sleep(60)'), range(3), 3) as ranks:
+    with Ranks(waiting('with session.stall_guard("reading"): time.sleep(60)'), range(3), 3) as ranks:
         statuses, words = ranks.end(40)
         assert statuses == {1} and words.count("error: ") == 1
         assert f"rank 2 (process {ranks.processes[2].pid}" in words
@@ -111,7 +113,7 @@ def test_a_rank_that_fails_takes_the_others_along(body: str, said: str) -> None:
 
 
 def test_what_all_ranks_know_is_said_once() -> None:
-    known = "pass\n    def refuse():\n        raise UserError('no data')\n    world.run_on_root(refuse)"
+    known = "pass\n    def refuse():\n        raise UserError('no data')\n    session.run_on_root(refuse)"
     with Ranks(waiting(known), range(3), 3) as ranks:
         statuses, words = ranks.end(40)
     assert statuses == {1} and words.count("error: no data") == words.count("error: ") == 1

@@ -37,7 +37,8 @@ from hypothesis import strategies as st
 
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.dataset.open import open_folder
-from pipelines.distributed.session import World
+from pipelines.distributed.session import Session
+from pipelines.distributed.world import World
 from pipelines.errors import UserError
 from pipelines.formats.registry import FORMATS
 from pipelines.io import LOCK_FILE
@@ -51,7 +52,7 @@ CONVERT = "preprocess.convert"
 def converted(source: Path, target: Path, to: str) -> Produced:
     """The samples in `source` as `to` in `target`, by this process alone."""
     order, task = order_conversion(source, target, to, a_shard=2)
-    return produce(order, task, world=World(), workers=1, unit="sample")
+    return produce(order, task, session=Session(World()), workers=1, unit="sample")
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -353,7 +354,7 @@ def test_a_file_that_cannot_be_read_keeps_no_other_from_being_converted(
 def test_a_shard_that_is_lost_keeps_no_other_from_being_converted(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=60, validation=1, format_name="tfrecord") / "train"
     order, task = order_conversion(data, tmp_path / "packed", "packed", a_shard=20)
-    produce(order, task, world=World(), workers=2, unit="file")
+    produce(order, task, session=Session(World()), workers=2, unit="file")
     shard = tmp_path / "packed" / "shard_000001.tar"
     shard.rename(tmp_path / "shard")
     done = program(CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "npy", "--to", "npy")
@@ -391,7 +392,7 @@ def test_nothing_is_removed_for_a_source_that_is_not_there_at_all(tmp_path: Path
     order, task = order_conversion(data, target, "packed", a_shard=2)
     data.rename(tmp_path / "gone")
     with pytest.raises(UserError, match=f"{data}: cannot be read"):
-        produce(order, task, world=World(), workers=1, unit="file")
+        produce(order, task, session=Session(World()), workers=1, unit="file")
     assert len(list(target.glob("*.tar"))) == 2
 
 

@@ -14,7 +14,8 @@ from helpers import program, tiny_sample, write_tiny
 
 from pipelines.dataset.manifest import Manifest
 from pipelines.dataset.open import open_folder
-from pipelines.distributed.session import World
+from pipelines.distributed.session import Session
+from pipelines.distributed.world import World
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import encode_example, frame
 from pipelines.sample import Sample
@@ -141,7 +142,7 @@ LABELS: dict[str, tuple[bytes, str | None]] = {
 def check(folder: Path, target: Path, culprit: Path, said: str | None, legal: Sample | None) -> None:
     """Convert `folder`, in which the sample STEM is `legal` or refused with a line that says `said`."""
     order, task = order_conversion(folder, target, "npy")
-    done = produce(order, task, world=World(), workers=1, unit="sample")
+    done = produce(order, task, session=Session(World()), workers=1, unit="sample")
     if said is None:
         assert (done.made, done.faults) == (3, ())
         assert legal is not None

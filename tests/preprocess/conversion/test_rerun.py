@@ -17,7 +17,8 @@ from helpers import tiny_sample, write_tiny
 
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import open_folder
-from pipelines.distributed.session import World
+from pipelines.distributed.session import Session
+from pipelines.distributed.world import World
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SampleSpec
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("here")
 def converted(source: Path, target: Path, to: str, a_shard: int = 2, *, prune: bool = False) -> Produced:
     """The samples in `source` as `to` in `target`, by this process alone."""
     order, task = order_conversion(source, target, to, a_shard=a_shard, prune=prune)
-    return produce(order, task, world=World(), workers=1, unit="sample")
+    return produce(order, task, session=Session(World()), workers=1, unit="sample")
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -30,7 +30,8 @@ from helpers import (
 from cosmoflow_dali.reporting.ridge_baseline import fit_ridge
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.dataset.open import open_split
-from pipelines.distributed.session import World
+from pipelines.distributed.session import Session
+from pipelines.distributed.world import World
 from pipelines.errors import AccessError, ConfigError, DataError, UserError
 from pipelines.formats.registry import FORMATS
 from pipelines.io import locked, read_file
@@ -166,11 +167,11 @@ def test_a_source_that_is_lost_whole_ends_staging_and_nothing_is_removed(tmp_pat
     splits = {name: open_split(data, name) for name in ("train", "validation")}
     (data / "train").rename(tmp_path / "gone")
     with pytest.raises(AccessError, match=f"{data}/train: cannot be read"):
-        stage(splits, disk, StageConfig(str(disk)), World())
+        stage(splits, disk, StageConfig(str(disk)), Session(World()))
     # The folder is there, and no file in it.
     (data / "train").mkdir()
     with pytest.raises(AccessError, match=r"cannot be read .*, nor can the 16 files tried before it"):
-        stage(splits, disk, StageConfig(str(disk)), World())
+        stage(splits, disk, StageConfig(str(disk)), Session(World()))
     assert content(disk) == before
 
 
@@ -221,7 +222,9 @@ def test_a_node_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def staged(data: Path, disk: Path, *, beside: int = 0, trusted: bool = False) -> list[Staged]:
     """Stage `data` to `disk` with this process alone, `beside` others on its node for another model."""
     splits = {name: open_split(data, name) for name in ("train", "validation")}
-    done = stage(splits, disk, StageConfig(str(disk)), World(beside=beside), trusted=trusted)
+    done = stage(
+        splits, disk, StageConfig(str(disk)), Session(World(other_local_ranks=beside)), trusted=trusted
+    )
     for (split, _), name in zip(done, splits, strict=True):
         assert split.root == disk / name
     return [staged for _, staged in done]

@@ -1,0 +1,127 @@
+"""Rank arithmetic: the position of this process among all ranks, its cores and its device.
+
+Imports nothing heavy and communicates with no other rank; `pipelines.distributed.session` does that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipelines.distributed.environment import read_rank_info
+from pipelines.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def available_cores() -> int:
+    """Return the number of cores this process may run on: all, or those that the launcher bound it to."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Position of this process among the ranks of one job, or of one of its instances.
+
+    rank, size: of this process, and number of ranks.
+    local_rank, local_size: the same on this node; `local_rank` selects the GPU.
+    launcher: "torchrun", "mpirun", "srun" or "none".
+    instance, num_instances: which of how many independent runs of one job this rank belongs to.
+    local_rank_offset: number of this node's ranks that belong to earlier instances.
+    other_local_ranks: number of this node's ranks that belong to any other instance.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launcher: str = "none"
+    instance: int = 0
+    num_instances: int = 1
+    local_rank_offset: int = 0
+    other_local_ranks: int = 0
+
+    @staticmethod
+    def detect(environ: Mapping[str, str] = os.environ) -> World:
+        """Return the world that a launcher's variables in `environ` describe; one rank without a launcher."""
+        info = read_rank_info(environ)
+        return World() if info is None else World(*info)
+
+    def partition_ranks(self, instances: int) -> World:
+        """Return this rank's world after all ranks are divided into `instances` consecutive groups.
+
+        Raises:
+            ConfigError: The groups are not of equal size, or are neither whole nodes nor equal parts of one.
+        """
+        if instances == 1:
+            return self
+        if instances < 1 or self.size % instances:
+            raise ConfigError("--instances", instances, f"does not divide {self.size} ranks evenly")
+        if self.launcher == "srun":
+            raise ConfigError("--instances", instances, "is not for srun; use NUM_INSTANCES=N of run.sub")
+        each = self.size // instances
+        local = min(each, self.local_size)
+        if each % local or self.local_size % local:
+            fault = f"gives each instance {each} ranks, which do not fit nodes of {self.local_size}"
+            raise ConfigError("--instances", instances, fault)
+        local_rank = self.local_rank % local
+        return World(
+            self.rank % each,
+            each,
+            local_rank,
+            local,
+            self.launcher,
+            instance=self.rank // each,
+            num_instances=instances,
+            local_rank_offset=self.local_rank - local_rank,
+            other_local_ranks=self.local_size - local,
+        )
+
+    @property
+    def cores(self) -> int:
+        """Cores for this rank: those that the launcher bound it to, or its share of the node's."""
+        cores, ranks = available_cores(), self.local_size + self.other_local_ranks
+        return max(1, cores // ranks if cores >= ranks else 1)
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes; each has `local_size` consecutive ranks."""
+        return max(1, self.size // self.local_size)
+
+    @property
+    def single_node(self) -> bool:
+        """True if all ranks are on this node."""
+        return self.local_size == self.size
+
+    @property
+    def node(self) -> int:
+        """Number of this rank's node."""
+        return self.rank // self.local_size
+
+    @property
+    def is_root(self) -> bool:
+        """True on rank 0, which writes the logs."""
+        return self.rank == 0
+
+    def device(self, kind: str) -> torch.device:
+        """Return this rank's device of `kind` "auto", "cpu" or "cuda"; ConfigError if there is none."""
+        import torch
+
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if kind == "cpu" or (kind == "auto" and gpus == 0):
+            return torch.device("cpu")
+        if gpus == 0:
+            raise ConfigError("device", kind, "no GPU is visible; use device: cpu or auto")
+        if gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+            # The launcher gave each rank a GPU of its own, the only one that it sees.
+            return torch.device("cuda", 0)
+        index = self.local_rank_offset + self.local_rank
+        if index >= gpus:
+            ranks = self.local_size + self.other_local_ranks
+            raise ConfigError(
+                "device", kind, f"{ranks} ranks on this node but {gpus} GPUs; start one rank a GPU"
+            )
+        return torch.device("cuda", index)

@@ -1,0 +1,55 @@
+"""The endpoint of a job's rank 0, found from a launcher's variables."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.distributed.rendezvous import Endpoint, find_endpoint, open_store
+from pipelines.distributed.world import World
+from pipelines.errors import ConfigError
+
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"}
+TWO_NODES = World(1, 2, 0, 1, "srun")
+
+
+def test_first_node_of_a_slurm_node_list() -> None:
+    for nodes, first in (
+        ("n1", "n1"),
+        ("n[07-09,12],login", "n07"),
+        ("r[1-3]n[4,6]-ib", "r1n4-ib"),
+        ("a,b[1-2]", "a"),
+    ):
+        assert find_endpoint(TWO_NODES, STEP | {"SLURM_STEP_NODELIST": nodes}).address == first
+
+
+def test_each_slurm_step_has_ports_of_its_own() -> None:
+    one, other = (
+        find_endpoint(TWO_NODES, STEP | {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_ID": step}) for step in "12"
+    )
+    assert one.key != other.key and one.ports != other.ports
+
+
+def test_address_under_srun_can_be_set() -> None:
+    environ = {"SLURM_STEP_NODELIST": "n[1-2]", "RENDEZVOUS_ADDR": "10.0.0.7", "MASTER_ADDR": "elsewhere"}
+    assert find_endpoint(TWO_NODES, environ).address == "10.0.0.7"
+
+
+def test_instances_have_endpoints_of_their_own() -> None:
+    def find(launcher: str, environ: dict[str, str], instance: int) -> Endpoint:
+        return find_endpoint(World(0, 3, 0, 3, launcher, instance, 2, 3 * instance, 3), environ)
+
+    store = open_store("127.0.0.1", 0, serves=True, seconds=10)
+    agents = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    torchrun = agents | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "r"}
+    for launcher, environ in (("torchrun", torchrun), ("mpirun", agents | {"PMIX_NAMESPACE": "job"})):
+        first, second = (find(launcher, environ, instance) for instance in range(2))
+        assert first.key != second.key and first.ports != second.ports
+    with pytest.raises(ConfigError) as refused:
+        find("torchrun", agents, 0)
+    assert refused.value.key == "--instances"
+
+
+def test_ranks_without_an_address_are_refused() -> None:
+    with pytest.raises(ConfigError) as refused:
+        find_endpoint(World(0, 2, 0, 2, "torchrun"), {})
+    assert refused.value.key == "MASTER_ADDR"
