@@ -1,4 +1,4 @@
-"""One training step: forward and backward pass, engines, optimizers and learning-rate schedules.
+"""The training step: forward and backward pass, engines, optimizers and learning-rate schedules.
 
-In: a network and batches on its device. Out: updated weights, and a loss that is still on the device.
+In: a network and batches on its device. Out: updated weights, and the loss as a tensor on the device.
 """

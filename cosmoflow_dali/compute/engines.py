@@ -1,6 +1,6 @@
-"""How a step's gradients are computed: as written, replayed from a CUDA graph, or compiled.
+"""Engines that compute a step's gradients: eager, a replayed CUDA graph, or torch.compile.
 
-All engines call the same `forward_backward`; they differ in who launches its kernels.
+All engines call the same `forward_backward`; they differ in how its kernels are launched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipelines.errors import ConfigError
 from pipelines.sample import PARAMETERS, Batch, SampleSpec
 
 _WARM_UP = 11
-"""Steps before a capture: what torch's documentation asks for where ranks reduce gradients."""
+"""Warm-up steps before a capture, as torch's documentation requires for DistributedDataParallel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +66,34 @@ class ComputeConfig:
 
 
 class Engine(Protocol):
-    """Leaves a batch's gradients in the model, and nothing of an earlier batch's.
+    """Callable that replaces the model's gradients by those of a batch.
 
-    inputs: where it reads its batches, for the loader to write into; None where it takes any.
+    Attributes:
+        inputs: Batch that the engine reads, for the loader to write into; None if it accepts any batch.
     """
 
     inputs: Batch | None
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """The loss, (), on the device."""
+        """Compute the gradients of `batch`; return the loss, (), on the device."""
 
 
 def wrap_model(model: nn.Module, config: ComputeConfig, device: torch.device, *, ranks: int) -> nn.Module:
-    """`model` as the engine wants it: its gradients averaged over `ranks` while backward still runs."""
+    """Prepare `model` for the engine of `config`; over several `ranks`, average gradients during backward.
+
+    Raises:
+        ConfigError: `config` requires a GPU or the reference network.
+    """
     if config.first_block == "triton":
         if not isinstance(model, CosmoFlow) or device.type != "cuda":
-            reason = f"is for the reference network on a GPU, not {type(model).__name__} on {device.type}"
+            reason = f"needs the reference network on a GPU, not {type(model).__name__} on {device.type}"
             raise ConfigError("compute.first_block", config.first_block, reason)
         model.fuse_first_block()
     if config.engine_on(device) == "compile":
         model = torch.compile(model)  # type: ignore[assignment]
     if ranks == 1:
         return model
-    # DDP's hooks belong to the stream that it is made on: for a graph, the one that is captured.
+    # DDP's hooks use the stream that it is created on: for a graph, the captured one.
     with _capture_stream(device) if config.engine_on(device) == "graph" else nullcontext():
         parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if config.exchange == "bf16":
@@ -97,10 +102,10 @@ def wrap_model(model: nn.Module, config: ComputeConfig, device: torch.device, *,
 
 
 def _allreduce_bf16(bucket: Any) -> torch.futures.Future[torch.Tensor]:
-    """DDP's hook for a bucket of gradients, half as long on the wire; torch's own asks for NCCL."""
+    """Average a bucket of gradients in bfloat16, as DDP's hook; torch's own hook requires NCCL."""
     gradients = bucket.buffer()
-    sent = gradients.to(torch.bfloat16).div_(dist.get_world_size())
-    work = dist.all_reduce(sent, async_op=True)
+    reduced = gradients.to(torch.bfloat16).div_(dist.get_world_size())
+    work = dist.all_reduce(reduced, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: gradients.copy_(done.value()[0]))
 
@@ -113,7 +118,7 @@ def make_engine(
     batch_size: int,
     device: torch.device,
 ) -> Engine:
-    """The engine of `config` for `model`, which `wrap_model` has made, and batches of `batch_size`."""
+    """Return the engine of `config` for batches of `batch_size`; `model` is the result of `wrap_model`."""
 
     def gradients(batch: Batch) -> torch.Tensor:
         return forward_backward(model, batch, config.precision, scaler, config.micro_batch)
@@ -130,28 +135,28 @@ def make_engine(
 
 
 class Eager:
-    """Kernel by kernel, as torch is asked for them."""
+    """Launches each kernel as torch reaches it."""
 
     inputs: Batch | None = None
 
     def __init__(self, model: nn.Module, gradients: Callable[[Batch], torch.Tensor]) -> None:
         self._model, self._gradients = model, gradients
-        self._settled = not isinstance(model, DistributedDataParallel)
+        self._warmed_up = not isinstance(model, DistributedDataParallel)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """See `Engine`."""
-        if not self._settled:
-            # Behind its first backward DDP regroups the gradients, and with the group the order changes in
-            # which three ranks or more are summed: a resumed run would round its first step otherwise.
+        if not self._warmed_up:
+            # After its first backward pass DDP regroups the gradients, which changes the order of sums over
+            # three or more ranks: without this pass, a resumed run would round its first step differently.
             with _preserve_state(self._model, batch.volume.device):
                 self._gradients(batch)
-            self._settled = True
+            self._warmed_up = True
         self._model.zero_grad(set_to_none=True)
         return self._gradients(batch)
 
 
 class Graph:
-    """One CUDA graph, captured at the first batch and replayed from then on."""
+    """Captures a CUDA graph at the first batch and replays it for each batch."""
 
     def __init__(self, model: nn.Module, gradients: Callable[[Batch], torch.Tensor], inputs: Batch) -> None:
         self.inputs: Batch | None = inputs
@@ -162,17 +167,16 @@ class Graph:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """See `Engine`."""
-        for mine, given in ((self._static.volume, batch.volume), (self._static.target, batch.target)):
-            if given is not mine:
-                mine.copy_(given)
+        for static, tensor in ((self._static.volume, batch.volume), (self._static.target, batch.target)):
+            if tensor is not static:
+                static.copy_(tensor)
         if self._graph is None:
             self._graph = self._capture()
         self._graph.replay()
-        # The next replay writes where this one has.
+        # The next replay overwrites the loss.
         return self._loss.clone()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Record the step."""
         device = self._static.volume.device
         graph = torch.cuda.CUDAGraph()
         with _preserve_state(self._model, device):
@@ -180,9 +184,9 @@ class Graph:
                 for _ in range(_WARM_UP):
                     self._model.zero_grad(set_to_none=True)
                     self._gradients(self._static)
-            # Absent, they are made in the graph's own memory, and every replay writes them anew.
+            # Missing gradients are allocated in the graph's memory, and each replay overwrites them.
             self._model.zero_grad(set_to_none=True)
-            # DALI's threads ask for memory meanwhile, which a capture must not mind.
+            # DALI's threads allocate memory during the capture, which must not invalidate it.
             with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
                 self._loss = self._gradients(self._static)
         return graph
@@ -190,7 +194,7 @@ class Graph:
 
 @contextmanager
 def _preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Steps in the body change gradients, and nothing else that the model or the random state remembers."""
+    """Restore the model's buffers and the random state after the body; only gradients change."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
@@ -201,15 +205,15 @@ def _preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The one beside `device`'s current stream on which graphs are warmed up and captured."""
+    """Return the stream on which graphs of `device` are warmed up and captured."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def _capture_stream(device: torch.device) -> Iterator[None]:
-    """`_stream` is the current one in the body, behind what was asked before, and before what follows."""
-    beside = _stream(device)
-    beside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(beside):
+    """Make `_stream` the current stream in the body, ordered after earlier and before later work."""
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
         yield
-    torch.cuda.current_stream(device).wait_stream(beside)
+    torch.cuda.current_stream(device).wait_stream(stream)

@@ -1,8 +1,8 @@
-"""The optimizer, and Keras's momentum rule on top of anybody's SGD.
+"""The optimizers, with Keras's momentum rule on top of any SGD.
 
-Keras keeps the learning rate inside the momentum buffer (v = m v - lr g, w += v), torch and apex
-keep it outside (b = m b + g, w -= lr b). With v = -lr b the two are one as long as the rate
-stands still; when it changes, scaling the buffers by old / new keeps lr b, and so v, as it was.
+Keras keeps the learning rate inside the momentum buffer (v = m v - lr g, w += v); torch and apex keep it
+outside (b = m b + g, w -= lr b). With v = -lr b the rules agree while the rate is constant. When it changes,
+scaling the buffers by old / new preserves lr b, and so v.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import nn
 from pipelines.errors import ConfigError
 
 _LEAST_LR = 1e-20
-"""Stands for a rate of 0, by which no buffer can be scaled; what a gradient adds is lost in rounding."""
+"""Replaces a rate of 0, by which no buffer can be scaled; the gradient's share is lost in rounding."""
 
-_BUILD_APEX = "the README tells how to build it from NVIDIA's source"
+_BUILD_APEX = "build NVIDIA's from source as the README describes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,10 @@ class AdamConfig:
 
 
 def build_optimizer(config: SGDConfig | AdamConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of `model`'s parameters, where they are; its rate is set for each step by `set_lr`.
+    """Return the optimizer of `model`'s parameters on their device; `set_lr` sets its rate for each step.
 
-    ConfigError where the implementation that `config` names is not to be had.
+    Raises:
+        ConfigError: The implementation that `config` names is not available.
     """
     if isinstance(config, AdamConfig):
         first, second = config.betas
@@ -83,14 +84,13 @@ def build_optimizer(config: SGDConfig | AdamConfig, model: nn.Module) -> torch.o
     ]
     optimizer = _build_sgd(config, [group for group in groups if group["params"]], rest[0].device)
     for parameter in model.parameters():
-        # torch's fused SGD takes a first step that the scaler skips for done, and then goes on from
-        # momentum that nobody has written.
+        # If the scaler skips the first step, torch's fused SGD would continue from uninitialised momentum.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def describe(optimizer: torch.optim.Optimizer, config: SGDConfig | AdamConfig, device: torch.device) -> str:
-    """What `optimizer`, which `build_optimizer` made of `config` on `device`, is, for a person."""
+    """Return a one-line description of the optimizer for logs."""
     name = type(optimizer).__name__
     if type(optimizer).__module__.startswith("apex"):
         return f"apex {name}"
@@ -101,7 +101,7 @@ def describe(optimizer: torch.optim.Optimizer, config: SGDConfig | AdamConfig, d
 def _build_sgd(
     config: SGDConfig, groups: list[dict[str, Any]], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The best of the implementations that `config` allows and this machine has."""
+    """Return the fastest available implementation that `config` allows."""
     kind, lr, momentum = config.implementation, 1e-3, config.momentum
     if kind == "apex" or (kind == "auto" and device.type == "cuda"):
         fused, reason = _apex_sgd(device)
@@ -113,22 +113,22 @@ def _build_sgd(
 
 
 def _apex_sgd(device: torch.device) -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
-    """NVIDIA's FusedSGD; or None, and why."""
+    """Return NVIDIA's FusedSGD, or None and the reason."""
     if device.type != "cuda":
         return None, "apex needs a GPU; use auto or fused"
     if importlib.util.find_spec("apex") is None:
         return None, f"apex is not installed; {_BUILD_APEX}"
     try:
-        # Built without its CUDA extensions it imports, and fails when it is made.
+        # Without its CUDA extensions, apex can be imported but not used.
         importlib.import_module("amp_C")
         found: Callable[..., torch.optim.Optimizer] = importlib.import_module("apex.optimizers").FusedSGD
     except (ImportError, AttributeError):
-        return None, f"the apex that is installed is not NVIDIA's, or lacks its kernels; {_BUILD_APEX}"
+        return None, f"the installed apex is not NVIDIA's or lacks its CUDA extensions; {_BUILD_APEX}"
     return found, ""
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load `state`, which may be that of another implementation of the same rule."""
+    """Load `state`, which may come from another implementation of the same rule."""
     own = [{**group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, mine in zip(optimizer.param_groups, own, strict=True):
@@ -136,7 +136,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give the coming step the learning rate `lr`, by Keras's rule where there is momentum."""
+    """Set the learning rate of the next step, rescaling momentum by Keras's rule."""
     lr = max(lr, _LEAST_LR)
     for group in optimizer.param_groups:
         old = float(group["lr"])

@@ -72,11 +72,11 @@ class OneCycleConfig:
 
 
 def lr_at(config: StepDecayConfig | OneCycleConfig, *, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The learning rate of `step`, counted from 0, in a run of `epochs` epochs."""
+    """Return the learning rate of `step`, counted from 0, in a run of `epochs` epochs."""
     if isinstance(config, OneCycleConfig):
         total = steps_per_epoch * epochs
         warmup = config.warmup_fraction * total
-        # A step's rate is that of its middle, so that neither the first nor the last is lost on a rate of 0.
+        # The rate at the middle of the step, so that neither the first nor the last step has a rate of 0.
         at = step + 0.5
         if at < warmup:
             return config.peak_lr * at / warmup

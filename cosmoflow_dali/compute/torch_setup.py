@@ -1,4 +1,4 @@
-"""What a process that computes with torch settles once, before its first tensor."""
+"""Settings of a process that computes with torch, made before its first tensor."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from cosmoflow_dali.compute.step import Precision, configure_float32
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-"""What malloc.h of the GNU C library calls these parameters of mallopt()."""
+"""Parameters of mallopt(), from malloc.h of the GNU C library."""
 
 
 def configure_torch(device: torch.device, cores: int, precision: Precision = "fp32") -> None:
-    """Have torch use `cores` threads, memory on a CPU as is fastest, and float32 as `precision` says."""
+    """Set torch's threads to `cores`, float32 rounding by `precision`, and, on a CPU, tune malloc."""
     torch.set_num_threads(cores)
     configure_float32(precision)
     if device.type == "cpu":
@@ -22,19 +22,19 @@ def configure_torch(device: torch.device, cores: int, precision: Precision = "fp
 
 
 def tune_malloc() -> None:
-    """Have large tensors lie in huge pages, which the process keeps; before the first tensor is made.
+    """Place large tensors in huge pages and keep freed memory in the process.
 
-    The C library gives every large tensor back to the kernel, which then has to find and to clear its
-    pages again in the next step: a quarter of a step's time at 128^3 where they are of 4 KB, up to a tenth
-    where torch asks for pages of 2 MB. What the main thread frees stays the process's instead, peaks
-    included, and what lies between large tensors makes steps take up to half as much memory again; it is
-    level after some steps, as long as no step leaves something behind for good. Huge pages are without
-    effect where the kernel has none (/sys/kernel/mm/transparent_hugepage/enabled), keeping under other C
-    libraries and allocators. Nothing is done where the environment has THP_MEM_ALLOC_ENABLE=0, or
-    settings of its own for malloc.
+    Must run before the first tensor is made. By default the C library returns each large tensor to the
+    kernel, which has to find and clear the pages again in the next step: a quarter of a step's time at 128^3
+    with pages of 4 KB, and up to a tenth with torch's pages of 2 MB.
+
+    The process keeps its peak memory. Fragmentation can raise it by half; it levels off after some steps.
+    Huge pages have no effect where the kernel has none (/sys/kernel/mm/transparent_hugepage/enabled), and
+    keeping none with other C libraries and allocators. Nothing changes if the environment has
+    THP_MEM_ALLOC_ENABLE=0 or settings for malloc (MALLOC_*).
     """
-    own = any(name.startswith("MALLOC_") for name in os.environ)
-    if os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1") == "0" or own:
+    user_settings = any(name.startswith("MALLOC_") for name in os.environ)
+    if os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1") == "0" or user_settings:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,9 +1,9 @@
-"""The networks' convolution blocks, each one step of autograd where that is faster.
+"""Convolution blocks of the networks, each a single autograd step where that is faster.
 
-A block is a 3^3 convolution, what follows it, and pooling over 2^3 voxels. The plain forms are torch's own
-operations and the truth. On a CPU, where an operation costs what it reads and writes, the fused
-forms do the same with fewer and longer strides: they pool before they activate where that is the
-same, keep no more than the convolution's output, and turn that into its gradient where it lies.
+A block is a 3^3 convolution, activation (with or without normalisation), and 2^3 pooling. The plain forms
+consist of torch's operations and serve as reference. On a CPU an operation costs the memory that it reads and
+writes; the fused forms read and write less: they pool before activation where that is equivalent, keep only
+the convolution's output, and compute its gradient in place.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch.nn import functional
 from cosmoflow_dali.models.cpu_conv import conv3d, conv3d_backward
 
 LEAK = 0.3
-"""The slope of LeakyReLU below 0 in both networks."""
+"""Slope of LeakyReLU below 0 in both networks."""
 
 TIE = 1e-5
-"""How near to the maximum of its cell a voxel is a maximum too; TensorFlow's constant."""
+"""Distance from its cell's maximum within which a voxel counts as a maximum, as in TensorFlow."""
 
 
 def max_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Convolution with zeros around, LeakyReLU and max pooling: (B, c, D, H, W) to (B, C, D/2, H/2, W/2).
+    """Apply zero-padded convolution, LeakyReLU and max pooling: (B, c, D, H, W) to (B, C, D/2, H/2, W/2).
 
-    All three edges are even. On a CPU the gradient is that of TensorFlow's CPU kernel
-    (tensorflow/core/kernels/pooling_ops_3d.cc), which hands it to every voxel within `TIE` of its
-    cell's maximum, where torch and cuDNN choose one: near-ties are not rare in volumes that are half
-    empty, so the two rules part by percents. Each voxel takes the slope of LeakyReLU at the maximum.
+    All three edges must be even. On a CPU the gradient is that of TensorFlow's CPU kernel
+    (tensorflow/core/kernels/pooling_ops_3d.cc), which passes it to every voxel within `TIE` of its cell's
+    maximum; torch and cuDNN choose one voxel. Near-ties are common in volumes that are half empty, and the
+    two rules differ by percents. Each voxel uses the slope of LeakyReLU at the maximum.
     """
     if volume.device.type == "cpu":
         arguments = cast(volume, kernel, bias)
@@ -41,17 +41,17 @@ def max_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) ->
 
 
 def pool_then_activate(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The same of torch's operations: what adds the bias and activates has an eighth of the voxels to do.
+    """Apply `max_block` by torch's operations, with bias and activation after pooling.
 
-    Both keep the order of values, and so does the rounding between them: what comes out is bit for bit that
-    of `plain_max_block` where torch adds a convolution's bias behind it, as on GPUs.
+    Bias, activation and the rounding in between preserve the order of values, so the result equals
+    `plain_max_block` bit for bit where torch adds the bias after the convolution, as on GPUs.
     """
-    most = functional.max_pool3d(functional.conv3d(volume, kernel, padding=1), 2)
-    return functional.leaky_relu(most + bias.to(most.dtype)[:, None, None, None], LEAK)
+    largest = functional.max_pool3d(functional.conv3d(volume, kernel, padding=1), 2)
+    return functional.leaky_relu(largest + bias.to(largest.dtype)[:, None, None, None], LEAK)
 
 
 def plain_max_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The same as it is written down: the truth, with torch's choice among maxima."""
+    """Apply `max_block` by torch's operations in their defined order; the gradient goes to one maximum."""
     return functional.max_pool3d(
         functional.leaky_relu(functional.conv3d(volume, kernel, bias, padding=1), LEAK), 2
     )
@@ -61,33 +61,39 @@ class _MaxBlock(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         values = _rows(conv3d(volume, kernel, bias, padding=1))
-        # LeakyReLU keeps the order of values, and an eighth of them is left to work on.
-        most = functional.max_pool3d(values.permute(0, 4, 1, 2, 3), 2)
-        context.save_for_backward(volume, kernel, values, most)
-        return functional.leaky_relu(most, LEAK)
+        # LeakyReLU preserves the order of values, so it can follow the pooling.
+        largest = functional.max_pool3d(values.permute(0, 4, 1, 2, 3), 2)
+        context.save_for_backward(volume, kernel, values, largest)
+        return functional.leaky_relu(largest, LEAK)
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        volume, kernel, values, most = context.saved_tensors
-        # What is as near to the maximum once both are activated; half precision rounds that away, and
-        # the maximum itself must stay.
-        least = functional.leaky_relu(most.to(torch.promote_types(most.dtype, torch.float32)), LEAK) - TIE
-        least = torch.where(least > 0, least, least / LEAK).to(most.dtype).minimum(most)
-        share = torch.where(most > 0, gradient, LEAK * gradient)
-        # From here on `values` are the gradient with respect to themselves.
-        _wide(values).ge_(_along(least)).mul_(_along(share))
-        wanted = list(context.needs_input_grad)
-        return conv3d_backward(values.permute(0, 4, 1, 2, 3), volume, kernel, padding=1, wanted=wanted)
+        volume, kernel, values, largest = context.saved_tensors
+        # The smallest value within TIE of the maximum after activation. Half precision may round TIE away,
+        # and the maximum itself must remain.
+        exact = largest.to(torch.promote_types(largest.dtype, torch.float32))
+        smallest = functional.leaky_relu(exact, LEAK) - TIE
+        smallest = torch.where(smallest > 0, smallest, smallest / LEAK).to(largest.dtype).minimum(largest)
+        share = torch.where(largest > 0, gradient, LEAK * gradient)
+        # In place: `values` becomes its own gradient.
+        _wide(values).ge_(_along(smallest)).mul_(_along(share))
+        grad_values, mask = values.permute(0, 4, 1, 2, 3), list(context.needs_input_grad)
+        return conv3d_backward(grad_values, volume, kernel, padding=1, output_mask=mask)
 
 
 def norm_block(
     volume: torch.Tensor, kernel: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Convolution of a periodic box, batch normalisation, LeakyReLU and average pooling, on a CPU.
+    """Apply periodic convolution, batch normalisation, LeakyReLU and average pooling on a CPU.
 
-    (B, c, D, H, W) to (B, C, D/2, H/2, W/2), all three edges even; and the mean and the variance
-    (biased), (C,) each, over the global batch: ranks have equal batches and share their sums.
+    Args:
+        volume: (B, c, D, H, W) with even edges; all ranks have equal batches.
+        kernel: (C, c, 3, 3, 3).
+        scale, shift: (C,) each, of the normalisation.
+
+    Returns:
+        (B, C, D/2, H/2, W/2), and the mean and biased variance over the global batch, (C,) each.
     """
     arguments = cast(volume, kernel)
     with torch.autocast("cpu", enabled=False):
@@ -127,31 +133,33 @@ class _NormBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        context: Any, gradient: torch.Tensor, *of_statistics: torch.Tensor
+        context: Any, gradient: torch.Tensor, *grad_statistics: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         volume, kernel, scale, inverse, values, active = context.saved_tensors
         *_, edge, channels = values.shape
         cells = _wide(active.view(values.shape))
         spread = _along(gradient / 8).expand_as(cells)
-        # LeakyReLU keeps the sign, so that what came out of it tells its slope.
+        # LeakyReLU preserves the sign, so its output determines its slope.
         back = torch.ops.aten.leaky_relu_backward(spread, cells, LEAK, False)
         back, wide = back.view(-1, edge * channels), values.view(-1, edge * channels)
-        of_shift = _channel_mean(back, channels)
-        of_scale = _channel_mean(torch.mul(back, wide, out=active), channels)
-        # d/dx of normalised values: scale / sigma (g - mean(g) - x mean(g x)), means over the batch.
+        grad_shift = _channel_mean(back, channels)
+        grad_scale = _channel_mean(torch.mul(back, wide, out=active), channels)
+        # d/dx of normalised values: scale / sigma (g - mean(g) - x mean(g x)), with means over the batch.
         slope = (scale * inverse).repeat(edge)
-        wide.mul_(-mean_over_ranks(of_scale.clone()).repeat(edge))
-        wide.add_(back).sub_(mean_over_ranks(of_shift.clone()).repeat(edge)).mul_(slope)
+        wide.mul_(-mean_over_ranks(grad_scale.clone()).repeat(edge))
+        wide.add_(back).sub_(mean_over_ranks(grad_shift.clone()).repeat(edge)).mul_(slope)
         count = values.numel() // channels
-        wanted = [*context.needs_input_grad[:2], False]
-        narrow = values.permute(0, 4, 1, 2, 3).to(volume.dtype)
-        of_wrapped, grad_weight, _ = conv3d_backward(narrow, volume, kernel, padding=0, wanted=wanted)
-        grad_input = None if of_wrapped is None else _unwrapped(of_wrapped)
-        return grad_input, grad_weight, of_scale * count, of_shift * count, None
+        mask = [*context.needs_input_grad[:2], False]
+        grad_values = values.permute(0, 4, 1, 2, 3).to(volume.dtype)
+        grad_wrapped, grad_weight, _ = conv3d_backward(
+            grad_values, volume, kernel, padding=0, output_mask=mask
+        )
+        grad_input = None if grad_wrapped is None else _unwrapped(grad_wrapped)
+        return grad_input, grad_weight, grad_scale * count, grad_shift * count, None
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """`value`, averaged over the ranks in place; itself where there is one."""
+    """Average `value` over ranks in place and return it."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value)
         value /= dist.get_world_size()
@@ -159,7 +167,7 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 
 def cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`tensors` in the dtype in which autocast convolves on their device, if it is on."""
+    """Convert `tensors` to the dtype of autocast on their device, if it is enabled."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -168,7 +176,7 @@ def cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _wrapped(volume: torch.Tensor) -> torch.Tensor:
-    """`volume` (B, C, D, H, W) with one voxel of its periodic images on every side."""
+    """Return `volume` (B, C, D, H, W) padded circularly by one voxel on every side."""
     batch, channels, *edges = volume.shape
     rows = volume.new_empty(batch, *(edge + 2 for edge in edges), channels)
     rows[:, 1:-1, 1:-1, 1:-1] = volume.permute(0, 2, 3, 4, 1)
@@ -179,7 +187,7 @@ def _wrapped(volume: torch.Tensor) -> torch.Tensor:
 
 
 def _unwrapped(gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient of what was wrapped by that of the result, which it changes."""
+    """Return the gradient of the input of `_wrapped`; changes `gradient`, that of its result."""
     for axis in (2, 3, 4):
         gradient.select(axis, -2).add_(gradient.select(axis, 0))
         gradient.select(axis, 1).add_(gradient.select(axis, -1))
@@ -187,21 +195,21 @@ def _unwrapped(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(volume: torch.Tensor) -> torch.Tensor:
-    """(B, C, D, H, W) as it lies in channels-last memory, (B, D, H, W, C), contiguous."""
+    """Return (B, C, D, H, W) as contiguous (B, D, H, W, C), the order of channels-last memory."""
     return volume.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:
-    """(B, D, H, W, C) by cells along D and H, a line along W each: (B D/2, 2, H/2, 2, W C), the same memory.
+    """View (B, D, H, W, C) as cells along D and H of lines along W: (B D/2, 2, H/2, 2, W C).
 
-    Lines are long, so that what is done with them is vectorised whatever C is.
+    Operations on these long lines are vectorised for any C.
     """
     batch, depth, height, width, channels = values.shape
     return values.view(batch * depth // 2, 2, height // 2, 2, width * channels)
 
 
 def _along(pooled: torch.Tensor) -> torch.Tensor:
-    """(B, C, D/2, H/2, W/2), each value twice along W, to go with `_wide`: (B D/2, 1, H/2, 1, W C)."""
+    """Repeat (B, C, D/2, H/2, W/2) along W to broadcast with `_wide`: (B D/2, 1, H/2, 1, W C)."""
     rows = _rows(pooled)
     batch, depth, height, width, channels = rows.shape
     twice = rows.unsqueeze(4).expand(-1, -1, -1, -1, 2, -1)
@@ -209,7 +217,7 @@ def _along(pooled: torch.Tensor) -> torch.Tensor:
 
 
 def _average(values: torch.Tensor) -> torch.Tensor:
-    """The mean of each cell of 2^3 voxels of (B, D, H, W, C): (B, C, D/2, H/2, W/2)."""
+    """Return the mean of each cell of 2^3 voxels of (B, D, H, W, C): (B, C, D/2, H/2, W/2)."""
     batch, depth, height, width, channels = values.shape
     cells = _wide(values)
     total = cells[:, 0, :, 0] + cells[:, 0, :, 1]
@@ -221,5 +229,5 @@ def _average(values: torch.Tensor) -> torch.Tensor:
 
 
 def _channel_mean(wide: torch.Tensor, channels: int) -> torch.Tensor:
-    """The mean of each channel (C,) over (lines, W C)."""
+    """Return the mean (C,) of each channel over (lines, W C)."""
     return wide.mean(0).view(-1, channels).mean(0)

@@ -1,4 +1,4 @@
-"""The choice between the networks."""
+"""The networks by configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ModelConfig: TypeAlias = ReferenceConfig | OpenConfig
 
 
 def build_model(config: ModelConfig, seed: int) -> CosmoFlow | OpenCosmoFlow:
-    """The network that `config` is the configuration of, with initial weights drawn from `seed`."""
+    """Return the network of `config` with initial weights drawn from `seed`."""
     if isinstance(config, OpenConfig):
         return OpenCosmoFlow(config, seed)
     return CosmoFlow(config, seed)

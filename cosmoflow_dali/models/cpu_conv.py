@@ -1,9 +1,9 @@
-"""A 3^3 convolution and its gradients on a CPU, where few filters would leave registers half empty.
+"""3^3 convolution and its gradients on a CPU, for few filters.
 
-oneDNN computes as many filters at once as a vector register has lanes. Where the filters are no more than
-half of the lanes, two neighbours along W are made at once, by filters 4 voxels wide: the 3 of the one and
-the 3 of the other, in a row of zeros. That is a third more to multiply, in half as many steps. In
-channels-last memory the result, (W/2, 2 C), is (W, C).
+oneDNN computes as many filters at once as a vector register has lanes. Up to half of the lanes, two
+neighbouring voxels along W are computed at once instead, by filters 4 voxels wide: the 3 of one voxel and the
+3 of the other, padded with zeros. This multiplies a third more, in half as many steps. In channels-last
+memory the result, (W/2, 2 C), is (W, C).
 """
 
 from __future__ import annotations
@@ -12,75 +12,62 @@ import torch
 from torch.nn import functional
 
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-"""Numbers of float32 in a register, which sums are kept in."""
+"""float32 lanes of a vector register."""
 
 
 def conv3d(
-    volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None, *, padding: int
+    volume: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, padding: int
 ) -> torch.Tensor:
-    """`volume` (B, c, D, H, W), `padding` zeros around it, by `kernel` (C, c, 3, 3, 3), plus `bias` (C,).
+    """Convolve `volume` (B, c, D, H, W), zero-padded by `padding`, with `weight` (C, c, 3, 3, 3).
 
-    (B, C, D', H', W'), each edge longer by 2 padding - 2, in channels-last memory if `volume` is.
+    Returns:
+        (B, C, D', H', W'), each edge longer by 2 padding - 2; channels-last if `volume` is. `bias` (C,) is
+        added.
     """
-    if not _by_pairs(kernel.shape[0], volume):
-        return functional.conv3d(volume, kernel, bias, padding=padding)
+    if not _uses_pairs(weight.shape[0], volume):
+        return functional.conv3d(volume, weight, bias, padding=padding)
     both_biases = None if bias is None else bias.repeat(2)
-    rows = functional.conv3d(volume, _paired(kernel), both_biases, (1, 1, 2), padding).permute(0, 2, 3, 4, 1)
+    rows = functional.conv3d(volume, _paired(weight), both_biases, (1, 1, 2), padding).permute(0, 2, 3, 4, 1)
     *edges, width, channels = rows.shape
     return rows.reshape(*edges, 2 * width, channels // 2).permute(0, 4, 1, 2, 3)
 
 
 def conv3d_backward(
-    gradient: torch.Tensor, volume: torch.Tensor, kernel: torch.Tensor, *, padding: int, wanted: list[bool]
+    grad_output: torch.Tensor,
+    volume: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    padding: int,
+    output_mask: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of volume, kernel and bias, those that are `wanted`, by the gradient of what `conv3d` made."""
+    """Return the gradients of `conv3d` for input, weight and bias; None where `output_mask` is False."""
     grad_input = None
-    if wanted[0] and _by_pairs(kernel.shape[1], volume):
-        turned = kernel.flip(2, 3, 4).transpose(0, 1)
-        grad_input = conv3d(gradient, turned, None, padding=2 - padding)
-        wanted = [False, *wanted[1:]]
-    if not _by_pairs(kernel.shape[0], volume):
-        found, *others = _backward(gradient, volume, kernel, 1, padding, wanted)
-        return found if grad_input is None else grad_input, *others
-    rows = gradient.permute(0, 2, 3, 4, 1)
-    *edges, width, channels = rows.shape
-    pairs = rows.reshape(*edges, width // 2, 2 * channels).permute(0, 4, 1, 2, 3)
-    found, grad_weight, grad_bias = _backward(pairs, volume, _paired(kernel), 2, padding, wanted)
-    if grad_weight is not None:
+    if output_mask[0] and _uses_pairs(weight.shape[1], volume):
+        flipped = weight.flip(2, 3, 4).transpose(0, 1)
+        grad_input = conv3d(grad_output, flipped, None, padding=2 - padding)
+        output_mask = [False, *output_mask[1:]]
+    stride = 1
+    if pairs := _uses_pairs(weight.shape[0], volume):
+        rows = grad_output.permute(0, 2, 3, 4, 1)
+        *edges, width, channels = rows.shape
+        grad_output = rows.reshape(*edges, width // 2, 2 * channels).permute(0, 4, 1, 2, 3)
+        weight, stride = _paired(weight), 2
+    found, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_output, volume, weight, [len(weight)], [1, 1, stride], [padding] * 3, [1] * 3, False, [0] * 3, 1,
+        output_mask,
+    )  # fmt: skip
+    if pairs and grad_weight is not None:
         grad_weight = grad_weight[:channels, ..., :3] + grad_weight[channels:, ..., 1:]
-    if grad_bias is not None:
+    if pairs and grad_bias is not None:
         grad_bias = grad_bias.view(2, channels).sum(0)
     return found if grad_input is None else grad_input, grad_weight, grad_bias
 
 
-def _by_pairs(filters: int, volume: torch.Tensor) -> bool:
+def _uses_pairs(filters: int, volume: torch.Tensor) -> bool:
     return 2 * filters <= LANES and volume.shape[-1] % 2 == 0
 
 
-def _paired(kernel: torch.Tensor) -> torch.Tensor:
-    """(2 C, c, 3, 3, 4): the filters for a voxel, then those for the next one."""
-    both = torch.cat([functional.pad(kernel, (0, 1)), functional.pad(kernel, (1, 0))])
+def _paired(weight: torch.Tensor) -> torch.Tensor:
+    """Return (2 C, c, 3, 3, 4): the filters of a voxel, followed by those of the next one."""
+    both = torch.cat([functional.pad(weight, (0, 1)), functional.pad(weight, (1, 0))])
     return both.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _backward(
-    gradient: torch.Tensor,
-    volume: torch.Tensor,
-    kernel: torch.Tensor,
-    stride: int,
-    padding: int,
-    wanted: list[bool],
-) -> tuple[torch.Tensor | None, ...]:
-    return torch.ops.aten.convolution_backward(
-        gradient,
-        volume,
-        kernel,
-        [kernel.shape[0]],
-        [1, 1, stride],
-        [padding] * 3,
-        [1, 1, 1],
-        False,
-        [0, 0, 0],
-        1,
-        wanted,
-    )

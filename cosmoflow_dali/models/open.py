@@ -1,8 +1,8 @@
-"""A small network beside the reference one, for the open division and for small machines.
+"""A small network for the open division and for small machines.
 
-It knows what the reference network has to learn: a periodic box has no edges (circular padding),
-the answer does not depend on where in the box a halo stands (global pooling), and the redshifts
-differ in scale (standardised input). Batch normalisation makes a few epochs enough.
+Its structure uses three properties of the data: a periodic box has no edges (circular padding), the targets
+do not depend on the position of a halo (global pooling), and the redshifts differ in scale (standardised
+input). Batch normalisation lets it converge in a few epochs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class OpenCosmoFlow(nn.Module):
     input_std: torch.Tensor
 
     def __init__(self, config: OpenConfig, seed: int = 0) -> None:
-        """Glorot-uniform kernels drawn from `seed`, biases zero; `fit_input` before training."""
+        """Draw Glorot-uniform kernels from `seed`; set biases to zero. Call `fit_input` before training."""
         super().__init__()
         self.config = config
         widths = [len(REDSHIFTS), *config.widths]
@@ -79,12 +79,12 @@ class OpenCosmoFlow(nn.Module):
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def fit_input(self, mean: npt.NDArray[np.float32], std: npt.NDArray[np.float32]) -> None:
-        """Standardise input by each redshift's `mean` and `std`, (4,) each; part of the state dict."""
+        """Standardise the input by each redshift's `mean` and `std`, (4,) each, kept in the state dict."""
         self.input_mean.copy_(torch.from_numpy(mean).reshape(self.input_mean.shape))
         self.input_std.copy_(torch.from_numpy(std).reshape(self.input_std.shape))
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
-        """Targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
+        """Return targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
         hidden = torch.addcmul(-self.input_mean / self.input_std, volume, 1 / self.input_std)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             hidden = self._block(hidden, conv, norm)
@@ -95,34 +95,35 @@ class OpenCosmoFlow(nn.Module):
         assert isinstance(conv, nn.Conv3d) and isinstance(norm, BatchNorm)
         if self.training and volume.device.type == "cpu":
             pooled, mean, variance = norm_block(volume, conv.weight, norm.weight, norm.bias, norm.eps)
-            norm.remember(mean, variance, 8 * pooled.numel() // pooled.shape[1])
+            norm.update_running_stats(mean, variance, 8 * pooled.numel() // pooled.shape[1])
             return pooled
         return functional.avg_pool3d(functional.leaky_relu(norm(conv(wrap(volume))), LEAK), 2)
 
 
 class BatchNorm(nn.BatchNorm3d):
-    """Batch normalisation over the global batch: the ranks share their sums.
+    """Batch normalisation over the global batch: statistics are averaged over ranks.
 
-    torch's own SyncBatchNorm does this on GPUs alone.
+    torch's SyncBatchNorm supports GPUs only.
     """
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` (B, C, D, H, W), normalised; equal batch sizes on all ranks."""
+        """Normalise `values` (B, C, D, H, W); all ranks must have equal batch sizes."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(values)
         axes, shape = (0, 2, 3, 4), (1, -1, 1, 1, 1)
         mean = _MeanOverRanks.apply(values.mean(axes, keepdim=True))
         centred = values - mean
         variance = _MeanOverRanks.apply(centred.square().mean(axes, keepdim=True))
-        self.remember(mean.flatten(), variance.flatten(), values.numel() // values.shape[1])
+        self.update_running_stats(mean.flatten(), variance.flatten(), values.numel() // values.shape[1])
         scale = self.weight.reshape(shape) * torch.rsqrt(variance + self.eps)
         return centred * scale + self.bias.reshape(shape)
 
     @torch.no_grad()
-    def remember(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
-        """Take a global batch's statistics (C,), the variance biased, into the running ones.
+    def update_running_stats(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+        """Update the running statistics from a global batch's mean and biased variance, (C,) each.
 
-        count: values of each channel on this rank.
+        Args:
+            count: Values per channel on this rank.
         """
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         count *= dist.get_world_size() if dist.is_initialized() else 1
@@ -133,7 +134,7 @@ class BatchNorm(nn.BatchNorm3d):
 
 
 class _MeanOverRanks(torch.autograd.Function):
-    """The mean over the ranks, whose gradient is the mean of the gradients."""
+    """Mean over ranks; its gradient is the mean of the gradients."""
 
     @staticmethod
     def forward(context: object, value: torch.Tensor) -> torch.Tensor:
@@ -145,7 +146,7 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 def wrap(volume: torch.Tensor) -> torch.Tensor:
-    """`volume` (B, C, D, H, W) with one voxel of its periodic image on every side."""
+    """Return `volume` (B, C, D, H, W) padded circularly by one voxel on every side."""
     for axis in (2, 3, 4):
         first, last = volume.narrow(axis, 0, 1), volume.narrow(axis, volume.shape[axis] - 1, 1)
         volume = torch.cat([last, volume, first], dim=axis)

@@ -1,28 +1,26 @@
 """The reference network of MLPerf HPC's CosmoFlow.
 
-Five blocks of 3^3 convolution, LeakyReLU(0.3) and 2^3 max pooling, then three dense layers; the
-answer is 1.2 tanh (mlcommons/hpc cosmoflow/models/cosmoflow.py).
+Five blocks of 3^3 convolution, LeakyReLU(0.3) and 2^3 max pooling, three dense layers, and an output of
+1.2 tanh (mlcommons/hpc cosmoflow/models/cosmoflow.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
 
 from cosmoflow_dali.models.blocks import LEAK, max_block
-from pipelines.errors import ConfigError, UserError
+from pipelines.errors import ConfigError
 from pipelines.sample import PARAMETERS, REDSHIFTS
 
 OUTPUT_SCALE = 1.2
-"""Outputs reach a little beyond the targets' range, where tanh is not yet flat."""
+"""Scale of the output, whose range is wider than the targets', where tanh is not yet flat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,7 @@ class CosmoFlow(nn.Module):
     """The reference network: (B, 4, D, H, W) to targets (B, 4)."""
 
     def __init__(self, config: ReferenceConfig, seed: int = 0) -> None:
-        """Glorot-uniform kernels drawn from `seed`, biases zero, as Keras begins."""
+        """Draw Glorot-uniform kernels from `seed` and set biases to zero, as Keras does."""
         super().__init__()
         self.config = config
         self._first_block: Callable[..., torch.Tensor] = max_block
@@ -82,12 +80,12 @@ class CosmoFlow(nn.Module):
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
-        """Targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
+        """Return targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
         hidden = volume
         for number, conv in enumerate(self.convs):
             block = max_block if number else self._first_block
             hidden = block(hidden, conv.get_parameter("weight"), conv.get_parameter("bias"))
-        # Keras flattens (D, H, W, C), so that the dense kernels mean the same here and there.
+        # Keras flattens (D, H, W, C); the same order makes its dense kernels usable here.
         hidden = hidden.permute(0, 2, 3, 4, 1).flatten(1)
         for dense in self.denses[:-1]:
             hidden = functional.leaky_relu(dense(hidden), LEAK)
@@ -95,69 +93,21 @@ class CosmoFlow(nn.Module):
         return OUTPUT_SCALE * torch.tanh(self.denses[-1](hidden))
 
     def fuse_first_block(self) -> None:
-        """Compute the first block in one kernel of Triton; ConfigError where that cannot be."""
+        """Compute the first block in one Triton kernel.
+
+        Raises:
+            ConfigError: Triton is not installed, or its kernel does not support the number of filters.
+        """
         kernel = self.convs[0].get_parameter("weight")
         try:
             from cosmoflow_dali.models.triton_block import FILTERS, first_block, fits
         except ImportError as error:
             raise ConfigError("compute.first_block", "triton", "Triton is not installed") from error
         if not fits(torch.empty(1, len(REDSHIFTS), 2, 2, 2), kernel):
-            reason = f"takes {', '.join(map(str, FILTERS))} filters, and there are {len(kernel)}"
+            reason = f"supports {', '.join(map(str, FILTERS))} filters, not model.filters = {len(kernel)}"
             raise ConfigError("compute.first_block", "triton", reason)
         self._first_block = first_block
 
     def decayed_parameters(self) -> list[nn.Parameter]:
-        """What weight decay works on: the kernels of the hidden dense layers."""
+        """Return the parameters subject to weight decay: the kernels of the hidden dense layers."""
         return [dense.get_parameter("weight") for dense in self.denses[:-1]]
-
-
-def from_reference_weights(mapping: Mapping[str, npt.ArrayLike]) -> CosmoFlow:
-    """The network with the Keras weights `mapping`.
-
-    They are conv0/kernel (3, 3, 3, in, out), conv0/bias (out,), ..., dense0/kernel (in, out), ...,
-    dense2/bias (4,). The network's depth, widths and size follow from the shapes; dropout is off.
-    UserError names a weight that is missing, left over or of a shape that does not fit.
-    """
-    arrays = {name: np.asarray(value, dtype=np.float32) for name, value in mapping.items()}
-    blocks = len([name for name in arrays if name.startswith("conv") and name.endswith("/kernel")])
-    names = [f"{layer}/{part}" for layer in _layers(blocks) for part in ("kernel", "bias")]
-    for name in names:
-        if name not in arrays:
-            raise UserError(f"the weights lack {name}; they have {', '.join(sorted(arrays)) or 'nothing'}")
-    left_over = sorted(arrays.keys() - set(names))
-    if left_over:
-        raise UserError(f"the weights hold {left_over[0]}, which the network has no place for")
-    config = _shape_of(arrays, blocks)
-    model = CosmoFlow(config)
-    layers = zip(_layers(blocks), (*model.convs, *model.denses), strict=True)
-    with torch.no_grad():
-        for name, layer in layers:
-            kernel = torch.from_numpy(arrays[f"{name}/kernel"])
-            # Keras: (..., in, out); torch: (out, in, ...).
-            kernel = kernel.movedim((-1, -2), (0, 1))
-            for parameter, part, value in (
-                (layer.weight, "kernel", kernel),
-                (layer.bias, "bias", torch.from_numpy(arrays[f"{name}/bias"])),
-            ):
-                if parameter.shape != value.shape:
-                    raise UserError(
-                        f"the weight {name}/{part} has shape {arrays[f'{name}/{part}'].shape}, which "
-                        "does not fit the layer before it"
-                    )
-                parameter.copy_(value)
-    return model
-
-
-def _layers(blocks: int) -> list[str]:
-    return [f"conv{block}" for block in range(blocks)] + [f"dense{layer}" for layer in range(3)]
-
-
-def _shape_of(arrays: dict[str, npt.NDArray[np.float32]], blocks: int) -> ReferenceConfig:
-    """The configuration that the kernels' last axes tell."""
-    filters = arrays["conv0/kernel"].shape[-1]
-    features, *_ = arrays["dense0/kernel"].shape
-    edge = round((features / (filters * 2 ** (blocks - 1))) ** (1 / 3))
-    dense = tuple(int(arrays[f"dense{layer}/kernel"].shape[-1]) for layer in range(2))
-    return ReferenceConfig(
-        size=max(edge, 1) * 2**blocks, blocks=blocks, filters=filters, dense=dense, dropout=0.0
-    )

@@ -1,11 +1,11 @@
-"""The first block in one kernel of Triton: a 3^3 convolution of 4 channels, bias, LeakyReLU and max pooling.
+"""The first block in one Triton kernel: a 3^3 convolution of 4 channels, bias, LeakyReLU and max pooling.
 
-At 128^3 the block's full-size activation is 134 MB a sample in half precision, written once and read three
-times by separate kernels, and nobody needs it: what comes out is an eighth. Here a program
-convolves the eight voxels of some cells one after the other and keeps the largest, and which it was, in
-a byte. Backward reads that byte and the input again; the input itself, data, needs no gradient.
+At 128^3 the full-size activation has 134 MB per sample in half precision; separate kernels write it once and
+read it three times, although the result is an eighth of it. Here a program convolves the eight voxels of each
+of its cells in turn and keeps the largest value and, in a byte, its voxel. The backward pass reads this byte
+and the input again; the input is data and needs no gradient.
 
-Runs on a GPU, and with TRITON_INTERPRET=1 on a CPU.
+Runs on a GPU and, with TRITON_INTERPRET=1, on a CPU.
 """
 
 from __future__ import annotations
@@ -22,24 +22,31 @@ from pipelines.sample import REDSHIFTS
 
 CHANNELS = len(REDSHIFTS)
 _TAPS = 128
-"""27 taps of 4 channels, and zeros up to a power of two, which a product of Triton's wants."""
+"""27 taps of 4 channels, padded with zeros to a power of two as tl.dot requires."""
 
 _CELLS = 64
-"""Cells that a program pools at a time."""
+"""Cells that a program processes at a time."""
 
 FILTERS = 16, 32, 64
-"""How many there may be: a product of Triton's wants 16, and more would outgrow a GPU's shared memory."""
+"""Supported numbers of filters: tl.dot needs 16 or more, and shared memory limits them to 64."""
 
 _PROGRAMS = 512
-"""Programs of the backward pass, each with sums of its own: added up in one order, so that they repeat."""
+"""Programs of the backward pass; their sums are added in a fixed order, so results are reproducible."""
 
 
 def first_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`blocks.plain_max_block` of `volume` (B, 4, D, H, W), channels-last and without a gradient of its own.
+    """Apply `blocks.plain_max_block` in one kernel.
 
-    kernel: (C, 4, 3, 3, 3), C of `FILTERS`; bias: (C,). Products are of `volume`'s dtype,
-    or autocast's, sums of float32; the result is of the products' dtype, channels-last. Of equal voxels
-    in a cell the first in (D, H, W) order is the maximum, as torch has it.
+    Products have the dtype of `volume`, or autocast's; sums are float32. Of equal voxels in a cell the first
+    in (D, H, W) order is the maximum, as in torch.
+
+    Args:
+        volume: (B, 4, D, H, W), channels-last, without gradient.
+        kernel: (C, 4, 3, 3, 3), C in `FILTERS`.
+        bias: (C,).
+
+    Returns:
+        (B, C, D/2, H/2, W/2) in the dtype of the products, channels-last.
     """
     arguments = cast(volume, kernel, bias)
     with torch.autocast(volume.device.type, enabled=False):
@@ -48,7 +55,7 @@ def first_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) 
 
 
 def fits(volume: torch.Tensor, kernel: torch.Tensor) -> bool:
-    """Whether `first_block` takes these."""
+    """Return True if `first_block` supports these arguments."""
     filters, channels = kernel.shape[:2]
     even = all(edge % 2 == 0 for edge in volume.shape[2:])
     return channels == CHANNELS and filters in FILTERS and even and not volume.requires_grad
@@ -60,7 +67,7 @@ class _FirstBlock(torch.autograd.Function):
         rows = volume.permute(0, 2, 3, 4, 1).contiguous()
         batch, depth, height, width, _ = rows.shape
         filters = kernel.shape[0]
-        # (taps, C): a tap is (d, h, w, channel), as the input's channels lie together.
+        # (taps, C): a tap is (d, h, w, channel), because the input's channels are contiguous.
         taps = rows.new_zeros(_TAPS, filters)
         taps[: 27 * CHANNELS] = kernel.permute(2, 3, 4, 1, 0).reshape(-1, filters)
         shape = batch, depth // 2, height // 2, width // 2, filters
@@ -95,26 +102,26 @@ class _FirstBlock(torch.autograd.Function):
 
 
 def _float32() -> str:
-    """What float32 is to the matrix units, as `configure_float32` has said for cuDNN's convolutions too."""
+    """Return the precision of float32 products, as `configure_float32` sets it for cuDNN."""
     return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
 @triton.jit
 def _patches(rows, cell, inside, voxel, depth, height, width, TAPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """(CELLS, TAPS): what the kernel sees around one `voxel` (0 to 7) of each cell; zeros beyond edges."""
+    """Load (CELLS, TAPS): the input around one `voxel` (0 to 7) of each cell, zero beyond the edges."""
     tap = tl.arange(0, TAPS)
-    channel, place = tap % CHANNELS, tap // CHANNELS
-    along_w, along_h, along_d = place % 3 - 1, place // 3 % 3 - 1, place // 9 - 1
+    channel, position = tap % CHANNELS, tap // CHANNELS
+    along_w, along_h, along_d = position % 3 - 1, position // 3 % 3 - 1, position // 9 - 1
     w = (cell % (width // 2) * 2 + voxel % 2)[:, None] + along_w[None, :]
     rest = cell // (width // 2)
     h = (rest % (height // 2) * 2 + voxel // 2 % 2)[:, None] + along_h[None, :]
     rest = rest // (height // 2)
     d = (rest % (depth // 2) * 2 + voxel // 4)[:, None] + along_d[None, :]
     sample = (rest // (depth // 2))[:, None].to(tl.int64)
-    there = inside[:, None] & (place < 27)[None, :]
-    there = there & (d >= 0) & (d < depth) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+    valid = inside[:, None] & (position < 27)[None, :]
+    valid = valid & (d >= 0) & (d < depth) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
     at = ((sample * depth + d) * height + h) * width + w
-    return tl.load(rows + at * CHANNELS + channel[None, :], mask=there, other=0.0)
+    return tl.load(rows + at * CHANNELS + channel[None, :], mask=valid, other=0.0)
 
 
 @triton.jit
@@ -127,20 +134,20 @@ def _forward(
     inside = cell < cells
     filters = tl.arange(0, FILTERS)
     weights = tl.load(taps + tl.arange(0, TAPS)[:, None] * FILTERS + filters[None, :])
-    most = tl.full((CELLS, FILTERS), float("-inf"), tl.float32)
+    largest = tl.full((CELLS, FILTERS), float("-inf"), tl.float32)
     which = tl.zeros((CELLS, FILTERS), tl.int32)
     for voxel in range(8):
-        seen = _patches(rows, cell, inside, voxel, depth, height, width, TAPS, CHANNELS)
-        value = tl.dot(seen, weights, input_precision=FLOAT32)
-        # Whatever is no number wins, so that it is noticed.
-        wins = (value > most) | (value != value)
-        most = tl.where(wins, value, most)
+        patch = _patches(rows, cell, inside, voxel, depth, height, width, TAPS, CHANNELS)
+        value = tl.dot(patch, weights, input_precision=FLOAT32)
+        # NaN wins, so it is not hidden.
+        wins = (value > largest) | (value != value)
+        largest = tl.where(wins, value, largest)
         which = tl.where(wins, voxel, which)
-    most += tl.load(bias + filters)[None, :]
-    # LeakyReLU keeps the order, so that it can wait until one is left.
-    most = tl.where(most > 0, most, most * leak)
+    largest += tl.load(bias + filters)[None, :]
+    # LeakyReLU preserves the order, so it can follow the pooling.
+    largest = tl.where(largest > 0, largest, largest * leak)
     at = cell[:, None].to(tl.int64) * FILTERS + filters[None, :]
-    tl.store(pooled + at, most.to(pooled.dtype.element_ty), mask=inside[:, None])
+    tl.store(pooled + at, largest.to(pooled.dtype.element_ty), mask=inside[:, None])
     tl.store(chosen + at, which.to(tl.uint8), mask=inside[:, None])
 
 
@@ -153,20 +160,20 @@ def _backward(
     program = tl.program_id(0)
     filters = tl.arange(0, FILTERS)
     sums = tl.zeros((TAPS, FILTERS), tl.float32)
-    shifts = tl.zeros((FILTERS,), tl.float32)
+    bias_sums = tl.zeros((FILTERS,), tl.float32)
     for first in range(program * CELLS, cells, PROGRAMS * CELLS):
         cell = first + tl.arange(0, CELLS)
         inside = cell < cells
         at = cell[:, None].to(tl.int64) * FILTERS + filters[None, :]
         out = tl.load(pooled + at, mask=inside[:, None], other=0.0)
         which = tl.load(chosen + at, mask=inside[:, None], other=0)
-        slope = tl.load(grad_output + at, mask=inside[:, None], other=0.0)
-        slope = tl.where(out > 0, slope.to(tl.float32), slope.to(tl.float32) * leak)
-        shifts += tl.sum(slope, 0)
+        grad = tl.load(grad_output + at, mask=inside[:, None], other=0.0)
+        grad = tl.where(out > 0, grad.to(tl.float32), grad.to(tl.float32) * leak)
+        bias_sums += tl.sum(grad, 0)
         for voxel in range(8):
-            seen = _patches(rows, cell, inside, voxel, depth, height, width, TAPS, CHANNELS)
-            part = tl.where(which == voxel, slope, 0.0).to(seen.dtype)
-            sums = tl.dot(tl.trans(seen), part, sums, input_precision=FLOAT32)
+            patch = _patches(rows, cell, inside, voxel, depth, height, width, TAPS, CHANNELS)
+            part = tl.where(which == voxel, grad, 0.0).to(patch.dtype)
+            sums = tl.dot(tl.trans(patch), part, sums, input_precision=FLOAT32)
     at = (program * TAPS + tl.arange(0, TAPS))[:, None] * FILTERS + filters[None, :]
     tl.store(grad_taps + at, sums)
-    tl.store(grad_bias + program * FILTERS + filters, shifts)
+    tl.store(grad_bias + program * FILTERS + filters, bias_sums)

@@ -11,7 +11,7 @@ from torch import nn
 
 from cosmoflow_dali.config import resolve
 from cosmoflow_dali.models.build import build_model
-from cosmoflow_dali.models.reference import from_reference_weights
+from cosmoflow_dali.models.keras_weights import from_reference_weights
 from cosmoflow_dali.training.checkpoint import Checkpoint
 from pipelines.errors import DataError
 

@@ -1,77 +1,81 @@
-"""Convolution by pairs of voxels, against torch's own convolution and its autograd."""
+"""Convolution by pairs of voxels, against torch's convolution and autograd."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
-from cosmoflow_dali.models import cpu_conv as convolution
+from cosmoflow_dali.models import cpu_conv
 from cosmoflow_dali.models.cpu_conv import conv3d, conv3d_backward
+
+CHANNELS_AND_FILTERS = (4, 8), (8, 16), (4, 4), (3, 5), (16, 32)
+
+
+def arguments(width: int, channels: int, filters: int) -> list[torch.Tensor]:
+    """Return a volume, weights and a bias in float64."""
+    random = torch.Generator().manual_seed(width)
+    shapes = [(2, channels, 6, 4, width), (filters, channels, 3, 3, 3), (filters,)]
+    return [torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
 @pytest.mark.parametrize("lanes", [8, 16])
 @pytest.mark.parametrize("padding", [0, 1])
-@pytest.mark.parametrize("width", [4, 5, 8])
-@pytest.mark.parametrize(("channels", "filters"), [(4, 8), (8, 16), (4, 4), (3, 5), (16, 32)])
-def test_it_is_torch_s_convolution_with_torch_s_gradients(
-    lanes: int, padding: int, width: int, channels: int, filters: int, monkeypatch: pytest.MonkeyPatch
+def test_convolution_and_gradients_equal_torch(
+    lanes: int, padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convolution, "LANES", lanes)
-    random = torch.Generator().manual_seed(width)
-    shapes = [(2, channels, 6, 4, width), (filters, channels, 3, 3, 3), (filters,)]
-    given = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
-    given = [each.requires_grad_() for each in given]
-    expected = functional.conv3d(given[0], given[1], given[2], padding=padding)
-    gradient = torch.randn(expected.shape, generator=random, dtype=torch.float64)
-    wanted = torch.autograd.grad(expected, given, gradient)
+    monkeypatch.setattr(cpu_conv, "LANES", lanes)
+    for width, (channels, filters) in itertools.product((4, 5, 8), CHANNELS_AND_FILTERS):
+        volume, weight, bias = inputs = arguments(width, channels, filters)
+        expected = functional.conv3d(volume, weight, bias, padding=padding)
+        grad_output = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
+        expected_gradients = torch.autograd.grad(expected, inputs, grad_output)
 
-    with torch.no_grad():
-        volume, kernel, bias = given
-        torch.testing.assert_close(conv3d(volume, kernel, bias, padding=padding), expected)
-        unbiased = functional.conv3d(volume, kernel, padding=padding)
-        torch.testing.assert_close(conv3d(volume, kernel, None, padding=padding), unbiased)
-        for_all = conv3d_backward(gradient, volume, kernel, padding=padding, wanted=[True] * 3)
-        for own, of_torch in zip(for_all, wanted, strict=True):
-            torch.testing.assert_close(own, of_torch)
-        no_volume, grad_weight, no_bias = conv3d_backward(
-            gradient, volume, kernel, padding=padding, wanted=[False, True, False]
-        )
-    assert no_volume is None and no_bias is None
-    torch.testing.assert_close(grad_weight, wanted[1])
+        with torch.no_grad():
+            torch.testing.assert_close(conv3d(volume, weight, bias, padding=padding), expected)
+            unbiased = functional.conv3d(volume, weight, padding=padding)
+            torch.testing.assert_close(conv3d(volume, weight, None, padding=padding), unbiased)
+            found = conv3d_backward(grad_output, volume, weight, padding=padding, output_mask=[True] * 3)
+            for one, other in zip(found, expected_gradients, strict=True):
+                torch.testing.assert_close(one, other)
+            mask = [False, True, False]
+            grad_input, grad_weight, grad_bias = conv3d_backward(
+                grad_output, volume, weight, padding=padding, output_mask=mask
+            )
+        assert grad_input is None and grad_bias is None
+        torch.testing.assert_close(grad_weight, expected_gradients[1])
 
 
 @pytest.mark.parametrize("filters", [4, 8])
-def test_half_precision_is_as_near_by_pairs(filters: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "LANES", 16)
-    random = torch.Generator().manual_seed(3)
-    shapes = [(2, 4, 8, 8, 8), (filters, 4, 3, 3, 3), (filters,)]
-    given = [torch.randn(shape, generator=random).bfloat16() for shape in shapes]
-    exact = [each.double().requires_grad_() for each in given]
+def test_half_precision_pairs_are_as_accurate(filters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_conv, "LANES", 16)
+    inputs = [each.detach().bfloat16() for each in arguments(8, 4, filters)]
+    exact = [each.double().requires_grad_() for each in inputs]
     expected = functional.conv3d(exact[0], exact[1], exact[2], padding=1)
-    gradient = torch.randn(expected.shape, generator=random).bfloat16()
-    wanted = torch.autograd.grad(expected, exact, gradient.double())
-    found = conv3d(given[0], given[1], given[2], padding=1)
-    back = conv3d_backward(gradient, given[0], given[1], padding=1, wanted=[True] * 3)
-    for own, true in zip([found, *back], [expected, *wanted], strict=True):
-        assert own is not None and own.dtype == torch.bfloat16
-        # Rounded to 8 bits once, or where two halves are added up twice.
-        assert (own.double() - true).norm() < 2**-8 * true.norm()
+    grad_output = torch.linspace(-1, 1, expected.numel()).view_as(expected).bfloat16()
+    expected_gradients = torch.autograd.grad(expected, exact, grad_output.double())
+    output = conv3d(inputs[0], inputs[1], inputs[2], padding=1)
+    found = conv3d_backward(grad_output, inputs[0], inputs[1], padding=1, output_mask=[True] * 3)
+    for one, other in zip([output, *found], [expected, *expected_gradients], strict=True):
+        assert one is not None and one.dtype == torch.bfloat16
+        # Rounded to 8 bits once, or twice where two halves are added.
+        assert (one.double() - other).norm() < 2**-8 * other.norm()
 
 
 @pytest.mark.parametrize(("filters", "lanes", "stride"), [(8, 16, (1, 1, 2)), (16, 16, 1), (8, 8, 1)])
-def test_pairs_are_made_where_they_fill_a_register(
+def test_pairs_are_used_where_they_fill_a_register(
     filters: int, lanes: int, stride: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convolution, "LANES", lanes)
+    monkeypatch.setattr(cpu_conv, "LANES", lanes)
     torch_conv3d, strides = functional.conv3d, []
 
-    def seen(volume: Any, kernel: Any, bias: Any, stride: Any = 1, padding: Any = 0) -> torch.Tensor:
+    def record(volume: Any, weight: Any, bias: Any, stride: Any = 1, padding: Any = 0) -> torch.Tensor:
         strides.append(stride)
-        return torch_conv3d(volume, kernel, bias, stride, padding)
+        return torch_conv3d(volume, weight, bias, stride, padding)
 
-    monkeypatch.setattr(functional, "conv3d", seen)
+    monkeypatch.setattr(functional, "conv3d", record)
     conv3d(torch.zeros(1, 4, 4, 4, 4), torch.zeros(filters, 4, 3, 3, 3), None, padding=1)
     assert strides == [stride]

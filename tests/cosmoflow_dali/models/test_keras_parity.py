@@ -1,4 +1,4 @@
-"""The reference network against Keras: outputs, gradients, and SGD with a changing learning rate.
+"""The reference network against Keras: outputs, gradients, and SGD with changing learning rates.
 
 tests/data/keras_small.npz was written by TensorFlow 2.15: the network at 32^3 with three blocks of
 four filters and dense layers of 16 and 8.
@@ -20,7 +20,8 @@ from torch import nn
 from cosmoflow_dali.compute.engines import ComputeConfig, make_engine
 from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.compute.step import Precision, autocast, configure_float32, forward_backward
-from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig, from_reference_weights
+from cosmoflow_dali.models.keras_weights import from_reference_weights
+from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
 from pipelines.errors import UserError
 from pipelines.sample import Batch, SampleSpec
 
@@ -55,7 +56,7 @@ def as_keras(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim > 1 else array
 
 
-def test_outputs_and_scores(keras: Arrays, batch: Batch) -> None:
+def test_outputs_and_scores_match_keras(keras: Arrays, batch: Batch) -> None:
     model = from_reference_weights(named(keras, "w/"))
     outputs = model(batch.volume).detach().numpy()
     np.testing.assert_allclose(outputs, keras["outputs"], rtol=0, atol=1e-5)
@@ -63,7 +64,7 @@ def test_outputs_and_scores(keras: Arrays, batch: Batch) -> None:
     assert np.abs(outputs - keras["targets"]).mean() == pytest.approx(float(keras["mae"]), abs=1e-5)
 
 
-def test_every_gradient(keras: Arrays, batch: Batch) -> None:
+def test_gradients_match_keras(keras: Arrays, batch: Batch) -> None:
     model = from_reference_weights(named(keras, "w/"))
     loss = forward_backward(model, batch, "fp32")
     assert loss.item() == pytest.approx(float(keras["mse"]), abs=1e-5)
@@ -76,7 +77,7 @@ def test_every_gradient(keras: Arrays, batch: Batch) -> None:
     assert not gradients
 
 
-def test_four_momentum_steps_with_changing_rates(keras: Arrays, batch: Batch) -> None:
+def test_momentum_steps_with_changing_rates_match_keras(keras: Arrays, batch: Batch) -> None:
     model = from_reference_weights(named(keras, "w/"))
     optimizer = build_optimizer(SGDConfig(momentum=0.9), model)
     for lr, expected in zip(keras["step_lrs"], keras["step_losses"], strict=True):
@@ -98,14 +99,14 @@ CLOSE: dict[Precision, tuple[float, float]] = {
     "fp16": (3e-3, 0.06),
     "bf16": (2e-2, 0.2),
 }
-"""How near outputs and losses are, and, of their norm, gradients and what four steps have changed.
+"""Tolerances of outputs and losses, and, relative to their norm, of gradients and the changes of four steps.
 
 Outputs and losses are near 1 and pass through six layers' roundings, of 2^-11 in fp16 and 2^-8 in bf16.
-These also make near-ties in max pooling, which then share a gradient that in Keras is one voxel's.
+Rounding also creates near-ties in max pooling, which share a gradient that Keras passes to one voxel.
 """
 
 ON_GPU = (5e-3, 0.06)
-"""As near, at least, on a GPU, where pooling chooses one of near-ties, and where tf32 does round."""
+"""Minimum tolerances on a GPU, where pooling chooses one of near-ties and tf32 rounds."""
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -118,7 +119,7 @@ ON_GPU = (5e-3, 0.06)
         *(pytest.param("cuda", each, marks=pytest.mark.gpu) for each in ("eager", "graph", "compile")),
     ],
 )
-def test_every_engine_and_precision(
+def test_engines_and_precisions_match_keras(
     kind: str, engine: Literal["eager", "graph", "compile"], precision: Precision, keras: Arrays, batch: Batch
 ) -> None:
     device = torch.device(kind)
@@ -129,7 +130,7 @@ def test_every_engine_and_precision(
     with autocast(precision, device):
         outputs = model(given.volume).detach().float().cpu().numpy()
     np.testing.assert_allclose(outputs, keras["outputs"], rtol=0, atol=values)
-    # The configuration takes this engine for GPUs alone.
+    # The configuration allows compile on GPUs only.
     compiled = torch.compile(model) if engine == "compile" else model
     compute = ComputeConfig(precision, "eager" if engine == "compile" else engine)
     scaler = torch.amp.GradScaler(kind, init_scale=1024.0, enabled=precision == "fp16")
@@ -141,26 +142,26 @@ def test_every_engine_and_precision(
         losses.append(gradients(given).item())
         if len(losses) == 1:
             found = {name: as_keras(p.grad) / scaler.get_scale() for name, p in in_keras_order(model)}  # type: ignore[arg-type]
-            assert apart(found, named(keras, "g/")) <= changes
+            assert distance(found, named(keras, "g/")) <= changes
         scaler.step(optimizer)
         scaler.update()
     np.testing.assert_allclose(losses, keras["step_losses"], rtol=0, atol=values)
     before = named(keras, "w/")
     found = {name: as_keras(parameter) - before[name] for name, parameter in in_keras_order(model)}
     assert (
-        apart(found, {name: value - before[name] for name, value in named(keras, "after/").items()})
+        distance(found, {name: value - before[name] for name, value in named(keras, "after/").items()})
         <= changes
     )
 
 
-def apart(found: Arrays, expected: Arrays) -> float:
-    """The norm of all differences in that of what is expected."""
+def distance(found: Arrays, expected: Arrays) -> float:
+    """Return the norm of all differences relative to that of the expected values."""
     one, other = (np.concatenate([each[name].ravel() for name in expected]) for each in (found, expected))
     return float(np.linalg.norm(one - other) / np.linalg.norm(other))
 
 
-def test_without_the_rescaling_the_rule_is_another(keras: Arrays, batch: Batch) -> None:
-    # The check above would be worth nothing if plain torch momentum passed it too.
+def test_momentum_without_rescaling_differs_from_keras(keras: Arrays, batch: Batch) -> None:
+    # The test of momentum steps would prove nothing if torch's momentum passed it too.
     model = from_reference_weights(named(keras, "w/"))
     optimizer = build_optimizer(SGDConfig(momentum=0.9), model)
     for lr in keras["step_lrs"]:
@@ -174,20 +175,20 @@ def test_without_the_rescaling_the_rule_is_another(keras: Arrays, batch: Batch) 
     assert worst > 1e-4
 
 
-def test_the_benchmark_network_has_the_published_size() -> None:
+def test_benchmark_network_has_the_published_size() -> None:
     model = CosmoFlow(ReferenceConfig())
     assert sum(parameter.numel() for parameter in model.parameters()) == 8_907_556
 
 
-def test_weights_that_do_not_fit_are_refused_by_name(keras: Arrays) -> None:
+def test_unsuitable_weights_are_refused_by_name(keras: Arrays) -> None:
     whole = named(keras, "w/")
-    spoiled = [
-        ({name: value for name, value in whole.items() if name != "conv1/bias"}, "lack conv1/bias"),
+    unsuitable = [
+        ({name: value for name, value in whole.items() if name != "conv1/bias"}, "conv1/bias"),
         (whole | {"dense3/kernel": np.zeros((4, 4))}, "dense3/kernel"),
         (whole | {"conv1/kernel": np.zeros((3, 3, 3, 5, 8))}, "conv1/kernel"),
         (whole | {"dense0/kernel": np.zeros((1000, 16))}, "dense0/kernel"),
-        ({}, "lack"),
+        ({}, "conv0/kernel"),
     ]
-    for weights, said in spoiled:
-        with pytest.raises(UserError, match=said):
+    for weights, name in unsuitable:
+        with pytest.raises(UserError, match=name):
             from_reference_weights(weights)

@@ -1,4 +1,4 @@
-"""The first block's kernel against torch in float64; in Triton's interpreter where there is no GPU."""
+"""The first block's Triton kernel against torch in float64, in Triton's interpreter without a GPU."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipelines.sample import Batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [((1, 2, 2, 2), 16), ((2, 4, 6, 8), 32), ((1, 8, 8, 8), 64), ((3, 2, 4, 10), 16)]
-"""Of the volume, and how many filters."""
+"""Shape of the volume, and number of filters."""
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Of the largest value: sums in float32 of rounded products, and the result's own rounding."""
+"""Tolerances relative to the largest value: float32 sums of rounded products, and the result's rounding."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,48 +35,48 @@ def inputs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> list[tor
 
     batch, *edges = shape
     volume = draw(batch, *edges, 4).permute(0, 4, 1, 2, 3)
-    # Half of a volume's voxels are empty, so that maxima tie.
+    # Half of the voxels are empty, so maxima tie.
     volume = volume.clamp_min(0)
     return [volume, draw(filters, 4, 3, 3, 3).requires_grad_(), draw(filters).requires_grad_()]
 
 
-# Triton's interpreter has no products of bfloat16.
+# Triton's interpreter does not multiply bfloat16.
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
 @pytest.mark.parametrize(("shape", "filters"), SHAPES)
-def test_values_and_gradients_are_torchs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> None:
-    assert_torchs(shape, filters, dtype)
+def test_values_and_gradients_equal_torch(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> None:
+    assert_equals_torch(shape, filters, dtype)
 
 
-def test_programs_share_the_cells_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Eight of the forward pass, and two of the backward pass with four shares each.
+def test_backward_programs_loop_over_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Eight programs forward, and two backward with four rounds each.
     monkeypatch.setattr("cosmoflow_dali.models.triton_block._PROGRAMS", 2)
-    assert_torchs((1, 16, 16, 16), 16, torch.float32)
+    assert_equals_torch((1, 16, 16, 16), 16, torch.float32)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("edge", [64, 128])
-def test_volumes_of_the_benchmarks_sizes(edge: int, dtype: torch.dtype) -> None:
-    assert_torchs((1, edge, edge, edge), 32, dtype)
+def test_volumes_of_benchmark_size(edge: int, dtype: torch.dtype) -> None:
+    assert_equals_torch((1, edge, edge, edge), 32, dtype)
 
 
-def assert_torchs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> None:
-    """`first_block` has the values and gradients of torch in float64."""
+def assert_equals_torch(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> None:
+    """Compare values and gradients of `first_block` with torch in float64."""
     volume, kernel, bias = inputs(shape, filters, dtype)
     assert fits(volume, kernel)
     exact = [each.detach().double().requires_grad_(each.requires_grad) for each in (volume, kernel, bias)]
-    ours, truth = first_block(volume, kernel, bias), plain_max_block(*exact)
-    assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last_3d)
+    fused, exact_output = first_block(volume, kernel, bias), plain_max_block(*exact)
+    assert fused.dtype == dtype and fused.is_contiguous(memory_format=torch.channels_last_3d)
     close = ROUNDING[dtype]
-    torch.testing.assert_close(ours.double(), truth, rtol=close, atol=close * truth.abs().max().item())
-    gradient = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
-    *_, chosen = ours.grad_fn.saved_tensors  # type: ignore[union-attr]
-    found = torch.autograd.grad(ours, (kernel, bias), gradient)
-    wanted = torch.autograd.grad(truth, exact[1:], gradient.double())
+    torch.testing.assert_close(fused.double(), exact_output, rtol=close, atol=close * exact_output.abs().max().item())
+    gradient = torch.randn(exact_output.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    *_, chosen = fused.grad_fn.saved_tensors  # type: ignore[union-attr]
+    found = torch.autograd.grad(fused, (kernel, bias), gradient)
+    wanted = torch.autograd.grad(exact_output, exact[1:], gradient.double())
     for one, other in zip(found, wanted, strict=True):
-        # A rounding may make another voxel the maximum, and move that cell's whole gradient.
+        # Rounding may change the maximum and move the whole gradient of its cell.
         assert ((one.double() - other).norm() / other.norm()).item() < (1e-5 if close == 1e-5 else 0.1)
     for one, other in zip(found, gradients_of_choice(exact, chosen, gradient), strict=True):
         assert ((one.double() - other).norm() / other.norm()).item() < close
@@ -85,9 +85,12 @@ def assert_torchs(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> N
 def gradients_of_choice(
     exact: list[torch.Tensor], chosen: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Those of kernel and bias in float64, where `chosen` (B, D/2, H/2, W/2, C) says which voxel is taken.
+    """Return the float64 gradients of kernel and bias for a given choice of maxima.
 
-    exact: volume, kernel and bias in float64. gradient: that of the result.
+    Args:
+        exact: Volume, kernel and bias in float64.
+        chosen: Voxel of each cell, (B, D/2, H/2, W/2, C).
+        gradient: Gradient of the result.
     """
     volume, kernel, bias = exact
     active = functional.leaky_relu(functional.conv3d(volume, kernel, bias, padding=1), LEAK)
@@ -98,7 +101,7 @@ def gradients_of_choice(
     return torch.autograd.grad(picked, (kernel, bias), gradient.double())
 
 
-def test_the_network_learns_the_same_with_it() -> None:
+def test_network_with_the_fused_block_has_the_same_gradients() -> None:
     shape = ReferenceConfig(size=8, blocks=2, filters=16, dense=(16, 8), dropout=0.0)
     plain, fused = (CosmoFlow(shape, seed=2).to(DEVICE) for _ in range(2))
     fused.fuse_first_block()
@@ -113,32 +116,33 @@ def test_the_network_learns_the_same_with_it() -> None:
         torch.testing.assert_close(fused.eval()(volume), plain.eval()(volume))
 
 
-def test_of_equal_voxels_the_first_gets_the_gradient() -> None:
+def test_first_of_equal_voxels_gets_the_gradient() -> None:
     volume = torch.zeros(1, 4, 2, 2, 2, device=DEVICE).to(memory_format=torch.channels_last_3d)
     kernel = torch.zeros(16, 4, 3, 3, 3, device=DEVICE, requires_grad=True)
     first_block(volume + 1, kernel, torch.ones(16, device=DEVICE)).sum().backward()
     assert kernel.grad is not None
-    # Seen from the cell's first voxel, the volume lies to the right: of each axis' three taps the last two.
+    # Around the first voxel of the cell, the last two of each axis' three taps lie in the volume.
     expected = torch.zeros(3, 3, 3, device=DEVICE)
     expected[1:, 1:, 1:] = 1
     torch.testing.assert_close(kernel.grad[3, 2], expected)
 
 
-def test_what_is_no_number_is_not_hidden() -> None:
+def test_nan_is_propagated() -> None:
     volume, kernel, bias = inputs((1, 4, 4, 4), 16, torch.float32)
     volume = volume.clone()
     volume[0, 1, 2, 3, 0] = float("nan")
-    found, truth = first_block(volume, kernel, bias), plain_max_block(volume, kernel, bias)
-    assert torch.equal(found.isnan(), truth.isnan()) and found.isnan().any()
+    found, exact_output = first_block(volume, kernel, bias), plain_max_block(volume, kernel, bias)
+    assert torch.equal(found.isnan(), exact_output.isnan()) and found.isnan().any()
 
 
-def test_what_does_not_fit_is_told() -> None:
+def test_unsupported_arguments_are_refused() -> None:
     volume, kernel, _ = inputs((1, 4, 4, 4), 16, torch.float32)
     assert not fits(volume.clone().requires_grad_(), kernel)
     assert (
         not fits(volume[:, :, :3], kernel) and not fits(volume, kernel[:12]) and not fits(volume, kernel[:8])
     )
-    with pytest.raises(ConfigError, match="takes 16, 32, 64 filters, and there are 8"):
+    with pytest.raises(ConfigError) as error:
         CosmoFlow(ReferenceConfig(size=2, blocks=1, filters=8)).fuse_first_block()
+    assert error.value.key == "compute.first_block"
     assert fits(volume, kernel.repeat(4, 1, 1, 1, 1)) and not fits(volume, kernel.repeat(8, 1, 1, 1, 1))
     assert not fits(volume[:, :2], kernel[:, :2])
