@@ -68,7 +68,7 @@ def test_its_tests_are_collected_on_a_bare_python() -> None:
     collected = [[*part.arguments[2:], "--collect-only"] for part in bare_ones]
     done = bare(f"import pytest\nsys.exit(any([pytest.main(each) for each in {collected}]))")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_losses_and_gradients_are_the_eager_ones" in done.stdout
+    assert "test_graph_has_the_losses_and_gradients_of_eager" in done.stdout
     assert "test_engines_and_precisions_match_keras[cuda-graph-bf16]" in done.stdout
     assert "float32" in done.stdout and "bfloat16" in done.stdout and "test_nan" in done.stdout
 

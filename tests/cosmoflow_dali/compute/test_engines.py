@@ -1,4 +1,4 @@
-"""The engines that need a GPU, against the eager one on the same GPU."""
+"""The GPU engines, against the eager one on the same GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines.sample import Batch, SampleSpec
 pytestmark = pytest.mark.gpu
 SIZE, BATCH = 32, 4
 CLOSE = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
-"""How near the gradients of two runs of the same kernels are: cuDNN sums in no fixed order."""
+"""Tolerances of gradients of two runs of the same kernels: cuDNN sums in no fixed order."""
 
 
 def network(kind: str, dropout: float = 0.5) -> nn.Module:
@@ -52,7 +52,7 @@ def engine(model: nn.Module, compute: ComputeConfig, ranks: int = 1) -> tuple[En
 
 
 def three_steps(model: nn.Module, compute: ComputeConfig, ranks: int = 1) -> list[tuple[float, torch.Tensor]]:
-    """The loss and all gradients of three batches, at the same weights."""
+    """Return the loss and all gradients of three batches, at the same weights."""
     gradients, scaler = engine(model, compute, ranks)
     steps = []
     for step, batch in enumerate(batches(3)):
@@ -64,18 +64,18 @@ def three_steps(model: nn.Module, compute: ComputeConfig, ranks: int = 1) -> lis
 
 
 def assert_near(
-    ours: list[tuple[float, torch.Tensor]], eager: list[tuple[float, torch.Tensor]], close: float
+    found: list[tuple[float, torch.Tensor]], expected: list[tuple[float, torch.Tensor]], close: float
 ) -> None:
-    for (loss, found), (expected_loss, expected) in zip(ours, eager, strict=True):
+    for (loss, gradient), (expected_loss, expected_gradient) in zip(found, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=close)
-        assert (found - expected).norm() <= close * expected.norm()
+        assert (gradient - expected_gradient).norm() <= close * expected_gradient.norm()
 
 
 @pytest.mark.parametrize(
     ("precision", "micro_batch"),
     [("fp32", None), ("tf32", None), ("fp16", None), ("bf16", None), ("fp32", 2)],
 )
-def test_losses_and_gradients_are_the_eager_ones(precision: Precision, micro_batch: int | None) -> None:
+def test_graph_has_the_losses_and_gradients_of_eager(precision: Precision, micro_batch: int | None) -> None:
     eager, graph = (
         three_steps(network("reference"), ComputeConfig(precision, name, micro_batch))
         for name in ("eager", "graph")
@@ -86,7 +86,7 @@ def test_losses_and_gradients_are_the_eager_ones(precision: Precision, micro_bat
 @pytest.mark.parametrize("name", ["eager", "graph", "compile"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_fused_first_block_is_taken_by_every_engine(
+def test_fused_first_block_works_with_every_engine(
     precision: Precision, name: Literal["eager", "graph", "compile"]
 ) -> None:
     plain, fused = (
@@ -96,14 +96,14 @@ def test_the_fused_first_block_is_taken_by_every_engine(
             ComputeConfig(precision, name, first_block="triton"),
         )
     )
-    # In half precision a rounding makes another voxel the maximum here and there.
+    # In half precision, rounding changes some maxima.
     assert_near(fused, plain, {"fp32": 1e-4, "tf32": 2e-2}.get(precision, 0.1))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_ones_are_too(precision: Precision) -> None:
-    # Without dropout, which it draws otherwise.
+def test_compile_has_the_losses_and_gradients_of_eager(precision: Precision) -> None:
+    # Without dropout, which it draws differently.
     eager, compiled = (
         three_steps(network("reference", dropout=0.0), ComputeConfig(precision, name))
         for name in ("eager", "compile")
@@ -113,9 +113,9 @@ def test_compiled_ones_are_too(precision: Precision) -> None:
 
 
 @pytest.mark.parametrize("exchange", ["fp32", "bf16"])
-def test_a_graph_takes_in_what_ranks_exchange(exchange: Literal["fp32", "bf16"], tmp_path: Path) -> None:
+def test_graph_includes_the_allreduce(exchange: Literal["fp32", "bf16"], tmp_path: Path) -> None:
     eager = three_steps(network("reference"), ComputeConfig("fp32", "eager"))
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         compute = ComputeConfig("fp32", "graph", exchange=exchange)
         # One rank, treated as several.
@@ -127,7 +127,7 @@ def test_a_graph_takes_in_what_ranks_exchange(exchange: Literal["fp32", "bf16"],
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("kind", ["reference", "open"])
-def test_a_capture_leaves_all_but_gradients_as_it_was(kind: str, precision: Precision) -> None:
+def test_capture_changes_gradients_only(kind: str, precision: Precision) -> None:
     states = []
     for name in ("eager", "graph"):
         model = network(kind)
@@ -147,7 +147,7 @@ def test_a_capture_leaves_all_but_gradients_as_it_was(kind: str, precision: Prec
         torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-4)
 
 
-def test_the_next_batch_is_written_where_the_graph_reads() -> None:
+def test_graph_reads_its_static_inputs() -> None:
     model = network("reference").eval()
     gradients, _ = engine(model, ComputeConfig("bf16", "graph"))
     inputs = gradients.inputs
@@ -161,7 +161,7 @@ def test_the_next_batch_is_written_where_the_graph_reads() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("amp_C") is None, reason="NVIDIA's apex is not installed")
-def test_apex_follows_the_same_rule() -> None:
+def test_apex_equals_fused() -> None:
     weights = []
     for implementation in ("apex", "fused"):
         model = network("open")

@@ -1,4 +1,4 @@
-"""The learning rate against the rules as the reference and the README state them."""
+"""Learning rates of both schedules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def by_epoch(config: StepDecayConfig, epoch: int, step: int = 0) -> float:
     return lr_at(config, step=epoch * STEPS + step, steps_per_epoch=STEPS, epochs=100)
 
 
-def test_warm_up_rises_by_whole_epochs_and_decays_hold_from_their_epoch_on() -> None:
+def test_warm_up_rises_by_epochs_and_decay_starts_at_its_epoch() -> None:
     # NVIDIA v1.0, 16 nodes: 0.001 to 0.004 over 4 epochs, a quarter from 16 on, an eighth from 32 on.
     config = StepDecayConfig(
         initial_lr=0.001, base_lr=0.004, warmup_epochs=4, decay_epochs=(16, 32), decay_factors=(0.25, 0.125)
@@ -28,18 +28,18 @@ def test_warm_up_rises_by_whole_epochs_and_decays_hold_from_their_epoch_on() -> 
         assert by_epoch(config, epoch, STEPS - 1) == by_epoch(config, epoch)
 
 
-def test_without_warm_up_it_starts_at_the_base_rate() -> None:
+def test_without_warm_up_the_first_rate_is_the_base_rate() -> None:
     assert by_epoch(StepDecayConfig(warmup_epochs=0), 0) == 0.008
 
 
-def test_one_cycle_rises_in_a_line_and_falls_as_a_cosine() -> None:
+def test_one_cycle_rises_linearly_and_falls_as_a_cosine() -> None:
     config = OneCycleConfig(peak_lr=0.01, warmup_fraction=0.1)
     rates = [lr_at(config, step=step, steps_per_epoch=100, epochs=10) for step in range(1000)]
     assert max(rates) == pytest.approx(0.01)
     assert 95 <= rates.index(max(rates)) <= 100
     rise = [after - before for before, after in pairwise(rates[:96])]
     assert max(rise) == pytest.approx(min(rise), rel=1e-6)
-    # Half way down the cosine, half the rate; at the end next to nothing, but never nothing.
+    # Half the rate half-way down the cosine; at the end almost 0, but above it.
     assert rates[550] == pytest.approx(0.005, rel=0.01)
     assert rates[775] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * 0.75)), rel=0.01)
     assert 0 < rates[-1] < 1e-6

@@ -67,14 +67,14 @@ def assert_equals_torch(shape: tuple[int, ...], filters: int, dtype: torch.dtype
     volume, kernel, bias = inputs(shape, filters, dtype)
     assert fits(volume, kernel)
     exact = [each.detach().double().requires_grad_(each.requires_grad) for each in (volume, kernel, bias)]
-    fused, exact_output = first_block(volume, kernel, bias), plain_max_block(*exact)
+    fused, truth = first_block(volume, kernel, bias), plain_max_block(*exact)
     assert fused.dtype == dtype and fused.is_contiguous(memory_format=torch.channels_last_3d)
     close = ROUNDING[dtype]
-    torch.testing.assert_close(fused.double(), exact_output, rtol=close, atol=close * exact_output.abs().max().item())
-    gradient = torch.randn(exact_output.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    torch.testing.assert_close(fused.double(), truth, rtol=close, atol=close * truth.abs().max().item())
+    gradient = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
     *_, chosen = fused.grad_fn.saved_tensors  # type: ignore[union-attr]
     found = torch.autograd.grad(fused, (kernel, bias), gradient)
-    wanted = torch.autograd.grad(exact_output, exact[1:], gradient.double())
+    wanted = torch.autograd.grad(truth, exact[1:], gradient.double())
     for one, other in zip(found, wanted, strict=True):
         # Rounding may change the maximum and move the whole gradient of its cell.
         assert ((one.double() - other).norm() / other.norm()).item() < (1e-5 if close == 1e-5 else 0.1)
@@ -131,8 +131,8 @@ def test_nan_is_propagated() -> None:
     volume, kernel, bias = inputs((1, 4, 4, 4), 16, torch.float32)
     volume = volume.clone()
     volume[0, 1, 2, 3, 0] = float("nan")
-    found, exact_output = first_block(volume, kernel, bias), plain_max_block(volume, kernel, bias)
-    assert torch.equal(found.isnan(), exact_output.isnan()) and found.isnan().any()
+    found, truth = first_block(volume, kernel, bias), plain_max_block(volume, kernel, bias)
+    assert torch.equal(found.isnan(), truth.isnan()) and found.isnan().any()
 
 
 def test_unsupported_arguments_are_refused() -> None:
