@@ -38,8 +38,10 @@ from benchmarks import harness
 from benchmarks.samples import simulated
 from pipelines.dataset.open import open_folder
 from pipelines.formats.packed.encode import tabulate
-from pipelines.loading.transforms import LOGS
+from pipelines.loading.transforms import lookup_table
 from pipelines.sample import Sample
+
+_LOGS = lookup_table(apply_log=True)
 
 Volume = npt.NDArray[np.float32]
 Rebuild = Callable[[Sequence[bytes]], Volume]
@@ -79,7 +81,7 @@ def arrange_counts(sample: Sample) -> tuple[list[bytes], Rebuild]:
     shape = sample.counts.shape
 
     def rebuild(blocks: Sequence[bytes]) -> Volume:
-        return np.take(LOGS, np.frombuffer(blocks[0], np.int16).reshape(shape))
+        return np.take(_LOGS, np.frombuffer(blocks[0], np.int16).reshape(shape))
 
     return [sample.counts.tobytes()], rebuild
 
@@ -92,7 +94,7 @@ def arrange_bytes(sample: Sample) -> tuple[list[bytes], Rebuild]:
         low, high = (np.frombuffer(block, np.uint8) for block in blocks)
         counts = np.left_shift(high, 8, dtype=np.uint16)
         counts |= low
-        return np.take(LOGS, counts.reshape(shape))
+        return np.take(_LOGS, counts.reshape(shape))
 
     halves = np.ascontiguousarray(sample.counts).view(np.uint8).reshape(-1, 2).T
     return [half.tobytes() for half in halves], rebuild
@@ -107,7 +109,7 @@ def arrange_table(sample: Sample) -> tuple[list[bytes], Rebuild]:
     kind = np.uint16 if len(table) <= 65536 else np.uint32
 
     def rebuild(blocks: Sequence[bytes]) -> Volume:
-        values = np.take(LOGS, np.frombuffer(blocks[0], np.int16).reshape(table.shape))
+        values = np.take(_LOGS, np.frombuffer(blocks[0], np.int16).reshape(table.shape))
         return np.take(values, np.frombuffer(blocks[1], kind), axis=0).reshape(shape)
 
     return [table.tobytes(), rows.astype(kind).tobytes()], rebuild
@@ -132,7 +134,7 @@ def arrange_planes(kib: int) -> Arrange:
         def rebuild(found: Sequence[bytes]) -> Volume:
             half = np.frombuffer(found[0], np.uint8).reshape(2, table.shape[1], -1)
             counts = np.left_shift(half[1], 8, dtype=np.uint16) | half[0]
-            values = np.ascontiguousarray(np.take(LOGS, counts).T)
+            values = np.ascontiguousarray(np.take(_LOGS, counts).T)
             out = np.empty((voxels, table.shape[1]), np.float32)
             for at, first in enumerate(range(1, len(found), planes)):
                 index = np.frombuffer(found[first], np.uint8).astype(np.int64)
@@ -200,7 +202,7 @@ def measure(samples: Sequence[Sample], rounds: int) -> dict[str, Result]:
                 inflate.append(time.thread_time() - start)
                 volume = rebuild(inflated)
                 total.append(time.thread_time() - start)
-            assert np.array_equal(volume, np.take(LOGS, sample.counts)), f"{name} is not lossless"
+            assert np.array_equal(volume, np.take(_LOGS, sample.counts)), f"{name} is not lossless"
         medians = (1e3 * float(np.median(times)) for times in (pack, inflate, total))
         results[name] = Result(raw / packed, *medians)
     return results

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 # Also run as a file, from any folder.
@@ -28,7 +29,7 @@ from pipelines.dataset.open import open_folder
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.format import packed_payload
 from pipelines.loading.config import LoaderConfig
-from pipelines.loading.decoders import DeviceDecoder
+from pipelines.loading.decoders import PackedGpuDecoder
 from pipelines.sample import Sample, SampleSpec
 
 _LEAD = 8
@@ -46,20 +47,25 @@ def measure(
         for sample in samples
     ]
     endless = itertools.cycle(packed)
-    decoder = DeviceDecoder(
-        lambda: list(itertools.islice(endless, batch_size)),
-        spec,
-        LoaderConfig(batch_size),
-        torch.device("cuda:0"),
-    )
+    decoder = PackedGpuDecoder(spec, LoaderConfig(batch_size), torch.device("cuda:0"))
+
+    def submit() -> None:
+        decoder.submit(list(itertools.islice(endless, batch_size)), np.zeros((1, batch_size), np.int64))
+
+    def decode() -> None:
+        submit()
+        decoder.next(None)
+
+    for _ in range(decoder.depth - 1):
+        submit()
     rates = []
     for _ in range(_LEAD):
-        decoder.run(None)
+        decode()
     for _ in range(rounds):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(steps):
-            decoder.run(None)
+            decode()
         torch.cuda.synchronize()
         rates.append(steps * batch_size / (time.perf_counter() - start))
     decoder.close()

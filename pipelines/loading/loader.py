@@ -1,12 +1,12 @@
-"""Batches in the planned order: reader threads feed a decoder, which works ahead, torch takes its output.
+"""Batches in the planned order: plan, read (threads), decode, batch.
 
-The stream of steps runs on across the ends of epochs, so that the first batch of an epoch is as
-ready as any other. A loader's whole position is (epoch, step): nothing of a decoder need be saved.
+The steps of all epochs form one stream, so that the first batch of an epoch is prepared ahead like any
+other. The state of a loader is its position (epoch, step) alone: a resume starts there, and nothing of
+a decoder is saved.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,30 +17,41 @@ import numpy.typing as npt
 import torch
 
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.formats.base import CountsPayload, Payload
-from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.format import PackedFormat, packed_payload
+from pipelines.formats.base import Payload
 from pipelines.loading.config import LoaderConfig
-from pipelines.loading.decoders import Finish, make_decoder
+from pipelines.loading.decoders import OnRead, make_decoder
 from pipelines.loading.reader import Reader
 from pipelines.plan import Indices, Ragged, RankSlice, plan_epoch
-from pipelines.sample import PARAMETERS, Batch, Sample
+from pipelines.sample import Batch
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """A step on its way: whose samples, and what the reader threads make of them."""
+class _InFlightStep:
+    """A step that is being read or decoded.
 
-    epoch: int
-    step: int
-    index: Indices
-    payloads: list[Future[tuple[int, Payload]]]
+    Attributes:
+        upcoming: Sample indices of this step and of the later ones of its epoch, (steps, B).
+        reads: For each sample the index that was read (see `Reader.payload`) and its payload.
+    """
+
+    upcoming: Indices
+    reads: list[Future[tuple[int, Payload]]]
 
 
 class Loader:
-    """One rank's batches of `split`, on `device`.
+    """Batches of one rank.
 
-    split: what is read.
+    Args:
+        split: Samples to load.
+        config: Settings.
+        rank_slice: This rank's part of each step, among the ranks that read `split`. If `split` is a
+            partition, other ranks read the other partitions, in the same number of steps.
+        seed, shuffle, ragged: See `plan_epoch`.
+        device: Device of the batches.
+
+    Raises:
+        UserError: The samples do not fill one step, with `ragged` "drop".
+        ConfigError: `config` requires another format or device.
     """
 
     def __init__(
@@ -54,17 +65,11 @@ class Loader:
         ragged: Ragged,
         device: torch.device,
     ) -> None:
-        """See `plan_epoch` for `seed`, `shuffle` and `ragged`; UserError where the plan is empty.
-
-        `rank_slice` is of those that read `split`; where that is a share, the others read other shares, in
-        as many steps.
-        """
         self.split = split
         self._reader = Reader(split, config.on_bad_sample, direct_io=config.direct_io)
-        self._substitutes = ragged == "drop"
-        self._rank_slice, self._device = rank_slice, device
+        self._rank_slice, self._ragged, self._device = rank_slice, ragged, device
         global_batch = config.batch_size * rank_slice.count
-        # The smallest share sets the pace in training, the largest where every sample must be seen.
+        # The smallest partition sets the number of steps in training, the largest where no sample is dropped.
         smallest, largest = split.total // split.num_partitions, -(-split.total // split.num_partitions)
         steps = smallest // global_batch if ragged == "drop" else -(-largest // global_batch)
         self._plan = lambda epoch: plan_epoch(
@@ -77,36 +82,47 @@ class Loader:
             steps=steps,
         )
         self._steps = len(self._plan(0))
-        self._stream = self._steps_from(0, 0)
-        self._next = (0, 0)
-        self._reading: deque[_Planned] = deque()
-        self._running: deque[_Planned] = deque()
+        self._position = (0, 0)
+        self._planned = self._steps_from(0, 0)
+        self._reading: deque[_InFlightStep] = deque()
+        self._decoding: deque[_InFlightStep] = deque()
         self._readers = ThreadPoolExecutor(config.threads, thread_name_prefix="reader")
-        self._decoder = make_decoder(split, self._feed, self._rows_from, config, device)
+        self._decoder = make_decoder(split, config, device)
 
     def __len__(self) -> int:
-        """Steps an epoch, the same on every rank."""
+        """Number of steps per epoch, the same on every rank."""
         return self._steps
 
     @property
     def skipped(self) -> dict[str, str]:
-        """The faults of the samples that this loader has passed over so far, by path."""
-        # A copy: reader threads go on writing there.
+        """Faults of the samples skipped so far, by path."""
+        # A copy, because reader threads add to the original.
         return dict(self._reader.skipped)
 
     def batches(self, epoch: int, first_step: int = 0, into: Batch | None = None) -> Iterator[Batch]:
-        """The batches of `epoch` from `first_step` on; with `into`, each copied into its tensors.
+        """Iterate over the batches of `epoch` from `first_step` on; each is valid until the next is taken.
 
-        A batch holds until the next one is asked for. DataError names a sample that cannot be read.
+        Args:
+            epoch: Epoch of the plan.
+            first_step: First step; not 0 when an epoch is resumed.
+            into: Batch to whose tensors each batch is copied, for CUDA graphs.
+
+        Raises:
+            DataError: A sample cannot be read or decoded.
         """
-        if (epoch, first_step) != self._next:
+        if (epoch, first_step) != self._position:
             self._seek(epoch, first_step)
         for step in range(first_step, self._steps):
-            self._next = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
-            yield self._batch(epoch, step, into)
+            self._position = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
+            volume, done = self._decode_next(into.volume if into else None)
+            yield self._batch(volume, done, into)
 
     def raise_if_damaged(self, index: npt.NDArray[np.int64]) -> None:
-        """Raise the DataError of the first sample among `index` that is not sound, if one is not."""
+        """Read and validate the samples `index` on the host, padding (-1) excepted.
+
+        Raises:
+            DataError: A sample is damaged; names the first.
+        """
         for sample in index[index >= 0].tolist():
             self.split.read(sample)
 
@@ -116,87 +132,63 @@ class Loader:
         self._decoder.close()
 
     def _seek(self, epoch: int, step: int) -> None:
-        """Go on from there; what is on its way now is not to come."""
-        self._stream = self._steps_from(epoch, step)
-        wait([payload for planned in self._reading for payload in planned.payloads if not payload.cancel()])
+        """Continue from (epoch, step); discard everything in flight."""
+        self._planned = self._steps_from(epoch, step)
+        wait([read for reading in self._reading for read in reading.reads if not read.cancel()])
         self._reading.clear()
-        self._decoder.seek(epoch, step)
+        self._decoder.reset()
+        for _ in range(len(self._decoding)):
+            self._decode_next(None)
 
-    def _rows_from(self, epoch: int, step: int) -> Iterator[Indices]:
-        """This shard's samples, (steps, B), of the rest of that epoch, then of each one after it."""
+    def _steps_from(self, epoch: int, step: int) -> Iterator[Indices]:
+        """Yield `_InFlightStep.upcoming` for each step from there on, epoch after epoch, without end."""
         while True:
-            yield self._rank_slice.select(self._plan(epoch))[step:]
+            indices = self._rank_slice.select(self._plan(epoch))
+            for first in range(step, len(indices)):
+                yield indices[first:]
             epoch, step = epoch + 1, 0
 
-    def _steps_from(self, epoch: int, step: int) -> Iterator[tuple[int, int, Indices]]:
-        """(epoch, step, this shard's samples) from there on, without end."""
-        for rows in self._rows_from(epoch, step):
-            for at, row in enumerate(rows, step):
-                yield epoch, at, row
-            epoch, step = epoch + 1, 0
+    def _decode_next(self, into: torch.Tensor | None) -> tuple[torch.Tensor, _InFlightStep]:
+        """Start reading and decoding as far ahead as intended; return the volumes of the oldest step."""
+        try:
+            while len(self._decoding) < self._decoder.depth:
+                while len(self._reading) <= self._decoder.lookahead:
+                    self._reading.append(self._start_reading(next(self._planned)))
+                self._decoding.append(self._reading.popleft())
+                newest = self._decoding[-1]
+                payloads = [read.result()[1] for read in newest.reads]
+                self._decoder.submit(payloads, newest.upcoming)
+            volume = self._decoder.next(into)
+        except RuntimeError:
+            # DALI's errors name no file, and may concern a later step: read the samples again on the host.
+            for step in (*self._decoding, *self._reading):
+                self.raise_if_damaged(step.upcoming[0])
+            raise
+        return volume, self._decoding.popleft()
 
-    def _feed(self) -> list[Payload]:
-        """The next batch of payloads for the decoder, which calls this whenever it has room."""
-        while len(self._reading) <= self._decoder.ahead:
-            epoch, step, index = next(self._stream)
-            rows = zip(index.tolist(), self._decoder.admit(), strict=True)
-            payloads = [self._readers.submit(self._read, *row) for row in rows]
-            self._reading.append(_Planned(epoch, step, index, payloads))
-        planned = self._reading.popleft()
-        self._running.append(planned)
-        return [payload.result()[1] for payload in planned.payloads]
+    def _start_reading(self, upcoming: Indices) -> _InFlightStep:
+        samples = zip(upcoming[0].tolist(), self._decoder.reserve(), strict=True)
+        return _InFlightStep(upcoming, [self._readers.submit(self._read, *sample) for sample in samples])
 
-    def _read(self, index: int, finish: Finish) -> tuple[int, Payload]:
-        """In a reader thread: which sample was read for `index`, and its payload."""
-        read, payload = self._reader.payload(index) if index >= 0 else (index, self._filling)
-        finish(payload)
+    def _read(self, index: int, on_read: OnRead) -> tuple[int, Payload]:
+        """Read one sample, in a reader thread; see `_InFlightStep.reads`."""
+        read, payload = self._reader.payload(index)
+        on_read(payload)
         return read, payload
 
-    @functools.cached_property
-    def _filling(self) -> Payload:
-        """What stands in a row that only fills the batch up: one particle in every voxel.
-
-        No sample of the split, which may be a share that has none.
-        """
-        sample = Sample(np.ones(self.split.spec.shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
-        if self.split.format_name == PackedFormat.name:
-            return packed_payload(
-                self.split.root, b"".join(encode(sample)), self.split.spec, fully_validate=False
-            )
-        return CountsPayload(sample.counts, sample.target)
-
-    def _batch(self, epoch: int, step: int, into: Batch | None) -> Batch:
-        """The output for `step` of `epoch`; what was in flight for an earlier position is passed over."""
-        while True:
-            volume = self._run(into.volume if into else None)
-            planned = self._running.popleft()
-            if (planned.epoch, planned.step) == (epoch, step):
-                return self._take(volume, planned, into)
-
-    def _run(self, into: torch.Tensor | None) -> torch.Tensor:
-        try:
-            return self._decoder.run(into)
-        except RuntimeError:
-            # DALI's errors name no file; reading the same samples on the host does. It may be ahead.
-            for planned in (*self._running, *self._reading):
-                self.raise_if_damaged(planned.index)
-            raise
-
-    def _take(self, volume: torch.Tensor, planned: _Planned, into: Batch | None) -> Batch:
-        read, payloads = zip(*(payload.result() for payload in planned.payloads), strict=True)
+    def _batch(self, volume: torch.Tensor, step: _InFlightStep, into: Batch | None) -> Batch:
+        """Return the batch of `step`: its decoded `volume`, with targets and indices."""
+        read, payloads = zip(*(read.result() for read in step.reads), strict=True)
         target = torch.from_numpy(np.stack([payload.target for payload in payloads]))
         if self._device.type == "cuda":
-            # From pinned memory a copy waits for the stream, and otherwise the host does; torch gives that
-            # memory to nobody else before the copy is done.
+            # Only from pinned memory is the copy asynchronous. Torch reuses that memory after the copy.
             target = target.pin_memory()
         if into is not None:
             target = into.target.copy_(target, non_blocking=True)
         else:
             target = target.to(self._device, non_blocking=True)
-        return Batch(volume, target, self._index(planned.index, np.array(read)))
-
-    def _index(self, asked: Indices, read: Indices) -> Indices:
-        """Which sample each row is: what was asked for, but for those that were passed over."""
-        if self._substitutes:
-            return np.where(asked >= 0, read, asked)
-        return np.where(asked == read, asked, -1)
+        index = np.array(read)
+        if self._ragged == "pad":
+            # A score counts no sample twice: what was read in place of a damaged sample is left out.
+            index = np.where(index == step.upcoming[0], index, -1)
+        return Batch(volume, target, index)

@@ -1,15 +1,19 @@
-"""Samples by index, and what to do about one that is damaged."""
+"""Reading of samples by index, and the policy for damaged ones."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
+import numpy as np
+
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import MAX_CONSECUTIVE_BAD, DataError
-from pipelines.formats.base import Payload
-from pipelines.sample import Sample
+from pipelines.formats.base import CountsPayload, Payload
+from pipelines.formats.packed.format import PackedFormat, encode_payload
+from pipelines.sample import PARAMETERS, Sample
 
 OnBadSample: TypeAlias = Literal["fail", "skip"]
 
@@ -17,13 +21,17 @@ _Read = TypeVar("_Read")
 
 
 class Reader:
-    """Reads samples of `split`.
+    """Reader of the samples of `split`.
 
-    on_bad_sample: "fail" raises the DataError of a sample that is damaged or not there; "skip"
-        passes it over and remembers. To notice every fault before a sample is used, "skip" checks
-        it whole on the host, where "fail" leaves some of the checks to the pipeline.
-    direct_io: whether payloads are read past the page cache.
-    skipped: the fault of each sample passed over so far, by its file's path.
+    Args:
+        split: Samples to read.
+        on_bad_sample: "fail" raises the DataError of a damaged or missing sample. "skip" records it and
+            continues; to find every fault before a sample is used, samples are then fully validated on
+            the host, where "fail" leaves part of the validation to the decoder.
+        direct_io: Read payloads past the page cache.
+
+    Attributes:
+        skipped: Fault of each sample skipped so far, by the path of its file.
     """
 
     def __init__(
@@ -35,34 +43,53 @@ class Reader:
         self._skips = on_bad_sample == "skip"
 
     def sample(self, index: int) -> Sample | None:
-        """Sample `index`; None where it is passed over."""
+        """Return sample `index`; None if it is skipped."""
         return self._unless_damaged(index, self.split.read)
 
     def payload(self, index: int) -> tuple[int, Payload]:
-        """Sample `index` for the pipeline, or where it is passed over the next sound one: which, and it.
+        """Return the index and payload of sample `index` or, if that is skipped, of the next valid one.
 
-        DataError where there is none in too many files in a row.
+        Args:
+            index: Sample to read; -1 for a padding payload.
+
+        Raises:
+            DataError: The samples of more than MAX_CONSECUTIVE_BAD consecutive files are damaged.
         """
-        passed, files = 0, set[Path]()
-        while passed < len(self.split):
-            candidate = (index + passed) % len(self.split)
+        if index < 0:
+            return index, self._padding_payload
+        tried, files = 0, set[Path]()
+        while tried < len(self.split):
+            candidate = (index + tried) % len(self.split)
             files.add(self.split.files(candidate)[-1])
             if len(files) > MAX_CONSECUTIVE_BAD:
                 break
             payload = self._unless_damaged(candidate, self._payload)
             if payload is not None:
                 return candidate, payload
-            passed += 1
+            tried += 1
         raise DataError(
             self.split.path(index),
-            f"and the {passed - 1} samples behind it are damaged",
-            "see what has become of the folder: python -m preprocess.verify",
+            f"this sample and the next {tried - 1} are damaged",
+            "check the folder with python -m preprocess.verify",
         )
+
+    @functools.cached_property
+    def _padding_payload(self) -> Payload:
+        """Payload of a row that only fills a batch: one particle in every voxel, which becomes finite input.
+
+        It is not taken from the data set, because a partition may have no samples.
+        """
+        spec = self.split.spec
+        sample = Sample(np.ones(spec.shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
+        if self.split.format_name == PackedFormat.name:
+            return encode_payload(sample, spec)
+        return CountsPayload(sample.counts, sample.target)
 
     def _payload(self, index: int) -> Payload:
         return self.split.payload(index, fully_validate=self._skips, direct=self._direct)
 
     def _unless_damaged(self, index: int, read: Callable[[int], _Read]) -> _Read | None:
+        """Return `read(index)`; None if it raises DataError and damaged samples are skipped."""
         try:
             return read(index)
         except DataError as error:

@@ -1,11 +1,12 @@
-"""What happens to counts before the network sees them: each transform as numpy truth and as DALI node.
+"""Transforms of counts before they enter the network, each in numpy and as a DALI node.
 
-Either is the reference's (mlcommons/hpc cosmoflow/data/cosmo.py): log(count + 1), or the counts
+Both are those of the reference (mlcommons/hpc cosmoflow/data/cosmo.py): log(count + 1), or the counts
 divided by their mean over the whole sample, all redshifts together.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,33 +14,32 @@ import numpy.typing as npt
 
 from pipelines.sample import COUNT_LIMIT
 
-LOGS = np.log1p(np.arange(COUNT_LIMIT), dtype=np.float64).astype(np.float32)
-"""log(count + 1) of every count, rounded from double precision."""
 
-COUNTS = np.arange(COUNT_LIMIT, dtype=np.float32)
-"""Every count as it is."""
+@functools.cache
+def lookup_table(*, apply_log: bool) -> npt.NDArray[np.float32]:
+    """Return the value of each possible count, (COUNT_LIMIT,) float32, before any division by a mean.
 
-
-def table_of(*, apply_log: bool) -> npt.NDArray[np.float32]:
-    """What becomes of each count, before anything is divided by a mean: float32 (COUNT_LIMIT,)."""
-    return LOGS if apply_log else COUNTS
+    Logarithms are rounded from double precision.
+    """
+    counts = np.arange(COUNT_LIMIT, dtype=np.float64)
+    return (np.log1p(counts) if apply_log else counts).astype(np.float32)
 
 
 def transform(counts: npt.NDArray[np.int16], *, apply_log: bool) -> npt.NDArray[np.float32]:
-    """What the network sees of `counts` (D, H, W, C): float32 of that shape."""
+    """Return the network's input for `counts` (D, H, W, C), float32 of the same shape."""
     values = counts.astype(np.float32)
     return np.log1p(values) if apply_log else values / values.mean(dtype=np.float64).astype(np.float32)
 
 
 def lookup_node(counts: Any, *, apply_log: bool) -> Any:
-    """The DALI node `counts` by `table_of`, on the device that it is on.
+    """Return the DALI node that replaces `counts` by their values in `lookup_table`, on the same device.
 
-    That costs a fifth of casting and taking the logarithm. What is not in the table, a count below
-    zero, becomes NaN, so that it cannot pass for a sample.
+    This costs a fifth of a cast and a logarithm. A count that is not in the table, one below zero,
+    becomes NaN, so that it cannot be mistaken for valid.
     """
     from nvidia.dali import fn, types
 
-    table = table_of(apply_log=apply_log)
+    table = lookup_table(apply_log=apply_log)
     return fn.lookup_table(
         counts,
         keys=list(range(len(table))),
@@ -50,7 +50,7 @@ def lookup_node(counts: Any, *, apply_log: bool) -> Any:
 
 
 def transform_node(counts: Any, *, apply_log: bool) -> Any:
-    """`transform` of the DALI node `counts`; NaN where a count is below zero, as is the mean of such."""
+    """Return `transform` of the DALI node `counts`; NaN for counts below zero and for their mean."""
     from nvidia.dali import fn
 
     values = lookup_node(counts, apply_log=apply_log)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import inflate_bench, samples
 from pipelines.loading.config import LoaderConfig
-from pipelines.loading.decoders import DeviceDecoder
+from pipelines.loading.decoders import PackedGpuDecoder
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice
 
@@ -52,7 +52,7 @@ def test_a_step_of_a_thousand_samples_a_second_never_waits(
         ragged="drop",
         device=torch.device("cuda:0"),
     )
-    assert isinstance(loader._decoder, DeviceDecoder)
+    assert isinstance(loader._decoder, PackedGpuDecoder)
     run, ready, done = loader._decoder._pipeline.run, [], []
 
     def watched() -> object:

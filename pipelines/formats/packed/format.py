@@ -72,6 +72,11 @@ def packed_payload(path: Path, content: bytes, spec: SampleSpec, *, fully_valida
     return PackedPayload(packed, packed.target)
 
 
+def encode_payload(sample: Sample, spec: SampleSpec) -> PackedPayload:
+    """Return the payload of a sample in memory, for padding."""
+    return packed_payload(Path("padding"), b"".join(encode(sample)), spec, fully_validate=False)
+
+
 def member_sample_id(name: str) -> str:
     """The id of the sample in the member `name`, which may lead through folders."""
     return name.rpartition("/")[2].removesuffix(MEMBER_SUFFIX)

@@ -232,4 +232,4 @@ def test_a_folder_of_bad_samples_is_not_skipped(tmp_path: Path) -> None:
     config = config_file(tmp_path / "c.yaml", data, **changes)
     done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run")
     assert done.code == 1
-    assert "the 15 samples behind it are damaged" in done.err and "Traceback" not in done.err
+    assert "this sample and the next 15 are damaged" in done.err and "Traceback" not in done.err

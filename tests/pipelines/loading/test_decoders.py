@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.gather_gpu import arrays_of, gather
 from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.loading.config import LoaderConfig
-from pipelines.loading.dali_graphs import GraphSettings, define_packed_graph
+from pipelines.loading.dali_graphs import define_packed_graph
 from pipelines.loading.loader import Loader
 from pipelines.loading.transforms import lookup_node, transform
 from pipelines.plan import RankSlice
@@ -34,7 +34,7 @@ def packed(sample: Sample) -> PackedSample:
 
 
 def as_on_a_device(one: PackedSample, dtype: torch.dtype, *, apply_log: bool) -> torch.Tensor:
-    """What `DeviceDecoder` makes of `one`: the arrays it sends, inflated by another LZ4, then its gather."""
+    """Decode as `PackedGpuDecoder` does, with another LZ4 decoder in place of DALI's."""
     (blocks,), (starts,), (sizes,), (voxels,), (table,) = arrays_of([one])
     # What DALI does not find in a block is zero.
     chunks = torch.zeros(len(starts), int(voxels[0]), dtype=torch.uint8)
@@ -103,10 +103,7 @@ def test_the_gather_writes_into_memory_of_either_layout() -> None:
 
 @pytest.mark.parametrize("apply_log", [True, False])
 def test_the_graph_can_be_defined_and_serialised_without_a_gpu(apply_log: bool) -> None:
-    def source() -> tuple[Sequence[object], ...]:
-        raise AssertionError("nobody asks while it is defined")
-
-    graph = define_packed_graph(source, GraphSettings(2, 1, 1, None, apply_log))
+    graph = define_packed_graph(deque(), LoaderConfig(2, 1, 1, apply_log), None)
     serialised = graph.serialize()
     assert b"decoders__Inflate" in serialised and b"LookupTable" in serialised
 

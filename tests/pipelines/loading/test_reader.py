@@ -58,7 +58,7 @@ def test_a_shard_that_is_lost_or_cut_off_is_passed_over_whole(tmp_path: Path) ->
     assert reader.payload(0)[0] == reader.payload(39)[0] == 40
     assert len(reader.skipped) == 40
     packed.files(40)[0].write_bytes(b"no")
-    with pytest.raises(DataError, match="and the 59 samples behind it are damaged"):
+    with pytest.raises(DataError, match="this sample and the next 59 are damaged"):
         reader.payload(0)
 
 
