@@ -22,7 +22,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.formats.tf_example import encode_example
+from pipelines.formats.tfrecord import frame
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice, plan_epoch
@@ -161,8 +162,9 @@ def limit(
 
     def move(index: int, out: torch.Tensor, into: mmap.mmap) -> None:
         for path in split.files(index):
-            offset = int(split.extents.offsets[index]) if split.extents else 0
-            length = int(split.extents.lengths[index]) if split.extents else path.stat().st_size
+            offset, length = 0, path.stat().st_size
+            if split.sharded:
+                offset, length, _ = split.member_extents[index].item()
             _read(path, offset, length, into, direct=direct)
         np.copyto(out.numpy(), ready.numpy())
 
@@ -198,7 +200,7 @@ def _read(path: Path, offset: int, length: int, into: mmap.mmap, *, direct: bool
 
 def bytes_read(split: SampleDataset) -> npt.NDArray[np.int64]:
     """Bytes of each sample's files, or of its member in a shard."""
-    if split.extents:
-        return split.extents.lengths
+    if split.sharded:
+        return split.member_extents["bytes"]
     sizes = [sum(path.stat().st_size for path in split.files(index)) for index in range(len(split))]
     return np.array(sizes, np.int64)

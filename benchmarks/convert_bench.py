@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks.samples import compressed, simulated
-from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.formats.tf_example import encode_example
+from pipelines.formats.tfrecord import frame
 
 TARGETS = {"cpu_ms": 40.0, "cpu_saving": 3.0, "speed": 5.0}
 """What the project claims of 128^3 on two cores: at most so many ms of CPU a file, so many times less than

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import harness
 from benchmarks.samples import simulated
 from pipelines.dataset.open import open_folder
+from pipelines.formats.packed.decode import open_packed
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.format import packed_payload
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.decoders import PackedGpuDecoder
 from pipelines.sample import Sample, SampleSpec
@@ -42,10 +42,7 @@ def measure(
     """Samples a second in `rounds` rounds of `steps` batches, with chunks of so many D-slices."""
     size, channels = samples[0].counts.shape[2:]
     spec, path = SampleSpec(size, channels), Path("a.packed")
-    packed = [
-        packed_payload(path, b"".join(encode(sample, slices=slices)), spec, fully_validate=False)
-        for sample in samples
-    ]
+    packed = [open_packed(path, b"".join(encode(sample, slices=slices)), spec) for sample in samples]
     endless = itertools.cycle(packed)
     decoder = PackedGpuDecoder(spec, LoaderConfig(batch_size), torch.device("cuda:0"))
 

@@ -14,7 +14,8 @@ from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.formats.registry import FORMATS
-from pipelines.formats.tfrecord import TFRECORD_SUFFIX, encode_example, frame
+from pipelines.formats.tf_example import encode_example
+from pipelines.formats.tfrecord import TFRECORD_SUFFIX, frame
 from pipelines.sample import Sample
 from preprocess.simulator.universe import SimulateConfig, simulate_universe
 

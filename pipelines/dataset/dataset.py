@@ -1,10 +1,11 @@
-"""The samples of a folder, in order: where each one is, how it is read, and what vouches for it."""
+"""The samples of a folder in order: where each is stored, and how it is read and validated."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -13,25 +14,31 @@ import numpy.typing as npt
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.errors import DataError
 from pipelines.formats.base import CountsPayload, Format, Payload
-from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, member_sample_id, packed_payload
+from pipelines.formats.npy import Npy, map_sample
+from pipelines.formats.packed.decode import open_packed
+from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat
 from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member
 from pipelines.formats.registry import FORMATS
 from pipelines.io import TarMember, read_file
 from pipelines.plan import Indices
 from pipelines.sample import Sample, SampleSpec
 
-_CHANGED = (
-    f"fetch or convert it again, or if it was changed on purpose, remove {MANIFEST} and write it anew with "
+EXTENT = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("crc32c", "<i8")])
+"""Position and checksum of one content in its file; -1 where they are not known."""
+
+_REMEDY = (
+    f"fetch or convert it again, or if it was changed on purpose, remove {MANIFEST} and regenerate it with "
     "python -m preprocess.verify --write"
 )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Partition:
-    """One of `count` shares of a split of `total` samples, as equal as can be.
+    """One of `count` almost equal parts of a data set of `total` samples.
 
-    global_indices: the positions in the whole of this one's samples, int64.
-    seed: what drew the shares; None where each has every `count`-th sample.
+    Attributes:
+        global_indices: positions of this part's samples in the whole, int64.
+        seed: seed that drew the parts; None where each has every `count`-th sample.
     """
 
     global_indices: Indices
@@ -41,35 +48,27 @@ class Partition:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Extents:
-    """Where samples lie in their shards: the first byte of each, and how many they are, int64."""
-
-    offsets: Indices
-    lengths: Indices
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class SampleDataset:
     """The samples of one folder, in the order of its manifest, its list file or their names.
 
-    root: the folder.
-    format_name: the name of their format, a key of FORMATS.
-    names: the files that hold the counts, one a sample; `<shard>/<member>` of those in shards.
-    spec: the shape of every sample.
-    extents: where in their shards they lie; None for samples in files of their own.
-    partition: where its samples stand in a whole of which this is a share; None for the whole itself.
-    checksums: what the folder's manifest says of the files that `files` gives, (samples, files, 2) int64: the
-        length in bytes and the CRC-32C of each, both -1 where it does not say. None for samples in shards,
-        which have CRCs of their own, and without a manifest.
+    They are stored in files of their own, or as members of tar shards (packed samples).
+
+    Attributes:
+        root: the folder.
+        format_name: a key of FORMATS.
+        names: of each sample the file that holds the counts, or `<shard>/<member>`.
+        spec: the shape of every sample.
+        extents: (samples, contents) EXTENT. Of shard members the positions in the shard; of files the
+            manifest's lengths and checksums, None without a manifest.
+        partition: set if these samples are one part of a larger data set.
     """
 
     root: Path
     format_name: str
     names: tuple[str, ...]
     spec: SampleSpec
-    extents: Extents | None = None
+    extents: npt.NDArray[Any] | None = None
     partition: Partition | None = None
-    checksums: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -80,125 +79,137 @@ class SampleDataset:
         return FORMATS[self.format_name]
 
     @property
+    def sharded(self) -> bool:
+        """True if the samples are members of shards."""
+        return self.format_name == PackedFormat.name
+
+    @property
+    def member_extents(self) -> npt.NDArray[Any]:
+        """(samples,) EXTENT of samples that are members of shards."""
+        assert self.sharded and self.extents is not None
+        return self.extents[:, 0]
+
+    @property
     def total(self) -> int:
-        """How many samples the whole has."""
+        """Number of samples of all partitions together."""
         return self.partition.total if self.partition else len(self)
 
     @property
     def num_partitions(self) -> int:
-        """Into how many shares the whole has been divided."""
+        """Number of partitions of the data set."""
         return self.partition.count if self.partition else 1
 
     @property
     def partition_signature(self) -> str:
-        """How the whole has been divided, in words that are equal for equal shares."""
-        drawn = (
-            f" drawn with seed {self.partition.seed}"
-            if self.partition and self.partition.seed is not None
-            else ""
-        )
+        """Description of the partitioning, equal for equal partitionings."""
+        seed = self.partition.seed if self.partition else None
+        drawn = f" drawn with seed {seed}" if seed is not None else ""
         return f"{self.num_partitions} shares{drawn}" if self.num_partitions > 1 else "one share"
 
     def global_indices(self, index: Indices) -> Indices:
-        """Where the samples `index` stand in the whole."""
+        """Return the positions of the samples `index` in the data set of all partitions."""
         return self.partition.global_indices[index] if self.partition else index
 
     def path(self, index: int) -> Path:
-        """The file that holds the counts of sample `index`, or its name in its shard."""
+        """Return the file that holds the counts of sample `index`, or `<shard>/<member>`."""
         return self.root / self.names[index]
 
     def sample_id(self, index: int) -> str:
-        """The name of sample `index`, whatever the format."""
-        name = self.names[index]
-        return member_sample_id(name) if self.extents else name.removesuffix(self.format.suffix)
+        """Return the name of sample `index`, which is the same in every format."""
+        return self.names[index].rpartition("/")[2].removesuffix(self.format.keys[-1])
 
     @property
     def entry_names(self) -> list[str]:
-        """The stems of its samples' files, or of its shards, in order."""
-        if not self.extents:
-            return [self.sample_id(index) for index in range(len(self))]
-        shards = dict.fromkeys(name.partition("/")[0] for name in self.names)
-        return [shard.removesuffix(self.format.suffix) for shard in shards]
+        """Names of the manifest's entries, in order: the sample ids, or the shards."""
+        files = dict.fromkeys(name.partition("/")[0] for name in self.names)
+        return [file.removesuffix(self.format.suffix) for file in files]
 
     def files(self, index: int) -> tuple[Path, ...]:
-        """The files that reading sample `index` needs."""
-        if self.extents:
-            return (self._place(index)[0],)
-        stem = self.sample_id(index)
-        return tuple(self.root / (stem + part) for part in self.format.suffixes)
+        """Return the files that reading sample `index` needs, the one with the counts last."""
+        entry = self.names[index].partition("/")[0].removesuffix(self.format.suffix)
+        return tuple(self.root / (entry + suffix) for suffix in self.format.suffixes)
 
-    @property
-    def file_keys(self) -> tuple[str, ...]:
-        """What `contents` has of each sample."""
-        return (MEMBER_SUFFIX,) if self.extents else self.format.suffixes
+    def read_contents(self, index: int, *, verify: bool = False, direct: bool = False) -> dict[str, bytes]:
+        """Read the contents of sample `index`, as `Format.parse` takes them.
 
-    def read_files(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
-        """The bytes of sample `index` as `Format.parse` takes them; `direct` reads past the page cache."""
-        if not self.extents:
-            files = zip(self.file_keys, self.files(index), strict=True)
-            return {kind: read_file(path, direct=direct) for kind, path in files}
-        extent = int(self.extents.offsets[index]), int(self.extents.lengths[index])
-        return {MEMBER_SUFFIX: read_member(*self._place(index), *extent, direct=direct)}
+        Args:
+            verify: compare them with the manifest's lengths and checksums, if there is a manifest. To be
+                set where they are converted: damage in a format without checksums would become valid.
+            direct: bypass the page cache, where the file system supports it.
 
-    def _place(self, index: int) -> tuple[Path, str]:
-        """The shard that holds sample `index`, and its name there, which may lead through folders."""
-        shard, _, member = self.names[index].partition("/")
-        return self.root / shard, member
-
-    def read_verified(self, index: int, *, direct: bool = False) -> dict[str, bytes]:
-        """`contents`, compared with what the manifest says, if there is one; DataError names any fault.
-
-        For whoever makes other files of them: a format without checksums would have damage pass for sound.
+        Raises:
+            DataError: a file cannot be read, or differs from the manifest.
         """
-        contents = self.read_files(index, direct=direct)
-        if self.checksums is not None:
-            told = self.checksums[index].tolist()
-            for path, content, (length, crc) in zip(self.files(index), contents.values(), told, strict=True):
+        paths = self.files(index)
+        if self.sharded:
+            offset, length, _ = self.member_extents[index].item()
+            member = self.names[index].partition("/")[2]
+            return {MEMBER_SUFFIX: read_member(paths[0], member, offset, length, direct=direct)}
+        contents = [read_file(path, direct=direct) for path in paths]
+        if verify and self.extents is not None:
+            for path, content, extent in zip(paths, contents, self.extents[index], strict=True):
+                _, length, crc = extent.item()
                 if length >= 0 and len(content) != length:
-                    fault = f"has {len(content)} bytes where {MANIFEST} says {length}"
-                    raise DataError(path, fault, _CHANGED)
+                    raise DataError(path, f"has {len(content)} bytes; {MANIFEST} says {length}", _REMEDY)
                 if length >= 0 and crc32c.crc32c(content) != crc:
-                    raise DataError(path, f"its CRC-32C is not that in {MANIFEST}", _CHANGED)
-        return contents
+                    raise DataError(path, f"its CRC-32C is not that in {MANIFEST}", _REMEDY)
+        return dict(zip(self.format.keys, contents, strict=True))
 
-    def read(self, index: int) -> Sample:
-        """Sample `index`, read and checked on the host; DataError names any fault."""
-        return self.format.parse(self.path(index), self.read_files(index), self.spec)
+    def read(self, index: int, *, verify: bool = False) -> Sample:
+        """Read and fully validate sample `index` on the host; see `read_contents` for `verify`.
+
+        Raises:
+            DataError: the sample cannot be read, or is damaged.
+        """
+        return self.format.parse(self.path(index), self.read_contents(index, verify=verify), self.spec)
 
     def payload(self, index: int, *, fully_validate: bool = False, direct: bool = False) -> Payload:
-        """Sample `index` for the pipeline; see `Format.payload`, and `contents` for `direct`."""
+        """Read sample `index` for the decoder.
+
+        Args:
+            fully_validate: find every fault here. Otherwise what is left to the decoder is whether
+                packed chunks inflate to what was packed, and whether mapped counts are negative.
+            direct: bypass the page cache, where the file system supports it.
+
+        Raises:
+            DataError: the sample cannot be read, or is damaged.
+        """
         path = self.path(index)
-        if self.extents:
-            content = self.read_files(index, direct=direct)[MEMBER_SUFFIX]
-            return packed_payload(path, content, self.spec, fully_validate=fully_validate)
-        if direct:
-            sample = self.format.parse(path, self.read_files(index, direct=True), self.spec)
-            return CountsPayload(sample.counts, sample.target)
-        return self.format.payload(path, self.spec, fully_validate=fully_validate)
+        if self.format_name == Npy.name and not (fully_validate or direct):
+            return map_sample(path, self.spec)
+        contents = self.read_contents(index, direct=direct)
+        if self.sharded:
+            packed = open_packed(path, contents[MEMBER_SUFFIX], self.spec)
+            if fully_validate:
+                packed.decode()
+            else:
+                packed.verify_checksum()
+            return packed
+        sample = self.format.parse(path, contents, self.spec)
+        return CountsPayload(sample.counts, sample.target)
 
     def subset(self, index: Indices, partition: Partition | None = None) -> SampleDataset:
-        """The samples `index` alone; `partition` says if they are one."""
+        """Return the samples `index` alone; `partition` is set if they are one."""
         names = tuple(self.names[i] for i in index.tolist())
-        extents = self.extents and Extents(self.extents.offsets[index], self.extents.lengths[index])
-        sums = None if self.checksums is None else self.checksums[index]
-        return replace(self, names=names, extents=extents, partition=partition, checksums=sums)
+        extents = None if self.extents is None else self.extents[index]
+        return replace(self, names=names, extents=extents, partition=partition)
 
 
 def dataset_from_shards(
     folder: Path, shards: Iterable[tuple[str, Sequence[TarMember]]], spec: SampleSpec
 ) -> SampleDataset:
-    """The samples of `spec` in the `shards` of `folder`, each with its members.
+    """Return the packed samples of `spec` in `folder`, given each shard's name and members.
 
-    DataError where two have the same name.
+    Raises:
+        DataError: two samples have the same id.
     """
     clear_handle_cache()
-    found = [(f"{name}/{member.name}", member) for name, members in shards for member in members]
+    members = [(f"{shard}/{member.name}", member) for shard, members in shards for member in members]
     first: dict[str, str] = {}
-    for name, member in found:
-        stem = member.name.rpartition("/")[2]
-        if stem in first:
-            raise DataError(folder / name, f"has the same name as {first[stem]}", "keep one of them")
-        first[stem] = name
-    places = np.array([member[1:] for _, member in found], np.int64).reshape(-1, 2)
-    extents = Extents(places[:, 0], places[:, 1])
-    return SampleDataset(folder, PackedFormat.name, tuple(name for name, _ in found), spec, extents)
+    for name, member in members:
+        sample_id = member.name.rpartition("/")[2]
+        if sample_id in first:
+            raise DataError(folder / name, f"has the same name as {first[sample_id]}", "keep one of them")
+        first[sample_id] = name
+    extents = np.array([(member.offset, member.bytes, -1) for _, member in members], EXTENT)[:, None]
+    return SampleDataset(folder, PackedFormat.name, tuple(name for name, _ in members), spec, extents)

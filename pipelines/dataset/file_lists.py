@@ -1,7 +1,7 @@
 """The list files beside samples, `files_data.lst` and `files_label.lst`: the names, in order.
 
-The layout of NVIDIA's MLPerf HPC submissions: one name a line, and for gzip TFRecords the file's
-length in bytes after it, which is what staging them wants to know.
+The layout of NVIDIA's MLPerf HPC submissions: one name a line, followed for gzip TFRecords by the
+file's length in bytes, which staging needs.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ DATA_LIST, LABEL_LIST = "files_data.lst", "files_label.lst"
 
 
 class ListedFile(NamedTuple):
-    """A line of a list: a file's name, and its length in bytes where the list has it."""
+    """A line of a list: a file's name, and its length in bytes if the list has it."""
 
     name: str
     bytes: int | None = None
 
 
 def read_list(path: Path) -> tuple[ListedFile, ...]:
-    """The lines of the list at `path`, without empty ones; DataError where one is not as above."""
-    listed = []
+    """Return the lines of the list at `path` that are not empty; DataError if it names a file twice."""
+    files = []
     for line in read_file(path).decode(errors="replace").split("\n"):
-        # A name may have blanks in it, and ends as those of samples do.
+        # A name may contain blanks, and ends with a suffix of samples.
         name, _, length = line.rstrip().rpartition(" ")
         sized = bool(name) and length.isascii() and length.isdecimal()
         if line.strip():
-            listed.append(ListedFile(name.rstrip(), int(length)) if sized else ListedFile(line.rstrip()))
-    if len({entry.name for entry in listed}) != len(listed):
-        raise DataError(path, "lists a file twice", "write the list anew")
-    return tuple(listed)
+            files.append(ListedFile(name.rstrip(), int(length)) if sized else ListedFile(line.rstrip()))
+    if len({file.name for file in files}) != len(files):
+        raise DataError(path, "lists a file twice", "regenerate the list")
+    return tuple(files)
 
 
-def write_list(path: Path, listed: Iterable[ListedFile]) -> None:
-    """Write the list at `path`, whole or not at all."""
-    lines = (f"{name}\n" if length is None else f"{name} {length}\n" for name, length in listed)
+def write_list(path: Path, files: Iterable[ListedFile]) -> None:
+    """Write the list at `path` atomically."""
+    lines = (f"{name}\n" if length is None else f"{name} {length}\n" for name, length in files)
     write_chunks(path, "".join(lines).encode())

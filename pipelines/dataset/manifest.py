@@ -1,18 +1,16 @@
-"""What a folder of samples holds, in one file: names, lengths and checksums.
+"""The manifest of a folder of samples: names, lengths and checksums of all files.
 
 `manifest.jsonl` lies in the folder. Its first line is an object: `manifest` (the version, 2),
-`format` (a key of FORMATS), `size` and `channels` (the shape of every sample), `samples` (how many
-there are). Then one array for each sample, or for each shard of packed ones, in order:
+`format` (a key of FORMATS), `size` and `channels` (the shape of every sample), `samples` (their
+number). Then one array for each sample, or for each shard of packed ones, in order:
 
     ["univ_000", [["_label.npy", 144, "0e8bb71c"], ["_data.npy", 16777344, "9d4bd0a1"]], [2829480, "1f6c..."]]
 
-the stem; for each of its files the end of the name, the length in bytes, and the CRC-32C of the
-content in hexadecimal, and of a shard its members, each with its name, where it starts and how long
-it is; and, for what was made from other files, their length in bytes and a digest of their names,
-lengths and times of last change, else null. (Version 1 had the latest of the times in its place,
-which matches no digest: samples of that kind are read, and made again by a conversion.) Whoever opens
-the folder reads this one file and lists nothing, which is what half a million files on a parallel
-file system ask for.
+The entry's name; for each of its files the suffix of the name, the length in bytes, the CRC-32C of the
+content in hexadecimal and, of a shard, its members, each with name, offset and length; and, for an
+entry made from other files, their length in bytes and a digest of their names, lengths and times of
+last change, else null. Opening the folder reads this file and lists nothing, which matters with
+half a million files on a parallel file system.
 """
 
 from __future__ import annotations
@@ -30,11 +28,12 @@ from pipelines.io import TarMember, WrittenFile, read_file, write_chunks
 from pipelines.sample import SampleSpec
 
 MANIFEST = "manifest.jsonl"
-_VERSION, _READABLE = 2, (1, 2)
+_VERSION = 2
+_REMEDY = "remove it, and convert again or regenerate it with python -m preprocess.verify --write"
 
 
 class FileRecord(NamedTuple):
-    """A file of an entry: the end of its name, its length, the CRC-32C of its content, its members if any."""
+    """A file of an entry: the suffix of its name, length, CRC-32C of the content, and a shard's members."""
 
     suffix: str
     bytes: int
@@ -42,13 +41,13 @@ class FileRecord(NamedTuple):
     members: tuple[TarMember, ...] = ()
 
     def to_json(self) -> list[Any]:
-        """As a line of the manifest has it."""
+        """Return the record as a line of the manifest holds it."""
         line: list[Any] = [self.suffix, self.bytes, f"{self.crc32c:08x}"]
         return [*line, [list(member) for member in self.members]] if self.members else line
 
     @staticmethod
     def from_json(line: Any) -> FileRecord:
-        """The inverse; ValueError or TypeError for anything else."""
+        """Parse what `to_json` returned; ValueError or TypeError for anything else."""
         suffix, length, crc, *more = line
         (found,) = more or [()]
         members = tuple(TarMember(str(name), _count(offset), _count(size)) for name, offset, size in found)
@@ -56,9 +55,11 @@ class FileRecord(NamedTuple):
 
 
 class SourceFingerprint(NamedTuple):
-    """What tells whether the files that an entry was made from have changed since.
+    """State of the files that an entry was made from, compared to detect that they have changed.
 
-    bytes: of all files. digest: of all that was asked of them, in hexadecimal.
+    Attributes:
+        bytes: length of all files together.
+        digest: BLAKE2b digest of their names, lengths and times of last change, in hexadecimal.
     """
 
     bytes: int
@@ -68,23 +69,24 @@ class SourceFingerprint(NamedTuple):
     def from_files(
         names: Iterable[str], paths: Iterable[Path], stat: Callable[[Path], os.stat_result] = os.stat
     ) -> SourceFingerprint:
-        """Of what is known as `names`, in this order, in the files `paths`, of each of which `stat` is asked.
+        """Return the fingerprint of the samples `names`, in this order, in the files `paths`.
 
-        AccessError where one is not there.
+        Raises:
+            AccessError: `stat` fails for one of them.
         """
         try:
             found = [(path.name, stat(path)) for path in paths]
         except OSError as error:
             raise AccessError.reading(error.filename, error) from error
-        told = [list(names), [(name, file.st_size, file.st_mtime_ns) for name, file in found]]
-        digest = hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
+        state = [list(names), [(name, file.st_size, file.st_mtime_ns) for name, file in found]]
+        digest = hashlib.blake2b(json.dumps(state).encode(), digest_size=8).hexdigest()
         return SourceFingerprint(sum(file.st_size for _, file in found), digest)
 
 
 class Entry(NamedTuple):
-    """A sample, or a shard of them: its name, its files, and what it was made from, if that is a file.
+    """A sample or a shard: its name, its files, and the fingerprint of its source, if that is a file.
 
-    In a journal, one without files is a sample or shard that was begun and not finished.
+    In a journal, an entry without files is a sample or shard that was begun and not finished.
     """
 
     name: str
@@ -95,46 +97,46 @@ class Entry(NamedTuple):
     def from_written(
         name: str, written: Sequence[WrittenFile], source: SourceFingerprint | None = None
     ) -> Entry:
-        """The entry `name` of the files `written`."""
+        """Return the entry `name` of the files `written`."""
         files = (FileRecord(file.path.name.removeprefix(name), *file[1:]) for file in written)
         return Entry(name, tuple(files), source)
 
     @property
     def samples(self) -> int:
-        """How many it holds."""
+        """Number of samples that it holds."""
         return len(self.members) or min(1, len(self.files))
 
     @property
     def members(self) -> list[str]:
-        """The names of the members, if it is a shard."""
+        """Names of the members of a shard."""
         return [member.name for file in self.files for member in file.members]
 
     def to_json(self) -> list[Any]:
-        """As a line of the manifest has it."""
+        """Return the entry as a line of the manifest holds it."""
         files = [file.to_json() for file in self.files]
         return [self.name, files, list(self.source) if self.source else None]
 
     @staticmethod
     def from_json(line: Any) -> Entry:
-        """The inverse; ValueError, TypeError or OverflowError for anything else."""
+        """Parse what `to_json` returned; ValueError, TypeError or OverflowError for anything else."""
         name, records, source = line
         files = tuple(map(FileRecord.from_json, records))
         if not isinstance(name, str) or "/" in name or any("/" in file.suffix for file in files):
-            raise ValueError("a name that is none")
+            raise ValueError("an invalid file name")
         if source is not None:
             length, digest = source
             source = SourceFingerprint(int(length), str(digest))
         return Entry(name, files, source)
 
     def files_in(self, folder: Path) -> Iterator[tuple[Path, FileRecord]]:
-        """Each file's path, if it is in `folder`, with what stands here of it."""
+        """Yield the path in `folder` and the record of each file."""
         return ((folder / (self.name + file.suffix), file) for file in self.files)
 
     def is_complete_in(self, folder: Path) -> bool:
-        """Whether all its files are in `folder`, each of the length that stands here."""
+        """Return True if all its files are in `folder` with the recorded lengths."""
         try:
-            there = all(path.stat().st_size == file.bytes for path, file in self.files_in(folder))
-            return there and bool(self.files)
+            complete = all(path.stat().st_size == file.bytes for path, file in self.files_in(folder))
+            return complete and bool(self.files)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -143,11 +145,12 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A folder's samples.
+    """The samples of a folder.
 
-    format_name: the name of their format.
-    spec: their shape.
-    entries: one a sample, or one a shard, in order.
+    Attributes:
+        format_name: a key of FORMATS.
+        spec: shape of every sample.
+        entries: one for each sample or shard, in order.
     """
 
     format_name: str
@@ -155,7 +158,7 @@ class Manifest:
     entries: tuple[Entry, ...]
 
     def save(self, folder: Path) -> None:
-        """Write this into `folder`, whole or not at all."""
+        """Write the manifest of `folder` atomically."""
         header = {
             "manifest": _VERSION,
             "format": self.format_name,
@@ -168,7 +171,7 @@ class Manifest:
 
     @staticmethod
     def load(folder: Path) -> Manifest | None:
-        """The manifest in `folder`, or None; DataError where it is damaged."""
+        """Return the manifest of `folder`, or None if it has none; DataError if it is damaged."""
         path = folder / MANIFEST
         if not path.exists():
             return None
@@ -176,30 +179,24 @@ class Manifest:
         try:
             header, *lines = read_file(path).decode().splitlines()
             fields = json.loads(header)
-            if fields["manifest"] not in _READABLE:
-                raise DataError(path, f"has version {fields['manifest']}", f"this program reads {_READABLE}")
+            if fields["manifest"] != _VERSION:
+                raise DataError(path, f"has version {fields['manifest']}, not {_VERSION}", _REMEDY)
             entries.extend(Entry.from_json(json.loads(line)) for line in lines)
-            manifest = Manifest(
-                str(fields["format"]),
-                SampleSpec(int(fields["size"]), int(fields["channels"])),
-                tuple(entries),
-            )
+            spec = SampleSpec(int(fields["size"]), int(fields["channels"]))
+            manifest = Manifest(str(fields["format"]), spec, tuple(entries))
             missing = int(fields["samples"]) - sum(entry.samples for entry in entries)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
-            fault = f"a line after {len(entries)} samples is no line of a manifest ({error})"
+            fault = f"the line after {len(entries)} samples is not valid ({error})"
             raise DataError(path, fault, _REMEDY) from error
         if missing:
             raise DataError(path, f"is cut off: {missing} samples are missing", _REMEDY)
         if len({entry.name for entry in entries}) != len(entries):
-            raise DataError(path, "has a sample twice", _REMEDY)
+            raise DataError(path, "lists a sample twice", _REMEDY)
         return manifest
 
 
 def _count(value: Any) -> int:
-    """`value` as an int64 of at least 0; ValueError, TypeError or OverflowError for what is none."""
+    """Return `value` as an int64 of at least 0; ValueError, TypeError or OverflowError for anything else."""
     if not 0 <= (count := int(value)) < 1 << 63:
         raise ValueError(f"the number {count}")
     return count
-
-
-_REMEDY = "remove it, and convert again or write it anew with python -m preprocess.verify --write"

@@ -1,9 +1,9 @@
-"""What is in a data folder: its samples and their format, by its manifest or by looking."""
+"""Opening a folder of samples: by its manifest, or by listing it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,89 +11,92 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipelines.dataset.dataset import SampleDataset, dataset_from_shards
+from pipelines.dataset.dataset import EXTENT, SampleDataset, dataset_from_shards
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError, DataError
 from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.packed.format import PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
-from pipelines.formats.tfrecord import GZIP_MAGIC
+from pipelines.formats.tfrecord import GZIP_MAGIC, TFRECORD_SUFFIX
 from pipelines.sample import SPLITS, Sample, SampleSpec
 
-_SUFFIXES = tuple(dict.fromkeys(format_name.suffix for format_name in FORMATS.values()))
+_SUFFIXES = tuple(dict.fromkeys(format_.suffix for format_ in FORMATS.values()))
 _EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
+
+_UNKNOWN_SPEC = SampleSpec(1)
 
 _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
 
 
 def split_dirs(root: Path) -> list[str]:
-    """The folders of samples in `root`: those of SPLITS that are there, or without one of these ".".
+    """Return the folders of samples in `root`: the SPLITS that exist, or ["."] if there are none.
 
-    DataError where samples lie beside them, so that nobody could tell which are meant.
+    Raises:
+        DataError: samples lie beside the splits, so that it is unclear which are meant.
     """
-    parts: list[str] = [split for split in SPLITS if (root / split).is_dir()]
-    for name in list_folder(root) if parts else ():
+    found: list[str] = [split for split in SPLITS if (root / split).is_dir()]
+    for name in list_folder(root) if found else ():
         if name.endswith(_SUFFIXES):
-            fault = f"holds {name} beside {' and '.join(parts)}"
+            fault = f"holds {name} beside {' and '.join(found)}"
             raise DataError(root, fault, "give one of these folders, or keep the sample elsewhere")
-    return parts or ["."]
+    return found or ["."]
 
 
 def open_split(root: Path, split: str) -> SampleDataset:
-    """The samples in `root`/`split` ("train" or "validation"); see `open_folder`."""
+    """Open the samples in `root`/`split`, one of SPLITS; see `open_folder`."""
     return open_folder(root / split)
 
 
 def open_folder(folder: Path) -> SampleDataset:
-    """The samples in `folder`: those of its manifest if it has one, else those that a look finds.
+    """Open the samples in `folder`, those of its manifest if it has one.
 
-    Looking means listing the folder, in the order of `files_data.lst` if that is there, and reading
-    the first sound sample for its shape. DataError where there is no folder, no sample, a mixture of
-    formats, or lists that do not fit the files.
+    Without a manifest the folder is listed, in the order of `files_data.lst` if that exists, and the
+    first valid sample is read for its shape.
+
+    Raises:
+        DataError: there is no folder, no sample or a mixture of formats, or the lists do not match the files.
     """
     manifest = Manifest.load(folder)
     if manifest is not None:
-        return _of_manifest(folder, manifest)
+        return _from_manifest(folder, manifest)
     names = list_folder(folder)
-    kinds = {suffix: [name for name in names if name.endswith(suffix)] for suffix in _SUFFIXES}
-    found = {suffix: tuple(kind) for suffix, kind in kinds.items() if kind}
-    if not found:
+    by_suffix = {suffix: tuple(name for name in names if name.endswith(suffix)) for suffix in _SUFFIXES}
+    suffixes = [suffix for suffix, found in by_suffix.items() if found]
+    if not suffixes:
         raise DataError(folder, "holds no samples", f"expected {_EXPECTED} files")
-    if len(found) > 1:
-        one, other, *_ = found.values()
-        raise DataError(folder, f"holds {one[0]} and {other[0]}", "keep one format a folder")
-    ((suffix, samples),) = found.items()
+    suffix, *others = suffixes
+    if others:
+        fault = f"holds {by_suffix[suffix][0]} and {by_suffix[others[0]][0]}"
+        raise DataError(folder, fault, "keep one format a folder")
     if suffix == DATA_SUFFIX:
-        _check_labels(folder, samples, names)
-    ordered = _in_list_order(folder, samples, names)
+        _check_labels(folder, by_suffix[suffix], names)
+    ordered = _in_list_order(folder, by_suffix[suffix], names)
     for name in ordered:
         if not name.isprintable():
             raise DataError(folder, f"holds {name!a}", "give it a name that lists can hold, in UTF-8")
-    format_name = first_valid(ordered, lambda name: _detect_format(folder / name, suffix))
-    if format_name == PackedFormat.name:
-        split = dataset_from_shards(
-            folder, ((name, sample_members(folder / name)) for name in ordered), SampleSpec(1)
-        )
-    else:
-        split = SampleDataset(folder, format_name, ordered, SampleSpec(1))
-    return replace(split, spec=_shape_of_first(split))
+    dataset = _from_files(folder, first_valid(ordered, lambda name: _detect_format(folder / name)), ordered)
+    shape = first_valid(range(len(dataset)), lambda index: _read_any(dataset, index).counts.shape)
+    return replace(dataset, spec=SampleSpec(shape[0], shape[-1]))
 
 
 def first_valid(items: Iterable[_Item], probe: Callable[[_Item], _Found]) -> _Found:
-    """What `probe` finds in the first sound one of some of `items`; the very first's DataError if none is."""
-    faults: list[DataError] = []
+    """Return `probe(item)` for the first of up to 16 items that does not raise DataError.
+
+    If all fail, raise the first error.
+    """
+    errors: list[DataError] = []
     for item in islice(items, MAX_CONSECUTIVE_BAD):
         try:
             return probe(item)
         except DataError as error:
-            faults.append(error)
-    raise faults[0]
+            errors.append(error)
+    raise errors[0]
 
 
 def list_folder(folder: Path) -> list[str]:
-    """The names in `folder`, sorted; AccessError where it cannot be listed."""
+    """Return the names in `folder`, sorted; AccessError if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries)
@@ -101,93 +104,88 @@ def list_folder(folder: Path) -> list[str]:
         raise AccessError(
             folder,
             f"cannot be listed ({error.strerror})",
-            "give a folder of samples, or one that holds train and validation",
+            f"give a folder of samples, or one that holds {' and '.join(SPLITS)}",
         ) from error
 
 
 def read_sample(path: Path) -> Sample:
-    """The sample in the file `path` of any format; DataError where it is none."""
-    for suffix in _SUFFIXES:
-        if path.name.endswith(suffix):
-            return FORMATS[_detect_format(path, suffix)].read(path)
+    """Read and fully validate the one sample in the file `path` of any format and shape.
+
+    Raises:
+        DataError: the file is damaged, of no known format, or a shard of several samples.
+    """
+    dataset = _from_files(path.parent, _detect_format(path), [path.name])
+    if len(dataset) != 1:
+        raise DataError(path, f"holds {len(dataset)} samples", "expected one")
+    return _read_any(dataset, 0)
+
+
+def _detect_format(path: Path) -> str:
+    """Return the name of the format of `path`, by its suffix and, of a TFRecord, its first bytes."""
+    if path.name.endswith(TFRECORD_SUFFIX):
+        try:
+            with open(path, "rb") as file:
+                return "tfrecord_gzip" if file.read(len(GZIP_MAGIC)) == GZIP_MAGIC else "tfrecord"
+        except OSError as error:
+            raise AccessError.reading(path, error) from error
+    for name, format_ in FORMATS.items():
+        if path.name.endswith(format_.suffix):
+            return name
     raise DataError(path, "has the name of no known format", f"expected {_EXPECTED}")
 
 
-def detect_tfrecord_format(path: Path) -> str:
-    """Which of the two TFRecord formats the file at `path` is in, by its first bytes."""
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(len(GZIP_MAGIC))
-    except OSError as error:
-        raise AccessError.reading(path, error) from error
-    return "tfrecord_gzip" if magic == GZIP_MAGIC else "tfrecord"
+def _from_files(folder: Path, format_name: str, names: Sequence[str]) -> SampleDataset:
+    """Return the samples in the files `names`; their shape is left open."""
+    if format_name == PackedFormat.name:
+        shards = ((name, sample_members(folder / name)) for name in names)
+        return dataset_from_shards(folder, shards, _UNKNOWN_SPEC)
+    return SampleDataset(folder, format_name, tuple(names), _UNKNOWN_SPEC)
 
 
-def _detect_format(path: Path, suffix: str) -> str:
-    """The format of the file at `path`, whose name ends with `suffix`."""
-    forms = [format_name.name for format_name in FORMATS.values() if format_name.suffix == suffix]
-    return forms[0] if len(forms) == 1 else detect_tfrecord_format(path)
+def _read_any(dataset: SampleDataset, index: int) -> Sample:
+    """Read sample `index` of any shape."""
+    return dataset.format.parse(dataset.path(index), dataset.read_contents(index))
 
 
-def _of_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
+def _from_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
     if manifest.format_name not in FORMATS:
-        raise DataError(
-            folder / MANIFEST,
-            f"names the format {manifest.format_name!r}",
-            f"this program knows {', '.join(sorted(FORMATS))}",
-        )
+        fault = f"names the format {manifest.format_name!r}"
+        raise DataError(folder / MANIFEST, fault, f"known formats: {', '.join(sorted(FORMATS))}")
     if not manifest.entries:
         raise DataError(folder, "holds no samples", "its manifest is empty")
     if manifest.format_name == PackedFormat.name:
-        shards = (
-            (entry.name + part.suffix, part.members) for entry in manifest.entries for part in entry.files
-        )
-        return dataset_from_shards(folder, shards, manifest.spec)
-    format_name = FORMATS[manifest.format_name]
-    names = tuple(entry.name + format_name.suffix for entry in manifest.entries)
-    sums = np.full((len(names), len(format_name.suffixes), 2), -1, np.int64)
-    for row, entry in zip(sums, manifest.entries, strict=True):
-        for part in entry.files:
-            if part.suffix in format_name.suffixes:
-                row[format_name.suffixes.index(part.suffix)] = part.bytes, part.crc32c
-    return SampleDataset(folder, manifest.format_name, names, manifest.spec, checksums=sums)
+        files = ((entry.name + file.suffix, file) for entry in manifest.entries for file in entry.files)
+        return dataset_from_shards(folder, ((name, file.members) for name, file in files), manifest.spec)
+    format_ = FORMATS[manifest.format_name]
+    names = tuple(entry.name + format_.suffix for entry in manifest.entries)
+    extents = np.full((len(names), len(format_.suffixes)), -1, EXTENT)
+    for row, entry in zip(extents, manifest.entries, strict=True):
+        for file in entry.files:
+            if file.suffix in format_.suffixes:
+                row[format_.suffixes.index(file.suffix)] = 0, file.bytes, file.crc32c
+    return SampleDataset(folder, manifest.format_name, names, manifest.spec, extents)
 
 
-def _shape_of_first(split: SampleDataset) -> SampleSpec:
-    """The shape of the first sound sample; that others are not is for whoever reads them to say."""
-
-    def shape(index: int) -> SampleSpec:
-        size, _, _, channels = split.format.parse(split.path(index), split.read_files(index)).counts.shape
-        return SampleSpec(size, channels)
-
-    return first_valid(range(len(split)), shape)
-
-
-def _check_labels(folder: Path, data: tuple[str, ...], names: list[str]) -> None:
+def _check_labels(folder: Path, data: Sequence[str], names: Sequence[str]) -> None:
     labels = {name.removesuffix(LABEL_SUFFIX) for name in names if name.endswith(LABEL_SUFFIX)}
     for name in data:
         if name.removesuffix(DATA_SUFFIX) not in labels:
-            raise DataError(
-                folder / name, "has no label file beside it", f"expected a *{LABEL_SUFFIX} of that name"
-            )
+            raise DataError(folder / name, "has no label file", f"expected a *{LABEL_SUFFIX} of that name")
 
 
-def _in_list_order(folder: Path, found: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
-    """The samples `found` in the order of the folder's list files, if it has any."""
+def _in_list_order(folder: Path, found: Sequence[str], names: Sequence[str]) -> Sequence[str]:
+    """Return the samples `found` in the order of the folder's list files, if it has any."""
     if DATA_LIST not in names:
         return found
-    listed = tuple(entry.name for entry in read_list(folder / DATA_LIST))
-    missing = set(listed) - set(found)
-    if missing:
-        raise DataError(
-            folder / DATA_LIST, f"lists {min(missing)}, which is not there", "write the list anew"
-        )
+    path, remedy = folder / DATA_LIST, "regenerate the list"
+    listed = [file.name for file in read_list(path)]
+    if missing := set(listed) - set(found):
+        raise DataError(path, f"lists {min(missing)}, which does not exist", remedy)
     if not listed:
-        raise DataError(folder / DATA_LIST, "lists nothing", "write the list anew")
+        raise DataError(path, "is empty", remedy)
     if LABEL_LIST in names:
-        labels = tuple(entry.name for entry in read_list(folder / LABEL_LIST))
-        if labels != tuple(name.removesuffix(DATA_SUFFIX) + LABEL_SUFFIX for name in listed):
-            raise DataError(
-                folder / LABEL_LIST, f"does not list the labels of {DATA_LIST} in its order", "write it anew"
-            )
+        labels = [file.name for file in read_list(folder / LABEL_LIST)]
+        if labels != [name.removesuffix(DATA_SUFFIX) + LABEL_SUFFIX for name in listed]:
+            fault = f"does not list the labels of {DATA_LIST} in its order"
+            raise DataError(folder / LABEL_LIST, fault, remedy)
     return listed

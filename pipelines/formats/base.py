@@ -1,4 +1,4 @@
-"""What a format promises: both halves of it, writer and reader, behind one contract."""
+"""The contract of a sample format, and the form in which samples enter the decoding pipeline."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.formats.packed.format import PackedPayload
+from pipelines.formats.packed.decode import PackedSample
 from pipelines.io import WrittenFile
 from pipelines.sample import Sample, SampleSpec
 
 
 class CountsPayload(NamedTuple):
-    """What a reader thread hands to the pipeline of one sample, and the target, which stays on the host.
+    """An unpacked sample for the decoder.
 
-    counts: (D, H, W, C) int16.
-    target: (4,) float32.
-    mapped: the file that the counts are a view of, of which no page has been asked for; or None.
+    Attributes:
+        counts: (D, H, W, C) int16.
+        target: (4,) float32, kept on the host.
+        mapped: the memory map that `counts` is a view of, not read yet; None for counts in memory.
     """
 
     counts: npt.NDArray[np.int16]
@@ -28,42 +29,43 @@ class CountsPayload(NamedTuple):
     mapped: mmap.mmap | None = None
 
 
-Payload: TypeAlias = CountsPayload | PackedPayload
+Payload: TypeAlias = CountsPayload | PackedSample
 
 
 class Format(Protocol):
-    """A way to keep one sample in files `<directory>/<sample_id><suffix>`."""
+    """A file format of samples: one sample in files `<directory>/<sample_id><suffix>`, or a shard of them."""
 
     @property
     def name(self) -> str:
-        """The name on the command line."""
+        """Name on the command line and in manifests."""
 
     @property
     def suffix(self) -> str:
-        """The end of the name of the file that holds the counts."""
+        """Suffix of the file that holds the counts."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """The ends of the names of all files that reading a sample needs."""
+        """Suffixes of all files that reading a sample needs."""
 
     @property
     def extra_suffixes(self) -> tuple[str, ...]:
-        """The ends of the names of other files that `write` makes."""
+        """Suffixes of further files that `write` makes."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the contents that `parse` takes, the counts last: `suffixes`, or that of a member."""
 
     def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
-        """Write `sample`, each file whole or not at all, that with the counts last."""
+        """Write `sample`, each file atomically, the one with the counts last."""
 
-    def parse(self, path: Path, files: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
-        """The sample in `files`, by the ends of their names, checked in full.
+    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+        """Parse and fully validate one sample.
 
-        path: that of the file that holds the counts. DataError names any fault, and the file.
-        """
+        Args:
+            path: file that holds the counts, named in errors.
+            contents: bytes of the sample by `keys`; the result may be a view of them.
+            spec: expected shape; None accepts any.
 
-    def read(self, path: Path, spec: SampleSpec | None = None) -> Sample:
-        """The sample whose counts are in `path`: what is there, parsed."""
-
-    def payload(self, path: Path, spec: SampleSpec, *, fully_validate: bool = False) -> Payload:
-        """The same in a reader thread, for the pipeline; DataError for what that would not notice.
-
-        With `fully_validate`, for every fault, so that it is known before the sample is used.
+        Raises:
+            DataError: the content is damaged or not of this format.
         """

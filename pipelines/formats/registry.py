@@ -1,16 +1,15 @@
-"""The formats that samples are kept in, by name."""
+"""All sample formats by name."""
 
 from pipelines.formats.base import Format
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.tfrecord import TFRecord
 
-FORMATS: dict[str, Format] = {
-    each.name: each
-    for each in (
-        TFRecord("tfrecord_gzip", compressed=True),
-        TFRecord("tfrecord", compressed=False),
-        Npy(),
-        PackedFormat(),
-    )
-}
+_ALL: tuple[Format, ...] = (
+    TFRecord("tfrecord_gzip", compressed=True),
+    TFRecord("tfrecord", compressed=False),
+    Npy(),
+    PackedFormat(),
+)
+
+FORMATS: dict[str, Format] = {format_.name: format_ for format_ in _ALL}

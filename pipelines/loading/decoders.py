@@ -230,7 +230,7 @@ class PackedCpuDecoder:
 
     def _decode(self, payload: Payload, out: npt.NDArray[np.float32]) -> None:
         """Write the volume of `payload` into `out` (D, H, W, C)."""
-        packed: PackedSample = payload.packed  # type: ignore[union-attr]
+        packed: PackedSample = payload  # type: ignore[assignment]
         packed.fill(out, np.take(self._table, packed.table))
         if not self._apply_log:
             out /= out.mean(dtype=np.float64).astype(np.float32)
@@ -249,7 +249,7 @@ class PackedGpuDecoder(_DaliDecoder):
 
     def submit(self, payloads: Sequence[Payload], upcoming: Indices) -> None:
         """See `Decoder`."""
-        batch: list[PackedSample] = [payload.packed for payload in payloads]  # type: ignore[union-attr]
+        batch: list[PackedSample] = list(payloads)  # type: ignore[arg-type]
         arrays = arrays_of(batch)
         self._submitted.append((batch, arrays))
         self._inputs.append(arrays)
@@ -264,8 +264,8 @@ class PackedGpuDecoder(_DaliDecoder):
                 torch.utils.dlpack.from_dlpack(blocks[row]),
                 torch.utils.dlpack.from_dlpack(tables[row]),
                 volume[row].permute(1, 2, 3, 0),
-                planes=packed.planes,
-                total=packed.total,
+                planes=packed.header.planes,
+                byte_sum=packed.header.byte_sum,
                 by_mean=not self._config.apply_log,
             )
         self._record_read()

@@ -82,7 +82,7 @@ class Reader:
         spec = self.split.spec
         sample = Sample(np.ones(spec.shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
         if self.split.format_name == PackedFormat.name:
-            return encode_payload(sample, spec)
+            return encode_payload(sample)
         return CountsPayload(sample.counts, sample.target)
 
     def _payload(self, index: int) -> Payload:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.dataset.dataset import Extents, SampleDataset
+from pipelines.dataset.dataset import EXTENT, SampleDataset
 from pipelines.dataset.manifest import SourceFingerprint
 from pipelines.errors import DataError, UnreadableError
 from pipelines.formats.packed.encode import encode
@@ -18,12 +17,11 @@ from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import SHARD_SUFFIX, write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile
-from pipelines.sample import Sample, SampleSpec
+from pipelines.sample import SampleSpec
 from preprocess.conversion.task_result import DamagedError, make_entries
 
-Line = tuple[str, Sequence[int], Sequence[int]]
-"""A sample of the source: its name there; where in a shard it starts and how long it is; of each of its
-files the length and the CRC-32C by the manifest. Empty where there is no shard, or no manifest."""
+Line = tuple[str, Sequence[Sequence[int]]]
+"""A sample of the source: its name, and its extents, empty where they are not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class Conversion:
         def samples() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
             for index in range(len(split)):
                 stem = split.sample_id(index)
-                yield stem, FORMATS[self.to].write(target, stem, _read(split, index))
+                yield stem, FORMATS[self.to].write(target, stem, split.read(index, verify=True))
 
         def shard() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
             ((stem, _),) = wanted
@@ -66,27 +64,16 @@ class Conversion:
         )
 
     def _split(self, lines: Sequence[Line]) -> SampleDataset:
-        names, places, sums = zip(*lines, strict=True)
-        extents = Extents(*np.array(places).T) if any(places) else None
-        told = np.array(sums).reshape(len(names), -1, 2) if any(sums) else None
+        names, rows = zip(*lines, strict=True)
+        extents = np.array([[tuple(extent) for extent in row] for row in rows], EXTENT) if any(rows) else None
         spec = SampleSpec(self.size, self.channels)
-        return SampleDataset(Path(self.source), self.format_name, names, spec, extents, checksums=told)
+        return SampleDataset(Path(self.source), self.format_name, names, spec, extents)
 
 
 def lines_of(split: SampleDataset) -> list[Line]:
     """The samples of `split` as a Conversion is told of them."""
-    nothing: Iterable[Sequence[int]] = itertools.repeat(())
-    places = sums = nothing
-    if split.extents:
-        places = zip(split.extents.offsets.tolist(), split.extents.lengths.tolist(), strict=True)
-    if split.checksums is not None:
-        sums = split.checksums.reshape(len(split), -1).tolist()
-    return list(zip(split.names, places, sums, strict=False))
-
-
-def _read(split: SampleDataset, index: int) -> Sample:
-    """Sample `index`, checked in full, and against the manifest where there is one."""
-    return split.format.parse(split.path(index), split.read_verified(index), split.spec)
+    extents = split.extents.tolist() if split.extents is not None else [()] * len(split)
+    return list(zip(split.names, extents, strict=True))
 
 
 def _members(split: SampleDataset) -> Iterator[tuple[str, Iterator[bytes]]]:
@@ -97,7 +84,7 @@ def _members(split: SampleDataset) -> Iterator[tuple[str, Iterator[bytes]]]:
     sound = False
     for index in range(len(split)):
         try:
-            sample = _read(split, index)
+            sample = split.read(index, verify=True)
         except DataError as error:
             if isinstance(error, UnreadableError):
                 lost.append(str(error))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipelines.dataset.manifest import Entry
 from pipelines.errors import AccessError, DataError
-from pipelines.formats.packed.format import PackedFormat, member_sample_id, sample_members
+from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
 
 
@@ -69,15 +69,19 @@ def _samples_in(
         half = begun and not {stem + part for part in FORMATS[format_name].suffixes} <= set(names)
         return [] if half else [stem]
     # A shard's name does not tell what it holds; nor does a note, if the shard is another one by now.
-    told = list(map(member_sample_id, noted.members)) if noted else None
+    told = list(map(_sample_id, noted.members)) if noted else None
     if noted and noted.is_complete_in(folder):
         return told
     shard = folder / (stem + PackedFormat.suffix)
     if shard.name not in names:
         return told
     try:
-        return [member_sample_id(member.name) for member in sample_members(shard)]
+        return [_sample_id(member.name) for member in sample_members(shard)]
     except AccessError:
         raise
     except DataError:
         return told
+
+
+def _sample_id(member: str) -> str:
+    return member.rpartition("/")[2].removesuffix(MEMBER_SUFFIX)

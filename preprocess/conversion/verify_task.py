@@ -97,9 +97,9 @@ class Check:
 
 def _of(split: SampleDataset, index: int, contents: Mapping[str, bytes]) -> dict[str, bytes]:
     """The contents of sample `index` among those of the files that it is in, as `Format.parse` takes them."""
-    if not split.extents:
-        return {kind: contents[kind] for kind in split.file_keys}
-    start, length = int(split.extents.offsets[index]), int(split.extents.lengths[index])
+    if not split.sharded:
+        return {kind: contents[kind] for kind in split.format.keys}
+    start, length, _ = split.member_extents[index].item()
     return {MEMBER_SUFFIX: contents[PackedFormat.suffix][start : start + length]}
 
 

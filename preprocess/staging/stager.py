@@ -156,8 +156,10 @@ def _check_space(root: Path, plans: Sequence[_Plan]) -> None:
     for plan in plans:
         if plan.opened:
             block = os.statvfs(plan.target).f_frsize
-            extents, counts = plan.split.extents, np.full(len(plan.split), plan.split.spec.bytes)
-            lengths = (extents.lengths if extents else counts)[plan.own]
+            lengths = np.full(len(plan.split), plan.split.spec.bytes)
+            if plan.split.sharded:
+                lengths = plan.split.member_extents["bytes"]
+            lengths = lengths[plan.own]
             # In whole blocks, one of which is for the small file beside each: the label, or the index.
             needed += int((-(-(lengths + _HEADERS) // block) * block + block).sum())
     if needed and needed > (free := shutil.disk_usage(root).free):
@@ -218,10 +220,10 @@ def _fill(plan: _Plan, config: StageConfig, session: Session, group: NodeGroup) 
 def _there(split: SampleDataset, target: Path) -> SampleDataset:
     """The samples of `split` once they are in `target`."""
     stems = [split.sample_id(index) for index in range(len(split))]
-    if not split.extents:
+    if not split.sharded:
         names = tuple(stem + Npy.suffix for stem in stems)
         return SampleDataset(target, Npy.name, names, split.spec, partition=split.partition)
-    lengths = split.extents.lengths.tolist()
+    lengths = split.member_extents["bytes"].tolist()
     shards = (
         (stem + SHARD_SUFFIX, (TarMember(stem + MEMBER_SUFFIX, FIRST_MEMBER_OFFSET, length),))
         for stem, length in zip(stems, lengths, strict=True)

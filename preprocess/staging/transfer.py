@@ -14,7 +14,8 @@ from pipelines.distributed.node_groups import NodeGroup
 from pipelines.distributed.world import World
 from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.formats.npy import Npy
-from pipelines.formats.packed.format import MEMBER_SUFFIX, packed_payload
+from pipelines.formats.packed.decode import open_packed
+from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import SHARD_SUFFIX, write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile
@@ -34,7 +35,7 @@ def to_read(mine: Sequence[int], place: int, team: int) -> Sequence[int]:
 
 def staged_form(split: SampleDataset) -> str:
     """The format that the samples of `split` are staged in."""
-    return split.format_name if split.extents else Npy.name
+    return split.format_name if split.sharded else Npy.name
 
 
 class _Read(NamedTuple):
@@ -64,11 +65,11 @@ def relay(
     A fault stands in the entry's place, on the rank that has found it; None where there is neither.
     AccessError where this rank cannot write, or read what it tries in a row.
     """
-    nothing = [b""] * len(split.file_keys)
+    nothing = [b""] * len(split.format.keys)
 
     def read(index: int) -> _Read:
         try:
-            return _Read(list(split.read_verified(index, direct=direct).values()), None, {})
+            return _Read(list(split.read_contents(index, verify=True, direct=direct).values()), None, {})
         except UnreadableError as error:
             return _Read(nothing, str(error), {error.path: error.fault})
         except DataError as error:
@@ -99,7 +100,7 @@ def relay(
                 lost.note(unread)
             received = [
                 group.broadcast(None if contents is None else contents[at], place)
-                for at in range(len(split.file_keys))
+                for at in range(len(split.format.keys))
             ]
             if contents is None and not any(received):
                 continue  # What its reader could not read: that one tells why.
@@ -117,9 +118,9 @@ def _write(
 ) -> Sequence[WrittenFile]:
     """Write sample `index`, whose files' `contents` these are, in the form that it is staged in."""
     stem, path = split.sample_id(index), split.path(index)
-    if split.extents:
+    if split.sharded:
         (content,) = contents
-        packed_payload(path, content, split.spec, fully_validate=False)
+        open_packed(path, content, split.spec).verify_checksum()
         return write_shard(target / (stem + SHARD_SUFFIX), [(stem + MEMBER_SUFFIX, (content,))])
-    sample = split.format.parse(path, dict(zip(split.file_keys, contents, strict=True)), split.spec)
+    sample = split.format.parse(path, dict(zip(split.format.keys, contents, strict=True)), split.spec)
     return FORMATS[Npy.name].write(target, stem, sample)

@@ -18,7 +18,8 @@ import torch
 
 from benchmarks import candidates, emulation, harness, io_bench, samples
 from pipelines.formats.registry import FORMATS
-from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.formats.tf_example import encode_example
+from pipelines.formats.tfrecord import frame
 from pipelines.loading.config import LoaderConfig
 
 FLAGS = ["--samples", "3", "--steps", "2", "--size", "32", "--rounds", "2", "--batch-size", "2"]

@@ -1,4 +1,4 @@
-"""What the first bytes of a packed sample say; docs/packed.md has the layout."""
+"""The header of a packed sample; docs/packed.md has the layout."""
 
 from __future__ import annotations
 
@@ -16,23 +16,35 @@ from pipelines.sample import SampleSpec
 VERSION = 2
 MAGIC = b"CFPACKED"
 HEADER = struct.Struct("<8s7I4fIII")
-CHECKED = 56
-"""Where the CRC of the header stands, and so where what it covers is interrupted."""
+CRC_OFFSET = 56
+"""Position of the header's own CRC, which covers everything around it up to the first chunk."""
 
 BYTE_SUM_MODULUS = 1 << 32
-"""The sum of all inflated bytes is kept modulo this."""
+"""Modulus of the sum of all inflated bytes."""
 
-ENTRY = np.dtype([("bytes", "<u4"), ("crc32c", "<u4")])
+BLOCK_ENTRY = np.dtype([("bytes", "<u4"), ("crc32c", "<u4")])
 ALIGN = 16
-_PLANES = 4
+_MAX_PLANES = 4
 MAX_LZ4_RATIO = 255
-"""LZ4 makes at most so many bytes of one, so that what a header asks for is bounded by what is there."""
+"""The most that LZ4 compresses, which bounds the memory that a damaged header can ask for."""
 
 _Length = TypeVar("_Length", int, npt.NDArray[np.int64])
 
 
 class Header(NamedTuple):
-    """What the first bytes say; `beginning` is how many bytes end with the table."""
+    """The fields of a header.
+
+    Attributes:
+        spec: shape of the sample.
+        slices: D-slices in a chunk.
+        planes: bytes of a row index, each stored as a plane of its own.
+        rows: rows of the table.
+        table_bytes: length of the compressed table.
+        target: (4,) float32.
+        chunks_crc: CRC-32C of all chunks together.
+        crc: CRC-32C of the header, the directory and the table.
+        byte_sum: sum of all inflated bytes of the chunks, modulo BYTE_SUM_MODULUS.
+    """
 
     spec: SampleSpec
     slices: int
@@ -40,53 +52,56 @@ class Header(NamedTuple):
     rows: int
     table_bytes: int
     target: npt.NDArray[np.float32]
-    crc_of_chunks: int
+    chunks_crc: int
     crc: int
-    total: int
+    byte_sum: int
 
     @property
     def blocks(self) -> int:
-        """How many LZ4 blocks follow the table."""
+        """Number of LZ4 blocks after the table."""
         return self.spec.size // self.slices * self.planes
 
     @property
-    def table_start(self) -> int:
-        """Where the table's block starts."""
-        return aligned(HEADER.size + self.blocks * ENTRY.itemsize)
+    def chunk_voxels(self) -> int:
+        """Voxels of a chunk."""
+        return self.slices * self.spec.size**2
 
     @property
-    def beginning(self) -> int:
-        """Where the first chunk starts."""
+    def table_start(self) -> int:
+        """Offset of the table's block."""
+        return aligned(HEADER.size + self.blocks * BLOCK_ENTRY.itemsize)
+
+    @property
+    def chunks_start(self) -> int:
+        """Offset of the first chunk."""
         return aligned(self.table_start + self.table_bytes)
 
 
 def read_header(path: Path, content: memoryview) -> Header:
-    """The header at the start of `content`; DataError where it is none of this version."""
+    """Parse the header at the start of `content`; DataError if it is not one of this version."""
     if bytes(content[:8]) != MAGIC[: len(content)] or not content:
-        raise DataError(path, "is no packed sample", REMEDY)
+        raise DataError(path, "is not a packed sample", REMEDY)
     if len(content) >= 12 and (version := struct.unpack_from("<I", content, 8)[0]) != VERSION:
-        fault = f"is a packed sample of version {version}"
-        raise DataError(path, fault, f"this program reads version {VERSION}: convert the sample again")
+        raise DataError(path, f"is a packed sample of version {version}, not {VERSION}", REMEDY)
     if len(content) < HEADER.size:
         raise DataError(path, f"is cut off after {len(content)} bytes", REMEDY)
-    _, _, *numbers, of_chunks, crc, total = HEADER.unpack_from(content)
+    _, _, *numbers, chunks_crc, crc, byte_sum = HEADER.unpack_from(content)
     size, channels, slices, planes, rows, table_bytes, *target = numbers
-    sound = (
+    valid = (
         0 < size < 1 << 16
         and 0 < channels < 1 << 8
         and 0 < slices <= size
         and size % slices == 0
-        and 0 < planes <= _PLANES
+        and 0 < planes <= _MAX_PLANES
         and 0 < rows <= min(size**3, 1 << 8 * planes)
         and rows * channels * 2 <= table_bytes * MAX_LZ4_RATIO
     )
-    if not sound:
-        raise DataError(path, f"its header does not make sense ({numbers[:6]})", REMEDY)
-    found = np.array(target, np.float32)
-    spec = SampleSpec(size, channels)
-    return Header(spec, slices, planes, rows, table_bytes, found, of_chunks, crc, total)
+    if not valid:
+        raise DataError(path, f"its header is not valid ({numbers[:6]})", REMEDY)
+    spec, floats = SampleSpec(size, channels), np.array(target, np.float32)
+    return Header(spec, slices, planes, rows, table_bytes, floats, chunks_crc, crc, byte_sum)
 
 
 def aligned(length: _Length) -> _Length:
-    """`length` with the padding that follows."""
+    """Return `length` with the padding that follows."""
     return length + -length % ALIGN

@@ -1,4 +1,4 @@
-"""Raw LZ4 blocks to bytes: one at a time, or many in one call."""
+"""Decompression of raw LZ4 blocks, one at a time or many in one call."""
 
 from __future__ import annotations
 
@@ -14,44 +14,52 @@ from pipelines.errors import DataError
 REMEDY = "convert the sample again"
 
 FRAME_BLOCK_BYTES = 1 << 16
-"""Bytes that each block of `inflate_many` becomes: the most that a frame of that kind lets it."""
+"""Inflated bytes of each block of `inflate_many`, the most that the frame's kind allows."""
 
-_END = bytes(4)
+_END_MARK = bytes(4)
 
 
 def inflate(path: Path, block: memoryview, length: int, name: str) -> bytes:
-    """The `length` bytes that `block`, called `name`, becomes; DataError of `path` where it does not."""
+    """Inflate `block` to `length` bytes.
+
+    Args:
+        path: file that errors name.
+        name: name of the block in errors.
+
+    Raises:
+        DataError: the block is damaged or has another length.
+    """
     try:
         content = bytes(lz4.block.decompress(block, uncompressed_size=length))
     except (lz4.block.LZ4BlockError, OverflowError) as error:
-        raise DataError(path, f"{name} is no LZ4 block of {length} bytes", REMEDY) from error
+        raise DataError(path, f"{name} is not an LZ4 block of {length} bytes", REMEDY) from error
     if len(content) != length:
         raise DataError(path, f"{name} inflates to {len(content)} bytes, not {length}", REMEDY)
     return content
 
 
 def inflate_many(blocks: Sequence[memoryview]) -> bytes | None:
-    """What `blocks` become, FRAMED bytes each, one after the other; None where one of them does not.
+    """Inflate `blocks` to FRAME_BLOCK_BYTES each and concatenate them; None if one does not inflate so.
 
-    They are put into a frame, which the library inflates in one call: each call lets go of the GIL, and
-    two threads that take turns at it for every block lose an eighth of their time. The layout is that of
-    lz4_Frame_format.md, which has no room for a block that is longer than what it becomes, sound or not.
+    They are put into a frame (lz4_Frame_format.md), which the library inflates in one call. Each call
+    releases the GIL, and two threads that alternate for every block lose an eighth of their time. A
+    frame cannot hold a block longer than what it inflates to, valid or not.
     """
     if any(len(block) > FRAME_BLOCK_BYTES for block in blocks):
         return None
-    parts: list[bytes | memoryview] = [_head(FRAME_BLOCK_BYTES * len(blocks))]
+    pieces: list[bytes | memoryview] = [_frame_header(FRAME_BLOCK_BYTES * len(blocks))]
     for block in blocks:
-        parts += (len(block).to_bytes(4, "little"), block)
+        pieces += (len(block).to_bytes(4, "little"), block)
     try:
-        # The frame's head tells its length, and the library refuses blocks that become more or less.
-        return bytes(lz4.frame.decompress(b"".join([*parts, _END])))
+        # The header states the total length, and the library refuses frames of another one.
+        return bytes(lz4.frame.decompress(b"".join([*pieces, _END_MARK])))
     except RuntimeError:
         return None
 
 
 @functools.cache
-def _head(length: int) -> bytes:
-    """How a frame begins that becomes `length` bytes, of blocks that know nothing of each other."""
+def _frame_header(length: int) -> bytes:
+    """Return the header of a frame of independent blocks that inflates to `length` bytes."""
     context = lz4.frame.create_compression_context()
     kind = {"block_size": lz4.frame.BLOCKSIZE_MAX64KB, "block_linked": False}
     return bytes(lz4.frame.compress_begin(context, source_size=length, **kind))

@@ -1,17 +1,15 @@
-"""Tar files of many samples, each a member, to be read by where they lie: the container of packed samples.
+"""Tar shards: files of many samples, each a member that is read by its position.
 
-A shard is a plain POSIX tar (ustar), as WebDataset has it, and beside it lies the index that DALI's
-own webdataset reader wants, `<shard>.idx`, as its wds2idx writes it: a line `v1.2 <members>`, and
-for each member its extension, where its bytes start, how many there are, and its name. A file of
-many samples is one inode and one listing for a parallel file system, where two million would be as
-many; a sample in it is one read of so many bytes.
+A shard is a plain POSIX tar (ustar) as in WebDataset. The index beside it, `<shard>.idx`, is the one
+of DALI's webdataset reader, as wds2idx writes it: a line `v1.2 <members>`, and for each member its
+extension, offset, length and name. A file of many samples is one inode and one listing for a
+parallel file system, instead of two million, and a sample is one read from it.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,98 +26,92 @@ from pipelines.io import (
 
 SHARD_SUFFIX, INDEX_SUFFIX = ".tar", ".idx"
 _BLOCK = tarfile.BLOCKSIZE
-_OVERRIDING_PAX_KEYS = re.compile(rb" (path|size|linkpath|GNU\.sparse[^=]*)=")
-"""What records behind a pax header may say of where a member is, or what it is called."""
 
 FIRST_MEMBER_OFFSET = _BLOCK
-"""Where the first member of a shard starts."""
+"""Offset of the first member of a shard."""
 
 _MAX_OPEN_SHARDS = 16384
-"""Shards that a process keeps open, if the system lets it: more than the published set has."""
+"""Shards that a process keeps open, if the system allows it: more than the published set has."""
 
 _FD_RESERVE = 512
-"""What it may have open beside them."""
+"""Other files that the process may open."""
 
 _REMEDY = "convert the samples again"
 
 
 def write_shard(
-    path: Path, contents: Iterable[tuple[str, Iterable[bytes]]]
+    path: Path, members: Iterable[tuple[str, Iterable[bytes]]]
 ) -> tuple[WrittenFile, WrittenFile]:
-    """Write the shard at `path` and then its index, each whole or not at all.
+    """Write the shard at `path` and then its index, each atomically.
 
-    contents: each member's name and its bytes in pieces, asked for one after the other. Whatever
-    they raise leaves no shard. DataError for a name that a tar cannot hold.
+    Args:
+        members: name and pieces of each member, consumed one by one. An exception from them leaves no shard.
+
+    Raises:
+        DataError: a name does not fit into a tar header.
     """
-    members: list[TarMember] = []
+    written: list[TarMember] = []
 
-    def pieces() -> Iterator[bytes]:
-        at = 0
-        for name, parts in contents:
-            content = b"".join(parts)
-            members.append(TarMember(name, at + _BLOCK, len(content)))
-            yield _header(path, members[-1])
+    def blocks() -> Iterator[bytes]:
+        offset = 0
+        for name, pieces in members:
+            content = b"".join(pieces)
+            written.append(TarMember(name, offset + _BLOCK, len(content)))
+            yield _header(path, written[-1])
             yield content
             yield bytes(-len(content) % _BLOCK)
-            at += _BLOCK + len(content) + -len(content) % _BLOCK
+            offset += _BLOCK + len(content) + -len(content) % _BLOCK
         yield bytes(2 * _BLOCK)
 
-    shard = write_stream(path, pieces())
-    index = write_chunks(path.with_suffix(INDEX_SUFFIX), _index(members).encode())
-    return index, shard._replace(members=tuple(members))
+    shard = write_stream(path, blocks())
+    index = write_chunks(path.with_suffix(INDEX_SUFFIX), _index(written).encode())
+    return index, shard._replace(members=tuple(written))
 
 
 def read_members(path: Path) -> tuple[TarMember, ...]:
-    """The members of the shard at `path`, by its headers; DataError where it is no whole tar."""
+    """Return the regular files in the tar archive at `path`, found by reading its headers.
+
+    Raises:
+        DataError: the archive is not complete, or has members that are neither files nor folders.
+    """
     members = []
     try:
-        with open(path, "rb") as file:
-            length, at = os.fstat(file.fileno()).st_size, 0
-            while (header := os.pread(file.fileno(), _BLOCK, at)) != bytes(_BLOCK):
-                try:
-                    entry = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-                except tarfile.HeaderError as error:
-                    fault = f"is no whole tar: at byte {at}, {error}"
-                    raise DataError(path, fault, _REMEDY) from error
-                # What a folder says of its length is not in the file; POSIX, ustar interchange format.
-                size = 0 if entry.isdir() else entry.size
-                end = at + _BLOCK + size
-                if not entry.name.isprintable():
-                    # It would stand in messages, and in the manifest.
-                    fault = f"is no whole tar: at byte {at}, the name {entry.name!a}"
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for entry in tar:
+                if not entry.name.isprintable() or entry.size < 0:
+                    # The name would go into messages, and into the manifest.
+                    fault = f"has a member {entry.name!a} of {entry.size} bytes"
                     raise DataError(path, fault, _REMEDY)
-                if entry.size < 0:
-                    fault = f"is no whole tar: at byte {at}, a member of {entry.size} bytes"
-                    raise DataError(path, fault, _REMEDY)
-                if end > length:
-                    raise DataError(path, f"is cut off in {entry.name}", _REMEDY)
-                if entry.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    members.append(TarMember(entry.name, at + _BLOCK, size))
-                elif entry.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and not _OVERRIDING_PAX_KEYS.search(
-                    os.pread(file.fileno(), size, at + _BLOCK)
-                ):
-                    # A finer time of change, an owner: nothing that is asked for here.
-                    pass
+                if entry.isreg() and not entry.issparse():
+                    members.append(TarMember(entry.name, entry.offset_data, entry.size))
                 elif not entry.isdir():
-                    # A longer name for the member behind it, a link to another one: a sample would be lost.
-                    fault = f"has {entry.name} of type {entry.type!a}, which a shard has not"
+                    # A link stands for a sample elsewhere; the content of a sparse file is not contiguous.
+                    fault = f"has {entry.name} of type {entry.type!a}"
                     raise DataError(path, fault, "make it with tar --format=ustar, of files alone")
-                at = end + -end % _BLOCK
+            # tarfile takes a damaged or missing header for the end.
+            if os.pread(file.fileno(), _BLOCK, tar.offset) != bytes(_BLOCK):
+                fault = f"is not a complete tar archive: no header at byte {tar.offset}"
+                raise DataError(path, fault, _REMEDY)
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(path, f"is not a complete tar archive ({error})", _REMEDY) from error
     except OSError as error:
         raise AccessError.reading(path, error) from error
     return tuple(members)
 
 
 def read_member(path: Path, name: str, offset: int, length: int, *, direct: bool = False) -> bytes:
-    """The `length` bytes at `offset` of the shard at `path`, those of its member `name`.
+    """Read the member `name`, `length` bytes at `offset` of the shard at `path`.
 
-    With `direct` past the page cache, where the file system lets it. DataError where the shard ends
-    before.
+    Args:
+        direct: bypass the page cache, where the file system supports it.
+
+    Raises:
+        DataError: the shard cannot be read, or ends before the member does.
     """
     try:
         content = read_direct(path, offset, length) if direct else None
         if content is None:
-            content = _opened_shards()(path).read(offset, length)
+            content = _shard_handles()(path).read(offset, length)
     except OSError as error:
         raise AccessError.reading(path, error) from error
     if len(content) < length:
@@ -129,19 +121,19 @@ def read_member(path: Path, name: str, offset: int, length: int, *, direct: bool
 
 
 def clear_handle_cache() -> None:
-    """Open every shard anew when it is read next: it may be another one by the same name."""
-    _opened_shards().cache_clear()
+    """Close all shards; the files of these names may have been replaced."""
+    _shard_handles().cache_clear()
 
 
 class ShardHandle:
-    """A file that is open as long as somebody holds this."""
+    """A file that stays open as long as this object exists."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Up to `length` bytes from `offset`, fewer only at the file's end."""
+        """Read up to `length` bytes from `offset`, fewer only at the end of the file."""
         parts: list[bytes] = []
         while length and (part := os.pread(self._descriptor, length, offset)):
             parts.append(part)
@@ -154,13 +146,13 @@ class ShardHandle:
 
 
 @functools.cache
-def _opened_shards() -> functools._lru_cache_wrapper[ShardHandle]:
-    """Opens the shard at a path once: a parallel file system takes longer for that than for a sample.
+def _shard_handles() -> functools._lru_cache_wrapper[ShardHandle]:
+    """Return the cache of open shards: on a parallel file system, opening takes longer than reading a sample.
 
-    What falls out is closed once the last thread that reads from it is done.
+    A handle that the cache drops is closed when the last thread that reads from it is done.
     """
-    room = raise_open_file_limit(_MAX_OPEN_SHARDS + _FD_RESERVE) - _FD_RESERVE
-    return functools.lru_cache(maxsize=max(room, _FD_RESERVE // 2))(ShardHandle)
+    limit = raise_open_file_limit(_MAX_OPEN_SHARDS + _FD_RESERVE) - _FD_RESERVE
+    return functools.lru_cache(maxsize=max(limit, _FD_RESERVE // 2))(ShardHandle)
 
 
 def _header(path: Path, member: TarMember) -> bytes:
@@ -173,10 +165,10 @@ def _header(path: Path, member: TarMember) -> bytes:
 
 
 def _index(members: Sequence[TarMember]) -> str:
-    """What DALI's wds2idx would write of `members`."""
+    """Return the index that DALI's wds2idx would write of `members`."""
     lines = [f"v1.2 {len(members)}"]
     for member in members:
-        # The extension is all behind the first dot, as WebDataset has it.
+        # As in WebDataset, the extension is everything after the first dot.
         extension = member.name.rpartition("/")[2].partition(".")[2]
         lines.append(f"{extension} {member.offset} {member.bytes} {member.name}")
     return "\n".join([*lines, ""])

@@ -8,7 +8,7 @@ import pytest
 from helpers import tiny_sample, write_tiny
 
 from pipelines.dataset.file_lists import ListedFile, read_list, write_list
-from pipelines.dataset.manifest import Entry, Manifest
+from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import open_folder, open_split, read_sample, split_dirs
 from pipelines.errors import DataError
 from pipelines.formats.registry import FORMATS
@@ -113,7 +113,7 @@ def test_two_kinds_of_tfrecord_in_one_folder_are_refused(tmp_path: Path) -> None
         root = write_tiny(tmp_path / first, train=1, validation=1, format_name=first)
         FORMATS[second].write(root / "train", "z", tiny_sample(1))
         split = open_split(root, "train")
-        with pytest.raises(DataError, match=r"z\.tfrecord.*keep the two kinds apart"):
+        with pytest.raises(DataError, match=r"z\.tfrecord.*use one folder for each kind"):
             split.read(1)
 
 
@@ -130,5 +130,15 @@ def test_numbers_that_no_file_has_are_refused(number: int, tmp_path: Path) -> No
         [file._replace(members=tuple(m._replace(offset=number) for m in file.members)) for file in written],
     ):
         Manifest("packed", SampleSpec(16), (Entry.from_written("a", wrong),)).save(tmp_path)
-        with pytest.raises(DataError, match="is no line of a manifest"):
+        with pytest.raises(DataError, match="is not valid"):
             open_folder(tmp_path)
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
+    written = FORMATS["npy"].write(tmp_path, "a", tiny_sample(1))
+    Manifest("npy", SampleSpec(16), (Entry.from_written("a", written),)).save(tmp_path)
+    path = tmp_path / MANIFEST
+    path.write_text(path.read_text().replace('"manifest": 2', '"manifest": 1'))
+    with pytest.raises(DataError, match="has version 1, not 2") as raised:
+        open_folder(tmp_path)
+    assert raised.value.path == str(path)

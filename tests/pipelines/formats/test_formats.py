@@ -23,10 +23,11 @@ from helpers import DATA, tiny_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import read_sample
 from pipelines.errors import DataError
 from pipelines.formats import tfrecord
-from pipelines.formats.base import CountsPayload
+from pipelines.formats.npy import map_sample
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample, SampleSpec
 
@@ -141,7 +142,7 @@ def test_no_damage_passes_for_a_sample(format_name: str, tmp_path: Path) -> None
             broken[rng.randrange(min(len(broken), 300))] ^= 1 << rng.randrange(8)
         victim.write_bytes(broken)
         try:
-            found = FORMATS[format_name].read(path)
+            found = read_sample(path)
         except DataError as error:
             assert error.path == str(victim)
             assert "\n" not in str(error)
@@ -180,12 +181,12 @@ def _bad_npy(folder: Path, counts: Array | None = None, target: Array | None = N
 )
 def test_a_bad_npy_is_refused_before_dali_sees_it(fault: dict[str, Array], said: str, tmp_path: Path) -> None:
     path = _bad_npy(tmp_path, **fault)
-    spec = SampleSpec(16)
-    for use in (FORMATS["npy"].read, FORMATS["npy"].payload):
-        if use == FORMATS["npy"].payload and said == "-1":
+    dataset = SampleDataset(tmp_path, "npy", (path.name,), SampleSpec(16))
+    for use in (dataset.read, dataset.payload):
+        if use == dataset.payload and said == "-1":
             continue  # the table makes NaN of it, and the trainer then reads the sample again
         with pytest.raises(DataError) as refusal:
-            use(path, spec)
+            use(0)
         assert said in str(refusal.value) and str(tmp_path) in str(refusal.value)
 
 
@@ -193,11 +194,11 @@ def test_what_is_no_single_record_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tfrecord"
     record = _record(_example(tiny_sample(5), packed=True, y_first=False, extra=False))
     for content, said in (
-        (record + record, "behind its one record"),
-        (gzip.compress(record) + gzip.compress(record), "behind its gzip stream"),
+        (record + record, "trailing bytes after its record"),
+        (gzip.compress(record) + gzip.compress(record), "trailing bytes after the gzip stream"),
         (gzip.compress(record)[:-4], "cut off"),
         (zlib.compress(record), "cut off|CRC"),
-        (_record(b"\xff\xff\xff"), "no tf.train.Example"),
+        (_record(b"\xff\xff\xff"), "not a tf.train.Example"),
         (_record(b""), "feature x"),
         (_record(_message(1, b"")), "feature x"),
         (b"", "cut off"),
@@ -226,9 +227,7 @@ def test_headers_are_read_by_many_threads_at_once(tmp_path: Path) -> None:
         np.save(tmp_path / f"{size}_label.npy", np.zeros(4, np.float32))
 
     def size_of(size: int) -> int:
-        payload = FORMATS["npy"].payload(tmp_path / f"{size}_data.npy", SampleSpec(size))
-        assert isinstance(payload, CountsPayload)
-        return int(payload.counts.shape[0])
+        return int(map_sample(tmp_path / f"{size}_data.npy", SampleSpec(size)).counts.shape[0])
 
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
@@ -261,7 +260,7 @@ def test_one_gzip_member_is_read_and_nothing_goes_unnoticed_behind_it(
         np.testing.assert_array_equal(read_sample(path).counts, counts)
         for more in (member, gzip.compress(record), b"\0", bytes(512), member[-8:], b"\0" + member[-8:]):
             path.write_bytes(member + more)
-            with pytest.raises(DataError, match="behind its gzip stream"):
+            with pytest.raises(DataError, match="trailing bytes after the gzip stream"):
                 read_sample(path)
         for damaged in (member[:-8] + b"????" + member[-4:], member[:-4] + b"????", member[:-9], member[:40]):
             path.write_bytes(damaged)
@@ -275,7 +274,7 @@ def test_a_gzip_bomb_is_not_inflated(told: int, tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(bytes(64 << 20))[:-4] + struct.pack("<I", told))
     tracemalloc.start()
     with pytest.raises(DataError, match="inflates to more than the 32768 bytes of a sample"):
-        FORMATS["tfrecord_gzip"].read(path, SampleSpec(16))
+        SampleDataset(tmp_path, "tfrecord_gzip", (path.name,), SampleSpec(16)).read(0)
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
 

@@ -31,13 +31,14 @@ from helpers import tiny_sample
 
 from pipelines.dataset.file_lists import ListedFile, read_list, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
-from pipelines.dataset.open import open_folder
+from pipelines.dataset.open import open_folder, read_sample
 from pipelines.errors import DataError
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import clear_handle_cache, read_members, write_shard
 from pipelines.formats.registry import FORMATS
-from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.formats.tf_example import encode_example
+from pipelines.formats.tfrecord import frame
 from pipelines.sample import Sample, SampleSpec
 from preprocess.conversion.hdf5_task import crops, universe_shape
 
@@ -132,15 +133,11 @@ def fuzz(path: Path, write: Callable[[random.Random], Callable[[], Sample]]) -> 
     """Write files with `write` and read `path` until the time is up; how many were read, and refused."""
     chance, read, refused = random.Random(11), 0, 0
     deadline = time.monotonic() + SECONDS
-    names = ("npy", "packed", "tfrecord")
-    format_name = next(FORMATS[name] for name in names if path.name.endswith(FORMATS[name].suffix))
-    if "gzip" in path.name:
-        format_name = FORMATS["tfrecord_gzip"]
     while time.monotonic() < deadline or read + refused < FEWEST:
         oracle = write(chance)
         start = time.monotonic()
         try:
-            found = format_name.read(path)
+            found = read_sample(path)
         except DataError as error:
             assert str(path.parent) in str(error) and "\n" not in str(error)
             refused += 1

@@ -41,9 +41,9 @@ def as_on_a_device(one: PackedSample, dtype: torch.dtype, *, apply_log: bool) ->
     for chunk, start, size in zip(chunks, starts.tolist(), sizes.tolist(), strict=True):
         block = packed_book.lz4_inflate(blocks[start : start + size].tobytes())
         chunk[: len(block)] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
-    out = torch.zeros(one.spec.shape, dtype=dtype)
+    out = torch.zeros(one.header.spec.shape, dtype=dtype)
     values, by_mean = looked_up(table, apply_log=apply_log), not apply_log
-    gather(chunks, values, out, planes=one.planes, total=one.total, by_mean=by_mean)
+    gather(chunks, values, out, planes=one.header.planes, byte_sum=one.header.byte_sum, by_mean=by_mean)
     return out
 
 
@@ -97,7 +97,7 @@ def test_the_gather_writes_into_memory_of_either_layout() -> None:
     table = torch.tensor([*TABLE, [0, 0, 0, 0]], dtype=torch.float32)
     last, first = torch.zeros(2, 2, 2, 4), torch.zeros(4, 2, 2, 2).permute(1, 2, 3, 0)
     for out in (last, first):
-        gather(blocks, table, out, planes=1, total=int(blocks.sum()), by_mean=False)
+        gather(blocks, table, out, planes=1, byte_sum=int(blocks.sum()), by_mean=False)
         assert torch.equal(out.reshape(8, 4), table[blocks.view(8).long()])
 
 

@@ -17,7 +17,8 @@ from pipelines.dataset.open import open_folder
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.formats.registry import FORMATS
-from pipelines.formats.tfrecord import encode_example, frame
+from pipelines.formats.tf_example import encode_example
+from pipelines.formats.tfrecord import frame
 from pipelines.sample import Sample
 from preprocess.conversion.engine import produce
 from preprocess.convert import order_conversion
@@ -60,7 +61,7 @@ RECORDS: dict[str, tuple[bytes, str | None]] = {
     "cut behind the length's CRC": (RECORD[:12], "is cut off: 12 bytes of"),
     "cut in the counts": (RECORD[: COUNTS_AT + 100], "is cut off"),
     "cut before the last CRC": (RECORD[:-4], "is cut off"),
-    "two records": (RECORD + RECORD, "bytes behind its one record"),
+    "two records": (RECORD + RECORD, "trailing bytes after its record"),
     "x of odd length": (
         frame(encode_example(Sample(SAMPLE.counts[:, :, 1:], SAMPLE.target))),
         "feature x has",
@@ -90,8 +91,8 @@ STREAMS: dict[str, tuple[bytes, str | None]] = {
     "cut in the header": (gzip.compress(RECORD)[:6], "is cut off"),
     "cut in the stream": (gzip.compress(RECORD)[:3000], "is cut off"),
     "cut in the trailer": (gzip.compress(RECORD)[:-5], "is cut off"),
-    "garbage behind it": (gzip.compress(RECORD) + b"garbage", "holds 7 bytes behind its gzip stream"),
-    "two members": (gzip.compress(RECORD) * 2, "bytes behind its gzip stream"),
+    "garbage behind it": (gzip.compress(RECORD) + b"garbage", "7 trailing bytes after the gzip stream"),
+    "two members": (gzip.compress(RECORD) * 2, "trailing bytes after the gzip stream"),
     "a stream in a stream": (gzip.compress(gzip.compress(RECORD)), "CRC of the record's length is wrong"),
 }
 
@@ -113,8 +114,8 @@ def saying(descr: str, shape: str) -> bytes:
 COUNTS, TARGET = SAMPLE.counts, SAMPLE.target
 PAIRS: dict[str, tuple[bytes, bytes, str | None]] = {
     "sound": (npy(COUNTS), npy(TARGET), None),
-    "a header that says more": (npy(COUNTS, b"(16, 16", b"(17, 17"), npy(TARGET), "where its header says"),
-    "a header that says less": (npy(COUNTS, b"(16, 16", b"(15, 15"), npy(TARGET), "where its header says"),
+    "a header that says more": (npy(COUNTS, b"(16, 16", b"(17, 17"), npy(TARGET), "its header says"),
+    "a header that says less": (npy(COUNTS, b"(16, 16", b"(15, 15"), npy(TARGET), "its header says"),
     "another order of axes": (npy(COUNTS, b"False", b"True "), npy(TARGET), "is in Fortran order"),
     "another type": (npy(COUNTS, b"<i2", b"<f2"), npy(TARGET), "counts are float16"),
     "another byte order": (npy(COUNTS, b"<i2", b">i2"), npy(TARGET), "holds >i2"),
@@ -124,18 +125,18 @@ PAIRS: dict[str, tuple[bytes, bytes, str | None]] = {
     "a shape beyond all": (saying("'<i2'", "(4294967296, 4294967296, 1, 1)"), npy(TARGET), "its header says"),
     "no type": (saying("'|S0'", "(16, 16, 16, 4)"), npy(TARGET), "holds |S0"),
     "a type of four": (saying("('<i2', (4,))", "(16, 16, 16)"), npy(TARGET), "holds |V8"),
-    "no magic": (b"\x92" + npy(COUNTS)[1:], npy(TARGET), "is no .npy file"),
-    "another version": (npy(COUNTS, b"NUMPY\x01", b"NUMPY\x07"), npy(TARGET), "is no .npy file"),
-    "cut in the header": (npy(COUNTS)[:60], npy(TARGET), "is no .npy file"),
-    "cut in the counts": (npy(COUNTS)[:-1], npy(TARGET), "where its header says"),
-    "more behind the counts": (npy(COUNTS) + b"x", npy(TARGET), "where its header says"),
-    "nothing": (b"", npy(TARGET), "is no .npy file"),
+    "no magic": (b"\x92" + npy(COUNTS)[1:], npy(TARGET), "is not a valid .npy file"),
+    "another version": (npy(COUNTS, b"NUMPY\x01", b"NUMPY\x07"), npy(TARGET), "is not a valid .npy file"),
+    "cut in the header": (npy(COUNTS)[:60], npy(TARGET), "is not a valid .npy file"),
+    "cut in the counts": (npy(COUNTS)[:-1], npy(TARGET), "its header says"),
+    "more behind the counts": (npy(COUNTS) + b"x", npy(TARGET), "its header says"),
+    "nothing": (b"", npy(TARGET), "is not a valid .npy file"),
 }
 LABELS: dict[str, tuple[bytes, str | None]] = {
     "of doubles": (npy(TARGET.astype(np.float64)), "the target is float64"),
     "of three": (npy(TARGET[:3]), "of shape (3,)"),
     "no number": (npy(np.full(4, np.inf, np.float32)), "the target is [inf"),
-    "cut off": (npy(TARGET)[:-2], "where its header says"),
+    "cut off": (npy(TARGET)[:-2], "its header says"),
 }
 
 
@@ -209,7 +210,7 @@ def test_what_npy_does_not_notice_is_found_by_the_manifest(to: str, part: str, t
     stems = {open_folder(tmp_path / "out" / "train").sample_id(i) for i in range(4)}
     assert STEM not in stems
     bad.write_bytes(whole[:-4])
-    said = f"error: {bad}: has {len(whole) - 4} bytes where manifest.jsonl says {len(whole)}; "
+    said = f"error: {bad}: has {len(whole) - 4} bytes; manifest.jsonl says {len(whole)}; "
     assert said in program("preprocess.convert", *line).err
     bad.write_bytes(whole)
     assert program("preprocess.convert", *line).code == 0
@@ -231,7 +232,7 @@ def test_a_source_that_was_changed_on_purpose_wants_its_manifest_anew(tmp_path: 
     data, bad, _ = changed_under_a_manifest(tmp_path, "data")
     line = ["-i", data / "train", "-o", tmp_path / "out", "--to", "tfrecord"]
     done = program("preprocess.convert", *line)
-    assert "remove manifest.jsonl and write it anew with python -m preprocess.verify --write" in done.err
+    assert "remove manifest.jsonl and regenerate it with python -m preprocess.verify --write" in done.err
     (data / "train" / "manifest.jsonl").unlink()
     assert program("preprocess.verify", data / "train", "--write").code == 0
     assert program("preprocess.convert", *line).code == 0

@@ -90,10 +90,10 @@ def test_verify_names_a_damaged_sample_in_its_shard(tmp_path: Path) -> None:
     line = ["-i", data / "train", "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 3]
     assert program(CONVERT, *line).code == 0
     split = open_folder(tmp_path / "packed")
-    assert split.extents is not None
+    assert split.sharded
     shard = split.files(4)[0]
     broken = bytearray(shard.read_bytes())
-    broken[int(split.extents.offsets[4] + split.extents.lengths[4]) - 20] ^= 1
+    broken[sum(split.member_extents[4].item()[:2]) - 20] ^= 1
     shard.write_bytes(broken)
     done = program("preprocess.verify", tmp_path / "packed")
     assert done.code == 1 and f"checksums: {shard}: its CRC-32C is not the manifest's" in done.err
@@ -114,11 +114,11 @@ def test_packed_samples_are_staged_as_they_are(tmp_path: Path) -> None:
     done = program("preprocess.stage", "-i", tmp_path / "packed", "-o", tmp_path / "disk")
     assert done.code == 0, done.err
     source, staged = (open_split(tmp_path / name, "train") for name in ("packed", "disk"))
-    assert source.extents is not None
-    assert f"{int(source.extents.lengths.sum()):,} bytes read" in done.out
+    assert source.sharded
+    assert f"{int(source.member_extents['bytes'].sum()):,} bytes read" in done.out
     assert [staged.sample_id(index) for index in range(7)] == [source.sample_id(index) for index in range(7)]
     for index in range(7):
-        assert staged.read_files(index) == source.read_files(index)
+        assert staged.read_contents(index) == source.read_contents(index)
     assert (
         "staged 0 of 7" in program("preprocess.stage", "-i", tmp_path / "packed", "-o", tmp_path / "disk").out
     )

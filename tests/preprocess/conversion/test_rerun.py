@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -92,18 +91,6 @@ def test_a_source_that_was_replaced_by_an_older_one_is_made_again(to: str, tmp_p
     os.utime(label, ns=(0, changed))
     assert converted(data, target, to) == Produced(made=made, kept=4 - made)
     assert open_folder(target).read(2).target.tolist() == tiny_sample(88).target.tolist()
-
-
-def test_a_manifest_of_version_1_is_read_and_made_again(tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    converted(data, target, "npy")
-    header, *lines = (target / MANIFEST).read_text().splitlines()
-    old = [json.dumps([*json.loads(line)[:2], [2829480, 1700000000000000000]]) for line in lines]
-    header = header.replace('"manifest": 2', '"manifest": 1')
-    (target / MANIFEST).write_text("\n".join([header, *old, ""]))
-    assert len(open_folder(target)) == 4
-    assert converted(data, target, "npy") == Produced(made=4)
-    assert (target / MANIFEST).read_text().splitlines() == [header.replace(": 1", ": 2", 1), *lines]
 
 
 def test_another_order_makes_other_shards(tmp_path: Path) -> None:
@@ -414,7 +401,7 @@ def test_the_way_out_of_a_damaged_manifest_leads_out(tmp_path: Path) -> None:
     converted(data, target, "npy")
     before = content(target)
     (target / MANIFEST).write_text("{")
-    with pytest.raises(DataError, match="remove it, and convert again or write it anew"):
+    with pytest.raises(DataError, match="remove it, and convert again or regenerate it"):
         converted(data, target, "npy")
     (target / MANIFEST).unlink()
     assert converted(data, target, "npy") == Produced(made=4)

@@ -14,9 +14,8 @@ from packed_book import TABLE
 from packed_book import write as build
 
 from pipelines.errors import AccessError, DataError
-from pipelines.formats.packed.decode import read_slices
+from pipelines.formats.packed.decode import open_packed, read_slices
 from pipelines.formats.packed.encode import encode, slices_per_chunk
-from pipelines.formats.packed.format import packed_payload
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample, SampleSpec
 
@@ -126,7 +125,7 @@ def test_no_byte_can_change_and_no_end_can_be_missing() -> None:
             assert raised.value.path == str(PATH) and "\n" not in str(raised.value)
         with pytest.raises(DataError):
             read(whole[:at])
-    with pytest.raises(DataError, match=f"has {len(whole) + 1} bytes where its chunks end at {len(whole)}"):
+    with pytest.raises(DataError, match=f"has {len(whole) + 1} bytes; its chunks end at {len(whole)}"):
         read(whole + b"\0")
 
 
@@ -135,11 +134,11 @@ def test_no_byte_can_change_and_no_end_can_be_missing() -> None:
     [
         (
             build(TABLE, [[0] * 8], size=2, version=1),
-            "version 1; this program reads version 2",
+            "version 1, not 2",
         ),
         (
             build(TABLE, [[0] * 8], size=2, version=0),
-            "version 0; this program reads version 2",
+            "version 0, not 2",
         ),
         (
             build(TABLE, [[0] * 7 + [3]], size=2),
@@ -152,7 +151,7 @@ def test_no_byte_can_change_and_no_end_can_be_missing() -> None:
         ),
         (
             build(TABLE, [[0] * 8], size=2, lengthen=b"\0"),
-            "plane 0 of chunk 0 is no LZ4 block of 8 bytes",
+            "plane 0 of chunk 0 is not an LZ4 block of 8 bytes",
         ),
         (
             build(TABLE, [[0, 1] * 4], size=2, total=5),
@@ -163,21 +162,21 @@ def test_no_byte_can_change_and_no_end_can_be_missing() -> None:
             build(TABLE, [[0] * 8], size=2, target=(0, 0, float("nan"), 0)),
             "the target is",
         ),
-        (build(TABLE * 3, [[0] * 8], size=2), "header does not make sense"),
+        (build(TABLE * 3, [[0] * 8], size=2), "header is not valid"),
         (
             build(TABLE, [[0] * 8], size=3),
             "plane 0 of chunk 0 inflates to 8 bytes, not 27",
         ),
-        (b"", "is no packed sample"),
+        (b"", "is not a packed sample"),
         (b"CFPACK", "is cut off after 6 bytes"),
-        (b"\x1f\x8b" + bytes(100), "is no packed sample"),
+        (b"\x1f\x8b" + bytes(100), "is not a packed sample"),
     ],
 )
 @pytest.mark.parametrize("fully_validate", [False, True])
 def test_lies_with_sound_checksums_are_refused(content: bytes, said: str, fully_validate: bool) -> None:
     with pytest.raises(DataError, match=said) as raised:
         if fully_validate:
-            packed_payload(PATH, content, SampleSpec(2 if "27" not in said else 3), fully_validate=True)
+            open_packed(PATH, content, SampleSpec(2 if "27" not in said else 3)).decode()
         else:
             read(content)
     assert raised.value.path == str(PATH)
@@ -195,5 +194,5 @@ def test_a_header_cannot_ask_for_more_memory_than_lz4_can_fill() -> None:
     struct.pack_into("<I", content, 20, 40000)
     end = 80 + len(packed_book.padded(packed_book.lz4_stored(bytes(24))))
     struct.pack_into("<I", content, 56, crc32c.crc32c(bytes(content[:56] + content[60:end])))
-    with pytest.raises(DataError, match="too short for what it should become"):
+    with pytest.raises(DataError, match="too short for its inflated length"):
         read(bytes(content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import random
@@ -82,7 +83,7 @@ def test_dalis_own_reader_finds_the_samples(packed: Path) -> None:
     pipeline.build()
     for index in range(len(split)):
         (output,) = pipeline.run()
-        assert np.asarray(output.at(0)).tobytes() == split.read_files(index)[".packed"]
+        assert np.asarray(output.at(0)).tobytes() == split.read_contents(index)[".packed"]
 
 
 def test_members_are_found_and_read_in_any_order(shard: Path) -> None:
@@ -100,7 +101,7 @@ def test_what_is_cut_off_is_refused(shard: Path) -> None:
     ends = [0, 1, 511, 512, 513, last.offset - 512, last.offset - 1, last.offset + last.bytes - 1]
     for end in ends:
         shard.write_bytes(whole[:end])
-        with pytest.raises(DataError, match=r"is no whole tar|is cut off") as raised:
+        with pytest.raises(DataError, match="is not a complete tar archive") as raised:
             read_members(shard)
         assert raised.value.path == str(shard)
         with pytest.raises(DataError, match="is cut off: the shard ends after"):
@@ -113,7 +114,7 @@ def test_a_header_that_changed_is_refused(shard: Path) -> None:
         broken = bytearray(whole)
         broken[at] ^= 1
         shard.write_bytes(broken)
-        with pytest.raises(DataError, match="is no whole tar: at byte"):
+        with pytest.raises(DataError, match="is not a complete tar archive"):
             read_members(shard)
 
 
@@ -125,18 +126,16 @@ def test_a_member_of_less_than_nothing_is_refused(shard: Path) -> None:
     content[148:156] = b" " * 8
     content[148:156] = b"%06o\0 " % sum(content[:512])
     shard.write_bytes(content)
-    with pytest.raises(DataError, match="at byte 0, a member of -512 bytes"):
+    with pytest.raises(DataError, match="of -512 bytes"):
         read_members(shard)
 
 
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ({"name": "line\nbreak.packed"}, "is no whole tar: at byte 0, the name 'line"),
-        ({"name": "a.packed", "type": tarfile.LNKTYPE}, "has a.packed of type b'1', which a shard has not"),
+        ({"name": "line\nbreak.packed"}, "has a member 'line"),
+        ({"name": "a.packed", "type": tarfile.LNKTYPE}, "has a.packed of type b'1'"),
         ({"name": "a.packed", "type": tarfile.SYMTYPE}, "of type b'2'"),
-        ({"name": "long" * 40 + ".packed"}, "of type b'L'"),
-        ({"name": "a.packed", "pax_headers": {"path": "b.packed"}}, "of type b'x'"),
         ({"name": "a.packed", "type": tarfile.GNUTYPE_SPARSE}, "of type b'S'"),
     ],
 )
@@ -152,6 +151,16 @@ def test_members_that_would_be_lost_or_misread_are_refused(
     with pytest.raises(DataError, match=said) as raised:
         read_members(tmp_path / "a.tar")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("format_name", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_of_other_writers_are_read(format_name: int, tmp_path: Path) -> None:
+    member = tarfile.TarInfo("long" * 70 + ".packed")
+    member.size = 6
+    with tarfile.open(tmp_path / "a.tar", "w", format=format_name) as tar:
+        tar.addfile(member, io.BytesIO(b"sample"))
+    (found,) = read_members(tmp_path / "a.tar")
+    assert found.name == member.name and read_member(tmp_path / "a.tar", *found) == b"sample"
 
 
 @pytest.mark.parametrize("format_name", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
