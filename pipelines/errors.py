@@ -1,7 +1,7 @@
-"""What a person can cause, said in one line: the thing, its value, the reason and the way out.
+"""Errors that a user can fix, as one line: the thing, its value, the reason and the remedy.
 
-Programs catch `UserError` at their outermost door, print it without a traceback and exit with 1;
-anything else that escapes is a bug and keeps its traceback.
+Programs catch `UserError` in `main`, print it without a traceback and exit with 1. Any other
+exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,42 +13,41 @@ MAX_CONSECUTIVE_BAD = 16
 
 
 class UserError(Exception):
-    """An error whose message a user can act on; `str(error)` is one line."""
+    """An error that the user can fix; `str(error)` is one line."""
 
 
 class DataError(UserError):
-    """A file or folder of samples that cannot be used.
-
-    The line reads `<path>: <fault>; <remedy>`.
-    """
+    """A file or folder that cannot be used: `<path>: <fault>; <remedy>`."""
 
     def __init__(self, path: str | os.PathLike[str], fault: str, remedy: str) -> None:
         self.path, self.fault, self.remedy = os.fspath(path), fault, remedy
         super().__init__(f"{self.path}: {fault}; {remedy}")
 
     def __reduce__(self) -> tuple[type[DataError], tuple[str, str, str]]:
-        # Errors travel between ranks and worker processes, so they must survive pickling.
+        # Errors are sent between ranks and worker processes, so they must survive pickling.
         return type(self), (self.path, self.fault, self.remedy)
 
 
 class AccessError(DataError):
-    """A file or folder that the file system does not give or take: no fault of what is in it."""
+    """A file or folder that the file system cannot read or write, whatever its content."""
 
     @staticmethod
     def reading(path: str | os.PathLike[str], error: OSError) -> UnreadableError:
-        """What to tell of `error`, met while reading `path`."""
-        return UnreadableError(path, f"cannot be read ({error.strerror})", "check the path and its rights")
+        """Return the error for `error`, raised while reading `path`."""
+        return UnreadableError(
+            path, f"cannot be read ({error.strerror})", "check the path and its permissions"
+        )
 
     @staticmethod
     def writing(path: str | os.PathLike[str], error: OSError) -> AccessError:
-        """What to tell of `error`, met while writing `path`."""
+        """Return the error for `error`, raised while writing `path`."""
         return AccessError(
-            path, f"cannot be written ({error.strerror})", "check the free space and the rights"
+            path, f"cannot be written ({error.strerror})", "check the free space and the permissions"
         )
 
 
 class UnreadableError(AccessError):
-    """A file or folder that the file system does not give: others beside it may be there all the same."""
+    """A file or folder that cannot be read; others in the same place may still be readable."""
 
 
 class ConfigError(UserError):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""File access: atomic writes, direct reads and writes, folder locks and the limit of open files."""
 
 from __future__ import annotations
 
@@ -20,28 +20,27 @@ import crc32c
 from pipelines.errors import AccessError
 
 TEMPORARY_SUFFIX = ".tmp"
-"""The suffix of a file that is being written; one that is left over is safe to remove."""
+"""Suffix of a file that is being written; a leftover one can be removed safely."""
 
 LOCK_FILE = ".lock"
-"""The file that a writer of a folder locks: NFS and Lustre carry no lock on the folder itself to other nodes.
+"""The file that a writer of a folder locks: NFS and Lustre keep locks of the folder itself on one node.
 
-It stays: to remove it would take it from under somebody who waits for it."""
+It is never removed, as another process may be waiting for its lock."""
 
 _TEMPORARY = re.compile(rf"\.(.+)\.\d+{re.escape(TEMPORARY_SUFFIX)}")
-"""Its name, with the one that it is to get."""
+"""Name of a temporary file; the group is its final name."""
 
-
-_LARGE, _SCRATCH, _PIECE = 1 << 20, 1 << 20, 1 << 18
-"""Bytes from which a file is large, of the buffer that it passes through, and of what is copied at once."""
+_LARGE, _BUFFER, _PIECE = 1 << 20, 1 << 20, 1 << 18
+"""Bytes from which a file is written with O_DIRECT, of the buffer for that, and copied at a time."""
 
 _BLOCK = 4096
-"""What O_DIRECT wants addresses and lengths to be multiples of; a page suits every disk."""
+"""Alignment of addresses and lengths for O_DIRECT; a page suits every disk."""
 
-_scratch = threading.local()
+_thread = threading.local()
 
 
 class TarMember(NamedTuple):
-    """A file inside a file: its name, and where its bytes start and how many they are."""
+    """A file inside a tar archive: its name, and offset and length of its content."""
 
     name: str
     offset: int
@@ -49,7 +48,7 @@ class TarMember(NamedTuple):
 
 
 class WrittenFile(NamedTuple):
-    """A file as it was written: its path, its length, the CRC-32C of its content, and its members if any."""
+    """A written file: its path, its length, the CRC-32C of its content, and its members if it is a shard."""
 
     path: Path
     bytes: int
@@ -58,11 +57,16 @@ class WrittenFile(NamedTuple):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, and give it that name once it is on disk.
+    """Write a file under a temporary name and rename it to `path` once it is on disk.
 
-    The temporary name holds a number drawn for it, so that several writers of one path do not meet, on
-    other nodes too, where processes may have the same ids; the last one to finish wins. AccessError
-    where the file system refuses.
+    The temporary name holds a random number, so that several writers of one path do not collide, even
+    on other nodes, where processes may have the same ids. The last one to finish wins.
+
+    Args:
+        write: fills the open temporary file.
+
+    Raises:
+        AccessError: the file system reports an error. Nothing is left then.
     """
     temporary = path.with_name(f".{path.name}.{secrets.randbits(48)}{TEMPORARY_SUFFIX}")
     try:
@@ -77,7 +81,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if isinstance(error, OSError):
             raise AccessError.writing(path, error) from error
         raise
-    # The rename lives in the directory, which has its own place on the disk.
+    # The rename is stored in the directory, which must be synced as well.
     try:
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
@@ -89,73 +93,72 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_chunks(path: Path, *chunks: bytes | memoryview) -> WrittenFile:
-    """Write `chunks` one after the other to the file at `path`, as `write_atomically` does.
+    """Write `chunks` in order to the file at `path`; see `write_atomically`.
 
-    A large file goes past the page cache where the file system lets it: a copy of terabytes that
-    nobody reads again would only cost time and drive out what others do read.
+    A large file bypasses the page cache where the file system supports it: caching terabytes that
+    are not read again would cost time and evict data that is.
     """
-    length, checksum = sum(len(chunk) for chunk in chunks), 0
 
     def pieces() -> Iterator[memoryview]:
-        """The chunks in pieces, which the checksum leaves in a core's cache for whoever copies them."""
-        nonlocal checksum
-        checksum = 0
+        # Small enough to stay in a core's cache between checksum and copy.
         for chunk in chunks:
             view = memoryview(chunk)
             for start in range(0, len(view), _PIECE):
-                piece = view[start : start + _PIECE]
-                checksum = crc32c.crc32c(piece, checksum)
-                yield piece
+                yield view[start : start + _PIECE]
 
-    def write(file: BinaryIO) -> None:
-        if length < _LARGE or not _write_direct(file.fileno(), pieces()):
-            file.writelines(pieces())
-
-    write_atomically(path, write)
-    return WrittenFile(path, length, checksum)
+    return _write(path, pieces, direct=sum(map(len, chunks)) >= _LARGE)
 
 
 def write_stream(path: Path, pieces: Iterable[bytes]) -> WrittenFile:
-    """Write `pieces`, asked for one by one, to the file at `path`, as `write_atomically` does.
+    """Write `pieces`, consumed one by one, to the file at `path`; see `write_atomically`.
 
-    Whatever they raise leaves nothing behind.
+    An exception from them leaves no file.
     """
+    return _write(path, lambda: pieces, direct=False)
+
+
+def _write(path: Path, pieces: Callable[[], Iterable[bytes | memoryview]], *, direct: bool) -> WrittenFile:
     length = checksum = 0
 
-    def write(file: BinaryIO) -> None:
+    def measured() -> Iterator[bytes | memoryview]:
         nonlocal length, checksum
-        for piece in pieces:
+        length = checksum = 0
+        for piece in pieces():
             length, checksum = length + len(piece), crc32c.crc32c(piece, checksum)
-            file.write(piece)
+            yield piece
+
+    def write(file: BinaryIO) -> None:
+        if not (direct and _write_direct(file.fileno(), measured())):
+            file.writelines(measured())
 
     write_atomically(path, write)
     return WrittenFile(path, length, checksum)
 
 
-def _write_direct(descriptor: int, pieces: Iterable[memoryview]) -> bool:
-    """Write `pieces` to an empty file with O_DIRECT; False, and nothing written, where there is none."""
+def _write_direct(descriptor: int, pieces: Iterable[bytes | memoryview]) -> bool:
+    """Write `pieces` to an empty file with O_DIRECT; False, and nothing written, if not supported."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
     except OSError:
         return False
-    if not hasattr(_scratch, "map"):
-        _scratch.map = mmap.mmap(-1, _SCRATCH)
-    scratch, filled, length = memoryview(_scratch.map), 0, 0
+    if not hasattr(_thread, "buffer"):
+        _thread.buffer = mmap.mmap(-1, _BUFFER)
+    buffer, filled, length = memoryview(_thread.buffer), 0, 0
     try:
         for rest in pieces:
             length += len(rest)
             while rest:
-                part = rest[: _SCRATCH - filled]
-                scratch[filled : filled + len(part)] = part
+                part = rest[: _BUFFER - filled]
+                buffer[filled : filled + len(part)] = part
                 filled, rest = filled + len(part), rest[len(part) :]
-                if filled == _SCRATCH:
-                    _write_all(descriptor, scratch)
+                if filled == _BUFFER:
+                    _write_all(descriptor, buffer)
                     filled = 0
-        _write_all(descriptor, scratch[: -(-filled // _BLOCK) * _BLOCK])
+        _write_all(descriptor, buffer[: -(-filled // _BLOCK) * _BLOCK])
         os.ftruncate(descriptor, length)
     except OSError as error:
-        # Some file systems take the flag and then refuse the first write.
+        # Some file systems accept the flag and then refuse the first write.
         if error.errno != errno.EINVAL or os.fstat(descriptor).st_size > 0:
             raise
         return False
@@ -170,7 +173,7 @@ def _write_all(descriptor: int, content: memoryview) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what writers that were killed have left in `folder`; none may be at work there."""
+    """Remove temporary files of killed writers from `folder`; no writer may be active there."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if final_name(entry.name):
@@ -178,18 +181,23 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def final_name(name: str) -> str | None:
-    """The name for which `name` stands until the file is whole, if `write_atomically` gave it one."""
+    """Return the final name of the temporary file `name`, or None if it is not one of `write_atomically`."""
     found = _TEMPORARY.fullmatch(name)
     return found and found[1]
 
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
-    """The right to write into `folder`, until the body ends, as a file descriptor.
+    """Hold an exclusive lock on `folder`; yield its descriptor.
 
-    Whoever inherits the descriptor keeps the right if this process is killed. Where another process
-    has it, `wait()` is called, and if it returns, waited. A file system without locks gives the right
-    to everyone. AccessError where there is none to be had.
+    A child process that inherits the descriptor keeps the lock if this process is killed. On a file
+    system without locks everyone gets the lock.
+
+    Args:
+        wait: called before waiting for another process that holds the lock; may raise instead.
+
+    Raises:
+        AccessError: the lock file cannot be opened or locked.
     """
     path = folder / LOCK_FILE
     descriptor = _open_lock(path)
@@ -201,8 +209,8 @@ def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno == errno.EBADF:
-                fault = "was left by another user's run, and cannot be locked"
-                raise AccessError(path, fault, "remove it while nobody writes there") from error
+                fault = "belongs to another user, and cannot be locked"
+                raise AccessError(path, fault, "remove it while no program writes there") from error
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise AccessError.writing(path, error) from error
         yield descriptor
@@ -211,9 +219,9 @@ def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
 
 
 def _open_lock(path: Path) -> int:
-    """The file at `path`, there or made, as a descriptor that can be locked."""
+    """Open the lock file at `path`, creating it if needed."""
     try:
-        # Open for writing, which NFS asks for; and for whoever may write into the folder.
+        # Open for writing, which NFS requires, and with the folder's own permissions.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         with contextlib.suppress(PermissionError):
             os.fchmod(descriptor, os.stat(path.parent).st_mode & 0o666)
@@ -228,9 +236,10 @@ def _open_lock(path: Path) -> int:
 
 
 def read_file(path: Path, *, direct: bool = False) -> bytes:
-    """The content of the file at `path`; AccessError where it cannot be read.
+    """Return the content of the file at `path`; AccessError if it cannot be read.
 
-    With `direct` it goes past the page cache, where the file system lets it.
+    Args:
+        direct: bypass the page cache, where the file system supports it.
     """
     try:
         content = read_direct(path) if direct else None
@@ -240,10 +249,17 @@ def read_file(path: Path, *, direct: bool = False) -> bytes:
 
 
 def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes | None:
-    """The `length` bytes at `offset` of the file at `path`, read with O_DIRECT; None where there is none.
+    """Read a part of the file at `path` with O_DIRECT.
 
-    By default all bytes that there are. Fewer than `length` where the file ends before. OSError
-    where it cannot be read.
+    Args:
+        offset: first byte.
+        length: number of bytes, fewer if the file ends before; None for all.
+
+    Returns:
+        The bytes, or None if the file system does not support O_DIRECT.
+
+    Raises:
+        OSError: the file cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -254,13 +270,13 @@ def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes
     try:
         end = os.fstat(descriptor).st_size if length is None else offset + length
         start = offset // _BLOCK * _BLOCK
-        wanted = end - start
-        # A map of its own, since its start is a page's; a block more, to see the end of the file.
-        with mmap.mmap(-1, (wanted // _BLOCK + 1) * _BLOCK) as scratch, memoryview(scratch) as view:
+        needed = end - start
+        # A memory map starts at a page. One more block than needed detects the end of the file.
+        with mmap.mmap(-1, (needed // _BLOCK + 1) * _BLOCK) as buffer, memoryview(buffer) as view:
             filled = 0
-            while filled < wanted and (count := os.preadv(descriptor, [view[filled:]], start + filled)):
+            while filled < needed and (count := os.preadv(descriptor, [view[filled:]], start + filled)):
                 filled += count
-            return bytes(view[offset - start : min(filled, wanted)])
+            return bytes(view[offset - start : min(filled, needed)])
     except OSError as error:
         if error.errno == errno.EINVAL:
             return None
@@ -270,7 +286,7 @@ def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes
 
 
 def raise_open_file_limit(count: int) -> int:
-    """Have the system let this process have `count` open, or as many as it does let it; how many."""
+    """Raise the limit of open files to `count`, or as far as the system allows; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= count:
         return count

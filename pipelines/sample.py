@@ -1,6 +1,6 @@
-"""What a sample is: particle counts at four redshifts, and the four parameters behind them.
+"""The definition of a sample: particle counts at four redshifts, and four cosmological parameters.
 
-The definitions are those of the published set cosmoUniverse_2019_05_4parE_tf_v2
+It is that of the published set cosmoUniverse_2019_05_4parE_tf_v2
 (https://portal.nersc.gov/project/m3363/).
 """
 
@@ -24,14 +24,14 @@ SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 """Names of the splits, and of their folders in a data set."""
 
 COUNT_LIMIT = 2**15
-"""Counts are int16, so below this."""
+"""Upper bound of counts, which are int16."""
 
 REDSHIFTS = (0.0, 0.5, 1.5, 3.0)
 """Redshift of each channel of a sample, in the order of its last axis."""
 
 
 class Parameter(NamedTuple):
-    """A cosmological parameter: its name, the mean of the set, and its unit ("" for none)."""
+    """A cosmological parameter: its name, its mean over the data set, and its unit ("" for none)."""
 
     name: str
     mean: float
@@ -47,19 +47,19 @@ PARAMETERS = (
 """The target's components, in order."""
 
 HALF_RANGE = 0.1
-"""Parameters are drawn from mean * (1 - HALF_RANGE) to mean * (1 + HALF_RANGE)."""
+"""Parameters lie between mean * (1 - HALF_RANGE) and mean * (1 + HALF_RANGE)."""
 
 _MEANS = np.array([parameter.mean for parameter in PARAMETERS])
 
 
 def to_physical(target: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Physical parameters, (..., 4) in the units of `PARAMETERS`, of targets (..., 4)."""
+    """Convert targets (..., 4) to physical parameters (..., 4), in the units of `PARAMETERS`."""
     return _MEANS * (1.0 + HALF_RANGE * np.asarray(target, dtype=np.float64))
 
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """The shape that every sample of a data set shares: (size, size, size, channels)."""
+    """The shape of every sample of a data set: (size, size, size, channels)."""
 
     size: int
     channels: int = len(REDSHIFTS)
@@ -71,7 +71,7 @@ class SampleSpec:
 
     @property
     def bytes(self) -> int:
-        """Bytes of one sample's counts, as int16."""
+        """Length of one sample's counts in bytes."""
         return 2 * self.channels * self.size**3
 
 
@@ -79,8 +79,9 @@ class SampleSpec:
 class Sample:
     """One sample on the host.
 
-    counts: (D, H, W, C) int16, particles in each voxel, at least 0.
-    target: (4,) float32, `PARAMETERS` scaled to [-1, 1].
+    Attributes:
+        counts: (D, H, W, C) int16, particles in each voxel, at least 0.
+        target: (4,) float32, `PARAMETERS` scaled to [-1, 1].
     """
 
     counts: npt.NDArray[np.int16]
@@ -90,7 +91,7 @@ class Sample:
 def check_counts(
     path: str | os.PathLike[str], counts: npt.NDArray[Any], spec: SampleSpec | None = None
 ) -> npt.NDArray[np.int16]:
-    """`counts`, if they keep `Sample`'s contract (and `spec`); else a DataError naming `path`."""
+    """Return `counts` if they are valid for a `Sample` (of `spec`); otherwise raise DataError for `path`."""
     shape = counts.shape
     if len(shape) != 4 or len(set(shape[:3])) != 1 or 0 in shape:
         raise DataError(path, f"counts have shape {shape}", "expected (size, size, size, redshifts)")
@@ -100,12 +101,12 @@ def check_counts(
         raise DataError(path, f"counts are {counts.dtype}", "expected little-endian int16")
     lowest = int(counts.min())
     if lowest < 0:
-        raise DataError(path, f"a count is {lowest}", "counts start at 0: make the file anew")
+        raise DataError(path, f"a count is {lowest}", "counts start at 0: regenerate the file")
     return counts
 
 
 def check_target(path: str | os.PathLike[str], target: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """`target`, if it keeps `Sample`'s contract; else a DataError naming `path`."""
+    """Return `target` if it is valid for a `Sample`; otherwise raise DataError for `path`."""
     if target.shape != (len(PARAMETERS),) or target.dtype != np.float32:
         raise DataError(
             path,
@@ -113,21 +114,22 @@ def check_target(path: str | os.PathLike[str], target: npt.NDArray[Any]) -> npt.
             f"expected float32 of shape ({len(PARAMETERS)},)",
         )
     if not np.isfinite(target).all():
-        raise DataError(path, f"the target is {target.tolist()}", "remove the sample or mend its target")
+        raise DataError(path, f"the target is {target.tolist()}", "remove the sample or fix its target")
     return target
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One rank's share of a step, on the device that trains.
+    """One rank's part of a step, on the training device.
 
-    volume: (B, C, D, H, W) float32 or float16, log(count + 1) or count / mean, in the
-        channels_last_3d memory format (a view of the pipeline's NDHWC output: no copy).
-    target: (B, 4) float32.
-    index: (B,) int64 on the host, each row's position in the split; -1 marks a row that is not
-        to count: it only fills the batch up, or stands where a damaged sample was passed over.
+    The tensors belong to the loader and are valid until the next batch is requested.
 
-    The tensors belong to the loader: they hold until the next batch is asked for.
+    Attributes:
+        volume: (B, C, D, H, W) float32 or float16, log(count + 1) or count / mean, in the
+            channels_last_3d memory format (a view of the pipeline's NDHWC output, not a copy).
+        target: (B, 4) float32.
+        index: (B,) int64 on the host, each row's position in the split. -1 marks a row that must not
+            count: padding, or the place of a damaged sample that was skipped.
     """
 
     volume: torch.Tensor

@@ -11,9 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-SCRATCH = 17
-"""Bytes of scratch memory a thread needs for each voxel of samples with two planes in NumPy; compiled, 5."""
-
 _ITEM = 16
 """Bytes of a row that gather.c copies, and the alignment of `out` that it needs."""
 
