@@ -62,3 +62,9 @@ class ConfigError(UserError):
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str]]:
         return type(self), (self.key, self.value, self.remedy)
+
+
+def check_field(settings: object, name: str, valid: bool, remedy: str) -> None:
+    """Raise ConfigError for the field `name` of `settings` unless it is `valid`."""
+    if not valid:
+        raise ConfigError(name, getattr(settings, name), remedy)

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cosmoflow_dali.compute.step import Precision, forward_backward, input_dtype
 from cosmoflow_dali.models.reference import CosmoFlow
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, check_field
 from pipelines.sample import PARAMETERS, Batch, SampleSpec
 
 _WARM_UP = 11
@@ -48,34 +48,24 @@ class ComputeConfig:
     nvtx: bool = False
 
     def __post_init__(self) -> None:
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ConfigError("micro_batch", self.micro_batch, "must be at least 1")
+        valid = self.micro_batch is None or self.micro_batch >= 1
+        check_field(self, "micro_batch", valid, "must be at least 1")
 
     def engine_on(self, device: torch.device) -> str:
-        """Which engine that is on `device`; ConfigError where it cannot be."""
+        """Return the engine used on `device`.
+
+        Raises:
+            ConfigError: `device` does not support the settings.
+        """
         gpu = device.type == "cuda"
         if self.nvtx and not gpu:
-            raise ConfigError("compute.nvtx", self.nvtx, f"is for GPUs; leave it out on {device.type}")
+            raise ConfigError("compute.nvtx", self.nvtx, f"needs a GPU; leave it out on {device.type}")
         if self.engine in ("auto", "eager"):
             return "eager"
         if not gpu:
-            raise ConfigError(
-                "compute.engine", self.engine, f"needs a GPU; on {device.type} use eager or auto"
-            )
+            reason = f"needs a GPU; on {device.type} use eager or auto"
+            raise ConfigError("compute.engine", self.engine, reason)
         return self.engine
-
-
-class Engine(Protocol):
-    """Callable that replaces the model's gradients by those of a batch.
-
-    Attributes:
-        inputs: Batch that the engine reads, for the loader to write into; None if it accepts any batch.
-    """
-
-    inputs: Batch | None
-
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Compute the gradients of `batch`; return the loss, (), on the device."""
 
 
 def wrap_model(model: nn.Module, config: ComputeConfig, device: torch.device, *, ranks: int) -> nn.Module:
@@ -89,6 +79,9 @@ def wrap_model(model: nn.Module, config: ComputeConfig, device: torch.device, *,
             reason = f"needs the reference network on a GPU, not {type(model).__name__} on {device.type}"
             raise ConfigError("compute.first_block", config.first_block, reason)
         model.fuse_first_block()
+    if ranks > 1 and device.type == "cuda":
+        # Averages the statistics of batch normalisation over ranks; on a CPU, `norm_block` does.
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.engine_on(device) == "compile":
         model = torch.compile(model)  # type: ignore[assignment]
     if ranks == 1:
@@ -110,32 +103,12 @@ def _allreduce_bf16(bucket: Any) -> torch.futures.Future[torch.Tensor]:
     return work.get_future().then(lambda done: gradients.copy_(done.value()[0]))
 
 
-def make_engine(
-    model: nn.Module,
-    config: ComputeConfig,
-    scaler: torch.amp.GradScaler,
-    spec: SampleSpec,
-    batch_size: int,
-    device: torch.device,
-) -> Engine:
-    """Return the engine of `config` for batches of `batch_size`; `model` is the result of `wrap_model`."""
+class Engine:
+    """Replaces the model's gradients by those of a batch, launching each kernel as torch reaches it.
 
-    def gradients(batch: Batch) -> torch.Tensor:
-        return forward_backward(model, batch, config.precision, scaler, config.micro_batch)
-
-    if config.engine_on(device) != "graph":
-        return Eager(model, gradients)
-    size, channels = spec.size, spec.channels
-    volume = torch.zeros(
-        batch_size, size, size, size, channels, dtype=input_dtype(config.precision), device=device
-    )
-    target = torch.zeros(batch_size, len(PARAMETERS), device=device)
-    index = np.full(batch_size, -1)
-    return Graph(model, gradients, Batch(volume.permute(0, 4, 1, 2, 3), target, index))
-
-
-class Eager:
-    """Launches each kernel as torch reaches it."""
+    Attributes:
+        inputs: Batch that the engine reads, for the loader to write into; None if it accepts any batch.
+    """
 
     inputs: Batch | None = None
 
@@ -144,7 +117,7 @@ class Eager:
         self._warmed_up = not isinstance(model, DistributedDataParallel)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """See `Engine`."""
+        """Compute the gradients of `batch`; return the loss, (), on the device."""
         if not self._warmed_up:
             # After its first backward pass DDP regroups the gradients, which changes the order of sums over
             # three or more ranks: without this pass, a resumed run would round its first step differently.
@@ -155,18 +128,17 @@ class Eager:
         return self._gradients(batch)
 
 
-class Graph:
-    """Captures a CUDA graph at the first batch and replays it for each batch."""
+class GraphEngine(Engine):
+    """Captures the step as a CUDA graph at the first batch and replays it for each batch."""
 
     def __init__(self, model: nn.Module, gradients: Callable[[Batch], torch.Tensor], inputs: Batch) -> None:
-        self.inputs: Batch | None = inputs
-        self._static = inputs
-        self._model, self._gradients = model, gradients
+        super().__init__(model, gradients)
+        self.inputs = self._static = inputs
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss = torch.zeros(())
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """See `Engine`."""
+        """Compute the gradients of `batch`; return the loss, (), on the device."""
         for static, tensor in ((self._static.volume, batch.volume), (self._static.target, batch.target)):
             if tensor is not static:
                 static.copy_(tensor)
@@ -190,6 +162,29 @@ class Graph:
             with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
                 self._loss = self._gradients(self._static)
         return graph
+
+
+def make_engine(
+    model: nn.Module,
+    config: ComputeConfig,
+    scaler: torch.amp.GradScaler,
+    spec: SampleSpec,
+    batch_size: int,
+    device: torch.device,
+) -> Engine:
+    """Return the engine of `config` for batches of `batch_size`; `model` is the result of `wrap_model`."""
+
+    def gradients(batch: Batch) -> torch.Tensor:
+        return forward_backward(model, batch, config.precision, scaler, config.micro_batch)
+
+    if config.engine_on(device) != "graph":
+        return Engine(model, gradients)
+    shape = batch_size, spec.size, spec.size, spec.size, spec.channels
+    volume = torch.zeros(shape, dtype=input_dtype(config.precision), device=device)
+    target = torch.zeros(batch_size, len(PARAMETERS), device=device)
+    return GraphEngine(
+        model, gradients, Batch(volume.permute(0, 4, 1, 2, 3), target, np.full(batch_size, -1))
+    )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, check_field
 
 _LEAST_LR = 1e-20
 """Replaces a rate of 0, by which no buffer can be scaled; the gradient's share is lost in rounding."""
@@ -43,10 +43,8 @@ class SGDConfig:
     implementation: Literal["auto", "apex", "fused"] = "auto"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise ConfigError("momentum", self.momentum, "must be at least 0 and below 1")
-        if self.weight_decay < 0:
-            raise ConfigError("weight_decay", self.weight_decay, "must be at least 0")
+        check_field(self, "momentum", 0 <= self.momentum < 1, "must be at least 0 and below 1")
+        check_field(self, "weight_decay", self.weight_decay >= 0, "must be at least 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +60,8 @@ class AdamConfig:
     betas: tuple[float, ...] = (0.9, 0.99)
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError("betas", self.betas, "must be two numbers, each at least 0 and below 1")
+        valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        check_field(self, "betas", valid, "must be two numbers, each at least 0 and below 1")
 
 
 def build_optimizer(config: SGDConfig | AdamConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -78,11 +76,10 @@ def build_optimizer(config: SGDConfig | AdamConfig, model: nn.Module) -> torch.o
     decayed = model.decayed_parameters() if config.weight_decay else []  # type: ignore[operator]
     among = {id(parameter) for parameter in decayed}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in among]
-    groups = [
-        {"params": rest, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": config.weight_decay},
-    ]
-    optimizer = _build_sgd(config, [group for group in groups if group["params"]], rest[0].device)
+    groups = [{"params": rest, "weight_decay": 0.0}]
+    if decayed:
+        groups.append({"params": decayed, "weight_decay": config.weight_decay})
+    optimizer = _build_sgd(config, groups, rest[0].device)
     for parameter in model.parameters():
         # If the scaler skips the first step, torch's fused SGD would continue from uninitialised momentum.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

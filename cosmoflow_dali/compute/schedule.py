@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.errors import ConfigError
+from pipelines.errors import check_field
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +33,16 @@ class StepDecayConfig:
     decay_factors: tuple[float, ...] = (0.25, 0.125)
 
     def __post_init__(self) -> None:
-        if self.initial_lr < 0:
-            raise ConfigError("initial_lr", self.initial_lr, "must be at least 0")
-        if self.base_lr < self.initial_lr:
-            raise ConfigError("base_lr", self.base_lr, f"must be at least initial_lr = {self.initial_lr}")
-        if self.warmup_epochs < 0:
-            raise ConfigError("warmup_epochs", self.warmup_epochs, "must be at least 0")
-        epochs = self.decay_epochs
-        if list(epochs) != sorted(set(epochs)) or any(epoch < 0 for epoch in epochs):
-            raise ConfigError("decay_epochs", epochs, "must rise from at least 0")
-        if len(self.decay_factors) != len(epochs):
-            raise ConfigError(
-                "decay_factors", self.decay_factors, f"must be as many as decay_epochs = {epochs}"
-            )
-        if not all(0 < factor < 1 for factor in self.decay_factors):
-            raise ConfigError("decay_factors", self.decay_factors, "must each be between 0 and 1")
+        epochs, factors = self.decay_epochs, self.decay_factors
+        rising = list(epochs) == sorted(set(epochs)) and all(epoch >= 0 for epoch in epochs)
+        check_field(self, "initial_lr", self.initial_lr >= 0, "must be at least 0")
+        remedy = f"must be at least initial_lr = {self.initial_lr}"
+        check_field(self, "base_lr", self.base_lr >= self.initial_lr, remedy)
+        check_field(self, "warmup_epochs", self.warmup_epochs >= 0, "must be at least 0")
+        check_field(self, "decay_epochs", rising, "must rise from at least 0")
+        remedy = f"must be as many as decay_epochs = {epochs}, each between 0 and 1"
+        valid = len(factors) == len(epochs) and all(0 < factor < 1 for factor in factors)
+        check_field(self, "decay_factors", valid, remedy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +60,8 @@ class OneCycleConfig:
     warmup_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.peak_lr <= 0:
-            raise ConfigError("peak_lr", self.peak_lr, "must be above 0")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ConfigError("warmup_fraction", self.warmup_fraction, "must be at least 0 and below 1")
+        check_field(self, "peak_lr", self.peak_lr > 0, "must be above 0")
+        check_field(self, "warmup_fraction", 0 <= self.warmup_fraction < 1, "must be at least 0 and below 1")
 
 
 def lr_at(config: StepDecayConfig | OneCycleConfig, *, step: int, steps_per_epoch: int, epochs: int) -> float:

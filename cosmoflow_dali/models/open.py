@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from cosmoflow_dali.models.blocks import LEAK, mean_over_ranks, norm_block
+from cosmoflow_dali.models.blocks import LEAK, norm_block
 from cosmoflow_dali.models.reference import OUTPUT_SCALE
-from pipelines.errors import ConfigError
+from pipelines.errors import check_field
 from pipelines.sample import PARAMETERS, REDSHIFTS
 
 
@@ -41,16 +41,12 @@ class OpenConfig:
     hidden: int = 64
 
     def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1:
-            raise ConfigError("widths", self.widths, "must be one width or more, each at least 1")
-        if self.hidden < 1:
-            raise ConfigError("hidden", self.hidden, "must be at least 1")
-        if self.size < 1 or self.size % 2 ** len(self.widths):
-            raise ConfigError(
-                "size",
-                self.size,
-                f"{len(self.widths)} blocks halve it as often: give a multiple of {2 ** len(self.widths)}",
-            )
+        valid = len(self.widths) > 0 and min(self.widths) >= 1
+        check_field(self, "widths", valid, "must be one width or more, each at least 1")
+        check_field(self, "hidden", self.hidden >= 1, "must be at least 1")
+        factor = 2 ** len(self.widths)
+        valid = self.size >= 1 and self.size % factor == 0
+        check_field(self, "size", valid, f"must be a multiple of {factor}, as blocks halve it")
 
 
 class OpenCosmoFlow(nn.Module):
@@ -65,7 +61,7 @@ class OpenCosmoFlow(nn.Module):
         self.config = config
         widths = [len(REDSHIFTS), *config.widths]
         self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, bias=False) for a, b in pairwise(widths))
-        self.norms = nn.ModuleList(BatchNorm(width) for width in config.widths)
+        self.norms = nn.ModuleList(nn.BatchNorm3d(width) for width in config.widths)
         self.denses = nn.ModuleList(
             [nn.Linear(widths[-1], config.hidden), nn.Linear(config.hidden, len(PARAMETERS))]
         )
@@ -92,57 +88,29 @@ class OpenCosmoFlow(nn.Module):
         return OUTPUT_SCALE * torch.tanh(self.denses[1](hidden))
 
     def _block(self, volume: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
-        assert isinstance(conv, nn.Conv3d) and isinstance(norm, BatchNorm)
+        assert isinstance(conv, nn.Conv3d) and isinstance(norm, nn.BatchNorm3d | nn.SyncBatchNorm)
         if self.training and volume.device.type == "cpu":
             pooled, mean, variance = norm_block(volume, conv.weight, norm.weight, norm.bias, norm.eps)
-            norm.update_running_stats(mean, variance, 8 * pooled.numel() // pooled.shape[1])
+            update_running_stats(norm, mean, variance, 8 * pooled.numel() // pooled.shape[1])
             return pooled
         return functional.avg_pool3d(functional.leaky_relu(norm(conv(wrap(volume))), LEAK), 2)
 
 
-class BatchNorm(nn.BatchNorm3d):
-    """Batch normalisation over the global batch: statistics are averaged over ranks.
+@torch.no_grad()
+def update_running_stats(
+    norm: nn.BatchNorm3d | nn.SyncBatchNorm, mean: torch.Tensor, variance: torch.Tensor, count: int
+) -> None:
+    """Update the running statistics of `norm` from a global batch's mean and biased variance, (C,) each.
 
-    torch's SyncBatchNorm supports GPUs only.
+    Args:
+        count: Values per channel on this rank.
     """
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Normalise `values` (B, C, D, H, W); all ranks must have equal batch sizes."""
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
-            return super().forward(values)
-        axes, shape = (0, 2, 3, 4), (1, -1, 1, 1, 1)
-        mean = _MeanOverRanks.apply(values.mean(axes, keepdim=True))
-        centred = values - mean
-        variance = _MeanOverRanks.apply(centred.square().mean(axes, keepdim=True))
-        self.update_running_stats(mean.flatten(), variance.flatten(), values.numel() // values.shape[1])
-        scale = self.weight.reshape(shape) * torch.rsqrt(variance + self.eps)
-        return centred * scale + self.bias.reshape(shape)
-
-    @torch.no_grad()
-    def update_running_stats(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
-        """Update the running statistics from a global batch's mean and biased variance, (C,) each.
-
-        Args:
-            count: Values per channel on this rank.
-        """
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        count *= dist.get_world_size() if dist.is_initialized() else 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
-
-
-class _MeanOverRanks(torch.autograd.Function):
-    """Mean over ranks; its gradient is the mean of the gradients."""
-
-    @staticmethod
-    def forward(context: object, value: torch.Tensor) -> torch.Tensor:
-        return mean_over_ranks(value.clone())
-
-    @staticmethod
-    def backward(context: object, gradient: torch.Tensor) -> torch.Tensor:
-        return mean_over_ranks(gradient.clone())
+    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    count *= dist.get_world_size() if dist.is_initialized() else 1
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked += 1
 
 
 def wrap(volume: torch.Tensor) -> torch.Tensor:

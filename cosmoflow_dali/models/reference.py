@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from cosmoflow_dali.models.blocks import LEAK, max_block
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, check_field
 from pipelines.sample import PARAMETERS, REDSHIFTS
 
 OUTPUT_SCALE = 1.2
@@ -45,18 +45,14 @@ class ReferenceConfig:
 
     def __post_init__(self) -> None:
         for name in ("size", "blocks", "filters"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "must be at least 1")
-        if self.size % 2**self.blocks:
-            raise ConfigError(
-                "size",
-                self.size,
-                f"{self.blocks} blocks halve it as often: give a multiple of {2**self.blocks}",
-            )
-        if len(self.dense) != 2 or min(self.dense) < 1:
-            raise ConfigError("dense", self.dense, "must be two widths of at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("dropout", self.dropout, "must be at least 0 and below 1")
+            check_field(self, name, getattr(self, name) >= 1, "must be at least 1")
+        factor = 2**self.blocks
+        check_field(
+            self, "size", self.size % factor == 0, f"must be a multiple of {factor}, as blocks halve it"
+        )
+        valid = len(self.dense) == 2 and min(self.dense) >= 1
+        check_field(self, "dense", valid, "must be two widths of at least 1")
+        check_field(self, "dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
 
 
 class CosmoFlow(nn.Module):
