@@ -1,9 +1,9 @@
-"""Read parameters out of volumes: `python -m cosmoflow_dali.predict --weights W FILE ...`.
+"""Predict cosmological parameters from volumes: `python -m cosmoflow_dali.predict --weights W FILE ...`.
 
-Writes CSV: a line for each file with the four parameters in physical units and, after each, the
-standard error that the residuals on the checkpoint's own validation split imply (their root mean
-square; the same for every file, and honest only for universes drawn as those were). Weights that
-come without a validation leave these columns empty.
+Writes CSV: one line per file with the four parameters in physical units, each followed by its
+standard error. That is the root mean square residual on the validation split of the checkpoint's
+run: the same for every file, and valid only for universes drawn like those of that split. It is
+empty for weights without a validation.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from cosmoflow_dali.compute.torch_setup import configure_torch
-from cosmoflow_dali.training.pretrained import Trained, load_trained
+from cosmoflow_dali.training.pretrained import LoadedModel, load_model
 from pipelines.dataset.open import read_sample
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
-from pipelines.errors import DataError
+from pipelines.errors import AccessError
 from pipelines.loading.transforms import transform
 from pipelines.sample import HALF_RANGE, PARAMETERS, to_physical
 
@@ -32,43 +32,39 @@ HEADER = ["file"] + [
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line; return the exit status."""
     world = World()
     with report_errors(world):
         parser = OneLineParser(prog="python -m cosmoflow_dali.predict", description=__doc__)
         parser.add_argument("--weights", type=Path, required=True, help="a checkpoint or a reference .npz")
-        parser.add_argument("--output", type=Path, help="the CSV file (default: standard output)")
+        parser.add_argument("--output", type=Path, help="CSV file (default: standard output)")
         parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="samples, in any format")
         arguments = parser.parse_args(argv)
         configure_torch(torch.device("cpu"), world.cores)
-        trained = load_trained(arguments.weights)
-        rows = [_row(trained, path, arguments.weights) for path in arguments.files]
+        loaded = load_model(arguments.weights)
+        rows = [HEADER, *(_predict(loaded, path) for path in arguments.files)]
         if arguments.output is None:
-            csv.writer(sys.stdout).writerows([HEADER, *rows])
+            csv.writer(sys.stdout).writerows(rows)
             return 0
         try:
             with open(arguments.output, "w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows([HEADER, *rows])
+                csv.writer(file).writerows(rows)
         except OSError as error:
-            raise DataError(
-                arguments.output, f"cannot be written ({error.strerror})", "name another --output"
-            ) from error
+            raise AccessError.writing(arguments.output, error) from error
     return 0
 
 
-def _row(trained: Trained, path: Path, weights: Path) -> list[str]:
+def _predict(loaded: LoadedModel, path: Path) -> list[str]:
+    """Return the line of the CSV file for the sample at `path`."""
     sample = read_sample(path)
-    size = sample.counts.shape[0]
-    if size != trained.size:
-        raise DataError(path, f"is {size} voxels wide", f"{weights} takes samples of {trained.size}")
-    volume = torch.from_numpy(transform(sample.counts, apply_log=trained.apply_log))
+    loaded.check_size(path, sample.counts.shape[0])
+    volume = torch.from_numpy(transform(sample.counts, apply_log=loaded.apply_log))
     with torch.inference_mode():
-        target = trained.model(volume.permute(3, 0, 1, 2)[None])[0]
+        target = loaded.model(volume.permute(3, 0, 1, 2)[None])[0]
     row = [str(path)]
     for parameter, value in zip(PARAMETERS, to_physical(target.numpy()), strict=True):
-        error = ""
-        if trained.residual_rms is not None:
-            error = f"{parameter.mean * HALF_RANGE * trained.residual_rms[parameter.name]:.7g}"
+        rms = loaded.residual_rms
+        error = f"{parameter.mean * HALF_RANGE * rms[parameter.name]:.7g}" if rms else ""
         row += [f"{value:.7g}", error]
     return row
 

@@ -1,19 +1,21 @@
 """Train CosmoFlow: `python -m cosmoflow_dali.train --config configs/NAME.yaml`.
 
-Without arguments it trains the embedded default: simulated universes, made if they are not there.
-The same command runs alone, under mpirun, torchrun and srun. It exits with 0 at the end of
-training, with 1 for a fault that it names in one line, and with 75 (EX_TEMPFAIL) when a SIGTERM or
-SIGUSR1 has stopped it, while it trains after saving a checkpoint: run it again with --resume.
+Without arguments it trains on the embedded default data set, simulated if it does not exist yet.
+The same command runs alone and under mpirun, torchrun and srun. The exit status is 0 at the end of
+training, 1 for an error that it names in one line, and 75 (EX_TEMPFAIL) if SIGTERM or SIGUSR1
+stopped it; during training it saves a checkpoint first, and --resume continues.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 import secrets
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -28,12 +30,11 @@ from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.mlperf import write_events as mlperf
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenCosmoFlow
-from cosmoflow_dali.reporting.summary import Result, finish
-from cosmoflow_dali.training import run_dir as runs
-from cosmoflow_dali.training.checkpoint import Checkpoint
-from cosmoflow_dali.training.logs import Console, RunLogs, configure_logging
-from cosmoflow_dali.training.trainer import STOP_SIGNALS, Outcome, Trainer
-from pipelines.dataset.dataset import SampleDataset
+from cosmoflow_dali.reporting.summary import TrainingResult, write_results
+from cosmoflow_dali.training.logs import RunLogs, configure_logging
+from cosmoflow_dali.training.run_dir import CONFIG, Run, check_data, check_partition, create_run, resume_run
+from cosmoflow_dali.training.stop_signal import STOP_SIGNALS
+from cosmoflow_dali.training.trainer import StopReason, Trainer
 from pipelines.dataset.open import open_split
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.session import Session, exit_now
@@ -46,196 +47,156 @@ from pipelines.plan import RankSlice
 from preprocess.simulate import SETTINGS, make_dataset
 from preprocess.staging.stager import describe, stage
 
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What rank 0 finds out before training, for all ranks: the same run of the same data."""
-
-    config: TrainConfig
-    seed: int
-    folder: Path
-    checkpoint: Checkpoint | None
-    train: SampleDataset
-    validation: SampleDataset
-    seconds: dict[str, float]
+# As a program, this module's name is __main__.
+logger = logging.getLogger("cosmoflow_dali.train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
-    whole = launched()
-    with report_errors(whole):
-        configure_logging(whole)
+    """Run the command line; return the exit status."""
+    job = launched()
+    with report_errors(job):
+        configure_logging(job)
         arguments = parse(argv)
-        world = whole.partition_ranks(arguments.instances)
+        world = job.partition_ranks(arguments.instances)
         device = world.device(arguments.config.device)
     # From here on rank 0 of each instance prints the errors that all ranks of the instance have seen.
     stopped = "stopped; resume from the last checkpoint with --run-dir RUN --resume"
     with report_errors(world, stopped) as session:
-        arguments = select_instance(arguments, world.instance)
-        console = Console(speaks=world.is_root)
         configure_logging(world)
+        arguments = select_instance(arguments, world.instance)
         configure_torch(device, world.cores, arguments.config.compute.precision)
-        began_ms = arguments.staged_since or round(1e3 * time.time())
+        start_ms = arguments.staged_since or round(1e3 * time.time())
         session.connect(device)
-        setup = session.run_on_root(lambda: _set_up(arguments, session, console))
-        lengths = setup.checkpoint.logs if setup.checkpoint else None
-        with RunLogs(setup.folder if world.is_root else None, lengths) as logs:
-            if setup.checkpoint is None:
-                mlperf.log_init_start(logs.mlperf, began_ms, caches_cleared=arguments.caches_cleared)
-            here = setup
-            if setup.config.data.stage is not None:
-                here = _stage(setup, session, logs, console, arguments.staged_since)
-            result = _train(here, session, device, logs, console)
-        if result is not None:
-            told = setup.folder, setup.config, result, setup.train, setup.validation, world, console
-            session.run_on_root(partial(finish, *told))
+        run = session.run_on_root(lambda: _prepare_run(arguments, session))
+        lengths = run.checkpoint.logs if run.checkpoint else None
+        with RunLogs(run.folder if world.is_root else None, lengths) as logs:
+            if run.checkpoint is None:
+                mlperf.log_init_start(logs.mlperf, start_ms, caches_cleared=arguments.caches_cleared)
+            staged = _stage(run, session, logs, arguments.staged_since)
+            result = _train(staged, session, device, logs)
         if result is None:
-            console.say(f"stopped by a signal; go on with --run-dir {setup.folder} --resume")
+            logger.info("stopped by a signal; resume with --run-dir %s --resume", run.folder)
             return os.EX_TEMPFAIL
+        # The baseline reads the whole data set, not this node's part of it.
+        session.run_on_root(partial(write_results, run, result, world))
     return 0
 
 
-def _set_up(arguments: Arguments, session: Session, console: Console) -> Setup:
-    """Find or make the run's folder and its data, on rank 0."""
-    config, checkpoint = arguments.config, None
+def _prepare_run(arguments: Arguments, session: Session) -> Run:
+    """Create or resume the run folder, and simulate missing data, on rank 0."""
+    config, checkpoint, seconds = arguments.config, None, {}
     folder = arguments.run_dir or Path("runs") / f"{arguments.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with session.stall_guard("looking for a run to go on with"):
-        resumes = arguments.resume and (folder / runs.CONFIG).exists()
+    with session.stall_guard("looking for a run to resume"):
+        resumes = arguments.resume and (folder / CONFIG).exists()
         if resumes:
-            config, checkpoint = runs.go_on(folder, config, session.world.size)
+            config, checkpoint = resume_run(folder, config, session.world.size)
     if config.seed is None:
-        config = replace(config, seed=secrets.randbelow(2**31))
-    seed = config.seed
-    assert seed is not None
-    root, simulate, seconds = Path(config.data.dir), config.data.simulate, {}
-    # Samples that somebody else has put there are trained on as they are.
-    samples = root / "train"
-    others = not (root / SETTINGS).exists() and samples.is_dir() and any(samples.iterdir())
-    if simulate is not None and not others:
-        start = time.perf_counter()
-        make_dataset(simulate, root, workers=available_cores(), shown=True)
+        config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
+    start = time.perf_counter()
+    if _simulate(config):
         seconds["simulate"] = time.perf_counter() - start
     with session.stall_guard("opening the data set"):
-        train, validation = open_split(root, "train"), open_split(root, "validation")
-    runs.check_data(config, checkpoint, session.world.size, train, validation)
-    if resumes:
-        runs.save_config(folder, config)
-        at = checkpoint.position if checkpoint else "the beginning, for want of a checkpoint"
-        console.say(f"going on with {folder} from {at}")
+        train, validation = (open_split(Path(config.data.dir), split) for split in ("train", "validation"))
+    run = Run(folder, config, checkpoint, train, validation, seconds)
+    check_data(run, session.world.size)
+    create_run(run, resumes=resumes)
+    if not resumes:
+        logger.info("run folder %s, seed %d", folder, run.seed)
+    elif checkpoint is None:
+        logger.info("resuming %s from the beginning, as it has no checkpoint", folder)
     else:
-        runs.begin(folder, config)
-        console.say(f"run folder {folder}, seed {seed}")
-    return Setup(config, seed, folder, checkpoint, train, validation, seconds)
+        position = checkpoint.position
+        logger.info("resuming %s from epoch %d, sample %d", folder, position.epoch + 1, position.samples)
+    return run
 
 
-def _train(
-    setup: Setup, session: Session, device: torch.device, logs: RunLogs, console: Console
-) -> Result | None:
-    """Build everything and train, every rank taking part; None where a signal stopped it."""
-    config, seed, checkpoint, world = setup.config, setup.seed, setup.checkpoint, session.world
-    start = time.perf_counter()
-    model = build_model(config.model, seed)
-    if isinstance(model, OpenCosmoFlow) and checkpoint is None:
-        reader = Reader(setup.train, config.loader.on_bad_sample)
-        apply_log = config.loader.apply_log
+def _simulate(config: TrainConfig) -> bool:
+    """Simulate missing samples if `config` asks for it; return False if there is nothing to simulate."""
+    root, simulate = Path(config.data.dir), config.data.simulate
+    samples = root / "train"
+    # Samples without simulation.json came from elsewhere: use them as they are.
+    if simulate is None or (not (root / SETTINGS).exists() and samples.is_dir() and any(samples.iterdir())):
+        return False
+    make_dataset(simulate, root, workers=available_cores(), shown=True)
+    return True
+
+
+def _stage(run: Run, session: Session, logs: RunLogs, staged_since: int | None) -> Run:
+    """Copy both splits to each node's own disk, if `data.stage` is set; return the run on these copies.
+
+    All ranks take part. `staged_since` is the start of staging in an earlier job step, in Unix ms.
+    """
+    config = run.config.data.stage
+    if config is None:
+        return run
+    start_ms = staged_since or round(1e3 * time.time())
+    if run.checkpoint is None:
+        logs.mlperf.start("staging_start", time_ms=start_ms)
+    splits = {"train": run.train, "validation": run.validation}
+    staged = stage(splits, config.folder, config, session, trusted=staged_since is not None)
+    seconds = time.time() - 1e-3 * start_ms
+    if run.checkpoint is None:
+        mlperf.log_staging(logs.mlperf, seconds, [report for _, report in staged])
+    for split, report in staged:
+        logger.info(describe(split, report, session.world.nodes))
+        if report.faults and run.config.loader.on_bad_sample == "fail":
+            raise UserError(f"{report.faults[0]} ({len(report.faults)} samples could not be staged)")
+    (train, _), (validation, _) = staged
+    seconds_by_phase = run.seconds | {"staging": seconds}
+    return dataclasses.replace(run, train=train, validation=validation, seconds=seconds_by_phase)
+
+
+def _train(run: Run, session: Session, device: torch.device, logs: RunLogs) -> TrainingResult | None:
+    """Build everything and train on all ranks; return None if a signal stopped it."""
+    start, config, world = time.perf_counter(), run.config, session.world
+    check_partition(run)
+    model = build_model(config.model, run.seed)
+    if isinstance(model, OpenCosmoFlow) and run.checkpoint is None:
+        reader, apply_log = Reader(run.train, config.loader.on_bad_sample), config.loader.apply_log
         model.fit_input(*session.run_on_root(lambda: input_statistics(reader, apply_log=apply_log)))
-    runs.check_shares(checkpoint, setup.train)
-    # Ranks that have the same samples share them out; those of other nodes have others.
-    readers = world.size // setup.train.num_partitions
-    shard = RankSlice(world.rank % readers, readers)
-    train = Loader(
-        setup.train,
-        config.loader,
-        rank_slice=shard,
-        seed=seed,
-        shuffle=config.shuffle,
-        ragged="drop",
-        device=device,
-    )
-    validation = Loader(
-        setup.validation,
-        config.loader,
-        rank_slice=shard,
-        seed=seed,
-        shuffle=False,
-        ragged="pad",
-        device=device,
-    )
-    trainer = Trainer(
-        config,
-        seed,
-        model,
-        session=session,
-        device=device,
-        train=train,
-        validation=validation,
-        folder=setup.folder,
-        logs=logs,
-        console=console,
-        checkpoint=checkpoint,
-    )
-    if checkpoint is None:
-        samples = setup.train.total, setup.validation.total
-        mlperf.log_settings(logs.mlperf, config, world, seed=seed, samples=samples)
-        logs.mlperf.end(constants.INIT_STOP)
-        logs.mlperf.start(constants.RUN_START)
-    console.say(trainer.compute_summary)
-    seconds = setup.seconds | {"setup": time.perf_counter() - start}
-    try:
-        outcome = trainer.run()
-        if outcome is Outcome.STOPPED:
+    # Ranks with the same samples divide them; ranks of other nodes may have other samples.
+    readers = world.size // run.train.num_partitions
+    rank_slice = RankSlice(world.rank % readers, readers)
+    load = partial(Loader, config=config.loader, rank_slice=rank_slice, seed=run.seed, device=device)
+    with (
+        closing(load(run.train, shuffle=config.shuffle, ragged="drop")) as train,
+        closing(load(run.validation, shuffle=False, ragged="pad")) as validation,
+    ):
+        trainer = Trainer(run, model, train, validation, session=session, device=device, logs=logs)
+        if run.checkpoint is None:
+            samples = run.train.total, run.validation.total
+            mlperf.log_settings(logs.mlperf, config, world, seed=run.seed, samples=samples)
+            logs.mlperf.end(constants.INIT_STOP)
+            logs.mlperf.start(constants.RUN_START)
+        logger.info(trainer.compute_summary)
+        seconds = run.seconds | {"setup": time.perf_counter() - start}
+        reason = trainer.run()
+        if reason is StopReason.STOPPED:
             return None
-        missed = outcome is Outcome.FINISHED and config.target_mae is not None
+        missed = reason is StopReason.FINISHED and config.target_mae is not None
         logs.mlperf.end(constants.RUN_STOP, metadata={"status": "aborted" if missed else "success"})
-        # A run that is resumed after its last epoch has not been evaluated by this process.
+        # A run that is resumed after its last epoch was not evaluated by this process.
         evaluation = trainer.evaluation or trainer.validate()
-    finally:
-        train.close()
-        validation.close()
-    clock = trainer.clock
-    return Result(
-        outcome=outcome,
+    timer = trainer.timer
+    return TrainingResult(
+        reason=reason,
         evaluation=evaluation,
         skipped=trainer.skipped,
         epochs=trainer.position.epoch,
         steps=trainer.steps,
         compute_summary=trainer.compute_summary,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        wait_fractions=session.gather(clock.total_waited / clock.total if clock.total else 0.0),
+        wait_fractions=session.gather(timer.total_waited / timer.total if timer.total else 0.0),
         seconds=seconds | trainer.seconds,
     )
 
 
-def _stage(setup: Setup, session: Session, logs: RunLogs, console: Console, since: int | None) -> Setup:
-    """`setup` with both splits on each node's own disk, every rank taking part.
-
-    since: when a job step before this program began with that, in Unix ms, or None.
-    """
-    config, began = setup.config.data.stage, since or round(1e3 * time.time())
-    assert config is not None
-    fresh = setup.checkpoint is None
-    if fresh:
-        logs.mlperf.start("staging_start", time_ms=began)
-    splits, trusted = {"train": setup.train, "validation": setup.validation}, since is not None
-    (train, of_train), (validation, of_validation) = stage(
-        splits, config.folder, config, session, trusted=trusted
-    )
-    seconds = time.time() - 1e-3 * began
-    if fresh:
-        mlperf.log_staging(logs.mlperf, seconds, (of_train, of_validation))
-    for split, staged in ((train, of_train), (validation, of_validation)):
-        console.say(describe(split, staged, session.world.nodes))
-        if staged.faults and setup.config.loader.on_bad_sample == "fail":
-            raise UserError(f"{staged.faults[0]} ({len(staged.faults)} samples could not be staged)")
-    return replace(setup, train=train, validation=validation, seconds=setup.seconds | {"staging": seconds})
-
-
-def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Leave, asked to stop where there is nothing to save; the trainer takes the signals while there is."""
+def _exit_immediately(number: int, frame: FrameType | None) -> NoReturn:
+    """Exit at a stop signal outside of training, where there is nothing to save."""
     os._exit(os.EX_TEMPFAIL)
 
 
 if __name__ == "__main__":
     for each in STOP_SIGNALS:
-        signal.signal(each, _leave_at_once)
+        signal.signal(each, _exit_immediately)
     exit_now(main(), World.detect())

@@ -1,4 +1,4 @@
-"""A run as one page: report.html, made of what else is in the run's folder and of nothing besides.
+"""Write report.html, one page about a run, from the other files in the run's folder.
 
 The pictures are inline SVG, so the file can be mailed or archived alone.
 """
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, STYLE
+from cosmoflow_dali.reporting.scores import score_rows
 from cosmoflow_dali.training.logs import METRICS
 from cosmoflow_dali.training.run_dir import CONFIG, PREDICTIONS, SUMMARY
 from pipelines.io import write_chunks
@@ -31,13 +32,13 @@ _SYMBOLS = {"Omega_m": r"$\Omega_m$", "sigma_8": r"$\sigma_8$", "n_s": "$n_s$", 
 _STYLE = STYLE | {
     "axes.edgecolor": "#8a8f9c",
     "axes.labelcolor": INK,
-    # Text stays text: it can be searched, and the file stays small.
+    # Text remains searchable text, and the file small.
     "svg.fonttype": "none",
-    # Fixed, so that the same run gives the same file.
+    # A fixed salt, so that the same run gives the same file.
     "svg.hashsalt": "cosmoflow-dali",
 }
 _WIDTH, _LEFT, _RIGHT, _BELOW, _ABOVE = 11.0, 0.75, 0.1, 0.5, 0.3
-"""Of a picture and the margins for its labels, in inches; to find them, matplotlib would draw all twice."""
+"""Width of a picture and margins for its labels, in inches: matplotlib would draw twice to measure them."""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -61,93 +62,77 @@ pre {{ background: #f5f6f8; padding: 1rem; overflow-x: auto; }} p.note {{ color:
 
 
 def write_report(run: Path) -> Path:
-    """Write report.html into the folder `run` of a finished run; its path."""
+    """Write report.html into the folder `run` of a finished run; return its path."""
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
-    lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    body = "\n".join(
-        [
-            f"<h1>{html.escape(run.resolve().name)}</h1>",
-            f"<p class='note'>{html.escape(_headline(summary))}</p>",
-            "<h2>Mean absolute error on the validation set</h2>",
-            _scores(summary),
-            "<p class='note'>In units of the target, whose range is [-1, 1]: 1 is a tenth of the parameter's "
-            "mean. The root mean square is the standard error of one prediction in physical units, "
-            "measured on this validation set.</p>",
-            "<h2>Predicted against true</h2>",
-            _picture(4, 2.9, lambda axes: _draw_predictions(axes, run / PREDICTIONS)),
-            "<p class='note'>Each point is a validation sample; the circles are the mean prediction in "
-            "eight equal bins of the truth. A network that has learned nothing lies on the dashed line, and "
-            "where the data leave a parameter open, the least squared error lies between it and the "
-            "diagonal: a slope below 1 is what an honest estimate shows there.</p>",
-            "<h2>Training</h2>",
-            _picture(3, 2.6, lambda axes: _draw_training(axes, records, summary)),
-            "<h2>Where the time went</h2>",
-            _picture(2, 2.4, lambda axes: _draw_time(axes, records, summary)),
-            _facts(summary),
-            "<h2>Configuration</h2>",
-            f"<pre>{html.escape((run / CONFIG).read_text(encoding='utf-8'))}</pre>",
-        ]
-    )
-    page = _PAGE.format(title=html.escape(f"CosmoFlow: {run.resolve().name}"), body=body)
+    records = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+    name, config = run.resolve().name, (run / CONFIG).read_text(encoding="utf-8")
+    body = f"""<h1>{html.escape(name)}</h1>
+<p class='note'>{html.escape(_headline(summary))}</p>
+<h2>Mean absolute error on the validation set</h2>
+{_scores(summary)}
+<p class='note'>In units of the target, whose range is [-1, 1]: 1 is a tenth of the parameter's mean. The root
+mean square is the standard error of one prediction in physical units, measured on this validation set.</p>
+<h2>Predicted against true</h2>
+{_picture(4, 2.9, lambda axes: _draw_predictions(axes, run / PREDICTIONS))}
+<p class='note'>Each point is a validation sample; the circles are the mean prediction in eight equal bins of
+the truth. A network that has learned nothing lies on the dashed line. If the data leave a parameter
+uncertain, the prediction with the least squared error lies between that line and the diagonal, so a slope
+below 1 is expected.</p>
+<h2>Training</h2>
+{_picture(3, 2.6, lambda axes: _draw_training(axes, records, summary))}
+<h2>Time</h2>
+{_picture(2, 2.4, lambda axes: _draw_time(axes, records, summary))}
+{_facts(summary)}
+<h2>Configuration</h2>
+<pre>{html.escape(config)}</pre>"""
     path = run / REPORT
-    write_chunks(path, page.encode())
+    write_chunks(path, _PAGE.format(title=html.escape(f"CosmoFlow: {name}"), body=body).encode())
     return path
 
 
 def _headline(summary: dict[str, Any]) -> str:
-    rate = summary["samples_per_s"]
+    rate, ranks = summary["samples_per_s"], summary["ranks"]
     return (
         f"{summary['epochs']} epochs, {summary['steps']} steps of {summary['global_batch']} samples on "
-        f"{summary['ranks']} {'rank' if summary['ranks'] == 1 else 'ranks'}, seed {summary['seed']}"
+        f"{ranks} {'rank' if ranks == 1 else 'ranks'}, seed {summary['seed']}"
         + (f"; {rate:.1f} samples/s" if rate else "")
         + f"; {summary['parameters']:,} parameters; outcome: {summary['outcome']}"
     )
 
 
 def _scores(summary: dict[str, Any]) -> str:
-    names = [parameter.name for parameter in PARAMETERS]
-    rows = [["network", summary["mae"], *(summary["mae_per_parameter"][name] for name in names)]]
-    if summary["baseline"]:
-        baseline = summary["baseline"]
-        rows.append([baseline["name"], baseline["mae"], *(baseline["mae_per_parameter"][n] for n in names)])
-    trivial = summary["trivial_mae_per_parameter"]
-    rows.append(["always the mean", summary["trivial_mae"], *(trivial[name] for name in names)])
-    text = [[row[0], *(f"{value:.4f}" for value in row[1:])] for row in rows]
+    names, baseline = [parameter.name for parameter in PARAMETERS], summary["baseline"]
+    rows = score_rows(summary, baseline["name"] if baseline else "")
     rms = [
         f"{parameter.mean * HALF_RANGE * summary['residual_rms'][parameter.name]:.3g} {parameter.unit}"
         for parameter in PARAMETERS
     ]
-    return _table(["", "all", *names], [*text, ["network, root mean square", "", *rms]])
+    return _table(["", "all", *names], [*rows, ["network, root mean square", "", *rms]])
 
 
 def _facts(summary: dict[str, Any]) -> str:
     hardware, wait = summary["hardware"], summary["data_wait_fraction"]
-    gpus = ", ".join(hardware["gpus"]) or "none"
     rows = [
         ["waiting for data, mean over ranks", f"{wait['mean']:.1%}"],
         ["waiting for data, worst rank", f"{wait['worst_rank']:.1%}"],
         ["processor", f"{hardware['cpu']}, {hardware['cores']} cores"],
-        ["GPUs of a rank's node", gpus],
+        ["GPUs per node", ", ".join(hardware["gpus"]) or "none"],
         ["memory", f"{hardware['memory'] / 2**30:.0f} GiB"],
-        [
-            "versions",
-            ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
-        ],
+        ["versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())],
     ]
     return f"<div class='facts'>{_table([], rows)}</div>"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(row(cells, "td") for cells in rows)
+    return f"<table><thead>{row(header, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def _picture(columns: int, height: float, draw: Callable[[list[Axes]], None]) -> str:
-    """The SVG element of a row of axes that `draw` fills."""
+    """Return the SVG element of a row of axes that `draw` fills."""
     width = (_WIDTH - _RIGHT) / columns - _LEFT
     with rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, height), dpi=150)
@@ -178,21 +163,13 @@ def _draw_predictions(axes: list[Axes], path: Path) -> None:
 def _draw_parameter(ax: Axes, parameter: Parameter, true: Any, predicted: Any) -> None:
     low, high = (parameter.mean * (1 + sign * 1.25 * HALF_RANGE) for sign in (-1, 1))
     size = float(np.clip(2000 / len(true), 0.5, 6))
-    # Points as pixels, for there may be 65,536 of them; the rest stays vector.
+    # There may be 65,536 points: draw them as pixels and the rest as vectors.
     ax.scatter(true, predicted, s=size, color=BLUE, alpha=0.5, linewidths=0, rasterized=True)
     ax.plot([low, high], [low, high], color=INK, lw=1)
     ax.axhline(parameter.mean, color=ORANGE, lw=1, ls="--")
-    edges = parameter.mean * (1 + HALF_RANGE * np.linspace(-1, 1, 9))
-    bins = np.digitize(true, edges) - 1
-    filled = [b for b in range(8) if (bins == b).any()]
-    ax.plot(
-        [true[bins == b].mean() for b in filled],
-        [predicted[bins == b].mean() for b in filled],
-        "o",
-        ms=4,
-        color="white",
-        mec=INK,
-    )
+    bins = np.digitize(true, parameter.mean * (1 + HALF_RANGE * np.linspace(-1, 1, 9))) - 1
+    means = [(true[bins == b].mean(), predicted[bins == b].mean()) for b in range(8) if (bins == b).any()]
+    ax.plot(*zip(*means, strict=True), "o", ms=4, color="white", mec=INK)
     residual = predicted - true
     spread = float(np.square(true - true.mean()).sum())
     slope = float(((true - true.mean()) * predicted).sum()) / spread if spread else float("nan")
@@ -200,25 +177,17 @@ def _draw_parameter(ax: Axes, parameter: Parameter, true: Any, predicted: Any) -
     symbol, unit = _SYMBOLS[parameter.name], f" [{parameter.unit}]" if parameter.unit else ""
     rms = float(np.sqrt(np.square(residual).mean()))
     ax.set_title(f"{symbol}: rms {rms:.3g}, slope {slope:.2f}, R² {r2:.2f}", fontsize=9)
-    ax.set(
-        xlim=(low, high),
-        ylim=(low, high),
-        xlabel=f"true{unit}",
-        ylabel=f"predicted{unit}",
-        aspect="equal",
-    )
+    limits = (low, high)
+    ax.set(xlim=limits, ylim=limits, xlabel=f"true{unit}", ylabel=f"predicted{unit}", aspect="equal")
 
 
 def _draw_training(axes: list[Axes], records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    steps = [record for record in records if record["kind"] == "step"]
-    evals = [record for record in records if record["kind"] == "eval"]
-    per_epoch = summary["steps"] / max(summary["epochs"], 1)
-    at = [record["step"] / per_epoch for record in steps]
+    steps, evals = _by_kind(records, "step"), _by_kind(records, "eval")
+    at, at_eval = _epochs(steps, summary), _epochs(evals, summary)
     axes[0].plot(at, [record["loss"] for record in steps], color=BLUE, lw=1, label="training")
-    at_eval = [record["step"] / per_epoch for record in evals]
     axes[0].plot(at_eval, [record["mse"] for record in evals], "o-", color=ORANGE, ms=4, label="validation")
     axes[0].set(xlabel="epoch", ylabel="mean squared error", yscale="log")
-    # As powers of ten, which are set in mathematics, the labels would take as long as all else.
+    # Powers of ten are typeset as mathematics, which takes as long as everything else on the page.
     axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].yaxis.set_minor_formatter("")
@@ -228,8 +197,8 @@ def _draw_training(axes: list[Axes], records: list[dict[str, Any]], summary: dic
         axes[1].plot(at_eval, values, "o-", color=color, ms=3, lw=1, label=_SYMBOLS[parameter.name])
     axes[1].plot(at_eval, [record["mae"] for record in evals], "o-", color=INK, ms=4, lw=2, label="all")
     axes[1].axhline(summary["trivial_mae"], color=INK, lw=1, ls="--")
-    axes[1].annotate("always the mean", (0.02, summary["trivial_mae"]), va="bottom", fontsize=8,
-                     xycoords=("axes fraction", "data"))  # fmt: skip
+    corner = (0.02, summary["trivial_mae"])
+    axes[1].annotate("always the mean", corner, va="bottom", fontsize=8, xycoords=("axes fraction", "data"))
     axes[1].set(xlabel="epoch", ylabel="validation MAE")
     axes[1].set_ylim(bottom=0)
     axes[1].legend(ncols=2, fontsize=8)
@@ -238,15 +207,13 @@ def _draw_training(axes: list[Axes], records: list[dict[str, Any]], summary: dic
 
 
 def _draw_time(axes: list[Axes], records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    steps = [record for record in records if record["kind"] == "step"]
-    per_epoch = summary["steps"] / max(summary["epochs"], 1)
-    at = np.array([record["step"] / per_epoch for record in steps])
-    wait = np.array([record["data_wait_ms"] for record in steps])
-    whole = np.array([record["step_ms"] for record in steps])
+    steps = _by_kind(records, "step")
+    wait, total = (np.array([record[key] for record in steps]) for key in ("data_wait_ms", "step_ms"))
+    colors = [ORANGE, LIGHT_BLUE]
     axes[0].stackplot(
-        at, wait, whole - wait, labels=["data wait", "compute"], colors=[ORANGE, LIGHT_BLUE], lw=0
+        _epochs(steps, summary), wait, total - wait, labels=["data wait", "compute"], colors=colors, lw=0
     )
-    axes[0].set(xlabel="epoch", ylabel="ms a step", ylim=(0, 1.35 * whole.max()))
+    axes[0].set(xlabel="epoch", ylabel="ms per step", ylim=(0, 1.35 * total.max()))
     axes[0].legend(loc="upper right", ncols=2)
     phases = {name: seconds for name, seconds in summary["seconds"].items() if seconds}
     axes[1].barh(list(phases), list(phases.values()), color=LIGHT_BLUE)
@@ -255,3 +222,12 @@ def _draw_time(axes: list[Axes], records: list[dict[str, Any]], summary: dict[st
     axes[1].invert_yaxis()
     axes[1].margins(x=0.15)
     axes[1].set(xlabel="seconds")
+
+
+def _by_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [record for record in records if record["kind"] == kind]
+
+
+def _epochs(records: list[dict[str, Any]], summary: dict[str, Any]) -> list[float]:
+    """Return the position of each record in epochs."""
+    return [record["step"] * max(summary["epochs"], 1) / summary["steps"] for record in records]

@@ -1,7 +1,8 @@
-"""The end of a run, on rank 0: predictions, baseline, summary and report."""
+"""Results of a finished run, on rank 0: predictions, baseline, summary and report."""
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,32 +10,35 @@ from typing import Any
 
 import numpy as np
 
-from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.reporting import ridge_baseline, system_info
-from cosmoflow_dali.training import run_dir as runs
+from cosmoflow_dali.reporting.scores import score_rows
 from cosmoflow_dali.training.evaluation import Evaluation
-from cosmoflow_dali.training.logs import Console
-from cosmoflow_dali.training.trainer import Outcome
-from pipelines.dataset.dataset import SampleDataset
+from cosmoflow_dali.training.run_dir import Run, write_predictions, write_summary
+from cosmoflow_dali.training.trainer import StopReason
 from pipelines.distributed.world import World
 from pipelines.loading.reader import Reader
 from pipelines.tables import format_table
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """How training ended.
+class TrainingResult:
+    """Result of training.
 
-    evaluation: of the weights at the end.
-    skipped: how many damaged samples of each split were passed over.
-    epochs, steps: of the whole run, whatever process made them.
-    compute_summary: the optimizer, the engine and the precision.
-    parameters: trainable weights of the network.
-    wait_fractions: for each rank, the share of its training time spent waiting for data.
-    seconds: by phase.
+    Args:
+        reason: Reason for the end of training.
+        evaluation: Validation of the final weights.
+        skipped: Number of damaged samples of each split that were skipped.
+        epochs: Epochs of the whole run, over all of its processes.
+        steps: Steps of the whole run.
+        compute_summary: Optimizer, engine and precision.
+        parameters: Number of trainable weights.
+        wait_fractions: For each rank, the fraction of its training time spent waiting for data.
+        seconds: Time by phase.
     """
 
-    outcome: Outcome
+    reason: StopReason
     evaluation: Evaluation
     skipped: dict[str, int]
     epochs: int
@@ -45,42 +49,24 @@ class Result:
     seconds: dict[str, float]
 
 
-def finish(
-    folder: Path,
-    config: TrainConfig,
-    result: Result,
-    train: SampleDataset,
-    validation: SampleDataset,
-    world: World,
-    console: Console,
-) -> None:
-    """Leave in `folder` what a person wants to see of the run, and say the figures.
-
-    train, validation: the splits with all their samples, not a node's share of them.
-    """
-    evaluation, seconds = result.evaluation, dict(result.seconds)
-    runs.write_predictions(folder, evaluation)
-    compared: dict[str, Any] | None = None
-    if config.baseline:
-        start = time.perf_counter()
-        policy = config.loader.on_bad_sample
-        ridge = ridge_baseline.fit_ridge(Reader(train, policy), Reader(validation, policy))
+def write_results(run: Run, result: TrainingResult, world: World) -> None:
+    """Write predictions.csv, summary.json and report.html into the folder of `run`, and log the scores."""
+    config, evaluation, seconds = run.config, result.evaluation, dict(result.seconds)
+    write_predictions(run.folder, evaluation)
+    start = time.perf_counter()
+    baseline = _fit_baseline(run) if config.baseline else None
+    if baseline:
         seconds["baseline"] = time.perf_counter() - start
-        compared = {
-            "name": ridge_baseline.NAME,
-            "mae": ridge.mae,
-            "mae_per_parameter": ridge.mae_per_parameter,
-        }
     global_batch = config.loader.batch_size * world.size
-    trivial = evaluation.trivial_mae_per_parameter
+    trivial, waits = evaluation.trivial_mae_per_parameter, result.wait_fractions
     summary = {
         **evaluation.scores(),
         "trivial_mae": float(np.mean(list(trivial.values()))),
         "trivial_mae_per_parameter": trivial,
         "residual_rms": evaluation.residual_rms,
-        "baseline": compared,
+        "baseline": baseline,
         "skipped_samples": result.skipped,
-        "outcome": result.outcome.value,
+        "outcome": result.reason.value,
         "target_mae": config.target_mae,
         "seed": config.seed,
         "epochs": result.epochs,
@@ -90,42 +76,34 @@ def finish(
         "computes": result.compute_summary,
         "parameters": result.parameters,
         "samples_per_s": result.steps * global_batch / seconds["train"] if seconds["train"] else None,
-        "data_wait_fraction": {
-            "mean": float(np.mean(result.wait_fractions)),
-            "worst_rank": max(result.wait_fractions),
-        },
+        "data_wait_fraction": {"mean": float(np.mean(waits)), "worst_rank": max(waits)},
         "seconds": seconds,
         "versions": system_info.versions(),
         "hardware": system_info.hardware(),
     }
-    runs.write_summary(folder, summary)
-    _report(folder, console)
-    _say_scores(console, summary)
+    write_summary(run.folder, summary)
+    _write_report(run.folder)
+    names = list(summary["mae_per_parameter"])
+    rows = score_rows(summary, baseline_title="ridge")
+    for line in format_table([["validation MAE", "all", *names], *rows]).splitlines():
+        logger.info(line)
 
 
-def _report(folder: Path, console: Console) -> None:
-    """Write the report, or say that there is none."""
+def _fit_baseline(run: Run) -> dict[str, Any]:
+    """Return the name and the scores of the ridge regression."""
+    policy = run.config.loader.on_bad_sample
+    ridge = ridge_baseline.fit_ridge(Reader(run.train, policy), Reader(run.validation, policy))
+    return {"name": ridge_baseline.NAME, "mae": ridge.mae, "mae_per_parameter": ridge.mae_per_parameter}
+
+
+def _write_report(folder: Path) -> None:
+    """Write report.html if matplotlib is installed."""
     start = time.perf_counter()
     try:
-        # Only here: matplotlib takes a third of the program's start, and only rank 0 draws.
+        # matplotlib takes a third of the program's start-up time, and only rank 0 needs it.
         from cosmoflow_dali.reporting.html_report import write_report
     except ImportError:
-        console.say("no report: this Python lacks matplotlib")
+        logger.info("no report: matplotlib is not installed")
         return
     report = write_report(folder)
-    console.say(f"report {report} ({time.perf_counter() - start:.0f} s)")
-
-
-def _say_scores(console: Console, summary: dict[str, Any]) -> None:
-    """A small table: each parameter's MAE beside the trivial predictor's and the baseline's."""
-    names = list(summary["mae_per_parameter"])
-    scores = [("network", summary["mae"], summary["mae_per_parameter"])]
-    if baseline := summary["baseline"]:
-        scores.append(("ridge", baseline["mae"], baseline["mae_per_parameter"]))
-    scores.append(("always the mean", summary["trivial_mae"], summary["trivial_mae_per_parameter"]))
-    rows = [
-        [title, *(f"{value:.4f}" for value in (mae, *(each[name] for name in names)))]
-        for title, mae, each in scores
-    ]
-    for line in format_table([["validation MAE", "all", *names], *rows]).splitlines():
-        console.say(line)
+    logger.info("report %s (%.0f s)", report, time.perf_counter() - start)

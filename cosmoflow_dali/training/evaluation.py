@@ -1,4 +1,4 @@
-"""How well a network does on a whole split: exact scores, whatever the number of ranks."""
+"""Exact scores of a network on a whole split, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from pipelines.sample import PARAMETERS
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The network's answers over a split, in its order, and what they should have been.
+    """Predictions of a network for a split, in the order of the split.
 
-    index: (n,) int64, each sample's position in the split; all of them, but for the damaged ones.
-    predictions, targets: (n, 4) float64, in units of the target.
+    Args:
+        index: Position of each sample in the split, (n,) int64; damaged samples are missing.
+        predictions: Outputs of the network, (n, 4) float64, in units of the target.
+        targets: True parameters, (n, 4) float64, in units of the target.
     """
 
     index: npt.NDArray[np.int64]
@@ -30,7 +32,7 @@ class Evaluation:
 
     @property
     def samples(self) -> int:
-        """How many samples were scored."""
+        """Number of samples scored."""
         return len(self.targets)
 
     @property
@@ -50,7 +52,7 @@ class Evaluation:
 
     @property
     def trivial_mae_per_parameter(self) -> dict[str, float]:
-        """The same for a network that always answers 0, the mean of the parameters' ranges."""
+        """Mean absolute error of the output 0, the centre of each parameter's range."""
         return _named(np.abs(self.targets).mean(axis=0))
 
     @property
@@ -59,7 +61,7 @@ class Evaluation:
         return _named(np.sqrt(np.square(self.predictions - self.targets).mean(axis=0)))
 
     def scores(self) -> dict[str, Any]:
-        """The figures that logs and programs print."""
+        """Return the scores for logs and programs."""
         return {
             "mae": self.mae,
             "mse": self.mse,
@@ -69,43 +71,45 @@ class Evaluation:
 
 
 def evaluate(model: nn.Module, loader: Loader, session: Session, *, epoch: int = 0) -> Evaluation:
-    """Score `model` on the split that the ranks' loaders cover between them, padded, in `epoch`'s order.
+    """Score `model` on the split that the loaders of all ranks cover together, in the order of `epoch`.
 
-    Each rank fills in the rows that it has seen and the sum over ranks completes the table, so a
-    sample that fills up a last batch cannot count twice. UserError, on every rank, where an answer
-    is no number, and it names the sample if that is why; or where no sample is sound.
+    Each rank fills in the rows of its samples, and the sum over ranks completes the table. A sample
+    that pads a last batch therefore counts once.
+
+    Raises:
+        UserError: On every rank, if an output is not finite or no sample is valid.
     """
     was_training = model.training
     model.eval()
-    table: torch.Tensor | None = None
+    split, table = loader.split, None
     with torch.no_grad():
         loaded = session.with_stall_guard(loader.batches(epoch), "waiting for a validation sample")
         for batch in session.tag_rank_errors(loaded):
             if table is None:
-                # Whether a sample was seen, what the network made of it, and its target.
-                shape = loader.split.total, 3, len(PARAMETERS)
+                # For each sample: 1 if it was seen, the network's output, and the target.
+                shape = split.total, 3, len(PARAMETERS)
                 table = torch.zeros(shape, dtype=torch.float64, device=batch.target.device)
-            rows = np.flatnonzero(batch.index >= 0)
-            if len(rows):
-                place = torch.from_numpy(loader.split.global_indices(batch.index[rows]))
-                table[place, 0] = 1.0
-                table[place, 1] = model(batch.volume)[torch.from_numpy(rows)].double()
-                table[place, 2] = batch.target[torch.from_numpy(rows)].double()
+            real = np.flatnonzero(batch.index >= 0)
+            if len(real):
+                at = torch.from_numpy(split.global_indices(batch.index[real]))
+                rows = torch.from_numpy(real)
+                table[at, 0] = 1.0
+                table[at, 1] = model(batch.volume)[rows].double()
+                table[at, 2] = batch.target[rows].double()
     model.train(was_training)
     assert table is not None, "every rank takes part in every evaluation step"
     seen, predictions, targets = session.sum(table).cpu().numpy().transpose(1, 0, 2)
     index = np.flatnonzero(seen[:, 0])
     if not index.size:
-        raise DataError(loader.split.root, "holds no sound sample to score", "see preprocess.verify")
+        raise DataError(split.root, "has no valid sample to score", "see preprocess.verify")
     bad = index[~np.isfinite(predictions[index]).all(axis=1)]
     if bad.size:
-        own = np.arange(len(loader.split))
-        session.run_on_all_ranks(
-            lambda: loader.raise_if_damaged(own[np.isin(loader.split.global_indices(own), bad)])
-        )
+        own = np.arange(len(split))
+        own_bad = own[np.isin(split.global_indices(own), bad)]
+        session.run_on_all_ranks(lambda: loader.raise_if_damaged(own_bad))
         raise UserError(
-            f"the network's answer for {bad.size} of {loader.split.total} sound samples is not a number: "
-            "its training has diverged; lower the learning rate"
+            f"the network's output for {bad.size} of {split.total} valid samples is not finite: "
+            "training has diverged; lower the learning rate"
         )
     return Evaluation(index, predictions[index], targets[index])
 

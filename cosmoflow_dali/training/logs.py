@@ -1,7 +1,7 @@
-"""What a run writes down as it goes: metrics.jsonl, the MLPerf log, and lines on the console.
+"""Output of a running training: metrics.jsonl, the MLPerf log, and messages on the console.
 
-Only rank 0 writes. Both files are append-only, and a checkpoint remembers how long they were, so
-that a resumed run cuts off what came after it and the logs read as one run's.
+Only rank 0 writes the files. Both are append-only, and a checkpoint records their lengths, so that a
+resumed run truncates what was written after it and the logs read as those of one run.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,16 +26,21 @@ from pipelines.errors import AccessError
 METRICS = "metrics.jsonl"
 MLPERF = "mlperf.log"
 _ROOT = str(Path(__file__).resolve().parents[2])
+_LINE_INTERVAL = 15.0
+"""Seconds between messages about progress if standard error is not a terminal."""
+
+logger = logging.getLogger(__name__)
 
 
 class RunLogs:
-    """The log files of one run folder, or, on a rank that writes none, nothing at all.
+    """Log files of a run folder; writes nothing on a rank without a folder.
 
-    mlperf: the MLPerf logger (`event`, `start`, `end`); see mlperf_logging.
+    Attributes:
+        mlperf: The MLPerf logger (`event`, `start`, `end`); see mlperf_logging.
     """
 
     def __init__(self, folder: Path | None, lengths: dict[str, int] | None = None) -> None:
-        """Open the logs in `folder`, cut to `lengths` bytes; without a `folder`, write nowhere."""
+        """Open the logs in `folder`, truncated to `lengths` bytes; without a `folder`, write nothing."""
         self._paths = {name: folder / name for name in (METRICS, MLPERF)} if folder else {}
         for name, path in self._paths.items():
             with open(path, "ab") as file:
@@ -43,22 +49,22 @@ class RunLogs:
         self._handler: logging.Handler = (
             _RaisingHandler(self._paths[MLPERF], encoding="utf-8") if folder else logging.NullHandler()
         )
-        logger = logging.Logger("cosmoflow_dali.mlperf.log_events", logging.INFO)
-        logger.addHandler(self._handler)
-        self.mlperf = MLLogger(logger, default_namespace="", root_dir=_ROOT)
+        mlperf = logging.Logger("cosmoflow_dali.mlperf.log_events", logging.INFO)
+        mlperf.addHandler(self._handler)
+        self.mlperf = MLLogger(mlperf, default_namespace="", root_dir=_ROOT)
 
     def metric(self, record: dict[str, Any]) -> None:
-        """Append `record` to metrics.jsonl as one line; AccessError where that fails."""
+        """Append `record` to metrics.jsonl as one line; raise AccessError if that fails."""
         if self._metrics is not None:
             try:
-                # A reader that follows the file should see whole lines at once.
+                # Flush, so that a program that follows the file sees whole lines.
                 self._metrics.write(json.dumps(record) + "\n")
                 self._metrics.flush()
             except OSError as error:
                 raise AccessError.writing(self._paths[METRICS], error) from error
 
     def lengths(self) -> dict[str, int]:
-        """Bytes in each file so far, by name."""
+        """Return the bytes in each file so far, by name."""
         self._handler.flush()
         return {name: os.stat(path).st_size for name, path in self._paths.items()}
 
@@ -66,12 +72,9 @@ class RunLogs:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Closing a file tries once more to write what a full disk has just refused.
+        # After an error, closing may fail again to write what a full disk has refused.
         with suppress(OSError) if error is not None else nullcontext():
             self._handler.close()
             if self._metrics is not None:
@@ -79,7 +82,7 @@ class RunLogs:
 
 
 class _RaisingHandler(logging.FileHandler):
-    """A log that a full disk cuts off ends the run, rather than going on with a hole in it."""
+    """Raise an error if a record cannot be written; logging would print it and continue."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         error = sys.exc_info()[1]
@@ -94,9 +97,9 @@ def configure_logging(world: World) -> None:
     handler.setFormatter(
         logging.Formatter(f"rank {world.rank}: %(message)s" if world.rank else "%(message)s")
     )
-    logger = logging.getLogger("cosmoflow_dali")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO if world.is_root else logging.WARNING)
+    package = logging.getLogger("cosmoflow_dali")
+    package.handlers = [handler]
+    package.setLevel(logging.INFO if world.is_root else logging.WARNING)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -106,39 +109,28 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-class Console:
-    """Lines and a progress bar for a person, on rank 0; silence on the others.
+class Progress:
+    """Progress of training: a bar on a terminal, otherwise a message from time to time."""
 
-    Where standard error is no terminal the bar is a plain line now and then.
-    """
-
-    def __init__(self, speaks: bool) -> None:
-        self._speaks = speaks
-        self._terminal = speaks and sys.stderr.isatty()
+    def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
         self._next_line = 0.0
 
-    def say(self, line: str) -> None:
-        """Print `line` above the bar."""
-        if self._speaks:
-            tqdm.write(line, file=sys.stderr)
+    @contextmanager
+    def epoch(self, title: str, first: int, steps: int) -> Iterator[None]:
+        """Show an epoch of `steps` steps, from step `first` on."""
+        # disable=None: on a terminal only.
+        shown = logger.isEnabledFor(logging.INFO)
+        with tqdm(
+            total=steps, initial=first, desc=title, leave=False, disable=None if shown else True
+        ) as self._bar:
+            yield
 
-    def start_epoch(self, epoch: int, epochs: int, done: int, steps: int) -> None:
-        """Begin the bar of `epoch` at `done` of `steps` steps."""
-        if self._terminal:
-            self._bar = tqdm(total=steps, initial=done, desc=f"epoch {epoch + 1}/{epochs}", leave=False)
-
-    def advance(self, steps: int, now: float, line: Callable[[], str]) -> None:
-        """Move the bar on by `steps`, or print `line()` if the last one is a while ago at `now` seconds."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(line(), refresh=False)
+    def advance(self, steps: int, line: str) -> None:
+        """Advance by `steps` steps and show `line`."""
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_postfix_str(line, refresh=False)
             self._bar.update(steps)
-        elif self._speaks and now >= self._next_line:
-            self.say(line())
-            self._next_line = now + 15.0
-
-    def end_epoch(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        elif (now := time.monotonic()) >= self._next_line:
+            logger.info(line)
+            self._next_line = now + _LINE_INTERVAL

@@ -1,4 +1,4 @@
-"""A trained network from a file: a checkpoint of ours or the reference's weights."""
+"""Load a trained network from a checkpoint or from the reference's Keras weights."""
 
 from __future__ import annotations
 
@@ -17,28 +17,42 @@ from pipelines.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """A network with its weights, in evaluation mode, and what is known about it.
+class LoadedModel:
+    """A trained network in evaluation mode.
 
-    size: edge of the samples that it takes, in voxels.
-    apply_log: whether it wants log(count + 1) or count / mean.
-    residual_rms: each parameter's standard error on its run's validation split, in units of the
-        target; None where these very weights were not evaluated.
+    Args:
+        path: File of the weights.
+        model: The network.
+        size: Edge of its samples in voxels.
+        apply_log: Its input is log(count + 1); otherwise count / mean.
+        residual_rms: Standard error of each parameter on the run's validation split, in units of the
+            target; None if these weights were not evaluated.
     """
 
+    path: Path
     model: nn.Module
     size: int
     apply_log: bool
-    residual_rms: dict[str, float] | None
+    residual_rms: dict[str, float] | None = None
+
+    def check_size(self, path: str | Path, size: int) -> None:
+        """Raise DataError unless the network takes the samples at `path`, of `size` voxels along an edge."""
+        if size != self.size:
+            raise DataError(
+                path, f"is {size} voxels wide", f"{self.path} takes samples of {self.size} voxels"
+            )
 
 
-def load_trained(path: Path) -> Trained:
-    """The network in `path`: a checkpoint (.pt), or an .npz of Keras weights.
+def load_model(path: Path) -> LoadedModel:
+    """Load the network in `path`: a checkpoint (.pt), or an .npz of Keras weights.
 
-    An .npz holds `conv0/kernel`, ..., or the same behind `w/`. DataError names what does not fit.
+    An .npz has the arrays `conv0/kernel`, ..., optionally with the prefix `w/`.
+
+    Raises:
+        DataError: The file is missing, damaged or of another kind.
     """
     if path.suffix == ".npz":
-        return _from_npz(path)
+        return _load_npz(path)
     checkpoint = Checkpoint.load(path)
     config = resolve(checkpoint.config)
     model = build_model(config.model, checkpoint.seed)
@@ -46,22 +60,20 @@ def load_trained(path: Path) -> Trained:
     # Within an epoch, the newest scores are those of older weights.
     scores = checkpoint.scores if checkpoint.position.samples == 0 else None
     rms = scores["residual_rms"] if scores else None
-    return Trained(model.eval(), config.model.size, config.loader.apply_log, rms)
+    return LoadedModel(path, model.eval(), config.model.size, config.loader.apply_log, rms)
 
 
-def _from_npz(path: Path) -> Trained:
+def _load_npz(path: Path) -> LoadedModel:
     try:
         with np.load(path, allow_pickle=False) as archive:
             prefix = "w/" if any(name.startswith("w/") for name in archive.files) else ""
-            kinds = ("/kernel", "/bias")
             weights = {
                 name.removeprefix(prefix): archive[name]
                 for name in archive.files
-                if name.startswith(prefix) and name.endswith(kinds)
+                if name.startswith(prefix) and name.endswith(("/kernel", "/bias"))
             }
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(
-            path, f"is no readable .npz ({error})", "give reference weights or a checkpoint"
-        ) from error
+        reason = f"is not a readable .npz file ({error})"
+        raise DataError(path, reason, "give reference weights or a checkpoint") from error
     model = from_reference_weights(weights)
-    return Trained(model.eval(), model.config.size, apply_log=True, residual_rms=None)
+    return LoadedModel(path, model.eval(), model.config.size, apply_log=True)

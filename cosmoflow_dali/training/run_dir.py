@@ -1,11 +1,11 @@
-"""A run's folder: making one, going on with one, and what is in it at the end.
+"""The folder of a run: creating and resuming it, and its files.
 
-config.yaml       the resolved configuration, its seed included
-metrics.jsonl     a line for every few steps and every evaluation
+config.yaml       the resolved configuration, including the seed
+metrics.jsonl     one line for every few steps and every evaluation
 mlperf.log        the MLPerf log
-checkpoints/      the newest few
+checkpoints/      the newest checkpoints
 predictions.csv   the validation set at the end: true and predicted parameters
-summary.json      the figures
+summary.json      the results
 report.html       the pictures
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ SUMMARY = "summary.json"
 PREDICTIONS = "predictions.csv"
 CHECKPOINTS = "checkpoints"
 
-_FREE = (
+MUTABLE_ON_RESUME = (
     "data.dir",
     "data.stage",
     "loader.",
@@ -47,109 +47,113 @@ _FREE = (
     "compute.nvtx",
     "optimizer.implementation",
 )
-"""Settings, or their beginnings, that may change on resume: they move no weight."""
+"""Settings, or prefixes of settings, that may change on resume because they do not affect the weights."""
 
 
-def begin(folder: Path, config: TrainConfig) -> None:
-    """Make `folder` for a new run of `config`; DataError if a run is there already."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A new or resumed run; the same on all ranks.
+
+    Args:
+        folder: Folder of the run.
+        config: Configuration; its seed is set.
+        checkpoint: State to resume from, or None.
+        train: Training samples.
+        validation: Validation samples.
+        seconds: Time spent so far by this process, by phase.
+    """
+
+    folder: Path
+    config: TrainConfig
+    checkpoint: Checkpoint | None
+    train: SampleDataset
+    validation: SampleDataset
+    seconds: dict[str, float]
+
+    @property
+    def seed(self) -> int:
+        """Seed of every random draw."""
+        assert self.config.seed is not None
+        return self.config.seed
+
+
+def create_run(run: Run, *, resumes: bool) -> None:
+    """Make the folder of `run` and write config.yaml; raise DataError if it has another run.
+
+    With `resumes`, the folder has this run already.
+    """
+    folder = run.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # What a run that was killed while it began has left is no run.
-        if any(not path.name.endswith(TEMPORARY_SUFFIX) for path in folder.iterdir()):
-            raise DataError(folder, "is not empty", "add --resume to go on with its run, or name another")
-        save_config(folder, config)
+        # Ignore temporary files of a process that was killed while it created a run.
+        if not resumes and any(not path.name.endswith(TEMPORARY_SUFFIX) for path in folder.iterdir()):
+            raise DataError(folder, "is not empty", "add --resume to resume its run, or name another folder")
+        save_config(folder, run.config)
     except OSError as error:
         raise DataError(folder, f"cannot be written ({error.strerror})", "name another --run-dir") from error
 
 
 def save_config(folder: Path, config: TrainConfig) -> None:
     """Write `config` into `folder` as YAML."""
-    text = yaml.safe_dump(asdict(config), sort_keys=False)
-    write_chunks(folder / CONFIG, text.encode())
+    write_chunks(folder / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False).encode())
 
 
-def load_config(folder: Path) -> TrainConfig:
-    """The configuration that the run in `folder` started with."""
-    return resolve(read_yaml(folder / CONFIG))
+def resume_run(folder: Path, config: TrainConfig, ranks: int) -> tuple[TrainConfig, Checkpoint | None]:
+    """Return `config` with the seed of the run in `folder`, and its newest checkpoint, if any.
 
-
-def go_on(folder: Path, config: TrainConfig, ranks: int) -> tuple[TrainConfig, Checkpoint | None]:
-    """`config` with the seed of the run in `folder`, and the run's newest checkpoint if it has one.
-
-    ConfigError where `config` differs from the run's in something that would change the weights, or
-    where `ranks` do not keep its global batch.
+    Raises:
+        ConfigError: `config` differs from the run's in a setting that affects the weights, or `ranks`
+            do not keep its global batch.
     """
-    earlier = load_config(folder)
+    earlier = resolve(read_yaml(folder / CONFIG))
     if config.seed is None:
         config = replace(config, seed=earlier.seed)
-    free = _FREE + (("epochs",) if isinstance(config.schedule, StepDecayConfig) else ())
-    before, now = flatten(earlier), flatten(config)
-    for key in before.keys() | now.keys():
-        if before.get(key) != now.get(key) and (not key.startswith(free) or key == "loader.apply_log"):
-            raise ConfigError(
-                key,
-                now.get(key),
-                f"the run in {folder} has {before.get(key)!r}; keep it, or start a new run",
-            )
+    mutable = MUTABLE_ON_RESUME + (("epochs",) if isinstance(config.schedule, StepDecayConfig) else ())
+    old, new = flatten(earlier), flatten(config)
+    for key in old.keys() | new.keys():
+        if old.get(key) != new.get(key) and (not key.startswith(mutable) or key == "loader.apply_log"):
+            advice = f"the run in {folder} has {old.get(key)!r}; keep it, or start a new run"
+            raise ConfigError(key, new.get(key), advice)
     checkpoint = Checkpoint.newest(folder / CHECKPOINTS)
-    if checkpoint is not None and checkpoint.global_batch != config.loader.batch_size * ranks:
-        raise ConfigError(
-            "loader.batch_size",
-            config.loader.batch_size,
-            f"times {ranks} ranks is not the run's global batch of {checkpoint.global_batch}; "
-            "change one of them",
-        )
+    batch = config.loader.batch_size
+    if checkpoint is not None and checkpoint.global_batch != batch * ranks:
+        advice = f"times {ranks} ranks is not the run's global batch of {checkpoint.global_batch}; change one"
+        raise ConfigError("loader.batch_size", batch, advice)
     return config, checkpoint
 
 
-def check_data(
-    config: TrainConfig,
-    checkpoint: Checkpoint | None,
-    ranks: int,
-    train: SampleDataset,
-    validation: SampleDataset,
-) -> None:
-    """UserError unless the splits fit the network, the ranks, and the run that `checkpoint` is of."""
-    batch, wanted = config.loader.batch_size, config.global_batch
-    if wanted is not None and wanted != batch * ranks:
-        raise ConfigError(
-            "global_batch",
-            wanted,
-            f"{ranks} ranks with loader.batch_size {batch} make {batch * ranks}, and the learning rates are "
-            "meant for this; change the ranks or --batch-size",
+def check_data(run: Run, ranks: int) -> None:
+    """Raise UserError unless the data of `run` fit the network, the number of `ranks` and the checkpoint."""
+    config = run.config
+    batch, expected, samples = config.loader.batch_size, config.global_batch, len(run.train)
+    if expected is not None and expected != batch * ranks:
+        advice = (
+            f"{ranks} ranks with loader.batch_size {batch} make {batch * ranks}, but the learning rates are "
+            f"tuned for {expected}; change the ranks or --batch-size"
         )
-    plan_epoch(
-        len(train),
-        global_batch=batch * ranks,
-        seed=0,
-        epoch=0,
-        shuffle=False,
-        ragged="drop",
-    )
-    for split in (train, validation):
+        raise ConfigError("global_batch", expected, advice)
+    plan_epoch(samples, global_batch=batch * ranks, seed=0, epoch=0, shuffle=False, ragged="drop")
+    for split in (run.train, run.validation):
         if split.spec.size != config.model.size:
-            raise ConfigError(
-                "model.size",
-                config.model.size,
-                f"the samples in {split.root} are {split.spec.size} voxels wide",
-            )
-    if checkpoint is not None and checkpoint.train_samples != len(train):
-        raise ConfigError(
-            "data.dir",
-            config.data.dir,
-            f"has {len(train)} training samples, and the run started with {checkpoint.train_samples}",
+            advice = f"the samples in {split.root} are {split.spec.size} voxels wide"
+            raise ConfigError("model.size", config.model.size, advice)
+    if run.checkpoint is not None and run.checkpoint.train_samples != samples:
+        advice = f"has {samples} training samples, but the run started with {run.checkpoint.train_samples}"
+        raise ConfigError("data.dir", config.data.dir, advice)
+
+
+def check_partition(run: Run) -> None:
+    """Raise ConfigError unless the nodes have the partition of the data that the checkpoint has."""
+    partition = run.train.partition_signature
+    if run.checkpoint is not None and run.checkpoint.division != partition:
+        advice = (
+            f"the run was trained on {run.checkpoint.division}, which determines its order; stage as then"
         )
-
-
-def check_shares(checkpoint: Checkpoint | None, train: SampleDataset) -> None:
-    """ConfigError unless the nodes have `train` in the shares that they had in the run of `checkpoint`."""
-    if checkpoint is not None and checkpoint.division != train.partition_signature:
-        said = f"the run was trained on {checkpoint.division}, which decides its order; stage as then"
-        raise ConfigError("data.stage", train.partition_signature, said)
+        raise ConfigError("data.stage", partition, advice)
 
 
 def write_predictions(folder: Path, evaluation: Evaluation) -> None:
-    """Write true and predicted parameters, in physical units, one validation sample a line."""
+    """Write true and predicted parameters in physical units, one validation sample per line."""
     names = [parameter.name for parameter in PARAMETERS]
     rows = zip(to_physical(evaluation.targets), to_physical(evaluation.predictions), strict=True)
     with open(folder / PREDICTIONS, "w", encoding="utf-8", newline="") as file:
@@ -161,5 +165,4 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write summary.json."""
-    text = json.dumps(summary, indent=2) + "\n"
-    write_chunks(folder / SUMMARY, text.encode())
+    write_chunks(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())

@@ -1,4 +1,4 @@
-"""The clock of the training loop: how long it took, and how much of that it waited for data."""
+"""Timer of the training loop: total time, and the part of it spent waiting for data."""
 
 from __future__ import annotations
 
@@ -8,31 +8,35 @@ from collections.abc import Iterable, Iterator
 from pipelines.sample import Batch
 
 
-class Clock:
-    """Seconds spent waiting for data and spent in all, since `reset` and since the beginning."""
+class StepTimer:
+    """Measures intervals of training.
+
+    Attributes:
+        total: Seconds of all intervals so far.
+        total_waited: Seconds of these spent waiting for data.
+    """
 
     def __init__(self) -> None:
         self.total = self.total_waited = 0.0
-        self._waited = 0.0
-        self._start = time.perf_counter()
+        self.reset()
 
     def reset(self) -> None:
-        """Begin a new interval now; what passed since the last one is not counted."""
+        """Start a new interval; time since the last one is not counted."""
         self._waited, self._start = 0.0, time.perf_counter()
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """`batches`, with the time that each takes to come counted as waiting."""
+        """Iterate over `batches`; count the time until each arrives as waiting."""
         iterator = iter(batches)
         while True:
-            asked = time.perf_counter()
+            start = time.perf_counter()
             batch = next(iterator, None)
-            self._waited += time.perf_counter() - asked
+            self._waited += time.perf_counter() - start
             if batch is None:
                 return
             yield batch
 
     def read(self) -> tuple[float, float]:
-        """(seconds, seconds waited) of the interval that ends now; the next one begins."""
+        """Return the seconds, and the seconds waited, of the interval; start the next one."""
         seconds, waited = time.perf_counter() - self._start, self._waited
         self.total += seconds
         self.total_waited += waited

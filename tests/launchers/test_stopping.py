@@ -13,7 +13,6 @@ from helpers import Ranks, command, config_file, started_by, wait_until_gone, wr
 
 from cosmoflow_dali import train
 from cosmoflow_dali.arguments import parse
-from cosmoflow_dali.training.logs import Console
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
@@ -71,7 +70,7 @@ def test_a_file_system_that_hangs_while_the_data_is_opened_is_told_of(
     monkeypatch.setattr(train, "open_split", hang)
     arguments = parse(["--config", str(config_file(tmp_path / "c.yaml", tmp_path))])
     with pytest.raises(UserError, match=r"hangs while .'opening the data set'"):
-        train._set_up(arguments, Guarded(World()), Console(speaks=False))
+        train._prepare_run(arguments, Guarded(World()))
 
 
 def test_launchers_that_contradict_each_other_are_told_in_one_line(

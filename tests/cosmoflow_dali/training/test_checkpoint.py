@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused, whatever happens to the file."""
+"""Checkpoints are read back intact or refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checkpoint(epoch: int = 0, samples: int = 8) -> Checkpoint:
     )
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+def test_load_returns_what_was_saved(tmp_path: Path) -> None:
     saved = checkpoint()
     loaded = Checkpoint.load(saved.save(tmp_path))
     for name in saved.__slots__:
@@ -42,7 +42,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(loaded.optimizer["state"][0]["momentum_buffer"], torch.ones(1000))
 
 
-def test_the_newest_few_are_kept_in_order_of_position(tmp_path: Path) -> None:
+def test_newest_checkpoints_by_position_are_kept(tmp_path: Path) -> None:
     for epoch in range(3):
         for samples in (0, 4, 100):
             checkpoint(epoch, samples).save(tmp_path)
@@ -51,19 +51,19 @@ def test_the_newest_few_are_kept_in_order_of_position(tmp_path: Path) -> None:
     assert newest is not None and newest.position == Position(2, 100)
 
 
-def test_what_a_killed_writer_left_is_removed_and_never_read(tmp_path: Path) -> None:
+def test_temporary_file_of_a_killed_writer_is_removed_and_never_read(tmp_path: Path) -> None:
     (tmp_path / ".epoch00009_sample000000000.pt.77.tmp").write_bytes(b"half")
     assert Checkpoint.newest(tmp_path) is None
     saved = checkpoint().save(tmp_path)
     assert list(tmp_path.iterdir()) == [saved]
 
 
-def test_no_checkpoint_is_no_fault(tmp_path: Path) -> None:
+def test_newest_without_checkpoints_is_none(tmp_path: Path) -> None:
     assert Checkpoint.newest(tmp_path) is None
     assert Checkpoint.newest(tmp_path / "missing") is None
 
 
-def test_a_flipped_bit_or_a_cut_never_passes_for_the_checkpoint(tmp_path: Path) -> None:
+def test_flipped_bits_and_truncation_are_detected(tmp_path: Path) -> None:
     path = checkpoint().save(tmp_path)
     whole, rng = path.read_bytes(), random.Random(3)
     refused = 0
@@ -77,53 +77,59 @@ def test_a_flipped_bit_or_a_cut_never_passes_for_the_checkpoint(tmp_path: Path) 
         try:
             loaded = Checkpoint.load(path)
         except DataError as error:
-            assert str(path) in str(error)
+            assert error.path == str(path)
             refused += 1
-        else:  # the zip container has a few bytes, such as dates, that mean nothing
+        else:  # some bytes of the zip container, such as dates, have no effect
             assert torch.equal(loaded.model["w"], torch.arange(1000.0))
             assert loaded.position == Position(0, 8)
     assert refused > 100
 
 
-def test_a_damaged_newest_falls_back_with_a_warning(tmp_path: Path) -> None:
+def test_damaged_newest_checkpoint_falls_back_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoint(1, 0).save(tmp_path)
     newest = checkpoint(2, 0).save(tmp_path)
     newest.write_bytes(newest.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match="falling back"):
+    with caplog.at_level("WARNING", "cosmoflow_dali"):
         found = Checkpoint.newest(tmp_path)
+    assert newest.name in caplog.text
     assert found is not None and found.position == Position(1, 0)
 
 
-def test_a_failing_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("torch.save", fails)
-    with pytest.raises(DataError, match="No space"):
+    with pytest.raises(DataError) as failure:
         checkpoint().save(tmp_path)
+    assert "No space" in failure.value.fault
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04"])
-def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_refused_by_path(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"x\.pt"):
-        Checkpoint.load(path)
-    torch.save({"state_dict": {}}, path)
-    with pytest.raises(DataError, match="not a checkpoint of this program"):
-        Checkpoint.load(path)
-    with pytest.raises(DataError, match="not a file"):
+    for content in (b"", b"not a checkpoint", b"PK\x03\x04", None):
+        if content is None:
+            torch.save({"state_dict": {}}, path)
+        else:
+            path.write_bytes(content)
+        with pytest.raises(DataError) as refusal:
+            Checkpoint.load(path)
+        assert refusal.value.path == str(path)
+    with pytest.raises(DataError) as refusal:
         Checkpoint.load(tmp_path / "missing.pt")
+    assert refusal.value.path == str(tmp_path / "missing.pt")
 
 
-def test_pickled_code_does_not_run(tmp_path: Path) -> None:
+def test_pickled_code_is_not_executed(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
 
     path = tmp_path / "evil.pt"
     torch.save({"version": 1, "position": Evil()}, path)
-    with pytest.raises(DataError, match=r"evil\.pt"):
+    with pytest.raises(DataError):
         Checkpoint.load(path)
     assert not (tmp_path / "ran").exists()

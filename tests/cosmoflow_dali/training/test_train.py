@@ -328,7 +328,7 @@ def test_what_the_launch_tells_reaches_the_log(tmp_path: Path) -> None:
         (["--set", "loader={"], "--set"),
         (["--staged-since", "5"], "nothing is staged"),
         (["--instances", "2"], "--run-dir"),
-        (["--instances", "2", "--run-dir", "/tmp/none"], "does not share out the 1 ranks"),
+        (["--instances", "2", "--run-dir", "/tmp/none"], "does not divide 1 ranks evenly"),
         (["--set", "data.stage.dir=$NONE_SUCH/x"], "not set"),
     ],
 )
