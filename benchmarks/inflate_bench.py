@@ -65,7 +65,6 @@ def measure(
             decode()
         torch.cuda.synchronize()
         rates.append(steps * batch_size / (time.perf_counter() - start))
-    decoder.close()
     return harness.Spread.of(rates)
 
 

@@ -8,103 +8,86 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pipelines.formats.packed.gather_gpu import PackedArrays
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.transforms import lookup_node, transform_node
 
 
-def define_counts_graph(
-    inputs: deque[list[npt.NDArray[np.int16]]], config: LoaderConfig, device_id: int | None
-) -> Any:
-    """Return a pipeline, not yet built, that transforms counts.
+def counts_node(inputs: deque[list[npt.NDArray[np.int16]]], device: torch.device, *, apply_log: bool) -> Any:
+    """Return the node of transformed counts, (B, D, H, W, C) float32 on `device`.
 
     Args:
-        inputs: Queue of batches, each run takes the oldest: counts (D, H, W, C) int16 of each sample. DALI
-            reads them in place: they must be kept until their batch is output.
-        config: Settings of the loader.
-        device_id: GPU to run on; None for the CPU.
-
-    Returns:
-        A pipeline with one output, (B, D, H, W, C) float32 on that device.
+        inputs: Queue of batches, of which each run takes the oldest: counts (D, H, W, C) int16 of each
+            sample. DALI reads them in place: they must be kept until their batch is output.
+        device: Device of the output.
+        apply_log: See `LoaderConfig`.
     """
     from nvidia.dali import fn
 
-    def samples() -> Any:
-        counts = fn.external_source(source=lambda: inputs.popleft(), batch=True, no_copy=True)
-        if device_id is not None:
-            counts = counts.gpu()
-        return transform_node(counts, apply_log=config.apply_log)
-
-    return _define(samples, config, device_id)
+    counts = fn.external_source(source=lambda: inputs.popleft(), batch=True, no_copy=True)
+    return transform_node(counts.gpu() if device.type == "cuda" else counts, apply_log=apply_log)
 
 
-def define_files_graph(files: Sequence[str], config: LoaderConfig, device_id: int | None) -> Any:
-    """Return a pipeline, not yet built, that reads and transforms the counts in .npy `files`, in a cycle.
+def files_node(files: Sequence[str], device: torch.device, *, apply_log: bool) -> Any:
+    """Return the same node as `counts_node` for counts that DALI reads from .npy `files`, in a cycle.
 
-    On a GPU DALI reads them into its memory, with GPUDirect Storage where that is available. Output as of
-    `define_counts_graph`.
+    On a GPU DALI reads them into its memory, with GPUDirect Storage where that is available.
     """
     from nvidia.dali import fn
 
-    def samples() -> Any:
-        counts = fn.readers.numpy(device="cpu" if device_id is None else "gpu", files=files)
-        return transform_node(counts, apply_log=config.apply_log)
-
-    return _define(samples, config, device_id)
+    counts = fn.readers.numpy(device="gpu" if device.type == "cuda" else "cpu", files=files)
+    return transform_node(counts, apply_log=apply_log)
 
 
-def define_packed_graph(inputs: deque[PackedArrays], config: LoaderConfig, device_id: int | None) -> Any:
-    """Return a pipeline, not yet built, that inflates packed samples on a GPU.
+def packed_nodes(inputs: deque[PackedArrays], *, apply_log: bool) -> tuple[Any, Any]:
+    """Return the nodes of packed samples inflated on a GPU.
 
-    Without a GPU it can be serialised, but not built.
+    Without a GPU a pipeline of them can be serialised, but not built.
 
     Args:
-        inputs: Queue of batches, each run takes the oldest: five lists with one array per sample. These are
-            the bytes of its LZ4 blocks (uint8); the offset and length of each block (int32); the length of
-            every inflated block (int32, one number); its table (rows, C) of counts (int16). DALI reads them
-            in place.
-        config: Settings of the loader.
-        device_id: GPU to run on.
+        inputs: Queue of batches, of which each run takes the oldest: five lists with one array per sample.
+            These are the bytes of its LZ4 blocks (uint8); the offset and length of each block (int32);
+            the length of every inflated block (int32, one number); its table (rows, C) of counts
+            (int16). DALI reads them in place.
+        apply_log: See `LoaderConfig`.
 
     Returns:
-        A pipeline with two outputs per sample: the inflated blocks (blocks, voxels) uint8, and the values
-        of the table (rows, C) float32: logarithms or counts, NaN for negative ones.
+        For each sample the inflated blocks (blocks, voxels) uint8, and the values of the table (rows, C)
+        float32: logarithms or counts, NaN for negative ones.
     """
     from nvidia.dali import fn, types
 
-    def samples() -> Any:
-        blocks, starts, sizes, voxels, table = fn.external_source(
-            source=lambda: inputs.popleft(),
-            num_outputs=5,
-            batch=True,
-            no_copy=True,
-            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT16],
-            ndim=[1, 1, 1, 1, 2],
-        )
-        planes = fn.decoders.inflate(
-            blocks.gpu(),
-            algorithm="LZ4",
-            chunk_offsets=starts,
-            chunk_sizes=sizes,
-            shape=voxels,
-            dtype=types.UINT8,
-        )
-        return planes, lookup_node(table.gpu(), apply_log=config.apply_log)
-
-    return _define(samples, config, device_id)
+    blocks, starts, sizes, voxels, table = fn.external_source(
+        source=lambda: inputs.popleft(),
+        num_outputs=5,
+        batch=True,
+        no_copy=True,
+        dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT16],
+        ndim=[1, 1, 1, 1, 2],
+    )
+    planes = fn.decoders.inflate(
+        blocks.gpu(),
+        algorithm="LZ4",
+        chunk_offsets=starts,
+        chunk_sizes=sizes,
+        shape=voxels,
+        dtype=types.UINT8,
+    )
+    return planes, lookup_node(table.gpu(), apply_log=apply_log)
 
 
-def _define(samples: Callable[[], Any], config: LoaderConfig, device_id: int | None) -> Any:
-    """Return a pipeline, not yet built, whose outputs are the nodes that `samples` returns."""
+def define_pipeline(define_nodes: Callable[[], Any], config: LoaderConfig, device: torch.device) -> Any:
+    """Return a pipeline on `device`, not yet built, that outputs the nodes of `define_nodes`."""
     from nvidia.dali import pipeline_def
 
-    decorate = pipeline_def(
+    return pipeline_def(
+        define_nodes,
         batch_size=config.batch_size,
         num_threads=config.threads,
-        device_id=device_id,
+        device_id=device.index if device.type == "cuda" else None,
         prefetch_queue_depth=config.prefetch,
         # The static executor outputs tensors without a copy, at a third of the cost.
         exec_dynamic=False,
-    )
-    return decorate(samples)()
+    )()

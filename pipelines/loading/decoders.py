@@ -26,7 +26,7 @@ from pipelines.formats.packed.decode import PackedSample
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.packed.gather_gpu import PackedArrays, arrays_of, gather
 from pipelines.loading.config import LoaderConfig
-from pipelines.loading.dali_graphs import define_counts_graph, define_files_graph, define_packed_graph
+from pipelines.loading.dali_graphs import counts_node, define_pipeline, files_node, packed_nodes
 from pipelines.loading.transforms import lookup_table
 from pipelines.plan import Indices
 from pipelines.sample import SampleSpec
@@ -74,20 +74,15 @@ class Decoder(Protocol):
     def reset(self) -> None:
         """Discard the batches that are reserved, but not submitted; their callbacks have returned."""
 
-    def close(self) -> None:
-        """Free the buffers."""
-
 
 class _DaliDecoder:
     """Base of the decoders whose work is done by a DALI pipeline, ahead of `next` and in its own threads."""
 
     lookahead = _READ_AHEAD
-    _pipeline: Any = None
 
     def __init__(self, config: LoaderConfig, device: torch.device) -> None:
         self.depth = config.prefetch
-        self._config = config
-        self._device_id = device.index if device.type == "cuda" else None
+        self._config, self._device = config, device
         self._output_read = torch.cuda.Event() if device.type == "cuda" else None
 
     def reserve(self) -> Sequence[OnRead]:
@@ -108,19 +103,15 @@ class _DaliDecoder:
     def reset(self) -> None:
         """See `Decoder`."""
 
-    def close(self) -> None:
-        """See `Decoder`."""
-        self._pipeline = None
-
     @staticmethod
     def _on_read(payload: Payload) -> None:
         """Do nothing with a payload that has just been read."""
 
-    def _start(self, pipeline: Any) -> None:
-        """Build `pipeline`, and use it from now on."""
+    def _start(self, define_nodes: Callable[[], Any]) -> None:
+        """Replace the pipeline by one with the outputs that `define_nodes` returns."""
         self._wait_for_reads()
-        pipeline.build()
-        self._pipeline = pipeline
+        self._pipeline = define_pipeline(define_nodes, self._config, self._device)
+        self._pipeline.build()
 
     def _run(self) -> Any:
         """Return the next outputs of the pipeline, in memory that the next run reuses."""
@@ -143,7 +134,7 @@ class CountsDecoder(_DaliDecoder):
     def __init__(self, config: LoaderConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self._inputs: deque[list[npt.NDArray[np.int16]]] = deque()
-        self._start(define_counts_graph(self._inputs, config, self._device_id))
+        self._start(lambda: counts_node(self._inputs, device, apply_log=config.apply_log))
 
     def submit(self, payloads: Sequence[Payload], upcoming: Indices) -> None:
         """See `Decoder`."""
@@ -175,7 +166,8 @@ class FilesDecoder(_DaliDecoder):
         if not self._steps_left:
             # A padding row reads the first sample.
             files = [str(self._split.path(max(index, 0))) for index in upcoming.ravel().tolist()]
-            self._start(define_files_graph(files, self._config, self._device_id))
+            apply_log = self._config.apply_log
+            self._start(lambda: files_node(files, self._device, apply_log=apply_log))
             self._steps_left = len(upcoming)
         self._steps_left -= 1
 
@@ -224,10 +216,6 @@ class PackedCpuDecoder:
         """See `Decoder`."""
         self._reserved.clear()
 
-    def close(self) -> None:
-        """See `Decoder`."""
-        self._reserved.clear()
-
     def _decode(self, payload: Payload, out: npt.NDArray[np.float32]) -> None:
         """Write the volume of `payload` into `out` (D, H, W, C)."""
         packed: PackedSample = payload  # type: ignore[assignment]
@@ -245,7 +233,7 @@ class PackedGpuDecoder(_DaliDecoder):
         self._inputs: deque[PackedArrays] = deque()
         # Batches in the pipeline, with the arrays that DALI reads in place.
         self._submitted: deque[tuple[list[PackedSample], PackedArrays]] = deque()
-        self._start(define_packed_graph(self._inputs, config, self._device_id))
+        self._start(lambda: packed_nodes(self._inputs, apply_log=config.apply_log))
 
     def submit(self, payloads: Sequence[Payload], upcoming: Indices) -> None:
         """See `Decoder`."""

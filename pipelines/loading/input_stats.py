@@ -15,20 +15,22 @@ _STATISTICS_SAMPLES = 128
 def input_statistics(
     reader: Reader, *, apply_log: bool
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Mean and standard deviation of each redshift's input, (4,) float32 each, over some samples."""
-    split, samples = reader.split, 0
+    """Return mean and standard deviation of each redshift's input, (4,) float32 each, over up to 128 samples.
+
+    Raises:
+        DataError: All these samples are damaged.
+    """
+    split = reader.split
     count = min(len(split), _STATISTICS_SAMPLES)
-    # Evenly spread, for neighbours in file order may share a universe.
-    chosen = np.linspace(0, len(split) - 1, count).astype(int)
-    moments = np.zeros((2, split.spec.channels))
-    for index in chosen.tolist():
+    moments = []
+    # Evenly spaced, because neighbours in file order may be of one universe.
+    for index in np.linspace(0, len(split) - 1, count).astype(int).tolist():
         sample = reader.sample(index)
-        if sample is None:
-            continue
-        samples += 1
-        values = transform(sample.counts, apply_log=apply_log).astype(np.float64)
-        moments += [values.mean(axis=(0, 1, 2)), np.square(values).mean(axis=(0, 1, 2))]
-    if not samples:
-        raise DataError(split.root, f"{count} samples looked at are all damaged", "see preprocess.verify")
-    mean, square = moments / samples
+        if sample is not None:
+            values = transform(sample.counts, apply_log=apply_log).astype(np.float64)
+            moments.append([values.mean(axis=(0, 1, 2)), np.square(values).mean(axis=(0, 1, 2))])
+    if not moments:
+        fault = f"all {count} samples read are damaged"
+        raise DataError(split.root, fault, "check it with python -m preprocess.verify")
+    mean, square = np.mean(moments, axis=0)
     return mean.astype(np.float32), np.sqrt(square - mean**2).clip(1e-6).astype(np.float32)

@@ -129,7 +129,7 @@ class Loader:
     def close(self) -> None:
         """Stop the threads and free the buffers."""
         self._readers.shutdown(wait=True, cancel_futures=True)
-        self._decoder.close()
+        del self._decoder
 
     def _seek(self, epoch: int, step: int) -> None:
         """Continue from (epoch, step); discard everything in flight."""
@@ -183,12 +183,9 @@ class Loader:
         if self._device.type == "cuda":
             # Only from pinned memory is the copy asynchronous. Torch reuses that memory after the copy.
             target = target.pin_memory()
-        if into is not None:
-            target = into.target.copy_(target, non_blocking=True)
-        else:
-            target = target.to(self._device, non_blocking=True)
+        output = into.target if into else torch.empty(target.shape, device=self._device)
         index = np.array(read)
         if self._ragged == "pad":
             # A score counts no sample twice: what was read in place of a damaged sample is left out.
             index = np.where(index == step.upcoming[0], index, -1)
-        return Batch(volume, target, index)
+        return Batch(volume, output.copy_(target, non_blocking=True), index)

@@ -22,7 +22,7 @@ from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.gather_gpu import arrays_of, gather
 from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.loading.config import LoaderConfig
-from pipelines.loading.dali_graphs import define_packed_graph
+from pipelines.loading.dali_graphs import define_pipeline, packed_nodes
 from pipelines.loading.loader import Loader
 from pipelines.loading.transforms import lookup_node, transform
 from pipelines.plan import RankSlice
@@ -103,8 +103,10 @@ def test_the_gather_writes_into_memory_of_either_layout() -> None:
 
 @pytest.mark.parametrize("apply_log", [True, False])
 def test_the_graph_can_be_defined_and_serialised_without_a_gpu(apply_log: bool) -> None:
-    graph = define_packed_graph(deque(), LoaderConfig(2, 1, 1, apply_log), None)
-    serialised = graph.serialize()
+    pipeline = define_pipeline(
+        lambda: packed_nodes(deque(), apply_log=apply_log), LoaderConfig(batch_size=2), torch.device("cpu")
+    )
+    serialised = pipeline.serialize()
     assert b"decoders__Inflate" in serialised and b"LookupTable" in serialised
 
 
