@@ -23,7 +23,6 @@ from pipelines.errors import ConfigError
 from pipelines.formats.base import CountsPayload, Payload
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.decode import PackedSample
-from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.packed.gather_gpu import PackedArrays, arrays_of, gather
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.dali_graphs import counts_node, define_pipeline, files_node, packed_nodes
@@ -275,7 +274,7 @@ def make_decoder(split: SampleDataset, config: LoaderConfig, device: torch.devic
         # A partition without samples has no file to read for its padding rows.
         if len(split):
             return FilesDecoder(split, config, device)
-    if split.format_name != PackedFormat.name:
+    if not split.sharded:
         return CountsDecoder(config, device)
     if device.type == "cuda":
         return PackedGpuDecoder(split.spec, config, device)

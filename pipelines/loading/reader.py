@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import MAX_CONSECUTIVE_BAD, DataError
 from pipelines.formats.base import CountsPayload, Payload
-from pipelines.formats.packed.format import PackedFormat, encode_payload
+from pipelines.formats.packed.format import encode_payload
 from pipelines.sample import PARAMETERS, Sample
 
 OnBadSample: TypeAlias = Literal["fail", "skip"]
@@ -81,7 +81,7 @@ class Reader:
         """
         spec = self.split.spec
         sample = Sample(np.ones(spec.shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
-        if self.split.format_name == PackedFormat.name:
+        if self.split.sharded:
             return encode_payload(sample)
         return CountsPayload(sample.counts, sample.target)
 
