@@ -100,54 +100,24 @@ def _parse_setting(text: str) -> tuple[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="python -m cosmoflow_dali.train",
-        description="Train CosmoFlow. Flags override the configuration file, which overrides the defaults.",
-    )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file (default: configs/default.yaml)"
-    )
+    text = "Train CosmoFlow. Flags override the configuration file, which overrides the defaults."
+    parser = OneLineParser(prog="python -m cosmoflow_dali.train", description=text)
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="YAML file (default: configs/default.yaml)")
     known = {setting.key: setting for setting in settings(TrainConfig)}
     for flag, key in FLAGS.items():
-        parser.add_argument(
-            flag,
-            dest=key,
-            default=argparse.SUPPRESS,
-            help=known[key].meaning.replace("%", "%%"),
-            **_argument_type(known[key].kind, key),
-        )
-    parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME-TIME)"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any setting in docs/settings.md, such as loader.threads=4; may be repeated",
-    )
-    parser.add_argument(
-        "--instances",
-        type=int,
-        default=1,
-        metavar="N",
-        help="train N networks side by side on equal parts of the ranks, in folders 1 to N of --run-dir, "
-        "with consecutive seeds",
-    )
-    parser.add_argument(
-        "--caches-cleared", action="store_true", help="log that the page caches were cleared for this run"
-    )
-    parser.add_argument(
-        "--staged-since",
-        type=int,
-        metavar="MS",
-        help="log that staging began at this time (Unix ms), in a job step before this one",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="resume the run in --run-dir from its newest checkpoint; start it if there is none",
-    )
+        meaning, options = known[key].meaning.replace("%", "%%"), _argument_type(known[key].kind, key)
+        add(flag, dest=key, default=argparse.SUPPRESS, help=meaning, **options)
+    add("--run-dir", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME-TIME)")
+    text = "any setting in docs/settings.md, such as loader.threads=4; may be repeated"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    text = "divide the ranks evenly among N instances of the training, in folders 1 to N of --run-dir, with "
+    add("--instances", type=int, default=1, metavar="N", help=text + "consecutive seeds")
+    add("--caches-cleared", action="store_true", help="log that the page caches were cleared for this run")
+    text = "log that staging began at this time (Unix ms), in a job step before this one"
+    add("--staged-since", type=int, metavar="MS", help=text)
+    text = "resume the run in --run-dir from its newest checkpoint; start it if there is none"
+    add("--resume", action="store_true", help=text)
     return parser
 
 

@@ -126,21 +126,17 @@ class TrainConfig:
         decay = self.optimizer.weight_decay if isinstance(self.optimizer, SGDConfig) else 0.0
         dropout = self.model.dropout if isinstance(self.model, ReferenceConfig) else 0.0
         if decay > 0 and dropout > 0:
-            raise ConfigError(
-                "optimizer.weight_decay",
-                decay,
-                f"cannot go together with model.dropout = {dropout}; set one of them to 0",
-            )
+            advice = f"cannot be combined with model.dropout = {dropout}; set one of them to 0"
+            raise ConfigError("optimizer.weight_decay", decay, advice)
         micro, batch = self.compute.micro_batch, self.loader.batch_size
         if micro is not None and batch % micro:
             raise ConfigError("compute.micro_batch", micro, f"must divide loader.batch_size = {batch}")
         if micro is not None and not isinstance(self.model, ReferenceConfig):
-            raise ConfigError(
-                "compute.micro_batch", micro, "the open network normalises over its batch; leave it out"
-            )
+            advice = "the open network normalizes over its batch; leave it out"
+            raise ConfigError("compute.micro_batch", micro, advice)
         simulate = self.data.simulate
         if simulate is not None and simulate.size != self.model.size:
-            raise ConfigError("model.size", self.model.size, f"data.simulate.size is {simulate.size}")
+            raise ConfigError("model.size", self.model.size, f"must be data.simulate.size = {simulate.size}")
 
 
 def read_yaml(path: Path) -> Tree:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mlperf_logging.mllog.mllog import MLLogger
@@ -71,11 +70,9 @@ class RunLogs:
     def __enter__(self) -> RunLogs:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         # After an error, closing may fail again to write what a full disk has refused.
-        with suppress(OSError) if error is not None else nullcontext():
+        with suppress(OSError) if any(error) else nullcontext():
             self._handler.close()
             if self._metrics is not None:
                 self._metrics.close()

@@ -1,4 +1,4 @@
-"""The textbook regression: exact on a linear truth, blind to nothing it should see, honest on noise."""
+"""Ridge baseline on samples whose true dependence is known."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from helpers import write_tiny
 
-from cosmoflow_dali.reporting.ridge_baseline import features_of, fit_ridge
+from cosmoflow_dali.reporting.ridge_baseline import compute_features, fit_ridge
 from pipelines.dataset.open import open_split
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.reader import Reader
 from pipelines.sample import Sample
 
 
-def test_it_finds_what_roughness_tells_and_does_not_pretend_about_the_rest(tmp_path: Path) -> None:
+def test_predicts_the_parameter_that_sets_the_variance_and_no_other(tmp_path: Path) -> None:
     # In the tiny set the second parameter sets the field's variance and the others do nothing.
     root = write_tiny(tmp_path / "data", train=150, validation=60, size=8)
     result = fit_ridge(*(Reader(open_split(root, split)) for split in ("train", "validation")))
@@ -26,25 +26,27 @@ def test_it_finds_what_roughness_tells_and_does_not_pretend_about_the_rest(tmp_p
         assert result.mae_per_parameter[name] == pytest.approx(trivial, rel=0.15)
 
 
-def test_features_feel_power_on_the_scale_where_it_is() -> None:
+def test_power_of_a_wave_is_in_its_shell() -> None:
     size = 16
     wave = 10 + np.round(5 * np.sin(2 * np.pi * 3 * np.arange(size) / size))
     counts = np.broadcast_to(wave[:, None, None, None], (size, size, size, 4)).astype(np.int16)
-    spectrum = features_of(counts)[: 4 * size // 2].reshape(4, size // 2)
+    spectrum = compute_features(counts)[: 4 * size // 2].reshape(4, size // 2)
     # The wave has three periods in the box: shell 3 holds its power, at every redshift.
     assert (spectrum.argmax(axis=1) == 2).all()
 
 
-def test_features_do_not_depend_on_place_or_direction() -> None:
+def test_features_are_invariant_to_shifts_and_symmetries() -> None:
     rng = np.random.default_rng(0)
     counts = rng.poisson(1.0, (8, 8, 8, 4)).astype(np.int16)
     for other in (np.roll(counts, 3, axis=1), counts.transpose(1, 0, 2, 3), counts[::-1]):
-        np.testing.assert_allclose(features_of(np.ascontiguousarray(other)), features_of(counts), rtol=1e-5)
+        np.testing.assert_allclose(
+            compute_features(np.ascontiguousarray(other)), compute_features(counts), rtol=1e-5
+        )
 
 
-def test_an_empty_and_a_crowded_universe_have_finite_features(tmp_path: Path) -> None:
+def test_features_of_empty_and_dense_volumes_are_finite(tmp_path: Path) -> None:
     for value in (0, 32767):
-        assert np.isfinite(features_of(np.full((8, 8, 8, 4), value, np.int16))).all()
+        assert np.isfinite(compute_features(np.full((8, 8, 8, 4), value, np.int16))).all()
     for split in ("train", "validation"):
         (tmp_path / split).mkdir()
         for index in range(3):
