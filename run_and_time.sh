@@ -1,9 +1,9 @@
 #!/bin/bash
-# One rank of a run, as run.sub's job step starts it, or alone a whole run on this machine:
+# Run one rank, in a job step of run.sub; or, outside of one, a whole run on this machine:
 #
 #   DATADIR=/data/cosmoflow CONFIG_FILE=reference DGXNGPU=8 ./run_and_time.sh
 #
-# docs/scale.md lists the variables. Arguments are the trainer's own.
+# docs/scale.md lists the variables. Arguments are passed to the trainer.
 set -euo pipefail
 cd "${CHECKOUT:-$(dirname "$0")}"
 
@@ -13,7 +13,7 @@ PYTHON="${PYTHON:-.venv/bin/python}"
 LOGDIR="${LOGDIR:-results}"
 RUN="${RUN:-$(date +%y%m%d%H%M%S)}"
 
-# A value that YAML takes for text, whatever is in it.
+# Quote a value as a YAML string.
 text() {
     printf "'%s'" "${1//\'/\'\'}"
 }
@@ -27,19 +27,19 @@ PARAMETERS=(--config "${CONFIG_FILE}" --run-dir "${LOGDIR}/${RUN}" --resume)
 [[ "${CACHES_CLEARED:-0}" -eq 0 ]] || PARAMETERS+=(--caches-cleared)
 
 if [[ -z "${SLURM_STEP_NUM_TASKS:-}${OMPI_COMM_WORLD_SIZE:-}" && "${DGXNGPU:-1}" -gt 1 ]]; then
-    # Nobody has started ranks yet: this script once more, for each.
+    # No launcher has started ranks: run this script once per rank.
     export CONFIG_FILE PYTHON LOGDIR RUN
     MPIRUN="$(dirname "${PYTHON}")/mpirun"
     [[ -x "${MPIRUN}" ]] || MPIRUN=mpirun
     exec "${MPIRUN}" -n "${DGXNGPU}" --bind-to none bash run_and_time.sh "$@"
 fi
 
-# A tool that binds a rank to the cores, memory and network cards near its GPU, as words that stand before the
-# program; {} among them becomes the rank's place on its node.
+# A command prefix that binds a rank to the cores, memory and network cards near its GPU; {} is replaced by the local
+# rank.
 read -r -a BINDING <<<"${BIND:-}"
 BINDING=("${BINDING[@]//\{\}/${SLURM_LOCALID:-${OMPI_COMM_WORLD_LOCAL_RANK:-0}}}")
 
-# The trainer saves where it is asked to stop, and this shell waits for it.
+# On these signals the trainer saves a checkpoint; this shell waits for it.
 trap : TERM USR1
 start="$(date +%s)"
 status=0

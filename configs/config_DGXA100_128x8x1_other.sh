@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# 128 nodes of DGXA100 with 8 GPUs of one sample a step each; configs/submission_dgxa100_128x8x1_other.yaml tells what to expect.
+# 128 nodes of DGXA100 with 8 GPUs, one sample per GPU and step; configs/submission_dgxa100_128x8x1_other.yaml describes the expected result.
 export DGXSYSTEM=DGXA100_128x8x1_other
 export DGXNNODES="${DGXNODES:-128}"
 export CONFIG_FILE=submission_dgxa100_128x8x1_other

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# 16 nodes of DGXA100 with 8 GPUs of one sample a step each; configs/submission_dgxa100_16x8x1.yaml tells what to expect.
+# 16 nodes of DGXA100 with 8 GPUs, one sample per GPU and step; configs/submission_dgxa100_16x8x1.yaml describes the expected result.
 export DGXSYSTEM=DGXA100_16x8x1
 export DGXNNODES="${DGXNODES:-16}"
 export CONFIG_FILE=submission_dgxa100_16x8x1

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# 4 nodes of DGXA100 with 8 GPUs of one sample a step each; configs/submission_dgxa100_4x8x1.yaml tells what to expect.
+# 4 nodes of DGXA100 with 8 GPUs, one sample per GPU and step; configs/submission_dgxa100_4x8x1.yaml describes the expected result.
 export DGXSYSTEM=DGXA100_4x8x1
 export DGXNNODES="${DGXNODES:-4}"
 export CONFIG_FILE=submission_dgxa100_4x8x1

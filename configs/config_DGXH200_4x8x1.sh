@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# 4 nodes of DGXH200 with 8 GPUs of one sample a step each; configs/submission_dgxh100_4x8x1.yaml tells what to expect.
+# 4 nodes of DGXH200 with 8 GPUs, one sample per GPU and step; configs/submission_dgxh100_4x8x1.yaml describes the expected result.
 export DGXSYSTEM=DGXH200_4x8x1
 export DGXNNODES="${DGXNODES:-4}"
 export CONFIG_FILE=submission_dgxh100_4x8x1

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What all systems share; their own configurations source it.
+# Settings of all systems, sourced by their configurations.
 export DGXNGPU="${DGXNGPU:-8}"
 
-# What NCCL takes its settings from (NCCL_IB_HCA, NCCL_SOCKET_IFNAME, ...) belongs here; it finds InfiniBand itself.
+# Place for NCCL's settings (NCCL_IB_HCA, NCCL_SOCKET_IFNAME, ...); it detects InfiniBand itself.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"

@@ -101,20 +101,13 @@ def _log_rows(runs: Sequence[Run]) -> list[list[str]]:
     rows = [
         ["log", "compliance", "minutes", "epochs", "samples/s each", "staging, s", "accelerators", "seed", ""]
     ]
-    rows += [
-        [
-            run.name,
-            "fails" if run.compliance_errors else "passes",
-            _text(run.minutes, 3),
-            _text(run.epochs),
-            _text(run.rate, 1),
-            _text(run.staging, 1),
-            _text(run.system.accelerators if run.system else None),
-            _text(run.seed),
-            "; ".join(run.invalid_reasons) or ("not compliant" if run.compliance_errors else "converged"),
-        ]
-        for run in runs
-    ]
+    for run in runs:
+        verdict = ("fails", "not compliant") if run.compliance_errors else ("passes", "converged")
+        figures = (run.minutes, 3), (run.epochs, 0), (run.rate, 1), (run.staging, 1)
+        accelerators = run.system.accelerators if run.system else None
+        status = "; ".join(run.invalid_reasons) or verdict[1]
+        texts = [_text(value, digits) for value, digits in figures]
+        rows.append([run.name, verdict[0], *texts, _text(accelerators), _text(run.seed), status])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""`make train NODES=...` and what each of its ways starts."""
+"""`make train NODES=...` with SLURM, a host file, and on one machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ echo "4711;cluster"
 
 
 def make_train(tmp_path: Path, *variables: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """`make train` with a stand-in for sbatch alone on the path beside what make needs."""
+    """Run `make train` with a path that has a fake sbatch and what make needs."""
     given = {"PATH": f"{tmp_path}:{Path('/usr/bin')}:/bin", "SBATCH_LOG": str(tmp_path / "sbatch.log")}
     return subprocess.run(
         ["make", "--silent", "--old-file", ".venv/.done", "train", *variables],
@@ -44,7 +44,7 @@ def sbatch(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_where_slurm_is_the_job_is_submitted_and_told_of(sbatch: Path) -> None:
+def test_job_is_submitted_and_described(sbatch: Path) -> None:
     done = make_train(sbatch, "NODES=16", "ARGS=--epochs 2", WALLTIME="00:10:00", DGXNODES="3")
     assert done.returncode == 0, done.stderr
     asked = (sbatch / "sbatch.log").read_text().splitlines()
@@ -56,10 +56,12 @@ def test_where_slurm_is_the_job_is_submitted_and_told_of(sbatch: Path) -> None:
         assert words in done.stdout
 
 
-def test_a_job_that_slurm_refuses_is_no_success(sbatch: Path) -> None:
+def test_failed_submission_is_an_error(sbatch: Path) -> None:
     done = make_train(sbatch, "NODES=2", REFUSED="1")
     assert (
-        done.returncode != 0 and "no such partition" in done.stderr and "sbatch ended with 1" in done.stderr
+        done.returncode != 0
+        and "no such partition" in done.stderr
+        and "sbatch failed with status 1" in done.stderr
     )
 
 
@@ -67,29 +69,26 @@ def test_a_job_that_slurm_refuses_is_no_success(sbatch: Path) -> None:
     any((Path(folder) / "sbatch").exists() for folder in ("/usr/bin", "/bin")),
     reason="SLURM is installed here",
 )
-def test_without_slurm_the_ways_are_told(tmp_path: Path) -> None:
+def test_without_slurm_the_alternatives_are_named(tmp_path: Path) -> None:
     done = make_train(tmp_path, "NODES=2")
     assert done.returncode != 0
-    assert "there is no sbatch here" in done.stderr and "HOSTFILE" in done.stderr and "LOCAL=1" in done.stderr
+    assert "sbatch was not found" in done.stderr and "HOSTFILE" in done.stderr and "LOCAL=1" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        (["NODES=0"], "--nodes"),
-        (["NODES=3", "HOSTFILE={hosts}"], "names 2 hosts"),
-        (["NODES=2", "HOSTFILE=/none/such"], "/none/such"),
-        (["NODES=2", "HOSTFILE={hosts}", "LOCAL=1"], "choose one"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(variables: list[str], said: str, tmp_path: Path) -> None:
+def test_invalid_variables_are_refused(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("# the first rack\na slots=8\nb slots=8\n")
-    done = make_train(tmp_path, *(variable.format(hosts=hosts) for variable in variables))
-    assert done.returncode != 0 and done.stderr.startswith("error: ") and said in done.stderr
+    for variables, message in (
+        (["NODES=0"], "--nodes = 0"),
+        (["NODES=3", f"HOSTFILE={hosts}"], "--nodes = 3"),
+        (["NODES=2", "HOSTFILE=/none/such"], "/none/such"),
+        (["NODES=2", f"HOSTFILE={hosts}", "LOCAL=1"], "--hostfile = "),
+    ):
+        done = make_train(tmp_path, *variables)
+        assert done.returncode != 0 and done.stderr.startswith("error: ") and message in done.stderr
 
 
-def test_the_first_hosts_get_a_rank_for_each_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_hosts_get_a_rank_per_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[Sequence[str]] = []
 
     def call(line: Sequence[str]) -> int:
@@ -110,22 +109,27 @@ def test_the_first_hosts_get_a_rank_for_each_gpu(tmp_path: Path, monkeypatch: py
     ((program, *line),) = lines
     assert Path(program).name == "mpirun"
     assert line[:8] == ["-n", "8", "--host", "a:4,b:4", "--map-by", "ppr:4:node", "--bind-to", "none"]
-    handed = {name for flag, name in pairwise(line) if flag == "-x"}
-    assert {"NCCL_DEBUG", "RENDEZVOUS_TIMEOUT", "PATH"} <= handed and "OTHER" not in handed
+    forwarded = {name for flag, name in pairwise(line) if flag == "-x"}
+    assert {"NCCL_DEBUG", "RENDEZVOUS_TIMEOUT", "PATH"} <= forwarded and "OTHER" not in forwarded
     assert line[-5:] == [sys.executable, "-m", "cosmoflow_dali.train", "--epochs", "3"]
 
 
-@pytest.mark.parametrize("way", ["LOCAL=1", "HOSTFILE={hosts}"])
-def test_ranks_are_started(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variable", ["LOCAL=1", "HOSTFILE={hosts}"])
+def test_ranks_are_started(variable: str, tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=4, validation=2)
     config = config_file(tmp_path / "config.yaml", data, loader={"batch_size": 1}, epochs=1)
     hosts = tmp_path / "hosts"
-    # One host that plays two, so that no ssh is needed.
+    # A single host with two ranks needs no ssh.
     hosts.write_text("localhost\n")
-    nodes = "2" if way == "LOCAL=1" else "1"
+    nodes = "2" if variable == "LOCAL=1" else "1"
     arguments = f"ARGS=--config {config} --run-dir {tmp_path}/run"
     done = make_train(
-        tmp_path, f"NODES={nodes}", way.format(hosts=hosts), arguments, DGXNGPU="2", PATH=os.environ["PATH"]
+        tmp_path,
+        f"NODES={nodes}",
+        variable.format(hosts=hosts),
+        arguments,
+        DGXNGPU="2",
+        PATH=os.environ["PATH"],
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2

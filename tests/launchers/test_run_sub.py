@@ -1,4 +1,4 @@
-"""run.sub on stand-ins for SLURM's commands: what the commands of the original's README come to."""
+"""run.sub with fake SLURM commands, and the commands of the original's README."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cosmoflow_dali.config import CONFIGS, read_yaml, resolve
 from cosmoflow_dali.models.reference import ReferenceConfig
 
 SBATCH = """#!/bin/bash
-# Takes the options that run.sub is submitted with, and runs it at once.
+# Accept the options that run.sub is submitted with, and run it at once.
 while [[ "$1" == -* ]]; do
     case "$1" in -N) nodes="$2"; shift 2 ;; -t) time="$2"; shift 2 ;; *) exit 64 ;; esac
 done
@@ -36,7 +36,7 @@ SLURM_STEP_NUM_TASKS=8 SLURM_PROCID="${RANK_OF_STEP:-0}" SLURM_LOCALID=3 exec "$
 """
 
 RECORDER = """#!/bin/bash
-# In place of an interpreter: notes its arguments, one a line, and what it finds in its environment.
+# Replaces the interpreter: record its arguments, one per line, and some of its environment.
 {
     echo "== ${SLURM_LOCALID:-}${OMPI_COMM_WORLD_LOCAL_RANK:-}"
     printf '%s\\n' "$@"
@@ -58,20 +58,20 @@ echo "scontrol $*" >> "$SRUN_LOG"
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What run.sub needs of a checkout, and the stand-ins."""
+    """Create the part of a checkout that run.sub needs, with fake commands."""
     for name in ("run.sub", "run_and_time.sh"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(CONFIGS, tmp_path / "configs")
     (tmp_path / "bin").mkdir()
-    stand_ins = {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL, "python": RECORDER, "mpirun": MPIRUN}
-    for name, script in stand_ins.items():
+    commands = {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL, "python": RECORDER, "mpirun": MPIRUN}
+    for name, script in commands.items():
         (tmp_path / "bin" / name).write_text(script)
         (tmp_path / "bin" / name).chmod(0o755)
     return tmp_path
 
 
 def sh(checkout: Path, script: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Run `script` in bash: how it ended, and the commands that SLURM was given."""
+    """Run `script` in bash; return its outcome and the commands given to SLURM."""
     log = checkout / "srun.log"
     given = {"PATH": f"{checkout}/bin:{os.environ['PATH']}", "SRUN_LOG": str(log), "PYTHON": "python"}
     given["RECORD"] = str(checkout / "record")
@@ -99,15 +99,15 @@ sbatch -N ${{DGXNNODES}} -t ${{WALLTIME}} run.sub
 
 
 @pytest.mark.parametrize(("nodes", "shape"), [(128, "128x8x1_other"), (16, "16x8x1")])
-def test_the_strong_scaling_commands_of_the_original(nodes: int, shape: str, checkout: Path) -> None:
-    # In a shell in which another sequence has gone before, as the README's reader has it.
-    done, asked = sh(
+def test_strong_scaling_commands_of_the_original(nodes: int, shape: str, checkout: Path) -> None:
+    # After another command sequence in the same shell, as a reader of the README has it.
+    done, commands = sh(
         checkout,
         "export DGXNODES=4\nsource configs/config_DGXA100_4x8x1.sh\n"
         + STRONG.format(nodes=nodes, shape=shape),
     )
     assert done.returncode == 0, done.stderr
-    (run,) = (line for line in asked if "run_and_time.sh" in line)
+    (run,) = (line for line in commands if "run_and_time.sh" in line)
     for words in (
         f"--nodes={nodes} --ntasks={8 * nodes} --ntasks-per-node=8",
         "--container-image=mlperf-cosmoflow:v1.0",
@@ -116,16 +116,16 @@ def test_the_strong_scaling_commands_of_the_original(nodes: int, shape: str, che
         f"|submission_dgxa100_{shape}|/gpfs/cosmoflow|",
     ):
         assert words in run
-    # Caches, the network, the runs, the checker.
+    # Network test, caches, run, checker.
     assert [
-        "drop_caches" in asked[1],
-        "allreduce_bench" in asked[0],
-        "cosmoflow_dali.results" in asked[3],
+        "drop_caches" in commands[1],
+        "allreduce_bench" in commands[0],
+        "cosmoflow_dali.results" in commands[3],
     ] == [True] * 3
 
 
-def test_the_weak_scaling_commands_of_the_original(checkout: Path) -> None:
-    # As printed there it lacks the `source` that its first sequence shows, and sbatch would have no number.
+def test_weak_scaling_commands_of_the_original(checkout: Path) -> None:
+    # The printed commands lack the `source` of the first sequence, without which sbatch has no node count.
     script = """
 export CONT=mlperf-cosmoflow:v1.0
 export LOGDIR=results/128x4x8x1_weak/
@@ -135,7 +135,7 @@ source configs/config_DGXA100_4x8x1.sh
 export CONFIG_FILE=submission_dgxa100_4x8x1
 sbatch -N ${DGXNNODES} -t ${WALLTIME} run.sub +instances=128
 """
-    done, asked = sh(
+    done, commands = sh(
         checkout,
         script,
         STAGING_DIR="/raid/cosmoflow",
@@ -143,12 +143,12 @@ sbatch -N ${DGXNNODES} -t ${WALLTIME} run.sub +instances=128
         STAGING_OPTIONS="--threads 16 --direct-io",
     )
     assert done.returncode == 0, done.stderr
-    (staging,) = (line for line in asked if "preprocess.stage" in line)
+    (staging,) = (line for line in commands if "preprocess.stage" in line)
     assert (
         "--ntasks=4096" in staging and "--models 128" in staging and "--output-dir /raid/cosmoflow" in staging
     )
     assert "--threads 16 --direct-io|" in staging
-    runs = [line for line in asked if "run_and_time.sh" in line]
+    runs = [line for line in commands if "run_and_time.sh" in line]
     assert all("--nodes=4 --ntasks=32 " in line for line in runs)
     firsts = sorted(int(match.group(1)) for line in runs if (match := re.search(r"--relative=(\d+)", line)))
     assert firsts == list(range(0, 512, 4))
@@ -162,68 +162,70 @@ sbatch -N ${DGXNNODES} -t ${WALLTIME} run.sub +instances=128
 RUN = "sbatch -N 2 -t 1 run.sub --epochs 3"
 
 
-def test_bare_and_without_the_extras(checkout: Path) -> None:
-    done, asked = sh(checkout, RUN, NCCL_TEST="0", CLEAR_CACHES="0", CHECK_COMPLIANCE="0", DGXNGPU="4")
+def test_without_container_and_extra_steps(checkout: Path) -> None:
+    done, commands = sh(checkout, RUN, NCCL_TEST="0", CLEAR_CACHES="0", CHECK_COMPLIANCE="0", DGXNGPU="4")
     assert done.returncode == 0, done.stderr
-    (line,) = asked
+    (line,) = commands
     assert "--container" not in line and "--ntasks=8" in line and "run_and_time.sh --epochs 3|" in line
 
 
-def test_experiments_follow_one_another_with_seeds_of_their_own(checkout: Path) -> None:
-    done, asked = sh(checkout, RUN, NEXP="3", SEED="5", NCCL_TEST="0", CLEAR_CACHES="0", CHECK_COMPLIANCE="0")
+def test_consecutive_experiments_have_their_own_seeds(checkout: Path) -> None:
+    done, commands = sh(
+        checkout, RUN, NEXP="3", SEED="5", NCCL_TEST="0", CLEAR_CACHES="0", CHECK_COMPLIANCE="0"
+    )
     assert done.returncode == 0, done.stderr
-    assert [line.split("|")[1:3] for line in asked] == [["1", "5"], ["2", "6"], ["3", "7"]]
+    assert [line.split("|")[1:3] for line in commands] == [["1", "5"], ["2", "6"], ["3", "7"]]
 
 
-def test_one_that_fails_is_told_of_and_keeps_none_from_running(checkout: Path) -> None:
-    done, asked = sh(checkout, RUN, NEXP="3", FAILING="2", NCCL_TEST="0", CLEAR_CACHES="0")
-    assert done.returncode != 0 and "error: 1 of 3 runs have failed: 2" in done.stderr
-    assert sum("run_and_time" in line for line in asked) == 3
-    assert "cosmoflow_dali.results" in asked[-1]
+def test_failed_run_is_reported_and_the_others_run(checkout: Path) -> None:
+    done, commands = sh(checkout, RUN, NEXP="3", FAILING="2", NCCL_TEST="0", CLEAR_CACHES="0")
+    assert done.returncode != 0 and "error: 1 of 3 runs failed: 2" in done.stderr
+    assert sum("run_and_time" in line for line in commands) == 3
+    assert "cosmoflow_dali.results" in commands[-1]
 
 
-def test_stopped_behind_a_checkpoint_it_is_requeued_and_runs_what_is_left(checkout: Path) -> None:
+def test_stopped_job_is_requeued_and_runs_the_rest(checkout: Path) -> None:
     variables = {"NEXP": "3", "NCCL_TEST": "0", "CLEAR_CACHES": "0", "CHECK_COMPLIANCE": "0"}
-    done, asked = sh(checkout, RUN, FAILING="2", STATUS="75", **variables)
-    assert done.returncode == 0 and asked[-1] == "scontrol requeue 77"
-    assert [line.split("|")[1] for line in asked[:-1]] == ["1", "2"]
+    done, commands = sh(checkout, RUN, FAILING="2", STATUS="75", **variables)
+    assert done.returncode == 0 and commands[-1] == "scontrol requeue 77"
+    assert [line.split("|")[1] for line in commands[:-1]] == ["1", "2"]
     (checkout / "srun.log").unlink()
     again, rest = sh(checkout, RUN, **variables)
     assert again.returncode == 0 and [line.split("|")[1] for line in rest] == ["2", "3"]
-    # The seeds go on from the first one, which was drawn.
-    assert int(rest[1].split("|")[2]) == int(rest[0].split("|")[2]) + 1 == int(asked[0].split("|")[2]) + 2
+    # The seeds continue from the first one, which was drawn.
+    assert int(rest[1].split("|")[2]) == int(rest[0].split("|")[2]) + 1 == int(commands[0].split("|")[2]) + 2
 
 
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"DGXNNODES": "4"}, "DGXNNODES 4: the job has 2 nodes; submit with sbatch -N 4"),
-        ({"DGXNODES": "4"}, "DGXNNODES 4"),
-        ({"NUM_INSTANCES": "3"}, "NUM_INSTANCES 3: does not share out the job's 2 nodes"),
-        ({"NUM_INSTANCES": "two"}, "NUM_INSTANCES two"),
-        ({"NUM_INSTANCES": "2", "NEXP": "2"}, "NEXP 2"),
-        ({"NUM_INSTANCES": "2", "STAGING_DIR": "/raid"}, "DATADIR"),
-        ({"NEXP": "0"}, "NEXP 0"),
-        ({"SEED": "08"}, "SEED 08: expected a whole number"),
-        ({"SEED": "abc"}, "SEED abc"),
-        ({"RENDEZVOUS_TIMEOUT": "long"}, "RENDEZVOUS_TIMEOUT long"),
-        ({"CONT": "x", "STAGING_DIR": "$TMPDIR/x"}, "STAGING_DIR $TMPDIR/x"),
-        ({"DGXNGPU": "all"}, "DGXNGPU all"),
-    ],
+INVALID = (
+    ({"DGXNNODES": "4"}, "DGXNNODES 4: the job has 2 nodes; submit with sbatch -N 4"),
+    ({"DGXNODES": "4"}, "DGXNNODES 4"),
+    ({"NUM_INSTANCES": "3"}, "NUM_INSTANCES 3"),
+    ({"NUM_INSTANCES": "two"}, "NUM_INSTANCES two"),
+    ({"NUM_INSTANCES": "2", "NEXP": "2"}, "NEXP 2"),
+    ({"NUM_INSTANCES": "2", "STAGING_DIR": "/raid"}, "DATADIR"),
+    ({"NEXP": "0"}, "NEXP 0"),
+    ({"SEED": "08"}, "SEED 08"),
+    ({"SEED": "abc"}, "SEED abc"),
+    ({"RENDEZVOUS_TIMEOUT": "long"}, "RENDEZVOUS_TIMEOUT long"),
+    ({"CONT": "x", "STAGING_DIR": "$TMPDIR/x"}, "STAGING_DIR $TMPDIR/x"),
+    ({"DGXNGPU": "all"}, "DGXNGPU all"),
 )
-def test_what_makes_no_sense_is_refused_by_name(variables: dict[str, str], said: str, checkout: Path) -> None:
-    done, asked = sh(checkout, RUN, NCCL_TEST="0", CLEAR_CACHES="0", **variables)
-    assert done.returncode != 0 and said in done.stderr and not asked
-    assert not list(checkout.glob("results/*/first_seed"))
 
 
-def test_caches_that_cannot_be_cleared_are_no_lie(checkout: Path) -> None:
+def test_invalid_variables_are_refused_by_name(checkout: Path) -> None:
+    for variables, message in INVALID:
+        done, commands = sh(checkout, RUN, NCCL_TEST="0", CLEAR_CACHES="0", **variables)
+        assert done.returncode != 0 and message in done.stderr and not commands
+        assert not list(checkout.glob("results/*/first_seed"))
+
+
+def test_failure_to_clear_caches_is_reported(checkout: Path) -> None:
     done, _ = sh(checkout, RUN, NCCL_TEST="0", FAILING="-c")
-    assert done.returncode == 0 and "the page caches were not cleared" in done.stderr
+    assert done.returncode == 0 and "warning: CLEAR_CACHES" in done.stderr
 
 
 def calls(checkout: Path) -> list[list[str]]:
-    """What the recorder has noted: for each call its place, its arguments and its environment."""
+    """Return what the recorder wrote for each call: local rank, arguments, environment."""
     return [call.splitlines() for call in (checkout / "record").read_text().split("== ")[1:]]
 
 
@@ -252,23 +254,23 @@ VARIABLES = {
 }
 
 
-def test_every_variable_of_the_table_arrives(checkout: Path) -> None:
+def test_all_documented_variables_take_effect(checkout: Path) -> None:
     table = (ROOT / "docs" / "scale.md").read_text().partition("| variable |")[2].partition("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines()[2:]]
-    # CONT is of a job with a container, STAGING_OPTIONS of one with many models: others test them.
+    # Other tests cover CONT (containers) and STAGING_OPTIONS (many models).
     named = {name for row in rows for name in re.findall(r"`([A-Z_]+)`", row)}
     assert named == {*VARIABLES, "CONT", "STAGING_OPTIONS"}
     given = VARIABLES | {"MASTER_ADDR": "stale", "MASTER_PORT": "1", "RUNS_STEPS": "1"}
-    done, asked = sh(checkout, 'sbatch -N 2 -t "$WALLTIME" run.sub --epochs 3', **given)
+    done, commands = sh(checkout, 'sbatch -N 2 -t "$WALLTIME" run.sub --epochs 3', **given)
     assert done.returncode == 0, done.stderr
-    assert sum("--wait=137 " in line and "--ntasks=8 --ntasks-per-node=4 " in line for line in asked) == 3
+    assert sum("--wait=137 " in line and "--ntasks=8 --ntasks-per-node=4 " in line for line in commands) == 3
     assert (checkout / "record.dropped").read_text() == "dropped\n" * 2
     network, first, second, results = calls(checkout)
     rendezvous = ["RENDEZVOUS_ADDR=10.1.2.3", "RENDEZVOUS_TIMEOUT=77"]
     assert network == ["3", "benchmarks/allreduce_bench.py", *rendezvous]
     logs = f"{checkout}/logs/stamp"
-    for run, seed, said in (("1", "40", first), ("2", "41", second)):
-        assert said == [
+    for run, seed, recorded in (("1", "40", first), ("2", "41", second)):
+        assert recorded == [
             "3", "-m", "cosmoflow_dali.train", "--config", "configs/reference.yaml",
             "--run-dir", f"{logs}/{run}", "--resume", "--data-dir", "/gpfs/data", "--seed", seed,
             "--set", "data.stage.dir='$TMPDIR/it''s'", "--set", "submission.platform='B''s: box'",
@@ -284,34 +286,34 @@ QUIET = {"NCCL_TEST": "0", "CLEAR_CACHES": "0", "CHECK_COMPLIANCE": "0"}
 
 
 @pytest.mark.parametrize("ending", ["1", "75"])
-def test_a_run_that_has_not_ended_well_has_no_result_line(ending: str, checkout: Path) -> None:
+def test_failed_or_stopped_run_prints_no_result_line(ending: str, checkout: Path) -> None:
     sh(checkout, RUN, RUNS_STEPS="1", ENDING=ending, LOGDIR="logs", **QUIET)
     assert (checkout / "logs/77/1.log").read_text() == ""
     assert (checkout / "logs/77/1.status").read_text() == f"{ending}\n"
 
 
-def test_a_new_job_goes_on_with_the_runs_of_an_earlier_one(checkout: Path) -> None:
+def test_new_job_continues_the_runs_of_an_earlier_one(checkout: Path) -> None:
     given = QUIET | {"NEXP": "2", "DATESTAMP": "campaign"}
-    done, asked = sh(checkout, RUN, FAILING="2", **given)
+    done, commands = sh(checkout, RUN, FAILING="2", **given)
     assert done.returncode != 0
     again, rest = sh(checkout, RUN, JOB="78", **given)
-    assert again.returncode == 0 and [line.split("|")[1] for line in asked] == ["1", "2"]
-    # The second run alone, with its seed.
-    assert rest[2:] == asked[1:2]
+    assert again.returncode == 0 and [line.split("|")[1] for line in commands] == ["1", "2"]
+    # Only the second run, with the same seed.
+    assert rest[2:] == commands[1:2]
 
 
 @pytest.mark.parametrize("stale", ["75\n", ""])
-def test_a_run_that_leaves_no_status_has_failed(stale: str, checkout: Path) -> None:
+def test_run_without_status_counts_as_failed(stale: str, checkout: Path) -> None:
     (checkout / "results/77").mkdir(parents=True)
     (checkout / "results/77/1.status").write_text(stale)
-    # As if the shell of its step had been killed.
+    # As if the shell of the step was killed.
     script = (checkout / "run.sub").read_text()
     killed = script.replace('echo "${status}" >"${LOGDIR}/${run}.status"', "true")
     assert killed != script
     (checkout / "run.sub").write_text(killed)
-    done, asked = sh(checkout, RUN, **QUIET)
-    assert done.returncode == 1 and "error: 1 of 1 runs have failed: 1" in done.stderr
-    assert not any("scontrol" in line for line in asked)
+    done, commands = sh(checkout, RUN, **QUIET)
+    assert done.returncode == 1 and "error: 1 of 1 runs failed: 1" in done.stderr
+    assert not any("scontrol" in line for line in commands)
 
 
 @pytest.mark.parametrize(
@@ -323,43 +325,43 @@ def test_a_run_that_leaves_no_status_has_failed(stale: str, checkout: Path) -> N
         ("./run_and_time.sh", {}),
     ],
 )
-def test_a_step_that_a_signal_ends_has_the_job_requeued(
+def test_step_ended_by_a_signal_requeues_the_job(
     step: str, variables: dict[str, str], checkout: Path
 ) -> None:
-    done, asked = sh(checkout, RUN, FAILING=step, STATUS="143", **variables)
-    assert done.returncode == 0 and asked[-1] == "scontrol requeue 77" and step in asked[-2]
+    done, commands = sh(checkout, RUN, FAILING=step, STATUS="143", **variables)
+    assert done.returncode == 0 and commands[-1] == "scontrol requeue 77" and step in commands[-2]
     assert "stopped by a signal; the job is requeued" in done.stdout
 
 
-def test_a_network_that_fails_ends_the_job_before_its_runs(checkout: Path) -> None:
-    done, asked = sh(checkout, RUN, FAILING="benchmarks/allreduce_bench.py")
-    assert done.returncode == 1 and "error: NCCL_TEST" in done.stderr and len(asked) == 1
+def test_failed_network_test_ends_the_job(checkout: Path) -> None:
+    done, commands = sh(checkout, RUN, FAILING="benchmarks/allreduce_bench.py")
+    assert done.returncode == 1 and "error: NCCL_TEST" in done.stderr and len(commands) == 1
 
 
-def test_samples_that_could_not_be_staged_are_left_to_the_models(checkout: Path) -> None:
+def test_models_start_after_incomplete_staging(checkout: Path) -> None:
     staged = {"NUM_INSTANCES": "2", "STAGING_DIR": "/raid", "DATADIR": "/gpfs"}
-    done, asked = sh(checkout, RUN, FAILING="preprocess.stage", **staged, **QUIET)
+    done, commands = sh(checkout, RUN, FAILING="preprocess.stage", **staged, **QUIET)
     assert done.returncode == 0 and "warning: STAGING_DIR" in done.stderr
-    assert sum("run_and_time.sh" in line for line in asked) == 2
+    assert sum("run_and_time.sh" in line for line in commands) == 2
 
 
-def test_a_container_sees_what_its_ranks_need(checkout: Path) -> None:
+def test_container_mounts(checkout: Path) -> None:
     folder = checkout.parent / f"{checkout.name}.elsewhere"
     folder.mkdir()
     (folder / "own.yaml").write_text("")
     config = os.path.relpath(folder / "own.yaml", checkout)
     given = {"CONT": "image.sqsh", "STAGING_DIR": "/raid/x", "DATADIR": "/gpfs", "CONFIG_FILE": config}
-    done, asked = sh(checkout, RUN, **given, **QUIET)
+    done, commands = sh(checkout, RUN, **given, **QUIET)
     assert done.returncode == 0, done.stderr
-    # What is mounted must be there, on each node.
-    assert asked.pop(0).startswith("srun --ntasks=2 --ntasks-per-node=1 --mpi=none mkdir -p /raid/x|")
-    places = [f"{checkout}:{checkout}", f"{checkout}/results/77:{checkout}/results/77", "/gpfs:/gpfs:ro"]
-    places += ["/raid/x:/raid/x", f"{folder}/own.yaml:{folder}/own.yaml:ro"]
-    assert f"--container-mounts={','.join(places)} " in asked[0]
-    assert f"|{folder}/own.yaml|" in asked[0]
+    # Mounted folders must exist on each node.
+    assert commands.pop(0).startswith("srun --ntasks=2 --ntasks-per-node=1 --mpi=none mkdir -p /raid/x|")
+    mounts = [f"{checkout}:{checkout}", f"{checkout}/results/77:{checkout}/results/77", "/gpfs:/gpfs:ro"]
+    mounts += ["/raid/x:/raid/x", f"{folder}/own.yaml:{folder}/own.yaml:ro"]
+    assert f"--container-mounts={','.join(mounts)} " in commands[0]
+    assert f"|{folder}/own.yaml|" in commands[0]
 
 
-def test_alone_it_is_one_rank(checkout: Path) -> None:
+def test_run_outside_slurm_is_one_rank(checkout: Path) -> None:
     done, _ = sh(checkout, "DATADIR=/data ./run_and_time.sh --epochs 2", RUN="lone")
     assert done.returncode == 0 and "RESULT,COSMOFLOW_HPC,," in done.stdout
     assert calls(checkout) == [
@@ -368,13 +370,13 @@ def test_alone_it_is_one_rank(checkout: Path) -> None:
     ]  # fmt: skip
 
 
-def test_alone_on_several_gpus_it_starts_as_many_ranks(checkout: Path) -> None:
+def test_run_outside_slurm_starts_a_rank_per_gpu(checkout: Path) -> None:
     done, _ = sh(checkout, "./run_and_time.sh --epochs 2", DGXNGPU="2", SEED="4", BIND="env PLACE={}")
     assert done.returncode == 0, done.stderr
     started, *_ = (checkout / "record").read_text().splitlines()
     assert started == "mpirun -n 2 --bind-to none bash run_and_time.sh --epochs 2"
-    ((place, *said),) = calls(checkout)
-    assert place == "1" and said[-5:] == ["--seed", "4", "--epochs", "2", "PLACE=1"]
+    ((place, *recorded),) = calls(checkout)
+    assert place == "1" and recorded[-5:] == ["--seed", "4", "--epochs", "2", "PLACE=1"]
 
 
 PUBLISHED = {
@@ -386,7 +388,7 @@ PUBLISHED = {
     "dgxh100_4x8x1": (32, 0.001, 0.004, 2, (4, 6), (0.25, 0.0625), 0.5, 0.0),
     "dgxh100_16x8x1": (128, 0.001, 0.004, 4, (16, 32), (0.25, 0.125), 0.5, 0.0),
 }
-"""The published runs' hyperparameters, weight decay in PyTorch's units."""
+"""Hyperparameters of the published runs, weight decay in PyTorch's units."""
 
 
 def test_each_submission_has_the_published_hyperparameters() -> None:
@@ -397,7 +399,7 @@ def test_each_submission_has_the_published_hyperparameters() -> None:
         assert isinstance(schedule, StepDecayConfig) and isinstance(network, ReferenceConfig)
         assert isinstance(optimizer, SGDConfig) and optimizer.momentum == 0.9
         assert config.target_mae == 0.124 and config.loader.batch_size == 1 and config.shuffle
-        # Where GPUs are withheld, it shall not train on processors without a word.
+        # Without GPUs it must fail instead of training on CPUs.
         assert config.device == "cuda"
         found[path.stem.removeprefix("submission_")] = (
             config.global_batch, schedule.initial_lr, schedule.base_lr, schedule.warmup_epochs,
@@ -407,7 +409,7 @@ def test_each_submission_has_the_published_hyperparameters() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("config_DGX*.sh")), ids=lambda path: path.stem)
-def test_each_system_has_its_configuration_and_the_ranks_for_its_batch(path: Path, checkout: Path) -> None:
+def test_system_configurations_match_their_global_batch(path: Path, checkout: Path) -> None:
     done, _ = sh(
         checkout, f"source configs/{path.name}; echo $DGXNNODES $DGXNGPU $CONFIG_FILE $WALLTIME $DGXSYSTEM"
     )

@@ -153,7 +153,7 @@ def test_a_model_that_fails_stops_no_other(cluster: Cluster, data: Path, tmp_pat
     )
     assert cluster.wait_for(job, seconds=300) == "FAILED", told(tmp_path)
     assert (folder / "1" / "summary.json").exists()
-    assert "1 of 2 runs have failed: 2" in (tmp_path / "job.log").read_text()
+    assert "1 of 2 runs failed: 2" in (tmp_path / "job.log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_a_job_with_a_frozen_rank_ends(cluster: Cluster, data: Path, tmp_path: P
     assert cluster.wait_for(job, seconds=180) == "FAILED", told(tmp_path)
     said = run.with_suffix(".log").read_text()
     assert said.count("rank 2 (process ") == 1 and "has said nothing for 40 s" in said
-    assert "error: 1 of 1 runs have failed: 1" in (tmp_path / "job.log").read_text()
+    assert "error: 1 of 1 runs failed: 1" in (tmp_path / "job.log").read_text()
 
 
 def test_asked_to_stop_before_it_trains_a_job_is_requeued(
