@@ -1,4 +1,4 @@
-"""What is read in the place of a damaged sample."""
+"""Reading of samples: damaged ones raise, or are skipped and replaced."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import write_tiny
+from helpers import tiny_sample, write_tiny
 
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_folder, open_split
 from pipelines.errors import DataError
 from pipelines.formats.base import CountsPayload
+from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.tar_shard import clear_handle_cache, write_shard
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader
 from pipelines.loading.transforms import transform
 from pipelines.plan import Ragged, RankSlice
-from preprocess.convert import convert
 
 
 @pytest.fixture
 def split(tmp_path: Path) -> SampleDataset:
     """Eight samples, of which 2, 3 and 7 are damaged."""
-    found = open_split(write_tiny(tmp_path, train=8, validation=1), "train")
+    dataset = open_split(write_tiny(tmp_path, train=8, validation=1), "train")
     for index in (2, 3, 7):
-        found.path(index).write_bytes(b"no")
-    return found
+        dataset.path(index).write_bytes(b"no")
+    return dataset
 
 
-def test_the_next_sound_one(split: SampleDataset) -> None:
+def test_skip_reads_the_next_valid_sample(split: SampleDataset) -> None:
     reader = Reader(split, "skip")
     assert [reader.payload(index)[0] for index in range(8)] == [0, 1, 4, 4, 4, 5, 6, 0]
     _, payload = reader.payload(2)
@@ -40,32 +41,37 @@ def test_the_next_sound_one(split: SampleDataset) -> None:
     assert reader.sample(2) is None and reader.sample(4) is not None
 
 
-def test_nothing_is_skipped_unless_asked(split: SampleDataset) -> None:
+def test_fail_raises_for_a_damaged_sample(split: SampleDataset) -> None:
     reader = Reader(split)
-    with pytest.raises(DataError, match="universe_0002"):
-        reader.payload(2)
-    with pytest.raises(DataError, match="universe_0002"):
-        reader.sample(2)
+    for read in (reader.payload, reader.sample):
+        with pytest.raises(DataError) as raised:
+            read(2)
+        assert raised.value.path == str(split.path(2))
 
 
-def test_a_shard_that_is_lost_or_cut_off_is_passed_over_whole(tmp_path: Path) -> None:
-    source = write_tiny(tmp_path / "npy", train=60, validation=1)
-    assert convert(source / "train", tmp_path / "packed", "packed", workers=1, a_shard=20) == 0
-    packed = open_folder(tmp_path / "packed")
+def test_missing_and_damaged_shards_are_skipped_as_a_whole(tmp_path: Path) -> None:
+    for shard in range(3):
+        samples = range(20 * shard, 20 * shard + 20)
+        members = [(f"{index:04d}.packed", encode(tiny_sample(index, size=2))) for index in samples]
+        write_shard(tmp_path / f"{shard}.tar", members)
+    packed = open_folder(tmp_path)
+    # Opening the folder has read sample 0, and its shard is still open.
+    clear_handle_cache()
     packed.files(0)[0].unlink()
     packed.files(20)[0].write_bytes(b"no")
     reader = Reader(packed, "skip")
     assert reader.payload(0)[0] == reader.payload(39)[0] == 40
     assert len(reader.skipped) == 40
     packed.files(40)[0].write_bytes(b"no")
-    with pytest.raises(DataError, match="this sample and the next 59 are damaged"):
+    with pytest.raises(DataError, match="this sample and the next 59 are damaged") as raised:
         reader.payload(0)
+    assert raised.value.path == str(packed.path(0))
 
 
 @pytest.mark.parametrize(
     ("ragged", "expected"), [("drop", [[0, 1, 4, 4], [4, 5, 6, 0]]), ("pad", [[0, 1, -1, -1], [4, 5, 6, -1]])]
 )
-def test_training_takes_another_and_validation_leaves_it_out(
+def test_training_replaces_damaged_samples_and_validation_marks_them(
     ragged: Ragged, expected: list[list[int]], split: SampleDataset
 ) -> None:
     loader = Loader(
