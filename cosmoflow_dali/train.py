@@ -133,7 +133,7 @@ def _stage(run: Run, session: Session, logs: RunLogs, staged_since: int | None) 
     if run.checkpoint is None:
         logs.mlperf.start("staging_start", time_ms=start_ms)
     splits = {"train": run.train, "validation": run.validation}
-    staged = stage(splits, config.folder, config, session, trusted=staged_since is not None)
+    staged = stage(splits, config.folder, config, session, skip_source_check=staged_since is not None)
     seconds = time.time() - 1e-3 * start_ms
     if run.checkpoint is None:
         mlperf.log_staging(logs.mlperf, seconds, [report for _, report in staged])

@@ -1,12 +1,12 @@
-"""Convert samples from and to every format that the project reads.
+"""Convert samples between all formats that the project reads.
 
     python -m preprocess.convert -i SRC -o DST --to npy
     mpirun -n 64 python -m preprocess.convert -i SRC -o DST --to npy
 
-SRC is a folder of samples, or one that holds `train` and `validation`; DST becomes the same. Ranks
-of mpirun, srun or torchrun, or the one process that there is without these, share the samples, and
-each has processes for its cores. A run that was stopped goes on where it was: what is there, whole
-and made from the same file is not made again.
+SRC is a folder of samples, or one that holds `train` and `validation`; DST becomes the same. The ranks of
+mpirun, srun or torchrun, or the single process without a launcher, share the samples; each has worker
+processes for its cores. A run that was stopped resumes when the same command is started again: entries that
+are complete and made from the same source file are kept.
 """
 
 from __future__ import annotations
@@ -21,46 +21,56 @@ from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.registry import FORMATS
-from preprocess.conversion.convert_task import Conversion, lines_of
-from preprocess.conversion.engine import Job, Order, add_prune, run
-from preprocess.conversion.worker_pool import Task
+from preprocess.conversion.convert_task import ConvertTask, SampleLocation
+from preprocess.conversion.engine import ConversionPlan, Task, run
+from preprocess.conversion.task_result import WorkItem
 
-A_SHARD = 64
-"""Samples in a shard: 150 MB of packed ones of 128^3, and 9,216 shards of the published set."""
+SAMPLES_PER_SHARD = 64
+"""150 MB of packed samples of 128^3, and 9,216 shards of the published set."""
 
 
-def order_conversion(
+def plan_conversion(
     source: Path,
     target: Path,
     to: str,
     *,
-    a_shard: int = A_SHARD,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
     expected: str | None = None,
-    prune: bool = False,
-) -> tuple[Order, Task]:
-    """The order to have the samples in `source` as `to` in `target`, and the task for it.
+) -> tuple[ConversionPlan, Task]:
+    """Plan the conversion of the samples in `source` to the format `to` in `target`.
 
-    a_shard: samples in a shard, of a format that has them. prune: see Order. DataError where `source`
-        has no samples, none of the format `expected`, or is `target`.
+    Args:
+        source: Folder of samples.
+        target: Folder that they are converted into.
+        to: A key of FORMATS.
+        samples_per_shard: Samples of each shard, in a format that has shards.
+        expected: Format that the source must have; None for any.
+
+    Raises:
+        DataError: `source` has no samples, is not of the format `expected`, or is `target`.
     """
-    split = open_folder(source)
-    if expected is not None and split.format_name != expected:
+    dataset = open_folder(source)
+    if expected is not None and dataset.format_name != expected:
         raise DataError(
-            source, f"holds {split.format_name}", f"expected {expected}, as the command line says"
+            source, f"holds {dataset.format_name}", f"expected {expected}, as the command line says"
         )
     if target.exists() and target.samefile(source):
         raise DataError(target, "is the source itself", "choose another folder")
-    lines, sharded = lines_of(split), to == PackedFormat.name
-    stems = [split.sample_id(index) for index in range(len(split))]
+    samples, sharded = SampleLocation.list_all(dataset), to == PackedFormat.name
+    sample_ids = [dataset.sample_id(index) for index in range(len(dataset))]
     if sharded:
-        starts = range(0, len(lines), a_shard)
-        jobs = [Job(lines[at : at + a_shard], [f"shard_{at // a_shard:06d}"]) for at in starts]
+        starts = range(0, len(samples), samples_per_shard)
+        items = [
+            WorkItem(samples[start : start + samples_per_shard], [f"shard_{number:06d}"])
+            for number, start in enumerate(starts)
+        ]
     else:
-        jobs = [Job([line], [stem]) for line, stem in zip(lines, stems, strict=True)]
-    conversion = Conversion(
-        str(source), split.format_name, split.spec.size, split.spec.channels, str(target), to, sharded
-    )
-    return Order(target, to, split.spec, jobs, stems, prune), conversion
+        items = [
+            WorkItem([sample], [sample_id]) for sample, sample_id in zip(samples, sample_ids, strict=True)
+        ]
+    task = ConvertTask(source, dataset.format_name, dataset.spec, target, to, sharded)
+    shard = samples_per_shard if sharded else None
+    return ConversionPlan(target, to, dataset.spec, items, sample_ids, shard), task
 
 
 def convert(
@@ -69,29 +79,28 @@ def convert(
     to: str,
     *,
     workers: int | None,
-    a_shard: int = A_SHARD,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
     expected: str | None = None,
-    prune: bool = False,
 ) -> int:
-    """Run the command line; the exit status."""
+    """Convert a folder of samples, or both splits of a data set; return the exit status."""
 
-    def orders() -> list[tuple[Order, Task]]:
+    def plan() -> list[tuple[ConversionPlan, Task]]:
         if to not in FORMATS:
             raise ConfigError("--to", to, f"expected one of {', '.join(sorted(FORMATS))}")
-        if a_shard < 1:
-            raise ConfigError("--samples-per-shard", a_shard, "expected at least one")
+        if samples_per_shard < 1:
+            raise ConfigError("--samples-per-shard", samples_per_shard, "expected at least one")
         return [
-            order_conversion(
-                source / part, target / part, to, a_shard=a_shard, expected=expected, prune=prune
+            plan_conversion(
+                source / split, target / split, to, samples_per_shard=samples_per_shard, expected=expected
             )
-            for part in split_dirs(source)
+            for split in split_dirs(source)
         ]
 
-    return run(orders, workers=workers, unit="file", target=target)
+    return run(plan, workers=workers, unit="file", target=target)
 
 
-def convert_as_original(name: str, to: str, argv: Sequence[str] | None) -> int:
-    """The command lines of the original's two converters, from TFRecords to the format `to`."""
+def convert_tfrecords(name: str, to: str, argv: Sequence[str] | None) -> int:
+    """Run the command line of one of the original's two converters, from TFRecords to the format `to`."""
     parser = OneLineParser(
         prog=f"python -m preprocess.{name}",
         description=f"Convert a folder of TFRecords to {to}: preprocess.convert under its original name.",
@@ -102,7 +111,6 @@ def convert_as_original(name: str, to: str, argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "-c", "--compression", type=str.lower, choices=["gzip"], help="of the TFRecords (default: as found)"
     )
-    add_prune(parser)
     arguments = parser.read(argv)
     return convert(
         arguments.input_dir,
@@ -110,32 +118,32 @@ def convert_as_original(name: str, to: str, argv: Sequence[str] | None) -> int:
         to,
         workers=arguments.num_processes,
         expected="tfrecord_gzip" if arguments.compression else None,
-        prune=arguments.prune,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and convert."""
+    """Run the command line; return the exit status."""
     parser = OneLineParser(
         prog="python -m preprocess.convert",
-        description="Convert samples from and to every format that the project reads.",
+        description="Convert samples between all formats that the project reads.",
     )
     parser.add_argument("-i", "--input-dir", type=Path, required=True, help="samples, or both splits")
     parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder that becomes the same")
     parser.add_argument("--to", required=True, help="one of " + ", ".join(sorted(FORMATS)))
     parser.add_argument("--workers", type=int, help="processes of each rank (default: two a core)")
     parser.add_argument(
-        "--samples-per-shard", type=int, default=A_SHARD, help=f"of packed ones (default: {A_SHARD})"
+        "--samples-per-shard",
+        type=int,
+        default=SAMPLES_PER_SHARD,
+        help=f"of packed samples (default: {SAMPLES_PER_SHARD})",
     )
-    add_prune(parser)
     arguments = parser.read(argv)
     return convert(
         arguments.input_dir,
         arguments.output_dir,
         arguments.to,
         workers=arguments.workers,
-        a_shard=arguments.samples_per_shard,
-        prune=arguments.prune,
+        samples_per_shard=arguments.samples_per_shard,
     )
 
 

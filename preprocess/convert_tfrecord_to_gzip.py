@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
-from preprocess.convert import convert_as_original
+from preprocess.convert import convert_tfrecords
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and convert."""
-    return convert_as_original("convert_tfrecord_to_gzip", "tfrecord_gzip", argv)
+    """Run the command line; return the exit status."""
+    return convert_tfrecords("convert_tfrecord_to_gzip", "tfrecord_gzip", argv)
 
 
 if __name__ == "__main__":

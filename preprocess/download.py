@@ -131,9 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_errors(World(), STOPPED):
         if not arguments.small:
             raise ConfigError(
-                "--small",
-                False,
-                "only the small set is fetched here; for all 1.7 TB see docs/data-set.md",
+                "--small", False, "only the small set is fetched here; for all 1.7 TB see docs/data-set.md"
             )
         if not arguments.url.startswith(("http://", "https://")):
             raise ConfigError("--url", arguments.url, "expected an http or https address")

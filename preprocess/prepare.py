@@ -5,8 +5,7 @@
 
 Every *.hdf5 file below the input folder is a universe (see `preprocess.conversion.hdf5_task`). Its
 samples are named `<parent folder>_<file's stem>_<crop>`, and all of them go to `train` or all to
-`validation`.
-A run that was stopped goes on where it was.
+`validation`. A run that was stopped resumes when the same command is started again.
 """
 
 from __future__ import annotations
@@ -23,15 +22,19 @@ from pipelines.distributed.world import World
 from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.plan import derive_seed
 from pipelines.sample import SPLITS, SampleSpec
-from preprocess.conversion.engine import Job, Order, add_prune, run
-from preprocess.conversion.hdf5_task import Preparation, universe_shape
-from preprocess.conversion.worker_pool import Task
+from preprocess.conversion.engine import ConversionPlan, Task, run
+from preprocess.conversion.hdf5_task import CropTask, universe_shape
+from preprocess.conversion.task_result import WorkItem
 
 _SUFFIX = ".hdf5"
 
 
 def find_universes(root: Path) -> dict[str, Path]:
-    """The universes below `root` by name, in the order of their paths; DataError where there are none."""
+    """Return the universes below `root` by name, in the order of their paths.
+
+    Raises:
+        DataError: There are none, or two have the same name.
+    """
 
     def refuse(error: OSError) -> None:
         raise AccessError.reading(error.filename, error) from error
@@ -52,10 +55,12 @@ def find_universes(root: Path) -> dict[str, Path]:
 
 
 def split_universes(names: Sequence[str], validation: float, seed: int) -> tuple[list[str], list[str]]:
-    """`names` for training and for validation, the fraction `validation` of them: drawn by `seed`.
+    """Draw the fraction `validation` of `names` for validation; return the names for training and those.
 
-    The draw orders the names by a hash of each with the seed, so that it does not depend on how
-    they were listed. ConfigError where a split would be empty.
+    The draw orders the names by a hash of each with `seed`, so it does not depend on the order of `names`.
+
+    Raises:
+        ConfigError: A split would be empty.
     """
     count = round(validation * len(names))
     if not 0 < count < len(names):
@@ -64,35 +69,26 @@ def split_universes(names: Sequence[str], validation: float, seed: int) -> tuple
     return [name for name in names if name not in drawn], [name for name in names if name in drawn]
 
 
-def order_preparation(
-    source: Path,
-    target: Path,
-    *,
-    size: int,
-    format_name: str,
-    validation: float,
-    seed: int,
-    prune: bool = False,
-) -> list[tuple[Order, Task]]:
-    """The orders to have the universes below `source` as samples in `target`/train and /validation."""
+def plan_preparation(
+    source: Path, target: Path, *, size: int, format_name: str, validation: float, seed: int
+) -> list[tuple[ConversionPlan, Task]]:
+    """Plan to cut the universes below `source` into samples of `size`^3 in the splits in `target`."""
     universes = find_universes(source)
     first, shape = first_valid(universes.values(), lambda path: (path, universe_shape(path)))
     if size < 1 or shape[0] % size:
         raise ConfigError("--sample-size", size, f"does not divide the universe {first} of shape {shape}")
     count = (shape[0] // size) ** 3
-    stems = {name: [f"{name}_{crop:03d}" for crop in range(count)] for name in universes}
-    # A universe that the draw has moved to the other split is not lost to this one.
-    samples = [stem for crops in stems.values() for stem in crops]
-    orders: list[tuple[Order, Task]] = []
+    plans: list[tuple[ConversionPlan, Task]] = []
     for split, names in zip(SPLITS, split_universes(list(universes), validation, seed), strict=True):
-        jobs = [Job(str(universes[name]), stems[name]) for name in names]
-        order = Order(target / split, format_name, SampleSpec(size, shape[3]), jobs, samples, prune)
-        orders.append((order, Preparation(list(shape), size, str(target / split), format_name)))
-    return orders
+        items = [WorkItem(universes[name], [f"{name}_{crop:03d}" for crop in range(count)]) for name in names]
+        samples = [sample for item in items for sample in item.entries]
+        plan = ConversionPlan(target / split, format_name, SampleSpec(size, shape[3]), items, samples)
+        plans.append((plan, CropTask(shape, size, target / split, format_name)))
+    return plans
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and prepare; 0 if every universe has been cut."""
+    """Run the command line; return 0 if every universe has been cut."""
     parser = OneLineParser(
         prog="python -m preprocess.prepare",
         description="Cut HDF5 universes into samples and write them as TFRecords.",
@@ -105,21 +101,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--validation", type=float, default=1 / 9, help="fraction of the universes")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of those")
     parser.add_argument("--workers", type=int, help="processes of each rank; None: two a core")
-    add_prune(parser)
     arguments = parser.read(argv)
 
-    def orders() -> list[tuple[Order, Task]]:
-        return order_preparation(
+    def plan() -> list[tuple[ConversionPlan, Task]]:
+        return plan_preparation(
             arguments.input_dir,
             arguments.output_dir,
             size=arguments.sample_size,
             format_name="tfrecord_gzip" if arguments.gzip else "tfrecord",
             validation=arguments.validation,
             seed=arguments.seed,
-            prune=arguments.prune,
         )
 
-    return run(orders, workers=arguments.workers, unit="universe", target=arguments.output_dir)
+    return run(plan, workers=arguments.workers, unit="universe", target=arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m preprocess.simulate -o data/embedded --train 4096 --validation 512
 
-A run makes what is missing: one that was stopped goes on where it was, a complete folder costs a
-look at its file names, and a folder can grow. `simulation.json` in the folder says what it was made
-with, and other settings are refused there.
+A run makes what is missing: after one that was stopped the same command resumes, a complete folder costs
+one listing, and a folder can grow. `simulation.json` in the folder records its settings; other settings
+are refused there.
 """
 
 from __future__ import annotations
@@ -25,26 +25,31 @@ from pipelines.formats.registry import FORMATS
 from pipelines.io import final_name, locked, remove_temporaries, write_chunks
 from pipelines.sample import SPLITS, SplitName
 from preprocess.conversion.progress import STOPPED, progress
-from preprocess.conversion.worker_pool import run_jobs
-from preprocess.simulator.universe import SimulateConfig, Simulation
+from preprocess.conversion.worker_pool import run_tasks
+from preprocess.simulator.universe import SimulateConfig, SimulateTask
 
 __all__ = ["SETTINGS", "SimulateConfig", "make_dataset"]
 
 SETTINGS = "simulation.json"
-"""The file in a data set's folder that records what its universes were made with."""
+"""File in a data set's folder that records its settings."""
 
 _VERSION = 1
-"""Of the simulation: to be raised by every change that makes other universes of the same settings."""
+"""Version of the simulation: to be raised by every change that makes other universes of the same settings."""
 
 
 def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: bool) -> None:
     """Make the samples of `config` that are missing in `root`/train and `root`/validation.
 
-    The files do not depend on `workers`, processes of one thread each. With `shown`, a bar on a
-    terminal's stderr (a line now and then where that is none) and what was made in the end.
+    Args:
+        config: Settings of the data set.
+        root: Its folder.
+        workers: Number of processes, of one thread each; the files do not depend on it.
+        shown: Show the progress, and in the end what was made.
 
-    Raises ConfigError for settings other than those that `root` was made with, DataError for a
-    `root` that holds something else, UserError for a worker that cannot go on.
+    Raises:
+        ConfigError: `root` was made with other settings.
+        DataError: `root` holds something else, or cannot be written.
+        UserError: A worker process died.
     """
     root = Path(root).absolute()
     _check_settings(config, root)
@@ -56,56 +61,56 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
         raise ConfigError("workers", workers, "expected at least one process")
     start = time.perf_counter()
 
-    def tell_of_waiting() -> None:
+    def report_waiting() -> None:
         if shown:
-            print(f"{root}: another process is simulating into it; waiting for that", file=sys.stderr)
+            print(f"{root}: waiting for another process that writes into it", file=sys.stderr)
 
     try:
         for split in SPLITS:
             (root / split).mkdir(parents=True, exist_ok=True)
-        with locked(root, tell_of_waiting) as lock:
+        with locked(root, report_waiting) as lock:
             _check_settings(config, root)
             for folder in (root, *(root / split for split in SPLITS)):
                 remove_temporaries(folder)
             record = json.dumps({"version": _VERSION, **asdict(config)}, indent=2) + "\n"
             write_chunks(root / SETTINGS, record.encode())
             files = size = 0
-            jobs = _missing(config, root)
-            made = run_jobs(Simulation(asdict(config), str(root)), jobs, workers, (lock,))
-            # The iterator's own clean-up ends the workers, also when Ctrl-C arrives right here.
+            universes = _missing(config, root)
             with (
-                contextlib.closing(made),
-                progress(len(jobs), "simulated", "universe", shown=shown) as advance,
+                contextlib.closing(
+                    run_tasks(SimulateTask(config, root), universes, workers, lock)
+                ) as results,
+                progress(len(universes), "simulated", "universe", shown=shown) as advance,
             ):
-                for _, written in made:
+                for _, written in results:
                     files, size = files + len(written), size + sum(written)
                     advance()
     except OSError as error:
-        raise DataError(root, f"cannot be written ({error})", "choose or mend the folder") from error
+        raise DataError(root, f"cannot be written ({error})", "choose another folder") from error
     if shown:
         seconds = time.perf_counter() - start
-        print(f"simulated {len(jobs)} universes: {files} files, {size / 1e6:.1f} MB, {seconds:.1f} s")
+        print(f"simulated {len(universes)} universes: {files} files, {size / 1e6:.1f} MB, {seconds:.1f} s")
 
 
 def _missing(config: SimulateConfig, root: Path) -> list[tuple[SplitName, int]]:
-    """The universes that lack a sample, in order."""
-    jobs: list[tuple[SplitName, int]] = []
+    """Return the universes that lack a sample, in order."""
+    missing: list[tuple[SplitName, int]] = []
     suffix = FORMATS[config.format].suffix
     for split in SPLITS:
         try:
             present = set(os.listdir(root / split))
         except FileNotFoundError:
             present = set()
-        jobs += [
+        missing += [
             (split, universe)
             for universe in range(config.universes(split))
-            if any(stem + suffix not in present for stem in config.stems(split, universe))
+            if any(name + suffix not in present for name in config.sample_ids(split, universe))
         ]
-    return jobs
+    return missing
 
 
 def _check_settings(config: SimulateConfig, root: Path) -> None:
-    """Refuse a root that was made with other settings, or by something else."""
+    """Raise an error if `root` was made with other settings, or by something else."""
     path = root / SETTINGS
     try:
         recorded = json.loads(path.read_bytes())
@@ -114,33 +119,26 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
             folder = root / split
             if folder.is_dir() and not all(final_name(path.name) for path in folder.iterdir()):
                 raise DataError(
-                    root,
-                    f"holds {split}/ but no {SETTINGS}",
-                    "choose another folder to simulate into",
+                    root, f"holds {split}/ but no {SETTINGS}", "choose another folder to simulate into"
                 ) from None
         return
     except (OSError, ValueError) as error:
         raise DataError(path, f"cannot be read ({error})", "remove the folder, or choose another") from error
-    ours = {"version": _VERSION, **asdict(config)}
-    for key, value in ours.items():
+    for key, value in {"version": _VERSION, **asdict(config)}.items():
         there = recorded.get(key) if isinstance(recorded, dict) else None
         if key in SPLITS and isinstance(there, int):
             if value < there:
                 raise ConfigError(
-                    f"simulate.{key}",
-                    value,
-                    f"{root} has {there}: ask for as many or more, or for another folder",
+                    f"simulate.{key}", value, f"{root} has {there}; choose as many or more, or another folder"
                 )
         elif value != there:
             raise ConfigError(
-                f"simulate.{key}",
-                value,
-                f"{root} was made with {there!r}: ask for that, or for another folder",
+                f"simulate.{key}", value, f"{root} was made with {there!r}; choose that, or another folder"
             )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 if the data set is complete."""
+    """Run the command line; return 0 when the data set is complete."""
     defaults = SimulateConfig()
     parser = OneLineParser(
         prog="python -m preprocess.simulate",

@@ -1,12 +1,12 @@
-"""Bring a data set to the disk of every node, before training.
+"""Stage a data set to the disk of every node before training.
 
     srun --ntasks-per-node=4 python -m preprocess.stage -i /gpfs/cosmoflow/gzip -o /raid/cosmoflow
 
-Each node gets all samples, or with --shard-type local each team of nodes a share of them, inflated,
-as npy. A file is read from the shared file system once, by one node, and sent to the others that
-need it. With --models, each model that is to be trained has nodes in a row, with all samples on them.
-A second run on a staged node stages nothing. The trainer, with the same settings in
-`data: {stage: ...}`, then finds everything in its place.
+Each node gets all samples, or with --shard-type local each team of nodes a partition of them, decompressed,
+as npy. One node reads each file from the shared file system and sends it to the others that need it. With
+--models, each model that is to be trained has consecutive nodes, with all samples on them. A second run on a
+staged node stages nothing. The trainer, with the same settings in `data: {stage: ...}`, then finds the
+samples there.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ from preprocess.staging.stager import describe, stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and stage; 0 if every sample is on every node."""
+    """Run the command line; return 0 if every sample is on every node that needs it."""
     parser = OneLineParser(
-        prog="python -m preprocess.stage", description="Bring a data set to the disk of every node."
+        prog="python -m preprocess.stage", description="Stage a data set to the disk of every node."
     )
     parser.add_argument("-i", "--input-dir", type=Path, required=True, help="holds train and validation")
     parser.add_argument("-o", "--output-dir", type=Path, required=True, help="on each node's own disk")
-    parser.add_argument("--shard-type", choices=("global", "local"), default="global", help="all, or shares")
-    parser.add_argument("--shard-multiplier", type=int, default=1, help="nodes that keep the same share")
-    parser.add_argument("--preshuffle", action="store_true", help="draw the shares by --seed")
+    parser.add_argument(
+        "--shard-type", choices=("global", "local"), default="global", help="all samples, or a partition"
+    )
+    parser.add_argument("--shard-multiplier", type=int, default=1, help="nodes that get the same partition")
+    parser.add_argument("--preshuffle", action="store_true", help="draw the partitions by --seed")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
-    parser.add_argument("--models", type=int, default=1, help="to be trained side by side")
+    parser.add_argument("--models", type=int, default=1, help="number that train side by side")
     parser.add_argument("--threads", type=int, default=8, help="of each rank")
     parser.add_argument("--direct-io", action="store_true", help="read past the page cache")
     arguments = parser.read(argv)
@@ -56,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         splits = session.run_on_root(
             lambda: {str(name): open_folder(arguments.input_dir / name) for name in SPLITS}
         )
-        for there, staged in stage(splits, config.folder, config, session, arguments.models):
+        for dataset, report in stage(splits, config.folder, config, session, arguments.models):
             if world.is_root:
-                print(describe(there, staged, world.nodes))
-                for fault in dict.fromkeys(staged.faults):
+                print(describe(dataset, report, world.nodes))
+                for fault in dict.fromkeys(report.faults):
                     print(f"error: {fault}", file=sys.stderr)
-            faults += len(staged.faults)
+            faults += len(report.faults)
         if faults:
-            raise UserError(f"{faults} samples are damaged, and on no node; mend them and stage again")
+            raise UserError(f"{faults} samples are damaged and on no node; fix them and stage again")
     return 0
 
 

@@ -6,17 +6,17 @@ import contextlib
 import functools
 import importlib
 import io
-import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -25,9 +25,6 @@ from forked import Forked
 
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample
-
-if TYPE_CHECKING:
-    from preprocess.conversion.worker_pool import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -186,15 +183,15 @@ def wait_until_gone(pids: Sequence[int], seconds: float = 30) -> None:
 
 
 @contextlib.contextmanager
-def jobs_here() -> Iterator[None]:
-    """While the body runs, this process does what programs have workers do, and saves their start."""
+def inline_workers() -> Iterator[None]:
+    """While the body runs, this process runs the tasks of programs, which saves the start of workers."""
 
-    def run_jobs(task: Task, jobs: Iterable[Any], *_: object) -> Iterator[tuple[Any, Any]]:
-        for job in jobs:
-            # As a worker is told of it, and answers.
-            yield job, json.loads(json.dumps(task(json.loads(json.dumps(job)))))
+    def run_tasks(task: Callable[[Any], Any], items: Iterable[Any], *_: object) -> Iterator[tuple[Any, Any]]:
+        for item in items:
+            # As a worker receives and returns it.
+            yield item, pickle.loads(pickle.dumps(task(pickle.loads(pickle.dumps(item)))))
 
-    with mock.patch("preprocess.conversion.engine.run_jobs", run_jobs):
+    with mock.patch("preprocess.conversion.engine.run_tasks", run_tasks):
         yield
 
 

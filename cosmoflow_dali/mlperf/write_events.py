@@ -17,7 +17,7 @@ from cosmoflow_dali.compute.schedule import StepDecayConfig
 from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.models.reference import ReferenceConfig
 from pipelines.distributed.world import World
-from preprocess.staging.stager import Staged
+from preprocess.staging.stager import StagingReport
 
 
 def log_init_start(log: MLLogger, began_ms: int, *, caches_cleared: bool) -> None:
@@ -26,7 +26,7 @@ def log_init_start(log: MLLogger, began_ms: int, *, caches_cleared: bool) -> Non
     log.start(constants.INIT_START, time_ms=began_ms)
 
 
-def log_staging(log: MLLogger, seconds: float, staged: Sequence[Staged]) -> None:
+def log_staging(log: MLLogger, seconds: float, staged: Sequence[StagingReport]) -> None:
     """Log the end of staging, `seconds` after its start, with the totals over the `staged` folders."""
     metadata = {
         "staging_duration": seconds,

@@ -29,7 +29,7 @@ from pipelines.sample import SampleSpec
 
 MANIFEST = "manifest.jsonl"
 _VERSION = 2
-_REMEDY = "remove it, and convert again or regenerate it with python -m preprocess.verify --write"
+_REMEDY = "remove it and regenerate it with python -m preprocess.verify --write"
 
 
 class FileRecord(NamedTuple):

@@ -1,5 +1,6 @@
 """Conversion between formats, resumable and parallel over ranks and worker processes.
 
-In: a source of samples and a target folder. Out: the folder complete with its manifest, or a journal of the
-samples that are done, from which the same command resumes.
+In: a source of samples and a target folder. Out: the folder complete with its manifest, or journals of what
+    is finished,
+from which the same command resumes.
 """

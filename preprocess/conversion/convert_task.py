@@ -1,11 +1,11 @@
-"""The task of converting samples from a format to another."""
+"""The task of converting samples from one format to another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,81 +18,84 @@ from pipelines.formats.packed.tar_shard import SHARD_SUFFIX, write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile
 from pipelines.sample import SampleSpec
-from preprocess.conversion.task_result import DamagedError, make_entries
+from preprocess.conversion.task_result import DamagedSourceError, TaskResult, WorkItem, convert_if_stale
 
-Line = tuple[str, Sequence[Sequence[int]]]
-"""A sample of the source: its name, and its extents, empty where they are not known."""
+
+class SampleLocation(NamedTuple):
+    """A sample of the source, small enough to send half a million of them to other ranks.
+
+    name: As in `SampleDataset.names`.
+    extents: Its row of `SampleDataset.extents`; empty without these.
+    """
+
+    name: str
+    extents: Sequence[Sequence[int]]
+
+    @staticmethod
+    def list_all(dataset: SampleDataset) -> list[SampleLocation]:
+        """Return the locations of all samples of `dataset`."""
+        extents = [()] * len(dataset) if dataset.extents is None else dataset.extents.tolist()
+        return list(map(SampleLocation, dataset.names, extents))
 
 
 @dataclass(frozen=True, slots=True)
-class Conversion:
-    """From the format `format_name` in the folder `source` to the format `to` in the folder `target`.
+class ConvertTask:
+    """Convert samples of `spec` in the format `source_format` in `source` to `target_format` in `target`.
 
-    size, channels: of the samples' shape, (size, size, size, channels).
-    sharded: whether the samples of a job become one shard, or each a file of its own.
+    The source of a work item is a sequence of SampleLocation: a sample, or with `sharded` those of a shard.
     """
 
-    source: str
-    format_name: str
-    size: int
-    channels: int
-    target: str
-    to: str
+    source: Path
+    source_format: str
+    spec: SampleSpec
+    target: Path
+    target_format: str
     sharded: bool
 
-    def __call__(self, job: tuple[Sequence[Line], Sequence[tuple[str, Any]]]) -> dict[str, Any]:
-        """Convert the samples job[0]; see `make_entries` for job[1] and the answer."""
-        lines, wanted = job
-        split, target = self._split(lines), Path(self.target)
+    def __call__(self, item: WorkItem) -> TaskResult:
+        """Convert the samples of `item` unless their entries are up to date."""
+        dataset = self._dataset(item.source)
+        files = dict.fromkeys(path for index in range(len(dataset)) for path in dataset.files(index))
 
-        def samples() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
-            for index in range(len(split)):
-                stem = split.sample_id(index)
-                yield stem, FORMATS[self.to].write(target, stem, split.read(index, verify=True))
-
-        def shard() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
-            ((stem, _),) = wanted
-            yield stem, write_shard(target / (stem + SHARD_SUFFIX), _members(split))
-
-        files = dict.fromkeys(path for index in range(len(split)) for path in split.files(index))
-        make = shard if self.sharded else samples
-        members = (
-            [split.sample_id(index) + MEMBER_SUFFIX for index in range(len(split))] if self.sharded else ()
-        )
-        return make_entries(
-            target, lambda: SourceFingerprint.from_files(split.names, files), wanted, make, members
-        )
-
-    def _split(self, lines: Sequence[Line]) -> SampleDataset:
-        names, rows = zip(*lines, strict=True)
-        extents = np.array([[tuple(extent) for extent in row] for row in rows], EXTENT) if any(rows) else None
-        spec = SampleSpec(self.size, self.channels)
-        return SampleDataset(Path(self.source), self.format_name, names, spec, extents)
-
-
-def lines_of(split: SampleDataset) -> list[Line]:
-    """The samples of `split` as a Conversion is told of them."""
-    extents = split.extents.tolist() if split.extents is not None else [()] * len(split)
-    return list(zip(split.names, extents, strict=True))
-
-
-def _members(split: SampleDataset) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """The members of a shard of all of `split`; DamagedError after the last one if some are damaged."""
-    faults: list[str] = []
-    lost: list[str] = []
-    unread: dict[str, str] = {}
-    sound = False
-    for index in range(len(split)):
-        try:
-            sample = split.read(index, verify=True)
-        except DataError as error:
-            if isinstance(error, UnreadableError):
-                lost.append(str(error))
-                unread[error.path] = error.fault
+        def convert() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
+            if self.sharded:
+                (name,) = item.entries
+                yield name, write_shard(self.target / (name + SHARD_SUFFIX), _members(dataset))
             else:
-                faults.append(str(error))
+                for index, name in enumerate(item.entries):
+                    sample = dataset.read(index, verify=True)
+                    yield name, FORMATS[self.target_format].write(self.target, name, sample)
+
+        return convert_if_stale(
+            item, self.target, lambda: SourceFingerprint.from_files(dataset.names, files), convert
+        )
+
+    def _dataset(self, samples: Sequence[SampleLocation]) -> SampleDataset:
+        names, rows = zip(*samples, strict=True)
+        extents = np.array([[tuple(extent) for extent in row] for row in rows], EXTENT) if any(rows) else None
+        return SampleDataset(self.source, self.source_format, names, self.spec, extents)
+
+
+def _members(dataset: SampleDataset) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Yield the members of a shard of all samples of `dataset`.
+
+    Raises:
+        DamagedSourceError: After the last sample, if some are damaged or cannot be read.
+    """
+    faults: list[str] = []
+    unreadable: dict[str, str] = {}
+    readable = False
+    for index in range(len(dataset)):
+        try:
+            sample = dataset.read(index, verify=True)
+        except DataError as error:
+            faults.append(str(error))
+            if isinstance(error, UnreadableError):
+                unreadable[error.path] = error.fault
+            else:
+                readable = True
         else:
-            sound = True
-            yield split.sample_id(index) + MEMBER_SUFFIX, encode(sample)
-    if faults or lost:
-        raise DamagedError(faults, lost, {} if sound or faults else unread)
+            readable = True
+            yield dataset.sample_id(index) + MEMBER_SUFFIX, encode(sample)
+    if faults:
+        raise DamagedSourceError(faults, {} if readable else unreadable)

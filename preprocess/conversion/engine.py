@@ -1,15 +1,14 @@
-"""Fill a folder with samples: share out the work, keep what is there, collect the faults."""
+"""Run a conversion: share the work among ranks and workers, keep what is up to date, collect the faults."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from pipelines.dataset.manifest import Entry
 from pipelines.distributed.cli import launched, report_errors
@@ -17,170 +16,149 @@ from pipelines.distributed.session import Session
 from pipelines.errors import AccessError, ConfigError
 from pipelines.io import locked
 from pipelines.sample import SampleSpec
-from preprocess.conversion.journal import Journal, Ready, begin, clear, finish, suspend
+from preprocess.conversion.journal import Journal
 from preprocess.conversion.progress import STOPPED, progress
-from preprocess.conversion.read_failures import Lost
-from preprocess.conversion.worker_pool import Task, run_jobs
+from preprocess.conversion.read_failures import ConsecutiveReadFailures
+from preprocess.conversion.target import commit, open_target
+from preprocess.conversion.task_result import TaskResult, WorkItem
+from preprocess.conversion.worker_pool import run_tasks
 
-_PROCESSES_A_CORE = 2
+_WORKERS_PER_CORE = 2
 """While one waits for the disk, another inflates."""
 
-
-class Job(NamedTuple):
-    """What the task is told of a source, as JSON can hold it, and the stems of the entries it becomes."""
-
-    source: Any
-    makes: Sequence[str]
-
-
-_Share: TypeAlias = "list[tuple[Job, list[Entry | None]]]"
-"""Jobs, and of each what is noted of the entries that it makes."""
+Task: TypeAlias = Callable[[WorkItem], TaskResult]
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What a folder shall hold.
+class ConversionPlan:
+    """Content that a folder is to have.
 
-    target: the folder.
-    form: the format, a key of FORMATS.
-    spec: the shape of every sample.
-    jobs: what is made at a time; rank 0 alone needs to know.
-    samples: the stems of all samples of the source, of other splits too; rank 0 alone needs to know.
-    prune: whether samples that the source has not are removed from the folder, or refused.
+    target: The folder.
+    format_name: Format of the samples, a key of FORMATS.
+    spec: Shape of every sample.
+    items: The sources, each with the entries that it becomes. Only rank 0 needs them.
+    samples: IDs of all samples. Only rank 0 needs them.
+    samples_per_shard: Samples of each shard but the last; None without shards.
     """
 
     target: Path
     format_name: str
     spec: SampleSpec
-    jobs: Sequence[Job]
+    items: Sequence[WorkItem]
     samples: Sequence[str]
-    prune: bool = False
+    samples_per_shard: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Produced:
-    """What became of orders: samples made, samples that were there, and the faults of sources."""
+class ConversionReport:
+    """Numbers of samples that were converted and that were up to date, and one line for each fault."""
 
-    made: int = 0
-    kept: int = 0
+    written: int = 0
+    up_to_date: int = 0
     faults: tuple[str, ...] = ()
 
-    def __add__(self, other: Produced) -> Produced:
-        return Produced(self.made + other.made, self.kept + other.kept, self.faults + other.faults)
+    def __add__(self, other: ConversionReport) -> ConversionReport:
+        return ConversionReport(
+            self.written + other.written, self.up_to_date + other.up_to_date, self.faults + other.faults
+        )
 
 
-class _Outcome(NamedTuple):
-    """What became of a rank's share; see `make_entries`."""
+def run_conversion(
+    plan: ConversionPlan, task: Task, *, session: Session, workers: int, unit: str, shown: bool = False
+) -> ConversionReport:
+    """Convert the entries of `plan` that are missing or stale, with the ranks of `session`.
 
-    made: list[Entry]
-    kept: list[Entry]
-    spoiled: list[str]
-    faults: list[str]
-    lost: list[str]
+    The manifest and the list files are written if no source has a fault. A source with a fault does not keep
+    the others from being converted.
 
+    Args:
+        plan: What to convert.
+        task: Converts one source; see `convert_if_stale`.
+        session: The ranks, all of which call this.
+        workers: Worker processes of each rank.
+        unit: Name of a source in the progress display.
+        shown: Show the progress on rank 0.
 
-def produce(
-    order: Order, task: Task, *, session: Session, workers: int, unit: str, shown: bool = False
-) -> Produced:
-    """Make what is missing of `order`, with the ranks of `session`.
-
-    Each rank has `workers` processes do its share. `task` is asked for a source at a time, as
-    `make_entries` wants to be called. The manifest and the list files are written if every source
-    was sound; one that is damaged keeps none of the others from being used. Raises a UserError for
-    what stops all of them, on the rank that it befalls.
+    Raises:
+        UserError: Something that stops the whole conversion, on the rank where it happens.
     """
-    target = order.target
-    with contextlib.ExitStack() as held:
+    target, world = plan.target, session.world
+    with contextlib.ExitStack() as stack:
+        lock: int | None = None
 
-        def tell_of_waiting() -> None:
-            print(f"{target}: another process is writing into it; waiting for that", file=sys.stderr)
+        def report_waiting() -> None:
+            print(f"{target}: waiting for another process that writes into it", file=sys.stderr)
 
-        def share() -> list[_Share]:
+        def partition_items() -> list[list[WorkItem]]:
+            nonlocal lock
             try:
                 target.mkdir(parents=True, exist_ok=True)
-                locks.append(held.enter_context(locked(target, tell_of_waiting)))
+                lock = stack.enter_context(locked(target, report_waiting))
             except OSError as error:
                 raise AccessError.writing(target, error) from error
-            stems = (stem for job in order.jobs for stem in job.makes)
-            ready.append(
-                begin(target, order.format_name, order.spec, stems, order.samples, prune=order.prune)
+            names = {name for item in plan.items for name in item.entries}
+            records = open_target(
+                target, plan.format_name, plan.spec, names, plan.samples, plan.samples_per_shard
             )
-            wanted = [(job, [ready[0].known.get(stem) for stem in job.makes]) for job in order.jobs]
-            return [wanted[rank :: session.world.size] for rank in range(session.world.size)]
+            items = [
+                item._replace(recorded=[records[name] for name in item.entries if name in records])
+                for item in plan.items
+            ]
+            return [items[rank :: world.size] for rank in range(world.size)]
 
-        def jobs() -> Iterator[Any]:
-            for job, noted in mine:
-                journal.begin(job.makes)
-                yield [job.source, _lines(job, noted)]
-
-        locks: list[int] = []
-        ready: list[Ready] = []
-        mine = session.scatter(share)
-        before = {entry.name: entry for _, noted in mine for entry in noted if entry}
-        own = _Outcome([], [], [], [], [])
+        own = session.scatter(partition_items)
+        entries: list[Entry] = []
+        report = ConversionReport()
         with (
-            Journal(target, order.format_name, order.spec, session.world.rank) as journal,
-            progress(len(mine), "done", unit, shown=shown and session.world.is_root) as advance,
-            contextlib.closing(run_jobs(task, jobs(), workers, locks)) as answers,
+            Journal(target, plan.format_name, plan.spec, world.rank) as journal,
+            progress(len(own), "done", unit, shown=shown and world.is_root) as advance,
+            contextlib.closing(run_tasks(task, _begin(own, journal), workers, lock)) as results,
         ):
-            for answer in session.tag_rank_errors(_unless_lost(answers)):
-                for line in answer["made"]:
-                    own.made.append(Entry.from_json(line))
-                    journal.add(own.made[-1])
-                for stem in answer["kept"]:
-                    own.kept.append(before[stem])
-                    journal.add(own.kept[-1])
-                own.spoiled.extend(answer["spoiled"])
-                own.faults.extend(answer["faults"])
-                own.lost.extend(answer["lost"])
+            for item, result in session.tag_rank_errors(_check_read_failures(results)):
+                written = {entry.name for entry in result.written}
+                unchanged = [entry for entry in item.recorded if entry.name not in written]
+                done = [*result.written, *unchanged]
+                journal.add(done)
+                entries += done
+                report += ConversionReport(
+                    sum(entry.samples for entry in result.written),
+                    sum(entry.samples for entry in unchanged) if result.up_to_date else 0,
+                    tuple(result.faults),
+                )
                 advance()
-        outcomes = session.gather_to_root(own)
-        return session.run_on_root(lambda: _settle(order, ready[0], outcomes))
+        gathered = session.gather_to_root((entries, report))
 
+        def commit_if_complete() -> ConversionReport:
+            total = sum((report for _, report in gathered), ConversionReport())
+            if not total.faults:
+                by_name = {entry.name: entry for entries, _ in gathered for entry in entries}
+                ordered = [by_name[name] for item in plan.items for name in item.entries]
+                commit(target, plan.format_name, plan.spec, ordered)
+            return replace(total, faults=tuple(sorted(total.faults)))
 
-def _settle(order: Order, ready: Ready, outcomes: Sequence[_Outcome]) -> Produced:
-    """Leave the folder as its samples are: finished, or with notes of what is sound."""
-    result = Produced(
-        sum(entry.samples for outcome in outcomes for entry in outcome.made),
-        sum(entry.samples for outcome in outcomes for entry in outcome.kept),
-        tuple(sorted(line for outcome in outcomes for line in (*outcome.faults, *outcome.lost))),
-    )
-    sound = (entry for outcome in outcomes for entry in (*outcome.made, *outcome.kept))
-    entries = {entry.name: entry for entry in sound}
-    if result.faults:
-        spoiled = [stem for outcome in outcomes for stem in outcome.spoiled]
-        begun = (Entry(stem, ()) for stem in spoiled)
-        suspend(order.target, order.format_name, order.spec, [*entries.values(), *ready.unwanted, *begun])
-        clear(order.target, order.format_name, spoiled)
-    if not any(outcome.lost for outcome in outcomes):
-        # Of what cannot be read, something may be in there that is nowhere else.
-        clear(order.target, order.format_name, ready.surplus)
-    if not result.faults:
-        ordered = [entries[stem] for job in order.jobs for stem in job.makes]
-        finish(order.target, order.format_name, order.spec, ordered)
-    return result
+        return session.run_on_root(commit_if_complete)
 
 
 def run(
-    orders: Callable[[], Sequence[tuple[Order, Task]]], *, workers: int | None, unit: str, target: Path
+    plan: Callable[[], Sequence[tuple[ConversionPlan, Task]]], *, workers: int | None, unit: str, target: Path
 ) -> int:
-    """Produce what `orders`, called on rank 0, gives; the exit status, 0 if every source was sound."""
+    """Run the conversions that `plan` returns on rank 0; return the exit status, 0 without faults."""
     world = launched()
     with report_errors(world, STOPPED) as session:
         if workers is not None and workers < 1:
             raise ConfigError("--workers", workers, "expected at least one process")
-        processes = workers or _PROCESSES_A_CORE * world.cores
-        start, result = time.perf_counter(), Produced()
-        ordered: list[tuple[Order, Task]] = []
+        processes = workers or _WORKERS_PER_CORE * world.cores
+        start, total = time.perf_counter(), ConversionReport()
+        plans: list[tuple[ConversionPlan, Task]] = []
 
-        def heads() -> list[tuple[Order, Task]]:
-            ordered.extend(orders())
-            return [(replace(order, jobs=(), samples=()), task) for order, task in ordered]
+        def make_plans() -> list[tuple[ConversionPlan, Task]]:
+            plans.extend(plan())
+            return [(replace(plan, items=(), samples=()), task) for plan, task in plans]
 
         session.connect()
-        for number, (head, task) in enumerate(session.run_on_root(heads)):
-            result += produce(
-                ordered[number][0] if world.is_root else head,
+        for number, (settings, task) in enumerate(session.run_on_root(make_plans)):
+            total += run_conversion(
+                plans[number][0] if world.is_root else settings,
                 task,
                 session=session,
                 workers=processes,
@@ -189,33 +167,34 @@ def run(
             )
         if world.is_root:
             seconds = time.perf_counter() - start
-            print(f"{target}: {result.made} samples made in {seconds:.1f} s, {result.kept} were there")
-            for fault in result.faults:
+            print(
+                f"{target}: {total.written} samples converted in {seconds:.1f} s, "
+                f"{total.up_to_date} up to date"
+            )
+            for fault in total.faults:
                 print(f"error: {fault}", file=sys.stderr)
-            if result.faults:
+            if total.faults:
                 print(
-                    f"error: {len(result.faults)} {unit}s are damaged or cannot be read; mend them, "
-                    "or remove them and add --prune, and run this again: it makes what is missing",
+                    f"error: {len(total.faults)} {unit}s are damaged or cannot be read; fix them and run the "
+                    "same command again, which converts what is missing, or convert a source without them "
+                    "into a new folder",
                     file=sys.stderr,
                 )
-    return 1 if result.faults else 0
+    return 1 if total.faults else 0
 
 
-def add_prune(parser: argparse.ArgumentParser) -> None:
-    """Let the command line say what `Order.prune` is."""
-    parser.add_argument(
-        "--prune", action="store_true", help="remove samples from the output that the input has no longer"
-    )
+def _begin(items: Iterable[WorkItem], journal: Journal) -> Iterator[WorkItem]:
+    """Yield `items`, each recorded as begun."""
+    for item in items:
+        journal.begin(item.entries)
+        yield item
 
 
-def _unless_lost(answers: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """What workers answer; AccessError where sources in a row cannot be read."""
-    lost = Lost()
-    for _, answer in answers:
-        lost.note(answer["unread"])
-        yield answer
-
-
-def _lines(job: Job, noted: Sequence[Entry | None]) -> list[list[Any]]:
-    """What `make_entries` wants to know of `job`."""
-    return [[stem, entry.to_json() if entry else None] for stem, entry in zip(job.makes, noted, strict=True)]
+def _check_read_failures(
+    results: Iterable[tuple[WorkItem, TaskResult]],
+) -> Iterator[tuple[WorkItem, TaskResult]]:
+    """Yield `results`; AccessError where sources in a row cannot be read."""
+    failures = ConsecutiveReadFailures()
+    for item, result in results:
+        failures.record(result.unreadable)
+        yield item, result

@@ -1,6 +1,6 @@
-"""Universes as the published set keeps them: HDF5 files of counts and targets.
+"""Universes of the published set, which are HDF5 files, and the task of cutting them into samples.
 
-`full` holds the counts, (n, n, n, redshifts) integers, and `unitPar` the target, (4,) floats in
+The data set `full` holds the counts, (n, n, n, redshifts) integers, and `unitPar` the target, (4,) floats in
 [-1, 1] (https://portal.nersc.gov/project/m3363/).
 """
 
@@ -22,13 +22,17 @@ from pipelines.errors import AccessError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile
 from pipelines.sample import COUNT_LIMIT, Sample, check_target
-from preprocess.conversion.task_result import make_entries
+from preprocess.conversion.task_result import TaskResult, WorkItem, convert_if_stale
 
 COUNTS, TARGET = "full", "unitPar"
 
 
 def universe_shape(path: Path) -> tuple[int, int, int, int]:
-    """The shape of the counts in the universe at `path`, (n, n, n, redshifts); DataError where it is none."""
+    """Return the shape of the counts in the universe at `path`, (n, n, n, redshifts).
+
+    Raises:
+        DataError: The file cannot be read, or is not a universe.
+    """
     with _universe(path) as file:
         with _reading(path):
             shape = file[COUNTS].shape
@@ -38,18 +42,20 @@ def universe_shape(path: Path) -> tuple[int, int, int, int]:
 
 
 def crops(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Sample]:
-    """The samples of `size`^3 that the universe of `shape` at `path` is cut into, in C order.
+    """Yield the samples of `size`^3 of the universe of `shape` at `path`, in C order (axis 0 outermost).
 
-    That is axis 0 outermost, then 1, then 2. Holds no more than `size` planes of the universe in
-    memory. DataError names any fault.
+    Holds no more than `size` planes of the universe in memory.
+
+    Raises:
+        DataError: The file cannot be read, is not a universe, or has another shape.
     """
     with _universe(path) as file:
         with _reading(path):
-            counts, found = file[COUNTS], np.asarray(file[TARGET], dtype=np.float32)
-            its_shape, dtype = counts.shape, counts.dtype
-        target = check_target(path, found)
-        if its_shape != shape:
-            raise DataError(path, f"{COUNTS} has shape {its_shape}", f"the other universes have {shape}")
+            counts, found_target = file[COUNTS], np.asarray(file[TARGET], dtype=np.float32)
+            found_shape, dtype = counts.shape, counts.dtype
+        target = check_target(path, found_target)
+        if found_shape != shape:
+            raise DataError(path, f"{COUNTS} has shape {found_shape}", f"the other universes have {shape}")
         if not np.issubdtype(dtype, np.integer):
             raise DataError(path, f"{COUNTS} is {dtype}", "expected integers: counts of particles")
         for start in range(0, shape[0], size):
@@ -67,55 +73,56 @@ def crops(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Sample]:
 
 @contextmanager
 def _universe(path: Path) -> Iterator[Any]:
-    """The universe at `path`, open, with both of its parts."""
+    """Open the universe at `path` and check that it has both data sets."""
     with _reading(path):
         file = h5py.File(path, "r")
     with file:
         for name in (COUNTS, TARGET):
             with _reading(path):
-                part = file.get(name)
-            if not isinstance(part, h5py.Dataset):
+                found = file.get(name)
+            if not isinstance(found, h5py.Dataset):
                 raise DataError(path, f"has no data set {name}", "expected a universe of the published set")
         yield file
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Raises DataError or AccessError of `path` where HDF5 fails; for calls of h5py and nothing else.
+    """Raise DataError or AccessError of `path` where HDF5 fails; for calls of h5py and nothing else.
 
-    HDF5 has one kind of error for a file that is not there and for one that is no HDF5 file, and h5py
-    has others for what it finds in one that is damaged.
+    HDF5 raises the same exception for a missing file and for one that is not HDF5; h5py raises others for a
+    damaged one.
     """
     try:
         yield
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            # Without HDF5's own words, which name the path again.
+            # HDF5's own message repeats the path.
             raise AccessError.reading(path, OSError(error.errno, os.strerror(error.errno))) from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(path, f"cannot be read as HDF5 ({reason})", "fetch the file again") from error
+        raise DataError(path, f"cannot be read as HDF5 ({reason})", "download the file again") from error
 
 
 @dataclass(frozen=True, slots=True)
-class Preparation:
-    """The task of cutting universes of `shape` into samples of `size`^3, as `format_name` in `target`."""
+class CropTask:
+    """Cut universes of `shape` into samples of `size`^3, as `format_name` in `target`.
 
-    shape: list[int]
+    The source of a work item is the path of a universe, its entries are the crops in C order.
+    """
+
+    shape: tuple[int, int, int, int]
     size: int
-    target: str
+    target: Path
     format_name: str
 
-    def __call__(self, job: tuple[str, list[tuple[str, Any]]]) -> dict[str, Any]:
-        """Cut the universe at job[0]; see `make_entries` for job[1] and the answer."""
-        path, wanted = Path(job[0]), job[1]
+    def __call__(self, item: WorkItem) -> TaskResult:
+        """Cut the universe of `item` unless its entries are up to date."""
+        path: Path = item.source
 
-        def make() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
-            cut = crops(path, tuple(self.shape), self.size)
-            for (stem, _), sample in zip(wanted, cut, strict=True):
-                yield stem, FORMATS[self.format_name].write(Path(self.target), stem, sample)
+        def convert() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
+            for name, sample in zip(item.entries, crops(path, self.shape, self.size), strict=True):
+                yield name, FORMATS[self.format_name].write(self.target, name, sample)
 
-        # By what it is cut into, which another size of samples changes.
-        stems = [stem for stem, _ in wanted]
-        return make_entries(
-            Path(self.target), lambda: SourceFingerprint.from_files(stems, [path]), wanted, make
+        # The names are part of the fingerprint: another size of samples gives other ones.
+        return convert_if_stale(
+            item, self.target, lambda: SourceFingerprint.from_files(item.entries, [path]), convert
         )

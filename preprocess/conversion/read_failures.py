@@ -1,4 +1,4 @@
-"""Source files that cannot be read: one is a fault of its samples, many in a row are the end of a run."""
+"""Source files that cannot be read: a few are faults of their samples, many in a row end the run."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from pathlib import Path
 from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError
 
 
-class Lost:
+class ConsecutiveReadFailures:
     """The source files that could not be read since the last one that could."""
 
     def __init__(self) -> None:
-        self._row: dict[str, str] = {}
+        self._faults: dict[str, str] = {}
 
-    def note(self, unread: Mapping[str, str]) -> None:
-        """Hear of one more source: the fault of each file by its path if none could be read, else nothing.
+    def record(self, unreadable: Mapping[str, str]) -> None:
+        """Record the outcome of one more source.
 
-        AccessError where a file's folder is gone with it, and after more than MAX_CONSECUTIVE_BAD files.
+        Args:
+            unreadable: The fault of each of its files by path if none could be read; empty otherwise.
+
+        Raises:
+            AccessError: More than MAX_CONSECUTIVE_BAD files in a row cannot be read, or not even a folder.
         """
-        self._row = {**self._row, **unread} if unread else {}
-        for folder in {Path(path).parent for path in unread}:
+        self._faults = {**self._faults, **unreadable} if unreadable else {}
+        for folder in {Path(path).parent for path in unreadable}:
             try:
-                # To its first name: a folder of half a million is not listed for each file that is lost.
+                # Up to the first name: half a million names are too many to list for each file.
                 with os.scandir(folder) as names:
                     next(names, None)
             except OSError as error:
                 raise AccessError.reading(folder, error) from error
-        if len(self._row) > MAX_CONSECUTIVE_BAD:
-            path, fault = next(reversed(self._row.items()))
-            said = f"{fault}, nor can the {len(self._row) - 1} files tried before it"
-            raise AccessError(path, said, "see what has become of the file system")
+        if len(self._faults) > MAX_CONSECUTIVE_BAD:
+            path, fault = next(reversed(self._faults.items()))
+            fault = f"{fault}, and neither can the {len(self._faults) - 1} files before it"
+            raise AccessError(path, fault, "check the file system")

@@ -1,98 +1,102 @@
-"""The entries of one source, made in a worker, and what becomes of them where the source is not sound."""
+"""Input and result of a task: the entries of one source, converted in a worker unless they are up to date."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines.dataset.manifest import Entry, SourceFingerprint
 from pipelines.errors import AccessError, DataError, UnreadableError, UserError
 from pipelines.io import WrittenFile
-from preprocess.conversion.read_failures import Lost
+from preprocess.conversion.read_failures import ConsecutiveReadFailures
 
 
-def make_entries(
+class WorkItem(NamedTuple):
+    """A source that is converted at a time.
+
+    source: What the task reads it by; picklable.
+    entries: Names of the entries that it becomes.
+    recorded: Records of those that an earlier run finished.
+    """
+
+    source: Any
+    entries: Sequence[str]
+    recorded: Sequence[Entry] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """Result of a task for one source.
+
+    written: Records of the entries that were converted.
+    up_to_date: Whether all entries were there, complete and made from the present source.
+    faults: One line for each sample that is damaged or cannot be read. Files of an earlier state of the
+        source stay.
+    unreadable: The fault of each of its files by path if none of them could be read.
+    """
+
+    written: Sequence[Entry] = ()
+    up_to_date: bool = False
+    faults: Sequence[str] = ()
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+
+
+class DamagedSourceError(UserError):
+    """Samples that become one file, or several, cannot be converted.
+
+    Attributes:
+        faults: One line for each of them.
+        unreadable: The fault of each of their files by path if none of them could be read.
+    """
+
+    def __init__(self, faults: Sequence[str], unreadable: Mapping[str, str]) -> None:
+        self.faults, self.unreadable = tuple(faults), dict(unreadable)
+        super().__init__(f"{len(faults)} samples cannot be converted, the first of them: {faults[0]}")
+
+    def __reduce__(self) -> tuple[type[DamagedSourceError], tuple[Any, ...]]:
+        return type(self), (self.faults, self.unreadable)
+
+
+def convert_if_stale(
+    item: WorkItem,
     target: Path,
-    origin: Callable[[], SourceFingerprint],
-    wanted: Sequence[tuple[str, Any]],
-    make: Callable[[], Iterable[tuple[str, Sequence[WrittenFile]]]],
-    members: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Make the entries of one source in `target`, as a task of the engine returns them.
+    fingerprint: Callable[[], SourceFingerprint],
+    convert: Callable[[], Iterable[tuple[str, Sequence[WrittenFile]]]],
+) -> TaskResult:
+    """Convert one source unless its entries in `target` are complete and made from its present state.
 
-    wanted: their stems, each with what is noted of it, an Entry as JSON, or None.
-    origin: tells what they are to be made from.
-    make: writes the files of each entry and yields its stem and them; asked if one of them is not
-        there, whole and of this `origin`. Its DataError or DamagedError is the source's fault,
-        unless it is an AccessError of what is written, or the source's folder is lost too.
-    members: the names of the members of each, if they are shards.
+    Args:
+        item: The source and what is recorded of its entries.
+        target: Folder of the entries.
+        fingerprint: Returns the present fingerprint of the source.
+        convert: Writes the entries one after the other; yields the name and the files of each.
 
-    The answer: "made", entries; "kept", the stems of those that are as they were; "spoiled", the stems
-    of those whose files are to be removed; "faults", a line for what is damaged, and "lost", one for
-    what cannot be read; "unread", for `Lost.note`. What was made before of a source that is damaged is
-    spoiled; of one that cannot be read it is kept, since that may come back as it was.
+    Raises:
+        AccessError: `target` cannot be written, or the folder of the source cannot be read.
     """
     source: SourceFingerprint | None = None
-    with contextlib.suppress(UnreadableError):  # Who reads it tells which file, and why.
-        source = origin()
-    known = [Entry.from_json(line) for _, line in wanted if line is not None]
-    whole = [entry for entry in known if entry.is_complete_in(target)]
-    if source and len(whole) == len(wanted) and all(entry.source == source for entry in whole):
-        return _answer(kept=whole)
-    made: list[Entry] = []
+    with contextlib.suppress(UnreadableError):  # `convert` raises it with the file and the reason.
+        source = fingerprint()
+    complete = [entry for entry in item.recorded if entry.source == source and entry.is_complete_in(target)]
+    if source and len(complete) == len(item.entries):
+        return TaskResult(up_to_date=True)
+    written: list[Entry] = []
     try:
-        for stem, written in make():
-            made.append(Entry.from_written(stem, written, source))
+        for name, files in convert():
+            written.append(Entry.from_written(name, files, source))
     except UnreadableError as error:
-        fault = DamagedError([], [str(error)], {error.path: error.fault})
+        fault = DamagedSourceError([str(error)], {error.path: error.fault})
     except AccessError:
         raise
     except DataError as error:
-        fault = DamagedError([str(error)], [], {})
-    except DamagedError as error:
+        fault = DamagedSourceError([str(error)], {})
+    except DamagedSourceError as error:
         fault = error
     else:
-        return _answer(made)
-    Lost().note(fault.unread)
-    anew = {entry.name for entry in made}
-    # A shard that was made before may hold other samples, which are in others by now.
-    before = [entry for entry in whole if entry.name not in anew and entry.members == list(members)]
-    if fault.faults:
-        made, before = [], []
-    sound = {entry.name for entry in (*made, *before)}
-    return _answer(made, before, [stem for stem, _ in wanted if stem not in sound], fault)
-
-
-def _answer(
-    made: Sequence[Entry] = (),
-    kept: Sequence[Entry] = (),
-    spoiled: Sequence[str] = (),
-    fault: DamagedError | None = None,
-) -> dict[str, Any]:
-    """That of `make_entries`, as JSON can hold it."""
-    return {
-        "made": [entry.to_json() for entry in made],
-        "kept": [entry.name for entry in kept],
-        "spoiled": spoiled,
-        "faults": fault.faults if fault else (),
-        "lost": fault.lost if fault else (),
-        "unread": fault.unread if fault else {},
-    }
-
-
-class DamagedError(UserError):
-    """Samples that are to become one file, or several, cannot be converted.
-
-    faults, lost: a line for each that is damaged, and for each that cannot be read.
-    unread: if not one of their files could be read, the fault of each by its path.
-    """
-
-    def __init__(self, faults: Sequence[str], lost: Sequence[str], unread: Mapping[str, str]) -> None:
-        self.faults, self.lost, self.unread = tuple(faults), tuple(lost), dict(unread)
-        lines = (*faults, *lost)
-        super().__init__(f"{len(lines)} samples cannot be converted, the first of them: {lines[0]}")
-
-    def __reduce__(self) -> tuple[type[DamagedError], tuple[Any, ...]]:
-        return type(self), (self.faults, self.lost, self.unread)
+        return TaskResult(written)
+    # One failure does not end the run, but a folder that has gone does.
+    ConsecutiveReadFailures().record(fault.unreadable)
+    return TaskResult(written, faults=fault.faults, unreadable=fault.unreadable)

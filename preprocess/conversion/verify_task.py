@@ -1,18 +1,18 @@
-"""The task of checking samples against what is noted of them, and against what a sample is."""
+"""The task of checking the files of an entry against its record, and their content against the format."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import crc32c
 import numpy as np
 from zlib_ng import zlib_ng
 
 from pipelines.dataset.dataset import SampleDataset, dataset_from_shards
-from pipelines.dataset.manifest import Entry, FileRecord
+from pipelines.dataset.manifest import Entry
 from pipelines.errors import DataError
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
@@ -20,107 +20,126 @@ from pipelines.io import WrittenFile, read_file
 from pipelines.sample import Sample, SampleSpec
 
 _ROUNDING = 1e-6
-"""How far beyond 1 a target in float32 may be and still mean 1."""
+"""Largest excess over 1 of a float32 target that means 1."""
+
+
+class Fault(NamedTuple):
+    """A line for one fault, and the check that found it."""
+
+    check: str
+    line: str
+
+
+class ValidSample(NamedTuple):
+    """A sample without faults; two with equal `digest` and `target` are duplicates."""
+
+    sample_id: str
+    digest: str
+    target: tuple[float, ...]
+
+
+class VerifyResult(NamedTuple):
+    """Result of the checks of one entry; `entry` is what its files are now, None where one cannot be read."""
+
+    faults: Sequence[Fault]
+    entry: Entry | None
+    samples: Sequence[ValidSample]
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
-    """Of samples (size, size, size, channels) in the format `format_name`, in `folder`."""
+class VerifyTask:
+    """Check entries of samples of `spec` in the format `format_name`, in `folder`."""
 
-    folder: str
+    folder: Path
     format_name: str
-    size: int
-    channels: int
+    spec: SampleSpec
 
-    def __call__(self, job: tuple[str, Any]) -> dict[str, Any]:
-        """Check the sample or the shard with the stem job[0], and its files against job[1], an Entry or None.
-
-        Answers {"faults": [[check, line], ...], "entry": what the files are now, None where one
-        cannot be read, "samples": of each sound sample its stem, a word that two samples share if
-        their counts are the same, and its target}.
-        """
-        stem, noted = job
-        folder, format_name = Path(self.folder), FORMATS[self.format_name]
-        there = [
-            part
-            for part in (*format_name.extra_suffixes, *format_name.suffixes)
-            if (folder / (stem + part)).exists()
+    def __call__(self, item: tuple[str, Entry | None]) -> VerifyResult:
+        """Check the entry with the name item[0]; item[1] is its record in the manifest, if there is one."""
+        name, record = item
+        format_ = FORMATS[self.format_name]
+        present = [
+            suffix
+            for suffix in (*format_.extra_suffixes, *format_.suffixes)
+            if (self.folder / (name + suffix)).exists()
         ]
-        expected = Entry.from_json(noted) if noted is not None else None
-        wanted = [part.suffix for part in expected.files] if expected else format_name.suffixes
-        missing = (folder / (stem + part) for part in wanted if part not in there)
-        faults = [("files", f"{path}: is not there; convert it again") for path in missing]
-        entry, split, samples = None, None, []
+        expected = [file.suffix for file in record.files] if record else format_.suffixes
+        missing = (self.folder / (name + suffix) for suffix in expected if suffix not in present)
+        faults = [Fault("files", f"{path}: is missing; convert it again") for path in missing]
+        entry: Entry | None = None
+        samples: list[ValidSample] = []
         try:
-            contents = {part: read_file(folder / (stem + part)) for part in there}
-            entry = self._entry(stem, contents)
-            if expected:
-                faults += _against(folder, expected, entry)
-            split = None if faults else self._split(entry)
+            contents = {suffix: read_file(self.folder / (name + suffix)) for suffix in present}
+            entry = self._entry(name, contents)
+            faults += _compare(self.folder, record, entry) if record else ()
+            if not faults:
+                self._check_samples(self._dataset(entry), contents, faults, samples)
         except DataError as error:
-            faults.append(("content", str(error)))
-        if split:
-            for index in range(len(split)):
-                try:
-                    sample = format_name.parse(split.path(index), _of(split, index, contents), split.spec)
-                except DataError as error:
-                    faults.append(("content", str(error)))
-                else:
-                    faults += _of_target(split.path(index), sample)
-                    samples.append((split.sample_id(index), _identity(sample), sample.target.tolist()))
-        return {"faults": faults, "entry": entry.to_json() if entry else None, "samples": samples}
+            faults.append(Fault("content", str(error)))
+        return VerifyResult(faults, entry, samples)
 
-    def _entry(self, stem: str, contents: Mapping[str, bytes]) -> Entry:
-        """What the files of `stem` are, whose `contents` these are by the ends of their names."""
-        folder = Path(self.folder)
-        written = [
-            WrittenFile(folder / (stem + suffix), len(content), crc32c.crc32c(content))
-            for suffix, content in contents.items()
-        ]
+    def _check_samples(
+        self,
+        dataset: SampleDataset,
+        contents: Mapping[str, bytes],
+        faults: list[Fault],
+        samples: list[ValidSample],
+    ) -> None:
+        """Check each sample of `dataset`; append to `faults` and `samples`."""
+        for index in range(len(dataset)):
+            path = dataset.path(index)
+            try:
+                sample = dataset.format.parse(path, _sample_files(dataset, index, contents), dataset.spec)
+            except DataError as error:
+                faults.append(Fault("content", str(error)))
+                continue
+            target = tuple(sample.target.tolist())
+            if (np.abs(sample.target) > 1 + _ROUNDING).any():
+                faults.append(Fault("targets", f"{path}: the target {list(target)} is not within -1 to 1"))
+            samples.append(ValidSample(dataset.sample_id(index), _digest(sample), target))
+
+    def _entry(self, name: str, contents: Mapping[str, bytes]) -> Entry:
+        """Return the record of files with these `contents` by suffix."""
+        written = []
+        for suffix, content in contents.items():
+            path = self.folder / (name + suffix)
+            members = sample_members(path) if suffix == PackedFormat.suffix else ()
+            written.append(WrittenFile(path, len(content), crc32c.crc32c(content), members))
+        return Entry.from_written(name, written)
+
+    def _dataset(self, entry: Entry) -> SampleDataset:
+        """Return the samples of `entry`."""
         if self.format_name == PackedFormat.name:
-            shards = (file.path.suffix == PackedFormat.suffix for file in written)
-            written = [
-                file._replace(members=sample_members(file.path)) if shard else file
-                for file, shard in zip(written, shards, strict=True)
-            ]
-        return Entry.from_written(stem, written)
-
-    def _split(self, entry: Entry) -> SampleDataset:
-        """The samples of `entry`."""
-        folder, spec = Path(self.folder), SampleSpec(self.size, self.channels)
-        if self.format_name == PackedFormat.name:
-            return dataset_from_shards(
-                folder, ((entry.name + part.suffix, part.members) for part in entry.files), spec
-            )
-        return SampleDataset(folder, self.format_name, (entry.name + FORMATS[self.format_name].suffix,), spec)
+            shards = ((entry.name + file.suffix, file.members) for file in entry.files)
+            return dataset_from_shards(self.folder, shards, self.spec)
+        names = (entry.name + FORMATS[self.format_name].suffix,)
+        return SampleDataset(self.folder, self.format_name, names, self.spec)
 
 
-def _of(split: SampleDataset, index: int, contents: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The contents of sample `index` among those of the files that it is in, as `Format.parse` takes them."""
-    if not split.sharded:
-        return {kind: contents[kind] for kind in split.format.keys}
-    start, length, _ = split.member_extents[index].item()
+def _sample_files(dataset: SampleDataset, index: int, contents: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the files of sample `index` for `Format.parse`, out of the `contents` of its entry."""
+    if not dataset.sharded:
+        return {key: contents[key] for key in dataset.format.keys}
+    start, length, _ = dataset.member_extents[index].item()
     return {MEMBER_SUFFIX: contents[PackedFormat.suffix][start : start + length]}
 
 
-def _of_target(path: Path, sample: Sample) -> Iterator[tuple[str, str]]:
-    if not (np.abs(sample.target) <= 1 + _ROUNDING).all():
-        yield "targets", f"{path}: the target {sample.target.tolist()} is not within -1 to 1"
+def _compare(folder: Path, record: Entry, found: Entry) -> Iterator[Fault]:
+    """Yield the differences between the manifest's `record` and the files that were `found`."""
+    found_files = {file.suffix: file for file in found.files}
+    for path, expected in record.files_in(folder):
+        file = found_files.get(expected.suffix, expected)
+        if file.bytes != expected.bytes:
+            yield Fault("sizes", f"{path}: has {file.bytes} bytes; the manifest says {expected.bytes}")
+        elif file.crc32c != expected.crc32c:
+            yield Fault(
+                "checksums", f"{path}: its CRC-32C is not the manifest's; remove it and convert again"
+            )
+        elif file.members != expected.members:
+            yield Fault("sizes", f"{path}: its members are not where the manifest says; convert it again")
 
 
-def _against(folder: Path, noted: Entry, found: Entry) -> Iterator[tuple[str, str]]:
-    there: dict[str, FileRecord] = {part.suffix: part for part in found.files}
-    for path, part in noted.files_in(folder):
-        found_part = there.get(part.suffix, part)
-        if found_part.bytes != part.bytes:
-            yield "sizes", f"{path}: has {found_part.bytes} bytes; the manifest says {part.bytes}"
-        elif found_part.crc32c != part.crc32c:
-            yield "checksums", f"{path}: its CRC-32C is not the manifest's; remove it and convert again"
-        elif found_part.members != part.members:
-            yield "sizes", f"{path}: its members are not where the manifest says; convert it again"
-
-
-def _identity(sample: Sample) -> str:
-    """Two CRCs of different polynomials, 64 bits together: few enough samples never share them by chance."""
+def _digest(sample: Sample) -> str:
+    """Return two CRCs of different polynomials, 64 bits in all: no two samples share them by chance."""
     content = np.ascontiguousarray(sample.counts).data.cast("B")
     return f"{crc32c.crc32c(content):08x}{zlib_ng.crc32(content):08x}"

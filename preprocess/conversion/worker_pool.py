@@ -1,105 +1,118 @@
-"""Worker processes that do the jobs of a task: started, fed, listened to, and ended in every case."""
+"""A pool of worker processes that run a task, and that never outlive their parent.
+
+Workers are spawned, not forked, so that a parent may have MPI, CUDA and threads. They import the task's
+module alone and not the parent's main module, which in the trainer is much larger.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import ctypes
+import multiprocessing
 import os
-import selectors
-import subprocess
+import signal
 import sys
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from textwrap import shorten
-from typing import IO, Any, Protocol
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing.reduction import DupFd
+from queue import SimpleQueue
+from types import ModuleType
+from typing import Any, TypeVar
 
 from pipelines.errors import UserError
 
-_CHECKOUT = Path(__file__).resolve().parents[2]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
-class Task(Protocol):
-    """What workers do: a frozen dataclass of plain values at the top of its module."""
+def run_tasks(
+    task: Callable[[Item], Result], items: Iterable[Item], workers: int, lock: int | None = None
+) -> Generator[tuple[Item, Result]]:
+    """Run `task` on each of `items` in worker processes; yield (item, result) in any order.
 
-    def __call__(self, job: Any) -> Any:
-        """Do `job`; both it and the answer are what JSON can hold. UserError where it cannot."""
+    No worker outlives the iterator.
 
+    Args:
+        task: A picklable callable, such as a frozen dataclass at the top of its module.
+        items: Picklable; taken one at a time, when a worker is about to get it.
+        workers: Number of processes, each with one thread for arithmetic.
+        lock: Descriptor of a locked file. Workers inherit it, so that a folder stays locked until the last of
+            them has ended, even where the parent was killed.
 
-def run_jobs(
-    task: Task, jobs: Iterable[Any], workers: int, pass_fds: Sequence[int] = ()
-) -> Generator[tuple[Any, Any]]:
-    """Have `workers` processes do `jobs`; (job, answer) as each is finished, in any order.
-
-    Each worker has one thread of arithmetic, and holds `pass_fds` open as long as it lives, which can
-    be a moment longer than the thread that has started it: with that the kernel ends it.
-
-    Raises a UserError for what a worker says it cannot do, or if one dies. No worker outlives the
-    iterator.
+    Raises:
+        UserError: A worker process died. Errors of `task` are raised as they are.
     """
-    waiting = iter(jobs)
-    team: list[subprocess.Popen[str]] = []
-    try:
-        with selectors.DefaultSelector() as listening:
-            for _, job in zip(range(workers), waiting, strict=False):
-                team.append(_start(task, pass_fds))
-                _send(team[-1], job)
-                assert team[-1].stdout is not None
-                listening.register(team[-1].stdout, selectors.EVENT_READ, (team[-1], job))
-            while listening.get_map():
-                for key, _ in listening.select():
-                    worker, job = key.data
-                    stream: IO[str] = worker.stdout
-                    yield job, _answer(stream.readline(), worker, job)
-                    try:
-                        following = next(waiting)
-                    except StopIteration:
-                        listening.unregister(stream)
-                    else:
-                        listening.modify(stream, selectors.EVENT_READ, (worker, following))
-                        _send(worker, following)
-    finally:
-        for worker in team:
-            worker.kill()
-        for worker in team:
-            worker.communicate()
-
-
-def _start(task: Task, pass_fds: Sequence[int]) -> subprocess.Popen[str]:
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    path = os.pathsep.join(filter(None, (str(_CHECKOUT), os.environ.get("PYTHONPATH"))))
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "preprocess.conversion.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **threads, "PYTHONPATH": path},
-        pass_fds=pass_fds,
-        # Ctrl-C is for the parent, which ends the workers.
-        start_new_session=True,
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        _start_worker,
+        (os.getpid(), _InheritedDescriptor(lock)),
     )
-    kind = type(task)
-    settings = asdict(task)  # type: ignore[call-overload]
-    header = {"module": kind.__module__, "task": kind.__qualname__, "settings": settings}
-    _send(worker, {**header, "parent": os.getpid()})
-    return worker
+    others = set(multiprocessing.active_children())
+    running: dict[Future[Result], Item] = {}
+    finished: SimpleQueue[Future[Result]] = SimpleQueue()
+    remaining = iter(items)
 
+    def submit(count: int) -> None:
+        for item in islice(remaining, count):
+            with _spawn_settings():
+                future = pool.submit(task, item)
+            running[future] = item
+            future.add_done_callback(finished.put)
 
-def _send(worker: subprocess.Popen[str], message: object) -> None:
-    assert worker.stdin is not None
     try:
-        worker.stdin.write(json.dumps(message) + "\n")
-        worker.stdin.flush()
-    except BrokenPipeError:
-        pass  # It is dead: the missing answer says so.
-
-
-def _answer(line: str, worker: subprocess.Popen[str], job: Any) -> Any:
-    if not line:
+        submit(workers)
+        while running:
+            future = finished.get()
+            yield running.pop(future), future.result()
+            submit(1)
+    except BrokenProcessPool as error:
         raise UserError(
-            f"the process that worked on {shorten(str(job), 200)} ended with {worker.wait()}; "
-            "see its last words above, or give it more memory; a rerun goes on from here"
-        )
-    answer = json.loads(line)
-    if "error" in answer:
-        raise UserError(f"{answer['error']}; mend that, and a rerun goes on from here")
-    return answer["made"]
+            "a worker process died, probably for lack of memory; use fewer with --workers, and run the same "
+            "command again: it resumes"
+        ) from error
+    finally:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+class _InheritedDescriptor:
+    """A file descriptor that stays open in a spawned process."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def __reduce__(self) -> tuple[type[_InheritedDescriptor], tuple[Any]]:
+        return type(self), (None if self._descriptor is None else DupFd(self._descriptor),)
+
+
+@contextlib.contextmanager
+def _spawn_settings() -> Iterator[None]:
+    """Have a process that is spawned here skip the main module and ignore Ctrl-C, which is for the parent."""
+    # The child inherits the mask, which holds before its first line of Python.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _start_worker(parent: int, _lock: _InheritedDescriptor) -> None:
+    """Have the kernel kill this process when its `parent` dies; see prctl(2).
+
+    Even in the middle of a write: the folder may belong to another run by then.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != parent:
+        os._exit(1)
+    # Before NumPy is imported with the first task.
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")

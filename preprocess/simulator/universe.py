@@ -1,4 +1,4 @@
-"""One simulated universe: the settings behind it, its name, and the samples it is cut into."""
+"""One simulated universe: its settings, its name, and the samples that it is cut into."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ _MAX_MESH = 1024
 _MAX_CROPS = 8
 
 _LETTER: dict[SplitName, str] = {"train": "a", "validation": "b"}
-"""What a universe's name starts with, so that no two universes of a data set share one."""
+"""First letter of a universe's number, so that the names of both splits differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +74,18 @@ class SimulateConfig:
             raise ConfigError("format", self.format, f"expected one of {', '.join(sorted(FORMATS))}")
 
     def universes(self, split: SplitName) -> int:
-        """How many universes the split has."""
+        """Number of universes in `split`."""
         return self.train if split == "train" else self.validation
 
-    def stems(self, split: SplitName, universe: int) -> list[str]:
-        """The file stems of a universe's samples: `<parent dir>_<universe>_<crop>`, as published."""
+    def sample_ids(self, split: SplitName, universe: int) -> list[str]:
+        """IDs of a universe's samples: `<parent dir>_<universe>_<crop>`, as published."""
         return [f"univ_{_LETTER[split]}{universe:07d}_{crop:03d}" for crop in range(self.crops**3)]
 
 
 def simulate_universe(
     config: SimulateConfig, split: SplitName, universe: int
 ) -> Iterator[tuple[str, Sample]]:
-    """The samples of one universe with their file stems, cut in C order (axis 0, then 1, then 2).
+    """Yield the samples of one universe with their IDs, cut in C order (axis 0, then 1, then 2).
 
     Bit-identical on every run if PyTorch has one thread; other library versions or processors may
     round differently.
@@ -104,31 +103,26 @@ def simulate_universe(
     for channel, snapshot in zip(order, snapshots, strict=True):
         counts[..., channel] = snapshot
     corners = itertools.product(range(0, mesh, config.size), repeat=3)
-    for stem, (i, j, k) in zip(config.stems(split, universe), corners, strict=True):
+    for sample_id, (i, j, k) in zip(config.sample_ids(split, universe), corners, strict=True):
         n = config.size
         crop = counts[i : i + n, j : j + n, k : k + n]
-        yield stem, Sample(np.ascontiguousarray(crop), target)
+        yield sample_id, Sample(np.ascontiguousarray(crop), target)
 
 
 @dataclass(frozen=True, slots=True)
-class Simulation:
-    """The task of simulating one universe and writing its samples.
+class SimulateTask:
+    """Simulate one universe of `config` and write its samples below the folder `root`."""
 
-    settings: of a SimulateConfig.
-    root: the data set's folder.
-    """
+    config: SimulateConfig
+    root: Path
 
-    settings: dict[str, Any]
-    root: str
-
-    def __call__(self, job: tuple[SplitName, int]) -> list[int]:
-        """Do universe job[1] of split job[0]; the lengths of the files written, in bytes."""
-        split, universe = job
-        # One thread, so that the bits do not depend on how many cores the machine has.
+    def __call__(self, item: tuple[SplitName, int]) -> list[int]:
+        """Simulate universe item[1] of split item[0]; return the lengths of the files written, in bytes."""
+        split, universe = item
+        # The bits must not depend on the number of cores.
         torch.set_num_threads(1)
-        config = SimulateConfig(**self.settings)
         return [
             file.bytes
-            for stem, sample in simulate_universe(config, split, universe)
-            for file in FORMATS[config.format].write(Path(self.root, split), stem, sample)
+            for sample_id, sample in simulate_universe(self.config, split, universe)
+            for file in FORMATS[self.config.format].write(self.root / split, sample_id, sample)
         ]

@@ -1,4 +1,4 @@
-"""How a data set is staged: which nodes are a team, and which samples each team gets."""
+"""Settings of staging: which nodes form a team, and which samples each team gets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.errors import ConfigError
 from pipelines.plan import Indices, permutation
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
-"""As os.path.expandvars knows them."""
+"""The syntax of os.path.expandvars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,47 +46,66 @@ class StageConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must be at least 1")
         if self.shard_type == "global" and (self.shard_multiplier > 1 or self.preshuffle):
-            raise ConfigError("shard_type", self.shard_type, "has one share; the other settings want local")
+            raise ConfigError(
+                "shard_type",
+                self.shard_type,
+                "gives every node all samples; shard_multiplier and preshuffle need local",
+            )
 
     @property
     def folder(self) -> Path:
-        """`dir` on this node; ConfigError where it names an environment variable that is not set there."""
+        """`dir` on this node; ConfigError if it names an environment variable that is not set there."""
         folder = os.path.expandvars(self.dir)
         if "$" in folder:
             unset = _VARIABLE.search(folder)
-            said = (
-                f"{unset[0]} is not set on {os.uname().nodename}: set it" if unset else "a lone $: name one"
+            fault = (
+                f"{unset[0]} is not set on {os.uname().nodename}; set it"
+                if unset
+                else "$ without the name of a variable; add it"
             )
-            raise ConfigError("data.stage.dir", self.dir, f"{said}, or write the folder without a variable")
+            raise ConfigError("data.stage.dir", self.dir, f"{fault}, or write the folder without a variable")
         return Path(folder)
 
-    def teams(self, nodes: int, models: int = 1) -> list[list[int]]:
-        """The nodes that have the same samples, for each share, of `nodes` that train `models` side by side.
+    def teams(self, nodes: int, num_instances: int = 1) -> list[list[int]]:
+        """Return the nodes of each team; a team holds the same samples on all of its nodes.
 
-        Each model has nodes in a row, and all samples on them. ConfigError where the nodes do not
-        make up whole models, or a model's nodes whole teams.
+        Args:
+            nodes: Number of nodes in all.
+            num_instances: Number of models that train side by side, each on consecutive nodes which together
+                hold all samples.
+
+        Raises:
+            ConfigError: The instances do not divide the nodes evenly, or the teams those of an instance.
         """
-        if models < 1 or nodes % models:
-            said = f"do not share out the {nodes} nodes: take {_choices(nodes)} models, or other nodes"
-            raise ConfigError("models", models, said)
-        own = nodes // models
+        if num_instances < 1 or nodes % num_instances:
+            fault = f"does not divide {nodes} nodes evenly; choose {_divisors(nodes)}, or other nodes"
+            raise ConfigError("--models", num_instances, fault)
+        own = nodes // num_instances
         team = own if self.shard_type == "global" else self.shard_multiplier
         if own % team:
-            said = f"does not divide the {own} nodes of a model: take {_choices(own)}, or other nodes"
-            raise ConfigError("data.stage.shard_multiplier", team, said)
+            fault = (
+                f"does not divide the {own} nodes of a model evenly; choose {_divisors(own)}, or other nodes"
+            )
+            raise ConfigError("data.stage.shard_multiplier", team, fault)
         return [
-            [first + place for first in range(share, nodes, own) for place in range(team)]
-            for share in range(0, own, team)
+            [first + place for first in range(start, nodes, own) for place in range(team)]
+            for start in range(0, own, team)
         ]
 
 
-def _choices(nodes: int) -> str:
-    """Into how many equal parts `nodes` nodes can be divided, in words."""
-    found = [str(number) for number in range(1, nodes + 1) if nodes % number == 0]
-    return " or ".join(found)
+def _divisors(number: int) -> str:
+    """Return the divisors of `number` as text."""
+    return " or ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
 
 
-def share_of(samples: int, team: int, teams: int, seed: int | None) -> Indices:
-    """Which of `samples` samples the `team`-th of `teams` teams keeps, in its order; `seed` draws them."""
+def partition_indices(samples: int, team: int, teams: int, seed: int | None) -> Indices:
+    """Return the indices that team number `team` of `teams` keeps of `samples` samples, in its order.
+
+    Args:
+        samples: Number of samples.
+        team: Number of the team, from 0.
+        teams: Number of teams.
+        seed: Draws the partitions; None gives each team every `teams`-th sample.
+    """
     order = np.arange(samples) if seed is None else permutation(samples, seed, "preshuffle")
     return order[team::teams]

@@ -1,4 +1,4 @@
-"""What a folder on a node's own disk lacks of the samples that it is for."""
+"""Compare a folder on a node's own disk with the samples that it is to hold."""
 
 from __future__ import annotations
 
@@ -17,104 +17,141 @@ from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.io import locked
-from preprocess.conversion.journal import begin, clear, suspend
-from preprocess.conversion.read_failures import Lost
-from preprocess.staging.transfer import staged_form
+from preprocess.conversion.journal import load_records
+from preprocess.conversion.read_failures import ConsecutiveReadFailures
+from preprocess.conversion.target import files_by_entry, remove_files, reopen
+from preprocess.staging.transfer import staged_format
 
-ORIGIN = np.dtype([("bytes", "<i8"), ("digest", "S16")])
-"""A Source, of which there are many."""
+FINGERPRINT = np.dtype([("bytes", "<i8"), ("digest", "S16")])
+"""A SourceFingerprint, as an element of an array of many."""
 
 _UNKNOWN = SourceFingerprint(0, "")
-"""That of a file which cannot be asked: no sample was made from it."""
+"""Fingerprint of a file that cannot be read; no staged sample has it."""
 
 
-def look(
+def find_missing(
     split: SampleDataset,
     whole: SampleDataset,
     target: Path,
-    origins: npt.NDArray[Any],
+    fingerprints: npt.NDArray[Any],
     world: World,
-    held: ExitStack,
+    locks: ExitStack,
 ) -> npt.NDArray[np.bool_] | None:
-    """Which samples `target` lacks, and have it open for them; None where it is whole and left as it is.
+    """Find the samples of `split` that `target` lacks, and open it for them.
 
-    Samples there that are other nodes' now, or that `whole` no longer has, are removed: they are copies.
+    The folder is a cache: copies that are stale, that other nodes hold now or that the source no longer has
+    are removed.
+
+    Args:
+        split: Samples that this node is to hold.
+        whole: All samples of the source.
+        target: This node's folder.
+        fingerprints: Of the sources of `split`, (samples,) FINGERPRINT.
+        world: The ranks.
+        locks: Keeps the lock of `target`.
+
+    Returns:
+        A mask (samples,) bool, or None for a folder that is complete and stays as it is.
+
+    Raises:
+        DataError: The folder holds something else, or another node writes into it.
     """
 
-    def wait() -> None:
-        # For another model on this node, which may be staging the same. To wait for anyone else would be to
-        # have the other ranks wait for ever, if one of them is who holds it.
+    def check_holder() -> None:
+        # Only another model on this node may be staging the same. If another rank of this job holds the lock,
+        # waiting would never end.
         if not world.other_local_ranks:
             fault = "is being written into by another process or node"
             raise DataError(target, fault, "stage to each node's own disk, one run at a time")
 
-    if is_staged(split, target, origins):
+    if is_staged(split, target, fingerprints):
         return None
     try:
         target.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(target, wait))
+        locks.enter_context(locked(target, check_holder))
     except OSError as error:
         raise AccessError.writing(target, error) from error
-    format_name, stems = staged_form(split), [split.sample_id(index) for index in range(len(split))]
-    source = (whole.sample_id(index) for index in range(len(whole)))
-    known, unwanted, surplus = begin(target, format_name, split.spec, stems, source, prune=True)
-    sound = {
-        stem: known[stem]
-        for index, stem in enumerate(stems)
-        if stem in known and _is_there(known[stem], target, origin_of(origins, index))
+    format_name, names = staged_format(split), [split.sample_id(index) for index in range(len(split))]
+    records = load_records(target, format_name, split.spec).entries
+    files = files_by_entry(target, format_name)
+    source = {whole.sample_id(index) for index in range(len(whole))}
+    for name in files:
+        if name not in records and name not in source:
+            fault = f"holds {files[name][0]}, which is not a sample of the source as {format_name}"
+            raise DataError(target, fault, "remove it, or choose another folder")
+    if files and source.isdisjoint(files):
+        # A folder that was named by mistake must not be emptied.
+        fault = f"holds {min(files)} and no sample of this source"
+        raise DataError(target, fault, "choose another folder")
+    up_to_date = {
+        name: records[name]
+        for index, name in enumerate(names)
+        if name in records and _is_up_to_date(records[name], target, fingerprint_at(fingerprints, index))
     }
-    if len(sound) < len(stems):
-        suspend(target, format_name, split.spec, [*sound.values(), *unwanted])
-        clear(target, format_name, (stem for stem in known if stem not in sound))
-    clear(target, format_name, surplus)
-    return np.array([stem not in sound for stem in stems], dtype=bool)
+    # What is removed for other nodes stays recorded until then: a run that is killed here must know it again.
+    others = [entry for name, entry in records.items() if name not in set(names)]
+    reopen(target, format_name, split.spec, [*up_to_date.values(), *others])
+    remove_files(target, format_name, (name for name in files if name not in up_to_date))
+    return np.array([name not in up_to_date for name in names], dtype=bool)
 
 
-def is_staged(split: SampleDataset, target: Path, origins: npt.NDArray[Any] | None = None) -> bool:
-    """Whether `target` has a manifest of these samples and is whole, and made from `origins` if given."""
+def is_staged(split: SampleDataset, target: Path, fingerprints: npt.NDArray[Any] | None = None) -> bool:
+    """Return whether `target` is complete with a manifest of `split`, made from `fingerprints` if given."""
     manifest = Manifest.load(target)
-    if manifest is None or manifest.format_name != staged_form(split) or len(manifest.entries) != len(split):
+    if (
+        manifest is None
+        or manifest.format_name != staged_format(split)
+        or len(manifest.entries) != len(split)
+    ):
         return False
     return all(
-        entry.name == split.sample_id(index) and _is_there(entry, target, origin_of(origins, index))
+        entry.name == split.sample_id(index)
+        and _is_up_to_date(entry, target, fingerprint_at(fingerprints, index))
         for index, entry in enumerate(manifest.entries)
     )
 
 
-def _is_there(entry: Entry, target: Path, origin: SourceFingerprint | None) -> bool:
-    """Whether `entry` is whole in `target`, and made from `origin` if that is known."""
-    return origin in (None, entry.source) and entry.is_complete_in(target)
+def _is_up_to_date(entry: Entry, target: Path, fingerprint: SourceFingerprint | None) -> bool:
+    """Return whether `entry` is complete in `target`, and made from `fingerprint` if that is known."""
+    return fingerprint in (None, entry.source) and entry.is_complete_in(target)
 
 
-def find_origins(split: SampleDataset, session: Session) -> npt.NDArray[Any]:
-    """What each sample's files are now; each rank looks at some of them, for all.
+def compute_fingerprints(split: SampleDataset, session: Session) -> npt.NDArray[Any]:
+    """Return the present fingerprint of each sample's files, (samples,) FINGERPRINT; each rank computes some.
 
-    A file that cannot be asked matches nothing, so staging it tells why; AccessError after many in a row.
+    A file that cannot be read gets one that matches nothing: reading it then gives the reason.
+
+    Raises:
+        AccessError: Many files in a row cannot be read.
     """
-    # Neighbours lie in one shard, and a parallel file system is slow to say what a file is.
     world = session.world
-    stat, lost = functools.lru_cache(maxsize=1)(os.stat), Lost()
+    # Neighbours lie in one shard, and a parallel file system is slow to return a file's state.
+    stat, failures = functools.lru_cache(maxsize=1)(os.stat), ConsecutiveReadFailures()
 
-    def ask(index: int) -> SourceFingerprint:
+    def compute(index: int) -> SourceFingerprint:
         try:
-            found, unread = SourceFingerprint.from_files([split.names[index]], split.files(index), stat), {}
+            found, unreadable = (
+                SourceFingerprint.from_files([split.names[index]], split.files(index), stat),
+                {},
+            )
         except UnreadableError as error:
-            found, unread = _UNKNOWN, {error.path: error.fault}
-        lost.note(unread)
+            found, unreadable = _UNKNOWN, {error.path: error.fault}
+        failures.record(unreadable)
         return found
 
-    def look() -> npt.NDArray[Any]:
-        return np.array([ask(index) for index in range(world.rank, len(split), world.size)], ORIGIN)
+    def compute_own() -> npt.NDArray[Any]:
+        own = range(world.rank, len(split), world.size)
+        return np.array([compute(index) for index in own], FINGERPRINT)
 
-    table = np.empty(len(split), ORIGIN)
-    for rank, share in enumerate(session.gather(session.run_on_all_ranks(look))):
-        table[rank :: world.size] = share
+    table = np.empty(len(split), FINGERPRINT)
+    for rank, own in enumerate(session.gather(session.run_on_all_ranks(compute_own))):
+        table[rank :: world.size] = own
     return table
 
 
-def origin_of(origins: npt.NDArray[Any] | None, index: int) -> SourceFingerprint | None:
-    """That of sample `index`, if any is known."""
-    if origins is None:
+def fingerprint_at(fingerprints: npt.NDArray[Any] | None, index: int) -> SourceFingerprint | None:
+    """Return that of sample `index`, if fingerprints are given."""
+    if fingerprints is None:
         return None
-    length, digest = origins[index].item()
+    length, digest = fingerprints[index].item()
     return SourceFingerprint(length, digest.decode())

@@ -1,9 +1,9 @@
-"""Bring a data set to the nodes' own disks: whole to each, or in shares; inflated on the way.
+"""Stage a data set to the nodes' own disks: all of it on each, or partitions of it, decompressed on the way.
 
-Nodes that are to have the same samples are a team. Every file is read from the shared file system by
-one rank of its team and handed to that rank's peers on the other nodes as it is, compressed; each
-node checks and writes it for itself: packed samples as they are, others inflated, as npy. What a
-node has already, whole and of the same source, it keeps.
+Nodes that get the same samples form a team. One rank of a team reads each file from the shared file system
+and sends it to its peers on the team's other nodes as it is, compressed. Each node validates and writes it:
+packed samples as they are, others decompressed, as npy. Samples that a node has already, complete and of the
+same source, are kept.
 """
 
 from __future__ import annotations
@@ -29,22 +29,31 @@ from pipelines.formats.npy import Npy
 from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import FIRST_MEMBER_OFFSET, SHARD_SUFFIX
 from pipelines.io import TarMember
-from preprocess.conversion.journal import Journal, finish, noted
-from preprocess.staging.config import StageConfig, share_of
-from preprocess.staging.inventory import ORIGIN, find_origins, is_staged, look, origin_of
-from preprocess.staging.transfer import of_place, relay, staged_form
+from preprocess.conversion.journal import Journal, load_records
+from preprocess.conversion.target import commit
+from preprocess.staging.config import StageConfig, partition_indices
+from preprocess.staging.inventory import (
+    FINGERPRINT,
+    compute_fingerprints,
+    find_missing,
+    fingerprint_at,
+    is_staged,
+)
+from preprocess.staging.transfer import indices_for_local_rank, relay, staged_format
 
-_HEADERS = 2048
-"""Bytes that a staged file has beside its sample at most: the headers and the end of a tar."""
+_MAX_OVERHEAD = 2048
+"""Upper bound of the bytes that a staged file has beside its sample: the headers and the end of a tar."""
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
-    """What staging did, on all nodes together.
+class StagingReport:
+    """Result of staging, for all nodes together.
 
-    samples: that are now on the nodes which lacked them.
-    read_bytes: from the shared file system. written_bytes: to all nodes' disks.
-    faults: a line for each sample that is damaged, and so is on no node; those of one file have the same.
+    samples: Samples that are now on the nodes which lacked them.
+    read_bytes: Bytes read from the shared file system.
+    written_bytes: Bytes written to all nodes' disks.
+    faults: One line for each damaged sample, which is on no node; samples of one file have the same line.
+    seconds: Duration.
     """
 
     samples: int
@@ -59,53 +68,69 @@ def stage(
     root: Path,
     config: StageConfig,
     session: Session,
-    models: int = 1,
+    num_instances: int = 1,
     *,
-    trusted: bool = False,
-) -> list[tuple[SampleDataset, Staged]]:
-    """Have this node's samples of `splits` in folders of their names in `root`: those, and what it took.
+    skip_source_check: bool = False,
+) -> list[tuple[SampleDataset, StagingReport]]:
+    """Stage this node's samples of `splits` to folders of the same names in `root`; all ranks call this.
 
-    All ranks of `session` call this, whose nodes are going to train `models` models. `trusted` says
-    that they have just been staged: of folders that are whole no source is asked for changes. A
-    UserError, on every rank that can still be reached, where a node lacks the space or a file cannot
-    be read or written.
+    Args:
+        splits: The datasets on the shared file system by name.
+        root: Folder on the node's own disk.
+        config: Which samples each node gets, and how they are read.
+        session: The ranks.
+        num_instances: Number of models that train side by side on these nodes.
+        skip_source_check: Take a complete folder as up to date without comparing it with the source files,
+            for data that has just been staged.
+
+    Returns:
+        For each split the dataset on this node's disk and the report.
+
+    Raises:
+        UserError: On every rank that can still be reached, if a node lacks space or a file cannot be read or
+            written.
     """
-    group = NodeGroup(session, config.teams(session.world.nodes, models))
-    with ExitStack() as held:
+    group = NodeGroup(session, config.teams(session.world.nodes, num_instances))
+    with ExitStack() as locks:
         plans = [
-            _plan(split, root / name, config, session, group, held, trusted) for name, split in splits.items()
+            _plan(split, root / name, config, session, group, locks, skip_source_check)
+            for name, split in splits.items()
         ]
         session.run_on_all_ranks(lambda: _check_space(root, plans))
-        done = [_fill(plan, config, session, group) for plan in plans]
-        return [(_there(plan.split, plan.target), staged) for plan, staged in zip(plans, done, strict=True)]
+        reports = [_fill(plan, config, session, group) for plan in plans]
+        return [
+            (_staged_dataset(plan.split, plan.target), report)
+            for plan, report in zip(plans, reports, strict=True)
+        ]
 
 
-def describe(split: SampleDataset, staged: Staged, nodes: int) -> str:
-    """A line for a person on what staging `split` did."""
-    rate = staged.read_bytes / staged.seconds / 1e9
+def describe(split: SampleDataset, report: StagingReport, nodes: int) -> str:
+    """Return one line on the staging of `split` for the console."""
+    rate = report.read_bytes / report.seconds / 1e9
     return (
-        f"{split.root}: staged {staged.samples} of {split.total} samples on {nodes} nodes "
-        f"in {staged.seconds:.1f} s, {staged.read_bytes:,} bytes read ({rate:.2f} GB/s), "
-        f"{staged.written_bytes:,} written"
+        f"{split.root}: staged {report.samples} of {split.total} samples on {nodes} nodes "
+        f"in {report.seconds:.1f} s, {report.read_bytes:,} bytes read ({rate:.2f} GB/s), "
+        f"{report.written_bytes:,} written"
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Plan:
-    """What is to become of the folder `target` on this node.
+    """Work on the folder `target` of this node.
 
-    split: the samples that it is for.
-    origins: what each was made from, (samples,) ORIGIN.
-    own, wanted: which of them this node lacks, and which any node of its team, (samples,) bool.
-    opened: whether this rank has opened the folder, and is to finish it.
-    seconds: that finding out has taken.
+    split: The samples that it is to hold.
+    fingerprints: Of their sources, (samples,) FINGERPRINT.
+    missing: Which of them this node lacks, (samples,) bool.
+    missing_in_team: Which of them any node of its team lacks, (samples,) bool.
+    opened: Whether this rank has opened the folder, and is to commit it.
+    seconds: Duration of the planning.
     """
 
     split: SampleDataset
     target: Path
-    origins: npt.NDArray[Any]
-    own: npt.NDArray[np.bool_]
-    wanted: npt.NDArray[np.bool_]
+    fingerprints: npt.NDArray[Any]
+    missing: npt.NDArray[np.bool_]
+    missing_in_team: npt.NDArray[np.bool_]
     opened: bool
     seconds: float
 
@@ -116,42 +141,41 @@ def _plan(
     config: StageConfig,
     session: Session,
     group: NodeGroup,
-    held: ExitStack,
-    trusted: bool,
+    locks: ExitStack,
+    skip_source_check: bool,
 ) -> _Plan:
-    """Find out what `target` lacks of its share of `split`; `held` keeps the right to write it."""
-    start, world = time.perf_counter(), session.world
-    leads, whole = world.local_rank == 0, split
+    """Find the samples of `split` that `target` lacks; `locks` keeps the lock of the folder."""
+    start, world, whole = time.perf_counter(), session.world, split
+    leads = world.local_rank == 0
     if group.num_groups > 1:
         seed = config.seed if config.preshuffle else None
-        places = share_of(len(whole), group.number, group.num_groups, seed)
-        split = whole.subset(places, Partition(places, group.num_groups, len(whole), seed))
-    origins, opened = np.empty(0, ORIGIN), False
-    own = wanted = np.zeros(len(split), dtype=bool)
+        indices = partition_indices(len(whole), group.number, group.num_groups, seed)
+        split = whole.subset(indices, Partition(indices, group.num_groups, len(whole), seed))
+    fingerprints, opened = np.empty(0, FINGERPRINT), False
+    missing = missing_in_team = np.zeros(len(split), dtype=bool)
     if not (
-        trusted
+        skip_source_check
         and all(session.gather(session.run_on_all_ranks(lambda: not leads or is_staged(split, target))))
     ):
-        origins = find_origins(whole, session)[split.global_indices(np.arange(len(split)))]
-        looking = partial(look, split, whole, target, origins, world, held)
-        lacking = session.run_on_all_ranks(lambda: looking() if leads else None)
-        opened = lacking is not None
-        # In bits, since every rank hears of all nodes.
-        shares = session.gather((group.number, np.packbits(own if lacking is None else lacking)))
-        wanted = _mask(
-            np.bitwise_or.reduce([bits for number, bits in shares if number == group.number]), split
-        )
-        own = _mask(shares[world.rank - world.local_rank][1], split)
-    return _Plan(split, target, origins, own, wanted, opened, time.perf_counter() - start)
+        fingerprints = compute_fingerprints(whole, session)[split.global_indices(np.arange(len(split)))]
+        find = partial(find_missing, split, whole, target, fingerprints, world, locks)
+        found = session.run_on_all_ranks(lambda: find() if leads else None)
+        opened = found is not None
+        # As bits, since every rank gets the masks of all nodes.
+        masks = session.gather((group.number, np.packbits(missing if found is None else found)))
+        of_team = np.bitwise_or.reduce([bits for number, bits in masks if number == group.number])
+        missing_in_team = _unpack(of_team, split)
+        missing = _unpack(masks[world.rank - world.local_rank][1], split)
+    return _Plan(split, target, fingerprints, missing, missing_in_team, opened, time.perf_counter() - start)
 
 
-def _mask(bits: npt.NDArray[np.uint8], split: SampleDataset) -> npt.NDArray[np.bool_]:
-    """`bits` as (samples,) bool."""
+def _unpack(bits: npt.NDArray[np.uint8], split: SampleDataset) -> npt.NDArray[np.bool_]:
+    """Return `bits` as a mask (samples,) bool."""
     return np.unpackbits(bits, count=len(split)).astype(bool)
 
 
 def _check_space(root: Path, plans: Sequence[_Plan]) -> None:
-    """DataError where this rank has opened folders for more than the disk has room for."""
+    """Raise DataError if this rank has opened folders for more than the disk has space for."""
     needed = 0
     for plan in plans:
         if plan.opened:
@@ -159,73 +183,78 @@ def _check_space(root: Path, plans: Sequence[_Plan]) -> None:
             lengths = np.full(len(plan.split), plan.split.spec.bytes)
             if plan.split.sharded:
                 lengths = plan.split.member_extents["bytes"]
-            lengths = lengths[plan.own]
-            # In whole blocks, one of which is for the small file beside each: the label, or the index.
-            needed += int((-(-(lengths + _HEADERS) // block) * block + block).sum())
+            lengths = lengths[plan.missing]
+            # In whole blocks, and one for the small file beside each: the label, or the index.
+            needed += int((-(-(lengths + _MAX_OVERHEAD) // block) * block + block).sum())
     if needed and needed > (free := shutil.disk_usage(root).free):
-        fault = f"has {free} bytes free on {os.uname().nodename}, and {needed} are to come"
-        raise DataError(root, fault, "make room, or stage to another disk")
+        fault = f"has {free} bytes free on {os.uname().nodename}, but staging needs {needed}"
+        raise DataError(root, fault, "free some space, or stage to another disk")
 
 
-def _fill(plan: _Plan, config: StageConfig, session: Session, group: NodeGroup) -> Staged:
-    """Bring what the team's nodes lack to their disks."""
-    start, format_name = time.perf_counter(), staged_form(plan.split)
-    mine = of_place(np.flatnonzero(plan.wanted), session.world).tolist()
-    read = written = 0
+def _fill(plan: _Plan, config: StageConfig, session: Session, group: NodeGroup) -> StagingReport:
+    """Copy the samples that the team's nodes lack to their disks."""
+    start, format_name = time.perf_counter(), staged_format(plan.split)
+    own = indices_for_local_rank(np.flatnonzero(plan.missing_in_team), session.world).tolist()
+    read_bytes = written_bytes = 0
     faults: dict[str, str] = {}
-    if mine:
+    if own:
         samples = relay(
             plan.split,
             plan.target,
-            mine,
+            own,
             group,
-            origin=lambda index: origin_of(plan.origins, index) if plan.own[index] else None,
+            fingerprint=lambda index: (
+                fingerprint_at(plan.fingerprints, index) if plan.missing[index] else None
+            ),
             threads=config.threads,
             direct=config.direct_io,
         )
-        # A node that lacks nothing may have no folder open.
-        told = plan.target, format_name, plan.split.spec, session.world.local_rank
-        noting = Journal(*told) if plan.own.any() else nullcontext()
-        with noting as journal:
+        # The folder of a node that lacks nothing may not be open.
+        journal = (
+            Journal(plan.target, format_name, plan.split.spec, session.world.local_rank)
+            if plan.missing.any()
+            else None
+        )
+        with journal or nullcontext():
             if journal:
-                journal.begin(plan.split.sample_id(index) for index in mine if plan.own[index])
-            for index, taken, done in session.tag_rank_errors(samples):
-                read += taken
-                if isinstance(done, str):
-                    faults[plan.split.names[index]] = done
-                elif done and journal:
-                    journal.add(done)
-                    written += sum(part.bytes for part in done.files)
-    shares = session.gather((len(mine) if group.group_rank == 0 else 0, read, written, faults))
-    # Every node that wants a damaged sample may have found it so.
-    damaged = {name: fault for share in shares for name, fault in share[3].items()}
+                journal.begin(plan.split.sample_id(index) for index in own if plan.missing[index])
+            for done in session.tag_rank_errors(samples):
+                read_bytes += done.read_bytes
+                if done.fault:
+                    faults[plan.split.names[done.sample]] = done.fault
+                elif done.entry and journal:
+                    journal.add([done.entry])
+                    written_bytes += sum(file.bytes for file in done.entry.files)
+    reports = session.gather((len(own) if group.group_rank == 0 else 0, read_bytes, written_bytes, faults))
+    # Every node that lacks a damaged sample may have reported it.
+    damaged = {name: fault for report in reports for name, fault in report[3].items()}
 
-    def end() -> None:
+    def commit_opened() -> None:
         if plan.opened:
-            entries = noted(plan.target, format_name, plan.split.spec)
-            stems = (plan.split.sample_id(index) for index in range(len(plan.split)))
-            there = (entries[stem] for stem in stems if stem in entries)
-            finish(plan.target, format_name, plan.split.spec, [entry for entry in there if entry.files])
+            records = load_records(plan.target, format_name, plan.split.spec).entries
+            names = (plan.split.sample_id(index) for index in range(len(plan.split)))
+            entries = [records[name] for name in names if name in records and records[name].files]
+            commit(plan.target, format_name, plan.split.spec, entries)
 
-    session.run_on_all_ranks(end)
-    return Staged(
-        samples=sum(share[0] for share in shares) - len(damaged),
-        read_bytes=sum(share[1] for share in shares),
-        written_bytes=sum(share[2] for share in shares),
+    session.run_on_all_ranks(commit_opened)
+    return StagingReport(
+        samples=sum(report[0] for report in reports) - len(damaged),
+        read_bytes=sum(report[1] for report in reports),
+        written_bytes=sum(report[2] for report in reports),
         faults=tuple(sorted(damaged.values())),
         seconds=plan.seconds + time.perf_counter() - start,
     )
 
 
-def _there(split: SampleDataset, target: Path) -> SampleDataset:
-    """The samples of `split` once they are in `target`."""
-    stems = [split.sample_id(index) for index in range(len(split))]
+def _staged_dataset(split: SampleDataset, target: Path) -> SampleDataset:
+    """Return the samples of `split` as they are staged in `target`."""
+    names = [split.sample_id(index) for index in range(len(split))]
     if not split.sharded:
-        names = tuple(stem + Npy.suffix for stem in stems)
-        return SampleDataset(target, Npy.name, names, split.spec, partition=split.partition)
+        files = tuple(name + Npy.suffix for name in names)
+        return SampleDataset(target, Npy.name, files, split.spec, partition=split.partition)
     lengths = split.member_extents["bytes"].tolist()
     shards = (
-        (stem + SHARD_SUFFIX, (TarMember(stem + MEMBER_SUFFIX, FIRST_MEMBER_OFFSET, length),))
-        for stem, length in zip(stems, lengths, strict=True)
+        (name + SHARD_SUFFIX, (TarMember(name + MEMBER_SUFFIX, FIRST_MEMBER_OFFSET, length),))
+        for name, length in zip(names, lengths, strict=True)
     )
     return replace(dataset_from_shards(target, shards, split.spec), partition=split.partition)

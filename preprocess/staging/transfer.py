@@ -1,4 +1,4 @@
-"""Samples on their way to the nodes' own disks: each file read by one rank of its team, written by all."""
+"""Copy samples to the nodes' own disks: one rank of a team reads each file, and all its nodes write it."""
 
 from __future__ import annotations
 
@@ -20,30 +20,45 @@ from pipelines.formats.packed.tar_shard import SHARD_SUFFIX, write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile
 from pipelines.plan import Indices
-from preprocess.conversion.read_failures import Lost
+from preprocess.conversion.read_failures import ConsecutiveReadFailures
 
 
-def of_place(wanted: Indices, world: World) -> Indices:
-    """Which of the samples `wanted` this rank writes to its node: its peers on other nodes have the same."""
+def indices_for_local_rank(wanted: Indices, world: World) -> Indices:
+    """Return those of the samples `wanted` that this rank and its peers write to their nodes."""
     return wanted[world.local_rank :: world.local_size]
 
 
-def to_read(mine: Sequence[int], place: int, team: int) -> Sequence[int]:
-    """Which of the samples `mine` the peer at `place` of `team` reads for all: they take turns."""
-    return mine[place::team]
+def indices_to_read(own: Sequence[int], group_rank: int, group_size: int) -> Sequence[int]:
+    """Return those of the samples `own` that `group_rank` of `group_size` reads: ranks take turns."""
+    return own[group_rank::group_size]
 
 
-def staged_form(split: SampleDataset) -> str:
-    """The format that the samples of `split` are staged in."""
+def staged_format(split: SampleDataset) -> str:
+    """Return the format that the samples of `split` are staged in."""
     return split.format_name if split.sharded else Npy.name
 
 
+class RelayedSample(NamedTuple):
+    """A sample that has passed this rank.
+
+    sample: Its index.
+    read_bytes: Bytes that this rank has read for it.
+    entry: Its record, if this rank has written it.
+    fault: The fault that this rank has found.
+    """
+
+    sample: int
+    read_bytes: int
+    entry: Entry | None
+    fault: str | None
+
+
 class _Read(NamedTuple):
-    """The bytes of a sample's files, or none and the fault; `unread` is for `Lost.note`."""
+    """Bytes of a sample's files, or empty ones and the fault; `unreadable` is for ConsecutiveReadFailures."""
 
     contents: list[bytes]
     fault: str | None
-    unread: dict[str, str]
+    unreadable: dict[str, str]
 
 
 def relay(
@@ -52,18 +67,26 @@ def relay(
     indices: Sequence[int],
     group: NodeGroup,
     *,
-    origin: Callable[[int], SourceFingerprint | None],
+    fingerprint: Callable[[int], SourceFingerprint | None],
     threads: int,
     direct: bool,
-) -> Iterator[tuple[int, int, Entry | str | None]]:
-    """Bring the samples `indices` to `target`: each one, the bytes this rank has read for it, and its entry.
+) -> Iterator[RelayedSample]:
+    """Copy the samples `indices` to `target`; yield each as it is done.
 
-    All peers have the same `indices`, and take turns at reading; see `to_read`.
-    origin: what a sample was made from, and None for one that is not wanted on this node.
-    threads: that read, and as many that write.
+    All ranks of `group` call this with the same `indices`, and take turns at reading; see `indices_to_read`.
 
-    A fault stands in the entry's place, on the rank that has found it; None where there is neither.
-    AccessError where this rank cannot write, or read what it tries in a row.
+    Args:
+        split: The dataset that holds the samples.
+        target: This node's folder.
+        indices: Samples that some node of the team lacks.
+        group: The ranks of all nodes that get the same samples.
+        fingerprint: Returns the fingerprint of a sample's source, or None if this node does not lack the
+            sample.
+        threads: Number of threads that read, and of threads that write.
+        direct: Read past the page cache.
+
+    Raises:
+        AccessError: This rank cannot write, or cannot read several files in a row.
     """
     nothing = [b""] * len(split.format.keys)
 
@@ -75,52 +98,52 @@ def relay(
         except DataError as error:
             return _Read(nothing, str(error), {})
 
-    def write(index: int, contents: list[bytes], fault: str | None) -> Entry | str | None:
-        source = origin(index)
-        if fault or source is None:
-            return fault
-        try:
-            return Entry.from_written(split.sample_id(index), _write(split, target, index, contents), source)
-        except AccessError:
-            raise
-        except DataError as error:
-            return str(error)
+    def write(index: int, read_bytes: int, contents: list[bytes], fault: str | None) -> RelayedSample:
+        source, entry = fingerprint(index), None
+        if source is not None and fault is None:
+            try:
+                written = _write(split, target, index, contents)
+                entry = Entry.from_written(split.sample_id(index), written, source)
+            except AccessError:
+                raise
+            except DataError as error:
+                fault = str(error)
+        return RelayedSample(index, read_bytes, entry, fault)
 
-    own, lost = iter(to_read(indices, group.group_rank, group.size)), Lost()
+    own, failures = iter(indices_to_read(indices, group.group_rank, group.size)), ConsecutiveReadFailures()
     reading: deque[Future[_Read]] = deque()
-    writing: deque[tuple[int, int, Future[Entry | str | None]]] = deque()
+    writing: deque[Future[RelayedSample]] = deque()
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
         for turn, index in enumerate(indices):
             while len(reading) < threads and (following := next(own, None)) is not None:
                 reading.append(readers.submit(read, following))
-            place = turn % group.size
+            reader = turn % group.size
             contents = fault = None
-            if place == group.group_rank:
-                contents, fault, unread = reading.popleft().result()
-                lost.note(unread)
+            if reader == group.group_rank:
+                contents, fault, unreadable = reading.popleft().result()
+                failures.record(unreadable)
             received = [
-                group.broadcast(None if contents is None else contents[at], place)
-                for at in range(len(split.format.keys))
+                group.broadcast(None if contents is None else contents[file], reader)
+                for file in range(len(split.format.keys))
             ]
             if contents is None and not any(received):
-                continue  # What its reader could not read: that one tells why.
-            taken = sum(map(len, contents)) if contents is not None else 0
-            writing.append((index, taken, writers.submit(write, index, received, fault)))
+                continue  # The peer that could not read it reports why.
+            read_bytes = sum(map(len, contents)) if contents is not None else 0
+            writing.append(writers.submit(write, index, read_bytes, received, fault))
             if len(writing) > threads:
-                first, count, done = writing.popleft()
-                yield first, count, done.result()
-        for index, count, done in writing:
-            yield index, count, done.result()
+                yield writing.popleft().result()
+        for done in writing:
+            yield done.result()
 
 
 def _write(
     split: SampleDataset, target: Path, index: int, contents: Sequence[bytes]
 ) -> Sequence[WrittenFile]:
-    """Write sample `index`, whose files' `contents` these are, in the form that it is staged in."""
-    stem, path = split.sample_id(index), split.path(index)
+    """Write sample `index` in the format that it is staged in; `contents` are the bytes of its files."""
+    name, path = split.sample_id(index), split.path(index)
     if split.sharded:
         (content,) = contents
         open_packed(path, content, split.spec).verify_checksum()
-        return write_shard(target / (stem + SHARD_SUFFIX), [(stem + MEMBER_SUFFIX, (content,))])
+        return write_shard(target / (name + SHARD_SUFFIX), [(name + MEMBER_SUFFIX, (content,))])
     sample = split.format.parse(path, dict(zip(split.format.keys, contents, strict=True)), split.spec)
-    return FORMATS[Npy.name].write(target, stem, sample)
+    return FORMATS[Npy.name].write(target, name, sample)

@@ -9,7 +9,7 @@ import pytest
 from pipelines.distributed.session import RankError
 from pipelines.distributed.world import World
 from pipelines.errors import AccessError, ConfigError, DataError, UserError
-from preprocess.conversion.task_result import DamagedError
+from preprocess.conversion.task_result import DamagedSourceError
 
 
 @pytest.mark.parametrize(
@@ -20,13 +20,13 @@ from preprocess.conversion.task_result import DamagedError
         AccessError.reading("/a", OSError(5, "Input/output error")),
         ConfigError("key", 3, "too many"),
         RankError(World(1, 2), DataError("/a", "is bad", "mend it")),
-        DamagedError(["/a: is bad"], ["/b: cannot be read"], {}),
-        DamagedError([], ["/a: cannot be read"], {"/a": "cannot be read"}),
+        DamagedSourceError(["/a: is bad", "/b: cannot be read"], {}),
+        DamagedSourceError(["/a: cannot be read"], {"/a": "cannot be read"}),
     ],
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_that_was_sent_is_the_same(error: UserError) -> None:
     sent = pickle.loads(pickle.dumps(error))
     assert type(sent) is type(error) and str(sent) == str(error)
-    if isinstance(error, DamagedError):
+    if isinstance(error, DamagedSourceError):
         assert vars(sent) == vars(error)

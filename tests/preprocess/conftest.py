@@ -1,15 +1,15 @@
-"""What tests of preparation share."""
+"""Fixtures for tests of conversion."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import helpers
 import pytest
-from helpers import jobs_here
 
 
 @pytest.fixture
-def here() -> Iterator[None]:
-    """Workers' jobs are done by this process."""
-    with jobs_here():
+def inline_workers() -> Iterator[None]:
+    """Run tasks in this process."""
+    with helpers.inline_workers():
         yield

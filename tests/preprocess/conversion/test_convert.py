@@ -22,7 +22,7 @@ from helpers import (
     can_mount,
     command,
     environment,
-    jobs_here,
+    inline_workers,
     kill,
     mounted,
     program,
@@ -43,16 +43,17 @@ from pipelines.errors import UserError
 from pipelines.formats.registry import FORMATS
 from pipelines.io import LOCK_FILE
 from pipelines.sample import Sample
-from preprocess.conversion.engine import Produced, produce
-from preprocess.convert import order_conversion
+from preprocess.conversion.engine import ConversionReport, run_conversion
+from preprocess.conversion.progress import STOPPED
+from preprocess.convert import plan_conversion
 
 CONVERT = "preprocess.convert"
 
 
-def converted(source: Path, target: Path, to: str) -> Produced:
+def converted(source: Path, target: Path, to: str) -> ConversionReport:
     """The samples in `source` as `to` in `target`, by this process alone."""
-    order, task = order_conversion(source, target, to, a_shard=2)
-    return produce(order, task, session=Session(World()), workers=1, unit="sample")
+    order, task = plan_conversion(source, target, to, samples_per_shard=2)
+    return run_conversion(order, task, session=Session(World()), workers=1, unit="sample")
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -73,7 +74,7 @@ def test_there_and_back_is_the_identity(
     start: str, via: str, samples: int, size: int, most: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    with jobs_here(), tempfile.TemporaryDirectory() as name:
+    with inline_workers(), tempfile.TemporaryDirectory() as name:
         source, middle, back = (Path(name, folder) for folder in ("source", "middle", "back"))
         # Shards of several samples have no other writer than the converter.
         written = Path(name, "npy") if start == "packed" else source
@@ -86,8 +87,8 @@ def test_there_and_back_is_the_identity(
             converted(written, source, start)
             (source / MANIFEST).unlink()
         before = content(source)
-        assert converted(source, middle, via).made == samples
-        assert converted(middle, back, start).made == samples
+        assert converted(source, middle, via).written == samples
+        assert converted(middle, back, start).written == samples
         assert content(source) == before
         # Byte for byte; beside the samples are the manifest and the lists.
         assert {file: digest for file, digest in content(back).items() if file in before} == before
@@ -135,7 +136,7 @@ def test_no_tail_is_dropped(ranks: int, tmp_path: Path) -> None:
         "preprocess.convert_tfrecord_to_numpy", "-i", data, "-o", tmp_path / "npy", "-c", "gzip", ranks=ranks
     )
     assert done.code == 0, done.err
-    assert "7 samples made" in done.out
+    assert "7 samples converted" in done.out
     converted(data, tmp_path / "alone", "npy")
     assert content(tmp_path / "npy") == content(tmp_path / "alone")
 
@@ -143,18 +144,18 @@ def test_no_tail_is_dropped(ranks: int, tmp_path: Path) -> None:
 def test_a_rerun_makes_only_what_is_missing_or_does_not_match(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=6, validation=1, format_name="tfrecord") / "train"
     target = tmp_path / "npy"
-    assert converted(data, target, "npy") == Produced(made=6)
+    assert converted(data, target, "npy") == ConversionReport(written=6)
     before = content(target)
     written = {path.name: path.stat().st_mtime_ns for path in target.glob("*.npy")}
-    assert converted(data, target, "npy") == Produced(kept=6)
+    assert converted(data, target, "npy") == ConversionReport(up_to_date=6)
     assert {path.name: path.stat().st_mtime_ns for path in target.glob("*.npy")} == written
     (target / "universe_0001_000_data.npy").unlink()
     (target / "universe_0002_000_label.npy").write_bytes(b"short")
-    assert converted(data, target, "npy") == Produced(made=2, kept=4)
+    assert converted(data, target, "npy") == ConversionReport(written=2, up_to_date=4)
     assert content(target) == before
     # A source that has changed is another sample.
     FORMATS["tfrecord"].write(data, "universe_0004_000", tiny_sample(99))
-    assert converted(data, target, "npy") == Produced(made=1, kept=5)
+    assert converted(data, target, "npy") == ConversionReport(written=1, up_to_date=5)
     np.testing.assert_array_equal(open_folder(target).read(4).counts, tiny_sample(99).counts)
 
 
@@ -170,7 +171,7 @@ def test_a_damaged_sample_keeps_no_other_from_being_converted(tmp_path: Path) ->
         assert f"error: {path}: the record's CRC is wrong" in done.err and "Traceback" not in done.err
         assert len(list(target.glob("*_data.npy"))) == 4 and not (target / MANIFEST).exists()
     path.write_bytes(whole)
-    assert converted(data, target, "npy") == Produced(made=1, kept=4)
+    assert converted(data, target, "npy") == ConversionReport(written=1, up_to_date=4)
 
 
 def test_the_order_of_a_list_is_kept(tmp_path: Path) -> None:
@@ -334,35 +335,35 @@ def test_a_file_that_cannot_be_read_keeps_no_other_from_being_converted(
     assert done.code == 1 and "Traceback" not in done.err
     for path in bad:
         assert done.err.count(f"error: {path}: cannot be read (No such file or directory)") == 1
-    assert f"{others} samples made" in done.out and not (target / MANIFEST).exists()
+    assert f"{others} samples converted" in done.out and not (target / MANIFEST).exists()
     assert len(open_folder(target)) == others
     # A rerun tries again, and is done once they are there.
     done = program(CONVERT, *line)
-    assert ": 0 samples made" in done.out and f" {others} were there" in done.out
+    assert ": 0 samples converted" in done.out and f" {others} up to date" in done.out
     for path in bad:
         find(path)
-    assert converted(data, target, to) == Produced(made=12 - others, kept=others)
+    assert converted(data, target, to) == ConversionReport(written=12 - others, up_to_date=others)
     # What was made of one before stays: it is of what may come back, or of all that is left.
     lose(bad[0])
     done = program(CONVERT, *line)
     assert done.code == 1 and f"error: {bad[0]}: cannot be read" in done.err
     assert len(open_folder(target)) == 12 and not (target / MANIFEST).exists()
     find(bad[0])
-    assert converted(data, target, to) == Produced(kept=12)
+    assert converted(data, target, to) == ConversionReport(up_to_date=12)
 
 
 def test_a_shard_that_is_lost_keeps_no_other_from_being_converted(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=60, validation=1, format_name="tfrecord") / "train"
-    order, task = order_conversion(data, tmp_path / "packed", "packed", a_shard=20)
-    produce(order, task, session=Session(World()), workers=2, unit="file")
+    order, task = plan_conversion(data, tmp_path / "packed", "packed", samples_per_shard=20)
+    run_conversion(order, task, session=Session(World()), workers=2, unit="file")
     shard = tmp_path / "packed" / "shard_000001.tar"
     shard.rename(tmp_path / "shard")
     done = program(CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "npy", "--to", "npy")
     assert done.code == 1 and f"error: {shard}: cannot be read" in done.err
-    assert "40 samples made" in done.out and "20 files are damaged" in done.err
+    assert "40 samples converted" in done.out and "20 files are damaged" in done.err
     (tmp_path / "shard").rename(shard)
     done = program(CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "npy", "--to", "npy")
-    assert done.code == 0 and "20 samples made" in done.out and "40 were there" in done.out
+    assert done.code == 0 and "20 samples converted" in done.out and "40 up to date" in done.out
 
 
 @pytest.mark.parametrize("to", ["npy", "packed"])
@@ -377,10 +378,8 @@ def test_many_in_a_row_that_cannot_be_read_end_the_run(ranks: int, to: str, tmp_
     done = program(CONVERT, *line, ranks=ranks)
     assert done.code == 1 and "Traceback" not in done.err
     tried = 16 if to == "npy" else 19
-    assert (
-        f"cannot be read (No such file or directory), nor can the {tried} files tried before it" in done.err
-    )
-    assert "samples made" not in done.out
+    assert f"cannot be read (No such file or directory), and neither can the {tried} files" in done.err
+    assert "samples converted" not in done.out
     for path in sorted(data.glob("*.tfrecord"))[20:]:
         find(path)
     assert program(CONVERT, *line).code == 0 and content(tmp_path / "out") == before
@@ -389,10 +388,10 @@ def test_many_in_a_row_that_cannot_be_read_end_the_run(ranks: int, to: str, tmp_
 def test_nothing_is_removed_for_a_source_that_is_not_there_at_all(tmp_path: Path) -> None:
     data, target = write_tiny(tmp_path / "data", train=4, validation=1) / "train", tmp_path / "out"
     converted(data, target, "packed")
-    order, task = order_conversion(data, target, "packed", a_shard=2)
+    order, task = plan_conversion(data, target, "packed", samples_per_shard=2)
     data.rename(tmp_path / "gone")
     with pytest.raises(UserError, match=f"{data}: cannot be read"):
-        produce(order, task, session=Session(World()), workers=1, unit="file")
+        run_conversion(order, task, session=Session(World()), workers=1, unit="file")
     assert len(list(target.glob("*.tar"))) == 2
 
 
@@ -470,21 +469,20 @@ def test_a_conversion_that_is_stopped_while_it_reads_leaves_no_worker_and_goes_o
     )
     deadline = time.monotonic() + 60
     journal = target / ".journal.tfrecord.1.jsonl"
-    # The worker is told of the last one when all others are noted.
+    # The last sample is begun when all others are recorded.
     while not (journal.exists() and "universe_0005_000" in journal.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     workers = started_by(process.pid)
-    assert len(workers) == 1
     process.send_signal(stop)
     _, err = process.communicate(timeout=30)
     if stop == signal.SIGINT:
-        assert (process.returncode, err) == (130, "stopped; the same command goes on from here\n")
+        assert (process.returncode, err) == (130, f"{STOPPED}\n")
     # What it was about to write may be another run's by now.
     wait_until_gone(workers)
     last.unlink()
     last.write_bytes(whole[0])
     os.utime(last, ns=(0, whole[1]))
     done = program(CONVERT, "-i", data, "-o", target, "--to", "tfrecord")
-    assert "1 samples made" in done.out and "5 were there" in done.out
+    assert "1 samples converted" in done.out and "5 up to date" in done.out
     assert content(target) == content(tmp_path / "undisturbed")

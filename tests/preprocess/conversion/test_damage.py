@@ -20,10 +20,10 @@ from pipelines.formats.registry import FORMATS
 from pipelines.formats.tf_example import encode_example
 from pipelines.formats.tfrecord import frame
 from pipelines.sample import Sample
-from preprocess.conversion.engine import produce
-from preprocess.convert import order_conversion
+from preprocess.conversion.engine import run_conversion
+from preprocess.convert import plan_conversion
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = pytest.mark.usefixtures("inline_workers")
 
 STEM = "universe_0001_000"
 SAMPLE = tiny_sample(1)
@@ -142,10 +142,10 @@ LABELS: dict[str, tuple[bytes, str | None]] = {
 
 def check(folder: Path, target: Path, culprit: Path, said: str | None, legal: Sample | None) -> None:
     """Convert `folder`, in which the sample STEM is `legal` or refused with a line that says `said`."""
-    order, task = order_conversion(folder, target, "npy")
-    done = produce(order, task, session=Session(World()), workers=1, unit="sample")
+    order, task = plan_conversion(folder, target, "npy")
+    done = run_conversion(order, task, session=Session(World()), workers=1, unit="sample")
     if said is None:
-        assert (done.made, done.faults) == (3, ())
+        assert (done.written, done.faults) == (3, ())
         assert legal is not None
         found = open_folder(target).read(1)
         np.testing.assert_array_equal(found.counts, legal.counts)
@@ -153,7 +153,7 @@ def check(folder: Path, target: Path, culprit: Path, said: str | None, legal: Sa
         return
     (line,) = done.faults
     assert line.startswith(f"{culprit}: ") and said in line and "\n" not in line
-    assert done.made == 2 and not (target / f"{STEM}_data.npy").exists()
+    assert done.written == 2 and not (target / f"{STEM}_data.npy").exists()
 
 
 def folder_of(tmp_path: Path, format_name: str) -> Path:

@@ -18,7 +18,7 @@ SOURCE_TIME = 1_700_000_000_000_000_000
 """Modification time in ns that the recorded source fingerprints are of; git does not keep it."""
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("inline_workers")
 @pytest.mark.parametrize(
     ("to", "finished"),
     [
@@ -40,8 +40,8 @@ def test_old_journal_resumes(to: str, finished: list[str], tmp_path: Path) -> No
     # A file that is written again is another one.
     after = {path.name: path.stat().st_ino for path in target.iterdir()}
     samples = [name for name in before if name.endswith((".npy", ".tar", ".idx"))]
-    kept = [name for name in samples if after[name] == before[name]]
-    assert set(finished) <= set(kept) and len(kept) == len(samples) - 2
+    up_to_date = [name for name in samples if after[name] == before[name]]
+    assert set(finished) <= set(up_to_date) and len(up_to_date) == len(samples) - 2
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {
         path.name: path.read_bytes() for path in fresh.iterdir()
     }

@@ -30,7 +30,7 @@ def test_there_and_back(format_name: str, ranks: int, tmp_path: Path) -> None:
     to_packed = ["-i", data, "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 4]
     done = program(CONVERT, *to_packed, ranks=ranks)
     assert done.code == 0, done.err
-    assert "13 samples made" in done.out and "0 were there" in done.out
+    assert "13 samples converted" in done.out and "0 up to date" in done.out
     shards = [f"shard_{number:06d}" for number in range(3)]
     train = tmp_path / "packed" / "train"
     expected = {f"{shard}{end}" for shard in shards for end in (".tar", ".idx")}
@@ -48,7 +48,7 @@ def test_there_and_back(format_name: str, ranks: int, tmp_path: Path) -> None:
     for name, found in content(data).items():
         assert (tmp_path / "back" / name).read_bytes() == found
     again = program(CONVERT, *to_packed)
-    assert "0 samples made" in again.out and "13 were there" in again.out
+    assert "0 samples converted" in again.out and "13 up to date" in again.out
 
 
 def test_a_change_of_one_sample_makes_its_shard_anew(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_change_of_one_sample_makes_its_shard_anew(tmp_path: Path) -> None:
     before = content(tmp_path / "packed")
     FORMATS["npy"].write(data / "train", "universe_0005_000", tiny_sample(77))
     done = program(CONVERT, *line)
-    assert "4 samples made" in done.out and "5 were there" in done.out
+    assert "4 samples converted" in done.out and "5 up to date" in done.out
     changed = {name for name, found in content(tmp_path / "packed").items() if before.get(name) != found}
     assert changed == {"shard_000001.tar", "shard_000001.idx"}
     np.testing.assert_array_equal(open_folder(tmp_path / "packed").read(5).counts, tiny_sample(77).counts)
@@ -82,7 +82,7 @@ def test_every_damaged_sample_is_named_and_the_other_shards_are_made(tmp_path: P
     for path, sound in zip(bad, whole, strict=True):
         path.write_bytes(sound)
     done = program(CONVERT, *line)
-    assert done.code == 0 and "3 samples made" in done.out and "6 were there" in done.out
+    assert done.code == 0 and "3 samples converted" in done.out and "6 up to date" in done.out
 
 
 def test_verify_names_a_damaged_sample_in_its_shard(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""A target folder that was there before: what of it is kept, made again, removed, or left alone."""
+"""Target folders that exist already: resumed by the same job, refused by any other, and never emptied."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,214 +15,355 @@ import numpy as np
 import pytest
 from helpers import tiny_sample, write_tiny
 
-from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
+from pipelines.dataset.manifest import MANIFEST, Entry
 from pipelines.dataset.open import open_folder
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SampleSpec
-from preprocess.conversion.engine import Produced, produce
+from preprocess.conversion.engine import ConversionReport, run_conversion
 from preprocess.conversion.journal import Journal
-from preprocess.convert import order_conversion
+from preprocess.convert import plan_conversion
 from preprocess.prepare import main as prepare
 from preprocess.verify import main as verify
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = pytest.mark.usefixtures("inline_workers")
 
 
-def converted(source: Path, target: Path, to: str, a_shard: int = 2, *, prune: bool = False) -> Produced:
-    """The samples in `source` as `to` in `target`, by this process alone."""
-    order, task = order_conversion(source, target, to, a_shard=a_shard, prune=prune)
-    return produce(order, task, session=Session(World()), workers=1, unit="sample")
+def convert(source: Path, target: Path, to: str, samples_per_shard: int = 2) -> ConversionReport:
+    """Convert the samples in `source` to the format `to` in `target`, in this process alone."""
+    plan, task = plan_conversion(source, target, to, samples_per_shard=samples_per_shard)
+    return run_conversion(plan, task, session=Session(World()), workers=1, unit="sample")
+
+
+def refuse(source: Path, target: Path, to: str, samples_per_shard: int = 2) -> DataError:
+    """Return the error of a conversion that is refused and leaves `target` as it was."""
+    before = content(target)
+    with pytest.raises(DataError) as error:
+        convert(source, target, to, samples_per_shard)
+    assert content(target) == before
+    return error.value
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The files in `folder`."""
+    """Return the files in `folder`."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def tiny(tmp_path: Path, format_name: str = "npy", train: int = 4) -> Path:
-    return write_tiny(tmp_path / "data", train=train, validation=1, format_name=format_name) / "train"
+def tiny(tmp_path: Path, train: int = 4) -> Path:
+    """Return a folder of `train` npy samples."""
+    return write_tiny(tmp_path / "data", train=train, validation=1) / "train"
 
 
-def stem(index: int) -> str:
+def sample_id(index: int) -> str:
     return f"universe_{index:04d}_000"
 
 
+def remove_sample(source: Path, index: int) -> dict[Path, bytes]:
+    """Remove the files of sample `index`; return them."""
+    files = {path: path.read_bytes() for path in source.glob(f"{sample_id(index)}*")}
+    for path in files:
+        path.unlink()
+    return files
+
+
+def restore(files: dict[Path, bytes]) -> None:
+    for path, data in files.items():
+        path.write_bytes(data)
+
+
 def write_older(folder: Path, index: int, other: int) -> None:
-    """Put another sample in the place of `index` in `folder`, whose files are as long, and older."""
-    times = {path: os.stat(path).st_mtime_ns for path in folder.glob(f"{stem(index)}*")}
-    FORMATS["npy"].write(folder, stem(index), tiny_sample(other))
+    """Replace sample `index` in `folder` by another one whose files have the same lengths and are older."""
+    times = {path: os.stat(path).st_mtime_ns for path in folder.glob(f"{sample_id(index)}*")}
+    FORMATS["npy"].write(folder, sample_id(index), tiny_sample(other))
     for path, time in times.items():
         os.utime(path, ns=(0, time - 10**9))
 
 
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize(("first", "second"), [("tfrecord_gzip", "tfrecord"), ("tfrecord", "npy")])
-def test_a_folder_of_another_format_is_refused(
-    first: str, second: str, finished: bool, tmp_path: Path
-) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    converted(data, target, first)
-    if not finished:
-        entries = Manifest.load(target)
-        assert entries is not None
-        with Journal(target, first, entries.spec, 0) as journal:
-            journal.add(entries.entries[0])
-        (target / MANIFEST).unlink()
-    before = {path: path.read_bytes() for path in target.iterdir()}
-    with pytest.raises(DataError, match=f"holds samples as {first}, not {second}; choose another folder"):
-        converted(data, target, second)
-    assert {path: path.read_bytes() for path in target.iterdir()} == before
+class Killed(BaseException):
+    """An error that nothing catches."""
 
 
-@pytest.mark.parametrize("to", ["tfrecord", "packed"])
-def test_a_source_that_was_replaced_by_an_older_one_is_made_again(to: str, tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    assert converted(data, target, to) == Produced(made=4)
-    write_older(data, 1, 77)
-    made = 2 if to == "packed" else 1
-    assert converted(data, target, to) == Produced(made=made, kept=4 - made)
-    np.testing.assert_array_equal(open_folder(target).read(1).counts, tiny_sample(77).counts)
-    # A label alone, as long as it was and older.
-    label = data / f"{stem(2)}_label.npy"
-    changed = os.stat(label).st_mtime_ns - 10**9
-    np.save(label, tiny_sample(88).target)
-    os.utime(label, ns=(0, changed))
-    assert converted(data, target, to) == Produced(made=made, kept=4 - made)
-    assert open_folder(target).read(2).target.tolist() == tiny_sample(88).target.tolist()
+@contextlib.contextmanager
+def killed_before_recording(name: str) -> Iterator[None]:
+    """Kill the body when the entry `name` is complete and not yet recorded."""
+    add = Journal.add
+
+    def killed(self: Journal, entries: Any) -> None:
+        entries = list(entries)
+        if any(entry.name == name for entry in entries):
+            raise Killed
+        add(self, entries)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Journal, "add", killed)
+        yield
 
 
-def test_another_order_makes_other_shards(tmp_path: Path) -> None:
+def finish(source: Path, target: Path, to: str) -> None:
+    convert(source, target, to)
+
+
+def kill(source: Path, target: Path, to: str) -> None:
+    """Leave `target` as a killed run does, with its second entry not recorded."""
+    with killed_before_recording("shard_000001" if to == "packed" else sample_id(1)):
+        convert(source, target, to)
+
+
+both_states = pytest.mark.parametrize("state", [finish, kill])
+State = Callable[[Path, Path, str], None]
+
+
+@both_states
+def test_other_format_is_refused(state: State, tmp_path: Path) -> None:
     data = tiny(tmp_path)
-    converted(data, tmp_path / "out", "packed")
-    order = [stem(index) for index in (1, 0, 3, 2)]
+    for first, second in (("tfrecord_gzip", "tfrecord"), ("tfrecord", "npy"), ("npy", "packed")):
+        target = tmp_path / first
+        state(data, target, first)
+        error = refuse(data, target, second)
+        assert error.path == str(target) and first in error.fault and second in error.fault
+
+
+@both_states
+def test_other_shape_is_refused(state: State, tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    state(data, target, "npy")
+    other = write_tiny(tmp_path / "other", train=4, validation=1, size=8) / "train"
+    error = refuse(other, target, "npy")
+    assert "(16, 16, 16, 4)" in error.fault and "(8, 8, 8, 4)" in error.fault
+
+
+@both_states
+def test_other_shards_are_refused(state: State, tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    state(data, target, "packed")
+    for samples_per_shard in (1, 3, 4):
+        assert "shards of 2 samples" in refuse(data, target, "packed", samples_per_shard).fault
+    # A single shard in a manifest does not tell how many samples it might have had.
+    (whole := tmp_path / "whole").mkdir()
+    convert(data, whole, "packed", 4)
+    refuse(data, whole, "packed", 3)
+
+
+@both_states
+def test_other_source_is_refused(state: State, tmp_path: Path) -> None:
+    data = tiny(tmp_path)
+    for to in ("tfrecord", "packed"):
+        target = tmp_path / to
+        state(data, target, to)
+        # The names of shards are the same in every packed set.
+        assert sample_id(0) in refuse(tmp_path / "data" / "validation", target, to).fault
+
+
+@both_states
+def test_source_that_lost_samples_is_refused(state: State, tmp_path: Path) -> None:
+    data = tiny(tmp_path)
+    for to, index in itertools.product(("npy", "packed"), (0, 3)):
+        target = tmp_path / f"{to}{index}"
+        state(data, target, to)
+        lost = remove_sample(data, index)
+        error = refuse(data, target, to)
+        # Also sample 3 of the killed run, which had not come to it.
+        assert sample_id(index) in error.fault and "new folder" in error.remedy
+        restore(lost)
+        convert(data, target, to)
+        assert len(open_folder(target)) == 4 and (target / MANIFEST).exists()
+
+
+@both_states
+def test_source_that_grew_is_converted(state: State, tmp_path: Path) -> None:
+    data = tiny(tmp_path, train=5)
+    for to, index in itertools.product(("npy", "packed"), (0, 4)):
+        target, fresh = tmp_path / f"{to}{index}", tmp_path / f"fresh_{to}{index}"
+        late = remove_sample(data, index)
+        state(data, target, to)
+        restore(late)
+        convert(data, target, to)
+        convert(data, fresh, to)
+        assert content(target) == content(fresh)
+
+
+def test_replaced_source_is_converted_again(tmp_path: Path) -> None:
+    data = tiny(tmp_path)
+    for to, written in (("tfrecord", 1), ("packed", 2)):
+        target = tmp_path / to
+        assert convert(data, target, to) == ConversionReport(written=4)
+        write_older(data, 1, 77)
+        assert convert(data, target, to) == ConversionReport(written, 4 - written)
+        np.testing.assert_array_equal(open_folder(target).read(1).counts, tiny_sample(77).counts)
+        # A label alone, of the same length and older.
+        label = data / f"{sample_id(2)}_label.npy"
+        changed = os.stat(label).st_mtime_ns - 10**9
+        np.save(label, tiny_sample(88).target)
+        os.utime(label, ns=(0, changed))
+        assert convert(data, target, to) == ConversionReport(written, 4 - written)
+        assert open_folder(target).read(2).target.tolist() == tiny_sample(88).target.tolist()
+        write_older(data, 1, 1)
+        write_older(data, 2, 2)
+
+
+def test_other_order_makes_other_shards(tmp_path: Path) -> None:
+    data = tiny(tmp_path)
+    convert(data, tmp_path / "out", "packed")
+    order = [sample_id(index) for index in (1, 0, 3, 2)]
     (data / "files_data.lst").write_text("".join(f"{name}_data.npy\n" for name in order))
-    assert converted(data, tmp_path / "out", "packed") == Produced(made=4)
+    assert convert(data, tmp_path / "out", "packed") == ConversionReport(written=4)
     # From shards to shards too, whose files are the same ones.
-    converted(tmp_path / "out", tmp_path / "again", "packed", a_shard=4)
-    split = open_folder(tmp_path / "again")
-    assert [split.sample_id(index) for index in range(4)] == order
+    convert(tmp_path / "out", tmp_path / "again", "packed", 4)
+    dataset = open_folder(tmp_path / "again")
+    assert [dataset.sample_id(index) for index in range(4)] == order
 
 
-def test_what_is_no_longer_wanted_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    data, target = tiny(tmp_path, train=5), tmp_path / "out"
-    bad = data / f"{stem(4)}_data.npy"
-    whole = bad.read_bytes()
-    bad.write_bytes(whole[:-1])
-    assert len(converted(data, target, "packed").faults) == 1
-    bad.write_bytes(whole)
-    assert converted(data, target, "packed") == Produced(made=1, kept=4)
-    # Without two samples there is a shard less, but nothing goes that nobody has asked to go.
-    for path in [*data.glob(f"{stem(4)}*"), *data.glob(f"{stem(3)}*")]:
-        path.unlink()
-    before = content(target)
-    with pytest.raises(DataError, match=rf"not in the source, 2 in all, the first {stem(3)}; .* --prune"):
-        converted(data, target, "packed")
-    assert content(target) == before
-    assert converted(data, target, "packed", prune=True) == Produced(made=1, kept=2)
-    assert sorted(path.name for path in target.glob("*.tar")) == ["shard_000000.tar", "shard_000001.tar"]
-    assert len(open_folder(target)) == 3
-    # What nobody vouches for is not ours, and is as it was.
-    (target / "shard_000002.tar").write_text("mine")
-    with pytest.raises(DataError, match=r"holds shard_000002\.tar, which is no sample"):
-        converted(data, target, "packed")
-    assert (target / "shard_000002.tar").read_text() == "mine"
+def test_record_does_not_outlive_its_file(tmp_path: Path) -> None:
+    data = tiny(tmp_path)
+    (data / "files_data.lst").write_text("".join(f"{sample_id(index)}_data.npy\n" for index in range(4)))
+    shutil.copytree(data, tmp_path / "earlier")
+    for to in ("npy", "packed"):
+        target = tmp_path / to
+        convert(data, target, to)
+        before = content(target)
+        write_older(data, 1, 77)
+        order = (f"{sample_id(index)}_data.npy\n" for index in (1, 0, 3, 2))
+        (data / "files_data.lst").write_text("".join(order))
+        kill(data, target, to)
+        assert content(target) != before
+        # The source as it was, with its times: no record says what the killed run wrote.
+        shutil.rmtree(data)
+        shutil.copytree(tmp_path / "earlier", data)
+        report = convert(data, target, to)
+        assert report.written >= 1 and report.written + report.up_to_date == 4
+        assert content(target) == before
 
 
-@pytest.mark.parametrize("name", [".notes.tmp", ".thesis.tex.77.tmp", ".journal.of.mine"])
-def test_hidden_files_of_others_are_left_alone(name: str, tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    target.mkdir()
-    (target / name).write_text("mine")
-    with pytest.raises(DataError, match=f"holds {name}"):
-        converted(data, target, "npy")
-    assert (target / name).read_text() == "mine"
-
-
-@pytest.mark.parametrize("prune", [False, True])
-@pytest.mark.parametrize("notes", ["manifest", "journal", "none"])
-@pytest.mark.parametrize("to", ["tfrecord", "packed"])
-def test_a_folder_of_another_source_is_not_emptied(to: str, notes: str, prune: bool, tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    converted(data, target, to)
-    if notes == "journal":
-        entries = Manifest.load(target)
-        assert entries is not None
-        with Journal(target, to, entries.spec, 0) as journal:
-            journal.add(entries.entries[0])
-    if notes != "manifest":
+def test_files_without_records_are_refused(tmp_path: Path) -> None:
+    data = tiny(tmp_path)
+    for to in ("tfrecord", "packed"):
+        target = tmp_path / to
+        convert(data, target, to)
+        before = content(target)
         (target / MANIFEST).unlink()
-    before = content(target)
-    other = tmp_path / "data" / "validation"
-    expected = "no sample of this source; choose another folder"
-    if notes != "manifest":
-        expected = "which is no sample of the source as"
-    # The names of shards are the same in every packed set.
-    with pytest.raises(DataError, match=expected):
-        converted(other, target, to, prune=prune)
-    assert content(target) == before
-    assert len(open_folder(target)) == 4
+        assert "no manifest or journal" in refuse(data, target, to).fault
+        # With a manifest that no conversion wrote, the files count as made from an unknown source.
+        (target / "files_data.lst").unlink()
+        assert verify([str(target), "--write", "--workers", "1"]) == 0
+        assert convert(data, target, to) == ConversionReport(written=4)
+        assert content(target) == before
 
 
-@pytest.mark.parametrize("to", ["npy", "packed"])
-def test_a_source_that_has_lost_some_takes_nothing_along(to: str, tmp_path: Path) -> None:
+def test_remedy_for_a_damaged_manifest_works(tmp_path: Path) -> None:
     data, target = tiny(tmp_path), tmp_path / "out"
-    converted(data, target, to)
+    convert(data, target, "npy")
     before = content(target)
-    for path in data.glob(f"{stem(1)}*"):
-        path.unlink()
-    with pytest.raises(DataError, match=rf"not in the source, 1 in all, the first {stem(1)}; bring them"):
-        converted(data, target, to)
+    (target / MANIFEST).write_text("{")
+    assert "preprocess.verify --write" in refuse(data, target, "npy").remedy
+    (target / MANIFEST).unlink()
+    assert verify([str(target), "--write", "--workers", "1"]) == 0
+    convert(data, target, "npy")
     assert content(target) == before
-    # Of two shards of two, both hold others now.
-    done = Produced(made=3) if to == "packed" else Produced(kept=3)
-    assert converted(data, target, to, prune=True) == done
-    assert len(open_folder(target)) == 3
-    assert stem(1) not in [open_folder(target).sample_id(index) for index in range(3)]
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_source_that_has_grown_at_its_beginning_is_packed_anew(finished: bool, tmp_path: Path) -> None:
+def test_files_of_a_killed_run_that_lost_its_last_records_are_converted_again(tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    kill(data, target, "npy")
+    (target / ".journal.npy.1.jsonl").unlink()  # As after a power failure.
+    assert convert(data, target, "npy") == ConversionReport(written=4)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    data = tiny(tmp_path)
+    names = (".notes.tmp", ".thesis.tex.77.tmp", ".journal.of.mine", "thesis.tex", "other_000_data.npy")
+    for state, name in itertools.product((None, finish, kill), names):
+        target = tmp_path / f"{state and state.__name__}{name}"
+        target.mkdir()
+        if state:
+            state(data, target, "npy")
+        (target / name).write_text("mine")
+        before = content(target)
+        with pytest.raises(DataError) as error:
+            convert(data, target, "npy")
+        assert name in error.value.fault and content(target).items() >= before.items()
+
+
+def test_damaged_source_keeps_earlier_files_and_takes_the_manifest(tmp_path: Path) -> None:
+    data = tiny(tmp_path)
+    bad = data / f"{sample_id(1)}_data.npy"
+    for to, written in (("tfrecord", 1), ("packed", 2)):
+        target = tmp_path / to
+        convert(data, target, to)
+        before = content(target)
+        sound = bad.read_bytes()
+        bad.write_bytes(sound[:-1])
+        report = convert(data, target, to)
+        assert len(report.faults) == 1 and report.written == 0 and report.up_to_date == 4 - written
+        left = content(target)
+        assert MANIFEST not in left
+        assert all(left[name] == before[name] for name in before if name.startswith(("univ", "shard")))
+        bad.write_bytes(sound)
+        assert convert(data, target, to) == ConversionReport(written, 4 - written)
+        assert {name: data for name, data in content(target).items() if name != MANIFEST} == {
+            name: data for name, data in before.items() if name != MANIFEST
+        }
+
+
+def test_unreadable_source_keeps_earlier_files(tmp_path: Path) -> None:
+    data = tiny(tmp_path, train=5)
+    (data / "files_data.lst").write_text("".join(f"{sample_id(index)}_data.npy\n" for index in range(5)))
+    label = data / f"{sample_id(1)}_label.npy"
+    for to in ("tfrecord", "packed"):
+        target = tmp_path / to
+        convert(data, target, to)
+        before = content(target)
+        label.rename(tmp_path / "label")
+        label.symlink_to("/proc/self/mem")
+        report = convert(data, target, to)
+        assert len(report.faults) == 1 and report.written == 0
+        left = content(target)
+        assert MANIFEST not in left
+        assert all(left[name] == before[name] for name in before if name.startswith(("univ", "shard")))
+        label.unlink()
+        (tmp_path / "label").rename(label)
+        assert convert(data, target, to) == ConversionReport(up_to_date=5)
+        assert content(target) == before
+
+
+def test_shard_of_other_samples_stays_while_its_successor_cannot_be_made(tmp_path: Path) -> None:
     data, target = tiny(tmp_path, train=5), tmp_path / "out"
-    first = {path: path.read_bytes() for path in data.glob(f"{stem(0)}*")}
-    for path in first:
-        path.unlink()
-    converted(data, target, "packed")
-    if not finished:
-        # As a run leaves it that was killed: files are there that no note tells of.
-        (target / MANIFEST).unlink()
-    for path, whole in first.items():
-        path.write_bytes(whole)
-    assert converted(data, target, "packed") == Produced(made=5)
-    converted(data, tmp_path / "undisturbed", "packed")
-    assert content(target) == content(tmp_path / "undisturbed")
-
-
-@pytest.mark.parametrize("to", ["tfrecord", "packed"])
-def test_what_was_made_of_a_source_that_is_out_of_reach_stays(to: str, tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    order = [f"{stem(index)}_data.npy\n" for index in range(4)]
-    (data / "files_data.lst").write_text("".join(order))
-    converted(data, target, to)
+    late = remove_sample(data, 0)
+    convert(data, target, "packed")
     before = content(target)
-    away = tmp_path / "away.npy"
-    (data / f"{stem(1)}_label.npy").rename(away)
-    (data / f"{stem(1)}_label.npy").symlink_to("/proc/self/mem")
-    done = converted(data, target, to)
-    assert len(done.faults) == 1 and "cannot be read" in done.faults[0] and done.made == 0
-    left = content(target)
-    assert MANIFEST not in left
-    samples = [name for name in before if name.endswith((".tfrecord", ".tar"))]
-    assert samples and all(left[name] == before[name] for name in samples)
-    (data / f"{stem(1)}_label.npy").unlink()
-    away.rename(data / f"{stem(1)}_label.npy")
-    assert converted(data, target, to) == Produced(kept=4)
-    assert content(target) == before
+    restore(late)
+    label = data / f"{sample_id(3)}_label.npy"
+    label.rename(tmp_path / "label")
+    label.symlink_to("/proc/self/mem")
+    report = convert(data, target, "packed")
+    assert len(report.faults) == 1 and report.up_to_date == 0
+    # Samples 3 and 4, of which 3 cannot be made again.
+    assert content(target)["shard_000001.tar"] == before["shard_000001.tar"]
+    label.unlink()
+    (tmp_path / "label").rename(label)
+    convert(data, target, "packed")
+    convert(data, tmp_path / "fresh", "packed")
+    assert content(target) == content(tmp_path / "fresh")
 
 
-def test_a_universe_cut_in_part_can_be_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_run_whose_source_is_then_damaged(tmp_path: Path) -> None:
+    data, target = tiny(tmp_path), tmp_path / "out"
+    kill(data, target, "tfrecord")
+    bad = data / f"{sample_id(1)}_data.npy"
+    sound = bad.read_bytes()
+    bad.write_bytes(sound[:-1])
+    assert len(convert(data, target, "tfrecord").faults) == 1
+    assert not (target / MANIFEST).exists()
+    bad.write_bytes(sound)
+    convert(data, target, "tfrecord")
+    convert(data, tmp_path / "fresh", "tfrecord")
+    assert {k: v for k, v in content(target).items() if k != MANIFEST} == {
+        k: v for k, v in content(tmp_path / "fresh").items() if k != MANIFEST
+    }
+
+
+def test_universe_that_is_damaged_in_its_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(1)
     for index in range(9):
         path = tmp_path / "in" / "u" / f"v{index}.hdf5"
@@ -232,239 +374,41 @@ def test_a_universe_cut_in_part_can_be_taken_out(tmp_path: Path, capsys: pytest.
     line = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--sample-size", "4", "--workers", "1"]
     assert prepare(line) == 0
     train = tmp_path / "out" / "train"
-    (name, *_) = {path.name[:4] for path in train.glob("u_v*.tfrecord")}
+    name = min(path.name[:4] for path in train.glob("u_v*.tfrecord"))
     universe = tmp_path / "in" / "u" / f"{name[2:]}.hdf5"
     with h5py.File(universe, "r+") as file:
-        # Its first crops are sound, its last are not.
-        file["full"][7, 7, 7, 3] = -1
-    assert prepare(line) == 1
-    # One that is damaged leaves nothing behind, so that it can be taken out as the last line says.
-    assert not list(train.glob(f"{name}_*")) and not (train / MANIFEST).exists()
-    universe.unlink()
-    assert prepare(line) == 0
-    assert not list(train.glob(f"{name}_*")) and len(open_folder(train)) == 56
-    # Another size of samples is another cut, though the names begin alike.
+        counts = file["full"][:]
+        file["full"][7, 7, 7, 3] = -1  # Its first crops are sound, the last is not.
+    assert prepare(line) == 1 and not (train / MANIFEST).exists()
+    universe.rename(tmp_path / "away")
+    with pytest.raises(SystemExit):
+        prepare(line)
+    assert f"{name}_000" in capsys.readouterr().err
+    (tmp_path / "away").rename(universe)
+    with h5py.File(universe, "r+") as file:
+        file["full"][...] = counts
+    assert prepare(line) == 0 and len(open_folder(train)) == 64
+    # Another size of samples is another job, though the names begin alike.
     line[line.index("4")] = "8"
     with pytest.raises(SystemExit):
         prepare(line)
-    assert "holds samples of shape (4, 4, 4, 4), not (8, 8, 8, 4)" in capsys.readouterr().err
-    assert len(open_folder(train)) == 56
+    assert len(open_folder(train)) == 64
 
 
-@pytest.mark.parametrize("to", ["tfrecord", "packed"])
-def test_nothing_vouches_for_a_sample_whose_source_is_refused(to: str, tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    converted(data, target, to)
-    bad = data / f"{stem(1)}_data.npy"
-    whole = bad.read_bytes()
-    bad.write_bytes(whole[:-1])
-    done = converted(data, target, to)
-    assert len(done.faults) == 1 and not (target / MANIFEST).exists()
-    left = open_folder(target)
-    assert stem(1) not in [left.sample_id(index) for index in range(len(left))]
-    bad.write_bytes(whole)
-    made = 2 if to == "packed" else 1
-    assert converted(data, target, to) == Produced(made=made, kept=4 - made)
-
-
-def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / ".journal.npy.1.jsonl").symlink_to("/dev/full")
-    there = tmp_path, "npy", SampleSpec(16), 0
-    with pytest.raises(AccessError, match="cannot be written"), Journal(*there) as journal:
-        journal.add(Entry("a", ()))
+def test_journal_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path = tmp_path / ".journal.npy.1.jsonl"
+    path.symlink_to("/dev/full")
+    with pytest.raises(AccessError) as error, Journal(tmp_path, "npy", SampleSpec(16), 0) as journal:
+        journal.add([Entry("a", ())])
+    assert error.value.path == str(path)
 
 
 def test_two_samples_of_one_name_are_refused(tmp_path: Path) -> None:
-    data = tiny(tmp_path)
-    converted(data, tmp_path / "packed", "packed", a_shard=4)
-    (tmp_path / "packed" / MANIFEST).unlink()
-    (tmp_path / "packed" / "files_data.lst").unlink()
-    shutil.copy(tmp_path / "packed" / "shard_000000.tar", tmp_path / "packed" / "shard_000001.tar")
-    with pytest.raises(DataError, match=rf"000001\.tar/{stem(0)}.*same name as shard_000000\.tar/{stem(0)}"):
-        open_folder(tmp_path / "packed")
-
-
-class Killed(BaseException):
-    """Nothing that anybody catches."""
-
-
-@contextlib.contextmanager
-def killed_at(where: type, name: str, which: Callable[[Any], bool]) -> Iterator[None]:
-    """The body is killed when it calls the method `name` of `where` with what `which` is true of."""
-    method = getattr(where, name)
-
-    def killed(self: Any, *given: Any, **more: Any) -> Any:
-        if which(given[0] if given else self):
-            raise Killed
-        return method(self, *given, **more)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(where, name, killed)
-        yield
-
-
-def killed_before_noting(stem: str) -> contextlib.AbstractContextManager[None]:
-    """The body is killed when the entry `stem` is there and not yet noted."""
-    return killed_at(Journal, "add", lambda entry: entry.name == stem)
-
-
-@pytest.mark.parametrize("to", ["npy", "packed"])
-def test_a_note_does_not_outlive_the_file_that_it_is_of(to: str, tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    (data / "files_data.lst").write_text("".join(f"{stem(index)}_data.npy\n" for index in range(4)))
-    converted(data, target, to)
-    before = content(target)
-    shutil.copytree(data, tmp_path / "earlier")
-    write_older(data, 1, 77)
-    (data / "files_data.lst").write_text("".join(f"{stem(index)}_data.npy\n" for index in (1, 0, 3, 2)))
-    with killed_before_noting("shard_000001" if to == "packed" else stem(1)):
-        converted(data, target, to)
-    assert content(target) != before
-    # The source as it was, its times too: what was made from the other one is noted nowhere.
-    shutil.rmtree(data)
-    shutil.copytree(tmp_path / "earlier", data)
-    done = converted(data, target, to)
-    assert done.made >= 1 and done.made + done.kept == 4
-    assert content(target) == before
-
-
-@pytest.mark.parametrize("prune", [False, True])
-def test_a_run_that_is_killed_while_it_removes_goes_on(prune: bool, tmp_path: Path) -> None:
-    data, target = tiny(tmp_path, train=8), tmp_path / "out"
-    converted(data, target, "packed", a_shard=1)
-    for index in range(4) if prune else ():
-        for path in data.glob(f"{stem(index)}*"):
-            path.unlink()
-    with killed_at(Path, "unlink", lambda path: str(path).endswith("shard_000006.tar")):
-        converted(data, target, "packed", a_shard=4, prune=prune)
-    assert not (target / "shard_000005.tar").exists() and (target / "shard_000006.tar").exists()
-    assert not (target / MANIFEST).exists()
-    converted(data, target, "packed", a_shard=4, prune=prune)
-    converted(data, tmp_path / "undisturbed", "packed", a_shard=4)
-    assert content(target) == content(tmp_path / "undisturbed")
-
-
-def test_larger_shards_take_the_place_of_those_that_a_killed_run_has_not_noted(tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    with killed_before_noting("shard_000003"):
-        converted(data, target, "packed", a_shard=1)
-    assert (target / "shard_000003.tar").exists()
-    assert converted(data, target, "packed", a_shard=4) == Produced(made=4)
-    assert [path.name for path in target.glob("*.tar")] == ["shard_000000.tar"]
-
-
-def test_a_shard_that_is_named_as_a_sample_is_looked_into(tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    converted(tmp_path / "data" / "validation", target, "packed")
-    (target / "shard_000000.tar").rename(target / f"{stem(1)}.tar")
-    for name in ("shard_000000.idx", MANIFEST, "files_data.lst"):
-        (target / name).unlink()
-    with pytest.raises(DataError, match=rf"holds {stem(1)}\.tar, which is no sample of the source as packed"):
-        converted(data, target, "packed")
-    # One that is damaged tells nothing of what it holds.
-    with open(target / f"{stem(1)}.tar", "r+b") as file:
-        file.truncate(1000)
-    with pytest.raises(DataError, match=rf"holds {stem(1)}\.tar, which is no sample of the source as packed"):
-        converted(data, target, "packed")
-
-
-def test_a_universe_that_a_killed_run_had_begun_can_be_taken_out(tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    with killed_before_noting(stem(2)):
-        converted(data, target, "npy")
-    assert (target / f"{stem(2)}_data.npy").exists()
-    for path in data.glob(f"{stem(2)}*"):
-        path.unlink()
-    with pytest.raises(DataError, match=rf"not in the source, 1 in all, the first {stem(2)}; .* --prune"):
-        converted(data, target, "npy")
-    assert converted(data, target, "npy", prune=True) == Produced(made=1, kept=2)
-    assert len(open_folder(target)) == 3 and not list(target.glob(f"{stem(2)}*"))
-
-
-@pytest.mark.parametrize("to", ["npy", "packed"])
-def test_prune_removes_what_verify_has_noted(to: str, tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    converted(data, target, to, a_shard=1)
+    data, target = tiny(tmp_path), tmp_path / "packed"
+    convert(data, target, "packed", 4)
     (target / MANIFEST).unlink()
-    assert verify([str(target), "--write", "--workers", "1"]) == 0
-    for path in data.glob(f"{stem(2)}*"):
-        path.unlink()
-    with pytest.raises(DataError, match="--prune"):
-        converted(data, target, to, a_shard=1)
-    converted(data, target, to, a_shard=1, prune=True)
-    converted(data, tmp_path / "undisturbed", to, a_shard=1)
-    assert content(target) == content(tmp_path / "undisturbed")
-
-
-def test_the_way_out_of_a_damaged_manifest_leads_out(tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    converted(data, target, "npy")
-    before = content(target)
-    (target / MANIFEST).write_text("{")
-    with pytest.raises(DataError, match="remove it, and convert again or regenerate it"):
-        converted(data, target, "npy")
-    (target / MANIFEST).unlink()
-    assert converted(data, target, "npy") == Produced(made=4)
-    assert content(target) == before
-
-
-def test_shards_of_others_make_room_though_a_sample_is_damaged(tmp_path: Path) -> None:
-    data, target = tiny(tmp_path, train=8), tmp_path / "out"
-    converted(data, target, "packed", a_shard=1)
-    bad = data / f"{stem(5)}_data.npy"
-    whole = bad.read_bytes()
-    bad.write_bytes(whole[:-1])
-    assert len(converted(data, target, "packed", a_shard=4).faults) == 1
-    # What there is of it can be used: no sample is there twice.
-    assert len(open_folder(target)) == 4
-    bad.write_bytes(whole)
-    converted(data, target, "packed", a_shard=4)
-    converted(data, tmp_path / "undisturbed", "packed", a_shard=4)
-    assert content(target) == content(tmp_path / "undisturbed")
-
-
-def test_a_shard_of_others_is_not_kept_for_one_that_is_out_of_reach(tmp_path: Path) -> None:
-    data, target = tiny(tmp_path, train=5), tmp_path / "out"
-    away = {path: path.read_bytes() for path in data.glob(f"{stem(0)}*")}
-    for path in away:
-        path.unlink()
-    converted(data, target, "packed")
-    for path, whole in away.items():
-        path.write_bytes(whole)
-    label = data / f"{stem(3)}_label.npy"
-    label.rename(tmp_path / "label")
-    label.symlink_to("/proc/self/mem")
-    done = converted(data, target, "packed")
-    assert len(done.faults) == 1 and done.kept == 0
-    found = open_folder(target)
-    assert [found.sample_id(index) for index in range(len(found))] == [stem(index) for index in (0, 1, 4)]
-    label.unlink()
-    (tmp_path / "label").rename(label)
-    converted(data, target, "packed")
-    converted(data, tmp_path / "undisturbed", "packed")
-    assert content(target) == content(tmp_path / "undisturbed")
-
-
-def test_what_a_killed_run_has_made_of_a_source_that_is_then_damaged_is_removed(tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    with killed_before_noting(stem(2)):
-        converted(data, target, "tfrecord")
-    bad = data / f"{stem(2)}_data.npy"
-    bad.write_bytes(bad.read_bytes()[:-1])
-    assert len(converted(data, target, "tfrecord").faults) == 1
-    assert not list(target.glob(f"{stem(2)}*")) and len(open_folder(target)) == 3
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_folder_of_another_shape_is_refused(killed: bool, tmp_path: Path) -> None:
-    data, target = tiny(tmp_path), tmp_path / "out"
-    other = write_tiny(tmp_path / "other", train=4, validation=1, size=8) / "train"
-    if killed:
-        with killed_before_noting(stem(2)):
-            converted(data, target, "npy")
-    else:
-        converted(data, target, "npy")
-    before = content(target)
-    with pytest.raises(DataError, match=r"holds samples of shape \(16, 16, 16, 4\), not \(8, 8, 8, 4\)"):
-        converted(other, target, "npy")
-    assert content(target) == before
+    (target / "files_data.lst").unlink()
+    shutil.copy(target / "shard_000000.tar", target / "shard_000001.tar")
+    with pytest.raises(DataError) as error:
+        open_folder(target)
+    assert "shard_000001.tar" in error.value.path and "shard_000000.tar" in error.value.fault

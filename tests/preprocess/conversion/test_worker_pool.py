@@ -1,29 +1,91 @@
-"""Worker processes and their parent."""
+"""Worker processes: their errors, and their end together with their parent."""
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
-from helpers import ROOT
+import pytest
+from helpers import ROOT, environment, kill, started_by, wait_until_gone
+
+from pipelines.errors import DataError, UserError
+from pipelines.io import LOCK_FILE
+from preprocess.conversion.worker_pool import run_tasks
+
+PARENT = """
+import sys
+from pathlib import Path
+from pipelines.io import locked
+from preprocess.conversion.worker_pool import run_tasks
+
+with locked(Path(sys.argv[1]), lambda: None) as lock:
+    list(run_tasks(exec, [sys.argv[2]], 1, lock))
+"""
 
 
-def test_a_worker_whose_parent_has_gone_says_nothing() -> None:
-    listening, answering = os.pipe()
-    line = [sys.executable, "-m", "preprocess.conversion.worker"]
-    worker = subprocess.Popen(
-        line, cwd=ROOT, stdin=subprocess.PIPE, stdout=answering, stderr=subprocess.PIPE, text=True
-    )
-    os.close(answering)
-    os.close(listening)
-    # Something that can be called, made of settings.
-    header = {
-        "module": "unittest.mock",
-        "task": "Mock",
-        "settings": {"return_value": "made"},
-        "parent": os.getpid(),
-    }
-    _, err = worker.communicate(json.dumps(header) + "\n1\n", timeout=60)
-    assert (worker.returncode, err) == (1, "")
+def test_results_come_with_their_items() -> None:
+    assert sorted(run_tasks(abs, range(-9, 0), 2)) == [(-number, number) for number in range(9, 0, -1)]
+
+
+def test_errors_of_a_task_are_raised_as_they_are() -> None:
+    with pytest.raises(FileNotFoundError):
+        list(run_tasks(os.listdir, ["/none"], 1))
+    code = "from pipelines.errors import DataError; raise DataError('/a', 'is bad', 'fix it')"
+    with pytest.raises(DataError) as error:
+        list(run_tasks(exec, [code], 1))
+    assert error.value.path == "/a"
+
+
+def test_worker_that_is_killed_is_one_error() -> None:
+    start = time.monotonic()
+    with pytest.raises(UserError) as error:
+        list(run_tasks(exec, ["import os; os.kill(os.getpid(), 9)", *["import time; time.sleep(60)"] * 3], 2))
+    assert "worker process died" in str(error.value) and time.monotonic() - start < 30
+
+
+def test_no_worker_outlives_the_iterator(tmp_path: Path) -> None:
+    code = f"import os, pathlib, time; pathlib.Path('{tmp_path}', str(os.getpid())).touch(); time.sleep(60)"
+    results = run_tasks(exec, ["pass", code, code], 2)
+    next(results)
+    while not (started := [int(path.name) for path in tmp_path.iterdir()]):
+        time.sleep(0.01)
+    results.close()
+    wait_until_gone(started)
+
+
+def test_workers_have_one_thread_and_do_not_take_part_in_ctrl_c() -> None:
+    code = """
+import os, signal, sys
+assert os.environ["OMP_NUM_THREADS"] == os.environ["OPENBLAS_NUM_THREADS"] == "1"
+assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+assert not {"numpy", "torch", "pytest"} & set(sys.modules)
+"""
+    list(run_tasks(exec, [code], 1))
+
+
+def test_worker_keeps_the_lock_of_its_killed_parent(tmp_path: Path) -> None:
+    # One that the kernel cannot end at once, as in a write to a file system that hangs.
+    code = f"""
+import ctypes, time
+ctypes.CDLL(None).prctl(1, 0)
+open({str(tmp_path / "started")!r}, "w").close()
+time.sleep(60)
+"""
+    line = [sys.executable, "-c", PARENT, str(tmp_path), code]
+    with subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL) as parent:
+        while not (tmp_path / "started").exists():
+            assert parent.poll() is None
+            time.sleep(0.01)
+        workers = started_by(parent.pid)
+        parent.send_signal(signal.SIGKILL)
+    with open(tmp_path / LOCK_FILE) as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kill(workers)
+        wait_until_gone(workers)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

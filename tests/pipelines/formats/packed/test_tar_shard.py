@@ -47,7 +47,10 @@ def shard(tmp_path: Path) -> Path:
 def packed(tmp_path: Path) -> Path:
     """Eleven samples in four shards."""
     source = write_tiny(tmp_path / "npy", train=11, validation=1)
-    assert convert(source / "train", tmp_path / "packed" / "train", "packed", workers=1, a_shard=3) == 0
+    assert (
+        convert(source / "train", tmp_path / "packed" / "train", "packed", workers=1, samples_per_shard=3)
+        == 0
+    )
     return tmp_path / "packed"
 
 

@@ -1,0 +1,158 @@
+"""The folder that a conversion fills: opened for one job alone, and committed when it is complete.
+
+No function here removes a file of a sample except `remove_files`, which is for caches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, ListedFile, write_list
+from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
+from pipelines.dataset.open import list_folder
+from pipelines.errors import AccessError, DataError
+from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
+from pipelines.formats.registry import FORMATS
+from pipelines.io import LOCK_FILE, final_name, remove_temporaries
+from pipelines.sample import SampleSpec
+from preprocess.conversion.journal import is_journal, load_records, write_journal
+
+_REMEDY = "convert into a new folder, or remove this one"
+
+
+def open_target(
+    folder: Path,
+    format_name: str,
+    spec: SampleSpec,
+    entries: Collection[str],
+    samples: Collection[str],
+    samples_per_shard: int | None,
+) -> dict[str, Entry]:
+    """Open `folder` for a conversion; return its records of finished entries by name.
+
+    The folder must exist, and nobody else may write into it. Until `commit` it has no manifest. Samples that
+    were added to the source since an earlier run are accepted.
+
+    Args:
+        folder: The target folder.
+        format_name: Format of the entries, a key of FORMATS.
+        spec: Shape of the samples.
+        entries: Names of all entries that the conversion makes.
+        samples: IDs of all samples of the source.
+        samples_per_shard: Samples of each shard but the last; None without shards.
+
+    Raises:
+        DataError: The folder belongs to a conversion with other settings, or to one of a source with samples
+            that this source does not have; or it holds a file that no conversion recorded. Nothing has been
+            changed then.
+    """
+    state = load_records(folder, format_name, spec)
+    # A single shard may have been cut off by the end of the source; it shows a lower bound.
+    largest = max((len(entry.members) for entry in state.entries.values()), default=0)
+    recorded = state.samples_per_shard or max(largest, samples_per_shard or 0)
+    if recorded != (samples_per_shard or 0):
+        fault = f"holds shards of {recorded} samples, not {samples_per_shard}"
+        raise DataError(folder, fault, _REMEDY)
+    if missing := state.samples.difference(samples):
+        fault = f"is of a source with {min(missing)}, which this source does not have"
+        remedy = "restore it in the source, convert into a new folder, or remove this one"
+        raise DataError(folder, f"{fault} ({len(missing)} missing samples in all)", remedy)
+    for name, files in files_by_entry(folder, format_name).items():
+        if name not in entries:
+            raise DataError(folder, f"holds {files[0]}, which is not of this conversion", _REMEDY)
+        if not (state.entries or state.samples):
+            fault = f"holds {files[0]}, but no manifest or journal of the conversion that made it"
+            raise DataError(folder, fault, _REMEDY)
+    settings = {"samples_per_shard": samples_per_shard, "samples": list(samples)}
+    reopen(folder, format_name, spec, state.entries.values(), **settings)
+    return {name: entry for name, entry in state.entries.items() if entry.files}
+
+
+def reopen(
+    folder: Path, format_name: str, spec: SampleSpec, entries: Iterable[Entry], **settings: Any
+) -> None:
+    """Replace manifest, lists and journals by one journal with `entries`; remove temporary files."""
+    with _reporting(folder):
+        remove_temporaries(folder)
+        journal = write_journal(folder, format_name, spec, entries, **settings)
+        for name in list_folder(folder):
+            if _is_record(name) and name != journal.name:
+                (folder / name).unlink()
+
+
+def remove_files(folder: Path, format_name: str, names: Iterable[str]) -> None:
+    """Remove the files of the entries `names` from a folder that is a cache."""
+    with _reporting(folder):
+        for name in names:
+            for suffix in _suffixes(format_name):
+                (folder / (name + suffix)).unlink(missing_ok=True)
+
+
+def commit(folder: Path, format_name: str, spec: SampleSpec, entries: Sequence[Entry]) -> None:
+    """Write the list files and the manifest of `entries`, then remove the journals."""
+    sizes = {entry.name + file.suffix: file.bytes for entry in entries for file in entry.files}
+    for name, files in list_files(format_name, [entry.name for entry in entries]).items():
+        # Staging of compressed files needs their lengths beforehand.
+        sized = format_name == "tfrecord_gzip"
+        write_list(folder / name, (ListedFile(file, sizes[file] if sized else None) for file in files))
+    Manifest(format_name, spec, tuple(entries)).save(folder)
+    with _reporting(folder):
+        for name in filter(is_journal, list_folder(folder)):
+            (folder / name).unlink()
+
+
+def list_files(format_name: str, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the list files that go with the entries `names`, and the file names in each."""
+    lists = (
+        {LABEL_LIST: LABEL_SUFFIX, DATA_LIST: DATA_SUFFIX}
+        if format_name == "npy"
+        else {DATA_LIST: FORMATS[format_name].suffix}
+    )
+    return {name: [entry + suffix for entry in names] for name, suffix in lists.items()}
+
+
+def files_by_entry(folder: Path, format_name: str) -> dict[str, list[str]]:
+    """Return the files in `folder` by the name of their entry, without records, locks and temporary files.
+
+    A file that is not of `format_name` stands under its own name.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    suffixes = _suffixes(format_name)
+    for name in list_folder(folder):
+        # A temporary file of another program is not ours to remove.
+        final = final_name(name)
+        if (
+            name == LOCK_FILE
+            or _is_record(name)
+            or (final and (_is_record(final) or final.endswith(suffixes)))
+        ):
+            continue
+        suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), "")
+        found[name.removesuffix(suffix)].append(name)
+    return found
+
+
+def is_unfinished(name: str) -> bool:
+    """Return whether `name` is that of a file which only a killed writer leaves."""
+    return is_journal(name) or final_name(name) is not None
+
+
+def _is_record(name: str) -> bool:
+    return name in (MANIFEST, DATA_LIST, LABEL_LIST) or is_journal(name)
+
+
+def _suffixes(format_name: str) -> tuple[str, ...]:
+    return (*FORMATS[format_name].suffixes, *FORMATS[format_name].extra_suffixes)
+
+
+@contextmanager
+def _reporting(folder: Path) -> Iterator[None]:
+    """Raise AccessError of `folder` where the file system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise AccessError.writing(folder, error) from error
