@@ -1,4 +1,4 @@
-"""How samples are loaded."""
+"""Settings of the loader."""
 
 from __future__ import annotations
 

@@ -266,11 +266,11 @@ def make_decoder(split: SampleDataset, config: LoaderConfig, device: torch.devic
         ConfigError: `loader.gpu_direct` is set for another format than npy, or without a GPU.
     """
     if config.gpu_direct:
-        if split.format_name != Npy.name:
-            fault = f"requires npy samples, but {split.root} has {split.format_name}: convert or unset it"
+        if split.format_name != Npy.name or device.type != "cuda":
+            fault = (
+                f"requires npy samples and a GPU, not {split.format_name} samples on {device.type}: unset it"
+            )
             raise ConfigError("loader.gpu_direct", True, fault)
-        if device.type != "cuda":
-            raise ConfigError("loader.gpu_direct", True, "requires a GPU, but there is none: unset it")
         # A partition without samples has no file to read for its padding rows.
         if len(split):
             return FilesDecoder(split, config, device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,7 @@ from pipelines.plan import Indices, Ragged, RankSlice, plan_epoch
 from pipelines.sample import Batch
 
 
-@dataclass(frozen=True, slots=True)
-class _InFlightStep:
+class _InFlightStep(NamedTuple):
     """A step that is being read or decoded.
 
     Attributes:
@@ -154,10 +153,9 @@ class Loader:
             while len(self._decoding) < self._decoder.depth:
                 while len(self._reading) <= self._decoder.lookahead:
                     self._reading.append(self._start_reading(next(self._planned)))
+                step = self._reading[0]
+                self._decoder.submit([read.result()[1] for read in step.reads], step.upcoming)
                 self._decoding.append(self._reading.popleft())
-                newest = self._decoding[-1]
-                payloads = [read.result()[1] for read in newest.reads]
-                self._decoder.submit(payloads, newest.upcoming)
             volume = self._decoder.next(into)
         except RuntimeError:
             # DALI's errors name no file, and may concern a later step: read the samples again on the host.

@@ -39,8 +39,8 @@ class Reader:
     ) -> None:
         self.split = split
         self.skipped: dict[str, str] = {}
-        self._direct = direct_io
         self._skips = on_bad_sample == "skip"
+        self._payload = functools.partial(split.payload, fully_validate=self._skips, direct=direct_io)
 
     def sample(self, index: int) -> Sample | None:
         """Return sample `index`; None if it is skipped."""
@@ -84,9 +84,6 @@ class Reader:
         if self.split.sharded:
             return encode_payload(sample)
         return CountsPayload(sample.counts, sample.target)
-
-    def _payload(self, index: int) -> Payload:
-        return self.split.payload(index, fully_validate=self._skips, direct=self._direct)
 
     def _unless_damaged(self, index: int, read: Callable[[int], _Read]) -> _Read | None:
         """Return `read(index)`; None if it raises DataError and damaged samples are skipped."""

@@ -6,7 +6,6 @@ divided by their mean over the whole sample, all redshifts together.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import numpy.typing as npt
 from pipelines.sample import COUNT_LIMIT
 
 
-@functools.cache
 def lookup_table(*, apply_log: bool) -> npt.NDArray[np.float32]:
     """Return the value of each possible count, (COUNT_LIMIT,) float32, before any division by a mean.
 
