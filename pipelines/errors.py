@@ -34,16 +34,12 @@ class AccessError(DataError):
     @staticmethod
     def reading(path: str | os.PathLike[str], error: OSError) -> UnreadableError:
         """Return the error for `error`, raised while reading `path`."""
-        return UnreadableError(
-            path, f"cannot be read ({error.strerror})", "check the path and its permissions"
-        )
+        return UnreadableError(path, f"cannot be read ({error.strerror})", "check path and permissions")
 
     @staticmethod
     def writing(path: str | os.PathLike[str], error: OSError) -> AccessError:
         """Return the error for `error`, raised while writing `path`."""
-        return AccessError(
-            path, f"cannot be written ({error.strerror})", "check the free space and the permissions"
-        )
+        return AccessError(path, f"cannot be written ({error.strerror})", "check free space and permissions")
 
 
 class UnreadableError(AccessError):

@@ -66,7 +66,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         write: fills the open temporary file.
 
     Raises:
-        AccessError: the file system reports an error. Nothing is left then.
+        AccessError: the file system reports an error. No temporary file is left.
     """
     temporary = path.with_name(f".{path.name}.{secrets.randbits(48)}{TEMPORARY_SUFFIX}")
     try:
@@ -75,21 +75,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        # The rename is stored in the directory, which must be synced as well.
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
             raise AccessError.writing(path, error) from error
         raise
-    # The rename is stored in the directory, which must be synced as well.
-    try:
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise AccessError.writing(path, error) from error
 
 
 def write_chunks(path: Path, *chunks: bytes | memoryview) -> WrittenFile:
@@ -263,26 +260,22 @@ def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            end = os.fstat(descriptor).st_size if length is None else offset + length
+            start = offset // _BLOCK * _BLOCK
+            needed = end - start
+            # A memory map starts at a page. One more block than needed detects the end of the file.
+            with mmap.mmap(-1, (needed // _BLOCK + 1) * _BLOCK) as buffer, memoryview(buffer) as view:
+                filled = 0
+                while filled < needed and (count := os.preadv(descriptor, [view[filled:]], start + filled)):
+                    filled += count
+                return bytes(view[offset - start : min(filled, needed)])
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno == errno.EINVAL:
             return None
         raise
-    try:
-        end = os.fstat(descriptor).st_size if length is None else offset + length
-        start = offset // _BLOCK * _BLOCK
-        needed = end - start
-        # A memory map starts at a page. One more block than needed detects the end of the file.
-        with mmap.mmap(-1, (needed // _BLOCK + 1) * _BLOCK) as buffer, memoryview(buffer) as view:
-            filled = 0
-            while filled < needed and (count := os.preadv(descriptor, [view[filled:]], start + filled)):
-                filled += count
-            return bytes(view[offset - start : min(filled, needed)])
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return None
-        raise
-    finally:
-        os.close(descriptor)
 
 
 def raise_open_file_limit(count: int) -> int:

@@ -108,11 +108,8 @@ def check_counts(
 def check_target(path: str | os.PathLike[str], target: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Return `target` if it is valid for a `Sample`; otherwise raise DataError for `path`."""
     if target.shape != (len(PARAMETERS),) or target.dtype != np.float32:
-        raise DataError(
-            path,
-            f"the target is {target.dtype} of shape {target.shape}",
-            f"expected float32 of shape ({len(PARAMETERS)},)",
-        )
+        fault = f"the target is {target.dtype} of shape {target.shape}"
+        raise DataError(path, fault, f"expected float32 of shape ({len(PARAMETERS)},)")
     if not np.isfinite(target).all():
         raise DataError(path, f"the target is {target.tolist()}", "remove the sample or fix its target")
     return target

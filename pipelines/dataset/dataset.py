@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.errors import DataError
-from pipelines.formats.base import CountsPayload, Format, Payload
+from pipelines.formats.base import Format
 from pipelines.formats.npy import Npy, map_sample
 from pipelines.formats.packed.decode import open_packed
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat
 from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member
+from pipelines.formats.payload import CountsPayload, Payload
 from pipelines.formats.registry import FORMATS
 from pipelines.io import TarMember, read_file
 from pipelines.plan import Indices

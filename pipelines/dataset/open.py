@@ -101,11 +101,8 @@ def list_folder(folder: Path) -> list[str]:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries)
     except OSError as error:
-        raise AccessError(
-            folder,
-            f"cannot be listed ({error.strerror})",
-            f"give a folder of samples, or one that holds {' and '.join(SPLITS)}",
-        ) from error
+        remedy = f"give a folder of samples, or one that holds {' and '.join(SPLITS)}"
+        raise AccessError(folder, f"cannot be listed ({error.strerror})", remedy) from error
 
 
 def read_sample(path: Path) -> Sample:

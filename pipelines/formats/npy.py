@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import AccessError, DataError
-from pipelines.formats.base import CountsPayload
+from pipelines.formats.base import Format
+from pipelines.formats.payload import CountsPayload
 from pipelines.io import WrittenFile, read_file, write_chunks
 from pipelines.sample import Sample, SampleSpec, check_counts, check_target
 
@@ -29,13 +30,12 @@ DATA_SUFFIX, LABEL_SUFFIX = "_data.npy", "_label.npy"
 _REMEDY = "convert the sample again"
 
 
-class Npy:
+class Npy(Format):
     """The format; see the module."""
 
     name = "npy"
     suffix = DATA_SUFFIX
     suffixes = keys = (LABEL_SUFFIX, DATA_SUFFIX)
-    extra_suffixes = ()
 
     def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
         """Write the label, then the data, each atomically."""

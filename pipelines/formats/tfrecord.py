@@ -9,12 +9,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import crc32c
 from zlib_ng import zlib_ng
 
 from pipelines.errors import DataError
+from pipelines.formats.base import Format
 from pipelines.formats.tf_example import REMEDY, encode_example, parse_example
 from pipelines.io import WrittenFile, write_chunks
 from pipelines.sample import REDSHIFTS, Sample, SampleSpec, check_counts, check_target
@@ -40,19 +40,16 @@ _MAX_OVERHEAD_BYTES = 1 << 20
 _HEADER, _FOOTER = 12, 4
 
 
-class TFRecord(NamedTuple):
+class TFRecord(Format):
     """The format with (`compressed`) or without gzip around it."""
 
-    name: str
-    compressed: bool
-    suffix: str = TFRECORD_SUFFIX
-    suffixes: tuple[str, ...] = (TFRECORD_SUFFIX,)
-    keys: tuple[str, ...] = (TFRECORD_SUFFIX,)
+    suffix = TFRECORD_SUFFIX
+    suffixes = keys = (TFRECORD_SUFFIX,)
 
-    @property
-    def extra_suffixes(self) -> tuple[str, ...]:
-        """The index of a plain record."""
-        return () if self.compressed else (TFRECORD_SUFFIX + INDEX_SUFFIX,)
+    def __init__(self, name: str, *, compressed: bool) -> None:
+        self.name, self.compressed = name, compressed
+        # A plain record has an index.
+        self.extra_suffixes = () if compressed else (TFRECORD_SUFFIX + INDEX_SUFFIX,)
 
     def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
         """Write `<sample_id>.tfrecord`, after the index of a plain one.

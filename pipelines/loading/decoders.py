@@ -20,10 +20,10 @@ import torch
 
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import ConfigError
-from pipelines.formats.base import CountsPayload, Payload
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.decode import PackedSample
 from pipelines.formats.packed.gather_gpu import PackedArrays, arrays_of, gather
+from pipelines.formats.payload import CountsPayload, Payload
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.dali_graphs import counts_node, define_pipeline, files_node, packed_nodes
 from pipelines.loading.transforms import lookup_table

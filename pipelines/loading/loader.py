@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.formats.base import Payload
+from pipelines.formats.payload import Payload
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.decoders import OnRead, make_decoder
 from pipelines.loading.reader import Reader

@@ -11,8 +11,8 @@ import numpy as np
 
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import MAX_CONSECUTIVE_BAD, DataError
-from pipelines.formats.base import CountsPayload, Payload
 from pipelines.formats.packed.format import encode_payload
+from pipelines.formats.payload import CountsPayload, Payload
 from pipelines.sample import PARAMETERS, Sample
 
 OnBadSample: TypeAlias = Literal["fail", "skip"]

@@ -1,4 +1,4 @@
-"""Errors travel between ranks and processes, so they survive pickling."""
+"""Errors survive pickling, as they are sent between ranks and processes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from preprocess.conversion.task_result import DamagedSourceError
     "error",
     [
         UserError("no"),
-        DataError("/a", "is bad", "mend it"),
+        DataError("/a", "is bad", "fix it"),
         AccessError.reading("/a", OSError(5, "Input/output error")),
         ConfigError("key", 3, "too many"),
-        RankError(World(1, 2), DataError("/a", "is bad", "mend it")),
+        RankError(World(1, 2), DataError("/a", "is bad", "fix it")),
         DamagedSourceError(["/a: is bad", "/b: cannot be read"], {}),
         DamagedSourceError(["/a: cannot be read"], {"/a": "cannot be read"}),
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_error_that_was_sent_is_the_same(error: UserError) -> None:
+def test_errors_survive_pickling(error: UserError) -> None:
     sent = pickle.loads(pickle.dumps(error))
     assert type(sent) is type(error) and str(sent) == str(error)
     if isinstance(error, DamagedSourceError):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and one writer at a time in a folder."""
+"""Atomic writes, and the lock of a folder."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ import subprocess, sys, time
 from pathlib import Path
 from pipelines.io import locked
 
-with locked(Path(sys.argv[1]), lambda: None) as right:
-    print(subprocess.Popen(["sleep", "600"], pass_fds=[right], stdout=subprocess.DEVNULL).pid, flush=True)
+with locked(Path(sys.argv[1]), lambda: None) as descriptor:
+    child = subprocess.Popen(["sleep", "600"], pass_fds=[descriptor], stdout=subprocess.DEVNULL)
+    print(child.pid, flush=True)
     time.sleep(600)
 """
 
@@ -40,7 +41,7 @@ def refuse() -> None:
     raise InterruptedError("held")
 
 
-def test_writers_take_turns(tmp_path: Path) -> None:
+def test_the_lock_excludes_other_writers(tmp_path: Path) -> None:
     (tmp_path / "number").write_text("0")
     line = [sys.executable, "-c", COUNT, str(tmp_path), "300"]
     writers = [subprocess.Popen(line, cwd=ROOT, env=environment()) for _ in range(4)]
@@ -48,7 +49,7 @@ def test_writers_take_turns(tmp_path: Path) -> None:
     assert (tmp_path / "number").read_text() == "1200"
 
 
-def test_the_last_of_two_writers_of_one_file_wins(tmp_path: Path) -> None:
+def test_the_last_writer_of_a_file_wins(tmp_path: Path) -> None:
     def write(file: BinaryIO) -> None:
         write_chunks(tmp_path / "a", b"inner")
         assert (tmp_path / "a").read_bytes() == b"inner"
@@ -59,7 +60,7 @@ def test_the_last_of_two_writers_of_one_file_wins(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"outer"
 
 
-def test_the_right_goes_with_the_descriptor(tmp_path: Path) -> None:
+def test_a_child_with_the_descriptor_keeps_the_lock(tmp_path: Path) -> None:
     line = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -69,13 +70,13 @@ def test_the_right_goes_with_the_descriptor(tmp_path: Path) -> None:
         pass
     kill([child])
     wait_until_gone([child])
-    # The file that is left over holds nothing.
+    # The leftover file is not locked.
     assert (tmp_path / LOCK_FILE).exists()
     with locked(tmp_path, refuse):
         pass
 
 
-def test_whoever_may_write_into_the_folder_may_lock_it(tmp_path: Path) -> None:
+def test_the_lock_file_has_the_permissions_of_the_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o775)
     with locked(tmp_path, refuse):
         assert (tmp_path / LOCK_FILE).stat().st_mode & 0o777 == 0o664

@@ -20,13 +20,11 @@ import numpy.typing as npt
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.packed.gather_cpu import gather_rows
 from pipelines.formats.packed.header import (
-    BLOCK_ENTRY,
     BYTE_SUM_MODULUS,
-    CRC_OFFSET,
     HEADER,
-    MAX_LZ4_RATIO,
     Header,
     aligned,
+    read_directory,
     read_header,
 )
 from pipelines.formats.packed.lz4 import FRAME_BLOCK_BYTES, REMEDY, inflate, inflate_many
@@ -146,16 +144,8 @@ def open_packed(
     if spec is not None and header.spec != spec:
         fault = f"counts have shape {header.spec.shape}"
         raise DataError(path, fault, f"the other samples have {spec.shape}: remove it")
-    if len(view) < header.chunks_start:
-        fault = f"is cut off: {len(view)} bytes, and its chunks start at {header.chunks_start}"
-        raise DataError(path, fault, REMEDY)
-    crc = crc32c.crc32c(view[CRC_OFFSET + 4 : header.chunks_start], crc32c.crc32c(view[:CRC_OFFSET]))
-    if crc != header.crc:
-        raise DataError(path, "the CRC of its header is wrong", REMEDY)
-    entries = np.frombuffer(view, BLOCK_ENTRY, header.blocks, HEADER.size).reshape(-1, header.planes)
-    sizes, crcs = entries["bytes"].astype(np.int64), entries["crc32c"].astype(np.int64)
-    if (sizes * MAX_LZ4_RATIO < header.chunk_voxels).any():
-        raise DataError(path, "a chunk is too short for its inflated length", REMEDY)
+    directory = read_directory(path, view, header)
+    sizes, crcs = directory["bytes"].astype(np.int64), directory["crc32c"].astype(np.int64)
     ends = header.chunks_start + np.cumsum(aligned(sizes))
     if len(view) != ends[-1] and not without_chunks:
         raise DataError(path, f"has {len(view)} bytes; its chunks end at {ends[-1]}", REMEDY)

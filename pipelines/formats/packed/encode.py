@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 import crc32c
@@ -10,16 +9,8 @@ import lz4.block
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.formats.packed.header import (
-    ALIGN,
-    BLOCK_ENTRY,
-    BYTE_SUM_MODULUS,
-    CRC_OFFSET,
-    HEADER,
-    MAGIC,
-    VERSION,
-)
-from pipelines.sample import Sample
+from pipelines.formats.packed.header import BLOCK_ENTRY, BYTE_SUM_MODULUS, Header, padded
+from pipelines.sample import Sample, SampleSpec
 
 CHUNK_VOXELS = 65536
 """Voxels of a chunk, so bytes of each of its planes, at most; but a chunk has at least one D-slice."""
@@ -48,18 +39,15 @@ def encode(sample: Sample, *, level: int = LZ4_LEVEL, slices: int | None = None)
     planes = max(1, -(-(len(table) - 1).bit_length() // 8))
     chunks = rows.astype("<u4").reshape(size // slices, -1).view(np.uint8).reshape(size // slices, -1, 4)
     blocks = [_compress(chunk[:, plane], level) for chunk in chunks for plane in range(planes)]
-    table_bytes = table.astype("<i2").view(np.uint8).reshape(len(table), channels, 2).transpose(2, 1, 0)
-    packed_table = _compress(table_bytes, level)
-    padded = [_pad(block) for block in blocks]
-    lengths_and_crcs = [(len(block), crc32c.crc32c(pad)) for block, pad in zip(blocks, padded, strict=True)]
-    directory = np.array(lengths_and_crcs, BLOCK_ENTRY).tobytes()
-    fields = (MAGIC, VERSION, size, channels, slices, planes, len(table), len(packed_table))
-    sums = crc32c.crc32c(b"".join(padded)), 0, int(chunks.sum(dtype=np.uint64)) % BYTE_SUM_MODULUS
-    header = HEADER.pack(*fields, *sample.target.tolist(), *sums)
-    rest = header[CRC_OFFSET + 4 :] + _pad(directory) + _pad(packed_table)
-    crc = crc32c.crc32c(rest, crc32c.crc32c(header[:CRC_OFFSET]))
-    yield header[:CRC_OFFSET] + struct.pack("<I", crc) + rest
-    yield from padded
+    table_planes = table.astype("<i2").view(np.uint8).reshape(len(table), channels, 2).transpose(2, 1, 0)
+    table_block = _compress(table_planes, level)
+    content = [padded(block) for block in blocks]
+    directory = [(len(block), crc32c.crc32c(whole)) for block, whole in zip(blocks, content, strict=True)]
+    sums = crc32c.crc32c(b"".join(content)), 0, int(chunks.sum(dtype=np.uint64)) % BYTE_SUM_MODULUS
+    lengths = len(table), len(table_block)
+    header = Header(SampleSpec(size, channels), slices, planes, *lengths, sample.target, *sums)
+    yield header.pack(np.array(directory, BLOCK_ENTRY), table_block)
+    yield from content
 
 
 def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
@@ -84,8 +72,3 @@ def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.
 def _compress(content: npt.NDArray[np.uint8], level: int) -> bytes:
     mode = {"mode": "high_compression", "compression": level} if level else {"mode": "default"}
     return bytes(lz4.block.compress(content.tobytes(), store_size=False, **mode))
-
-
-def _pad(content: bytes) -> bytes:
-    """Return `content`, padded with zeros to a multiple of ALIGN."""
-    return content + bytes(-len(content) % ALIGN)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.errors import DataError
+from pipelines.formats.base import Format
 from pipelines.formats.packed.decode import PackedSample, open_packed
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.tar_shard import INDEX_SUFFIX, SHARD_SUFFIX, read_members, write_shard
@@ -16,7 +17,7 @@ MEMBER_SUFFIX = ".packed"
 """Suffix of a member's name; the rest of it is the sample id."""
 
 
-class PackedFormat:
+class PackedFormat(Format):
     """Samples as members `<sample_id>.packed` of shards; `write` makes a shard of one, `<sample_id>.tar`."""
 
     name = "packed"

@@ -34,12 +34,11 @@ def gather_rows(
     Returns:
         None; or if a row index is beyond the table, a voxel with the highest one, and that index.
     """
-    if not (out.flags.carray and table.flags.c_contiguous and out.dtype == table.dtype):
-        raise ValueError("the table and the output must be contiguous and of one dtype")
-    if out.shape[1:] != table.shape[1:]:
-        raise ValueError(f"the table has rows of {table.shape[1:]}, and the output of {out.shape[1:]}")
+    contiguous = out.flags.carray and table.flags.c_contiguous
+    if not contiguous or out.dtype != table.dtype or out.shape[1:] != table.shape[1:]:
+        raise ValueError("table and output must be contiguous, of one dtype and of equal rows")
     if any(len(plane) != len(out) for plane in planes):
-        raise ValueError(f"{len(out)} voxels, and planes of {[len(plane) for plane in planes]}")
+        raise ValueError(f"{len(out)} voxels, but planes of {[len(plane) for plane in planes]} bytes")
     if _compiled is None or table[:1].nbytes != _ITEM or out.ctypes.data % _ITEM:
         return _gather_numpy(planes, table, out)
     source, target = table.ctypes.data, out.ctypes.data

@@ -31,13 +31,7 @@ def arrays_of(batch: Sequence[PackedSample]) -> PackedArrays:
 
 
 def gather(
-    blocks: torch.Tensor,
-    table: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    planes: int,
-    byte_sum: int,
-    by_mean: bool,
+    blocks: torch.Tensor, table: torch.Tensor, out: torch.Tensor, *, planes: int, byte_sum: int, by_mean: bool
 ) -> None:
     """Write each voxel's values into `out`.
 

@@ -1,11 +1,12 @@
-"""The header of a packed sample; docs/packed.md has the layout."""
+"""The header and the directory of a packed sample; docs/packed.md has the layout."""
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import crc32c
 import numpy as np
 import numpy.typing as npt
 
@@ -13,19 +14,19 @@ from pipelines.errors import DataError
 from pipelines.formats.packed.lz4 import REMEDY
 from pipelines.sample import SampleSpec
 
-VERSION = 2
-MAGIC = b"CFPACKED"
 HEADER = struct.Struct("<8s7I4fIII")
-CRC_OFFSET = 56
+_VERSION = 2
+_MAGIC = b"CFPACKED"
+_CRC_OFFSET = 56
 """Position of the header's own CRC, which covers everything around it up to the first chunk."""
 
 BYTE_SUM_MODULUS = 1 << 32
 """Modulus of the sum of all inflated bytes."""
 
 BLOCK_ENTRY = np.dtype([("bytes", "<u4"), ("crc32c", "<u4")])
-ALIGN = 16
+_ALIGN = 16
 _MAX_PLANES = 4
-MAX_LZ4_RATIO = 255
+_MAX_LZ4_RATIO = 255
 """The most that LZ4 compresses, which bounds the memory that a damaged header can ask for."""
 
 _Length = TypeVar("_Length", int, npt.NDArray[np.int64])
@@ -76,13 +77,27 @@ class Header(NamedTuple):
         """Offset of the first chunk."""
         return aligned(self.table_start + self.table_bytes)
 
+    def pack(self, directory: npt.NDArray[Any], table: bytes) -> bytes:
+        """Return the bytes before the first chunk; `crc` is computed.
+
+        Args:
+            directory: (blocks,) BLOCK_ENTRY.
+            table: the compressed table.
+        """
+        numbers = (self.spec.size, self.spec.channels, self.slices, self.planes, self.rows, self.table_bytes)
+        sums = (self.chunks_crc, 0, self.byte_sum)
+        fields = HEADER.pack(_MAGIC, _VERSION, *numbers, *self.target.tolist(), *sums)
+        rest = fields[_CRC_OFFSET + 4 :] + padded(directory.tobytes()) + padded(table)
+        crc = crc32c.crc32c(rest, crc32c.crc32c(fields[:_CRC_OFFSET]))
+        return fields[:_CRC_OFFSET] + struct.pack("<I", crc) + rest
+
 
 def read_header(path: Path, content: memoryview) -> Header:
     """Parse the header at the start of `content`; DataError if it is not one of this version."""
-    if bytes(content[:8]) != MAGIC[: len(content)] or not content:
+    if bytes(content[:8]) != _MAGIC[: len(content)] or not content:
         raise DataError(path, "is not a packed sample", REMEDY)
-    if len(content) >= 12 and (version := struct.unpack_from("<I", content, 8)[0]) != VERSION:
-        raise DataError(path, f"is a packed sample of version {version}, not {VERSION}", REMEDY)
+    if len(content) >= 12 and (version := struct.unpack_from("<I", content, 8)[0]) != _VERSION:
+        raise DataError(path, f"is a packed sample of version {version}, not {_VERSION}", REMEDY)
     if len(content) < HEADER.size:
         raise DataError(path, f"is cut off after {len(content)} bytes", REMEDY)
     _, _, *numbers, chunks_crc, crc, byte_sum = HEADER.unpack_from(content)
@@ -94,7 +109,7 @@ def read_header(path: Path, content: memoryview) -> Header:
         and size % slices == 0
         and 0 < planes <= _MAX_PLANES
         and 0 < rows <= min(size**3, 1 << 8 * planes)
-        and rows * channels * 2 <= table_bytes * MAX_LZ4_RATIO
+        and rows * channels * 2 <= table_bytes * _MAX_LZ4_RATIO
     )
     if not valid:
         raise DataError(path, f"its header is not valid ({numbers[:6]})", REMEDY)
@@ -102,6 +117,29 @@ def read_header(path: Path, content: memoryview) -> Header:
     return Header(spec, slices, planes, rows, table_bytes, floats, chunks_crc, crc, byte_sum)
 
 
+def read_directory(path: Path, content: memoryview, header: Header) -> npt.NDArray[Any]:
+    """Return the directory of the LZ4 blocks, (chunks, planes) BLOCK_ENTRY.
+
+    Raises:
+        DataError: `content` is damaged before the first chunk, or a block cannot have its inflated length.
+    """
+    if len(content) < header.chunks_start:
+        fault = f"is cut off: {len(content)} bytes, and its chunks start at {header.chunks_start}"
+        raise DataError(path, fault, REMEDY)
+    crc = crc32c.crc32c(content[:_CRC_OFFSET])
+    if crc32c.crc32c(content[_CRC_OFFSET + 4 : header.chunks_start], crc) != header.crc:
+        raise DataError(path, "the CRC of its header is wrong", REMEDY)
+    directory = np.frombuffer(content, BLOCK_ENTRY, header.blocks, HEADER.size)
+    if (directory["bytes"].astype(np.int64) * _MAX_LZ4_RATIO < header.chunk_voxels).any():
+        raise DataError(path, "a chunk is too short for its inflated length", REMEDY)
+    return directory.reshape(-1, header.planes)
+
+
+def padded(content: bytes) -> bytes:
+    """Return `content`, padded with zeros to the alignment."""
+    return content + bytes(-len(content) % _ALIGN)
+
+
 def aligned(length: _Length) -> _Length:
     """Return `length` with the padding that follows."""
-    return length + -length % ALIGN
+    return length + -length % _ALIGN

@@ -1,4 +1,4 @@
-"""Data folders: recognised by looking, in the right order, and refused by name."""
+"""Data folders: detected by format, opened in the right order, and refused by name."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from helpers import tiny_sample, write_tiny
 from pipelines.dataset.file_lists import ListedFile, read_list, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import open_folder, open_split, read_sample, split_dirs
-from pipelines.errors import DataError
+from pipelines.errors import AccessError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SampleSpec
 
 
-@pytest.mark.parametrize("format_name", sorted(FORMATS))
-def test_the_format_is_recognised(format_name: str, tmp_path: Path) -> None:
-    split = open_split(write_tiny(tmp_path / "data", train=3, validation=1, format_name=format_name), "train")
-    assert (split.format_name, len(split), split.spec) == (format_name, 3, SampleSpec(16))
-    assert [split.sample_id(index) for index in range(3)] == [
-        f"universe_000{index}_000" for index in range(3)
-    ]
+def test_the_format_is_detected(tmp_path: Path) -> None:
+    for name in FORMATS:
+        split = open_split(write_tiny(tmp_path / name, train=3, validation=1, format_name=name), "train")
+        assert (split.format_name, len(split), split.spec) == (name, 3, SampleSpec(16))
+        assert [split.sample_id(index) for index in range(3)] == [
+            f"universe_000{index}_000" for index in range(3)
+        ]
 
 
-def test_the_list_files_decide_which_samples_and_in_which_order(tmp_path: Path) -> None:
+def test_list_files_select_and_order_the_samples(tmp_path: Path) -> None:
     root = write_tiny(tmp_path / "data", train=4, validation=1)
     chosen = [f"universe_000{index}_000" for index in (2, 0, 3)]
     for kind in ("data", "label"):
@@ -34,25 +34,24 @@ def test_the_list_files_decide_which_samples_and_in_which_order(tmp_path: Path) 
     assert [split.sample_id(index) for index in range(len(split))] == chosen
 
 
-@pytest.mark.parametrize(
-    ("data", "label", "said"),
-    [
-        ("universe_0009_000_data.npy\n", None, "universe_0009_000"),
-        ("universe_0001_000_data.npy\n" * 2, None, "twice"),
-        ("universe_0001_000_data.npy\n", "universe_0002_000_label.npy\n", "files_label.lst"),
-    ],
-)
-def test_lists_that_do_not_fit_are_refused(data: str, label: str | None, said: str, tmp_path: Path) -> None:
-    root = write_tiny(tmp_path / "data", train=4, validation=1)
-    (root / "train" / "files_data.lst").write_text(data)
-    if label:
-        (root / "train" / "files_label.lst").write_text(label)
-    with pytest.raises(DataError, match=said):
-        open_split(root, "train")
+def test_lists_that_do_not_match_the_files_are_refused(tmp_path: Path) -> None:
+    train = write_tiny(tmp_path / "data", train=4, validation=1) / "train"
+    for data, label, message in (
+        ("universe_0009_000_data.npy\n", "", "lists universe_0009_000_data.npy, which does not exist"),
+        ("universe_0001_000_data.npy\n" * 2, "", "lists a file twice"),
+        ("\n", "", "is empty"),
+        ("universe_0001_000_data.npy\n", "universe_0002_000_label.npy\n", "does not list the labels"),
+    ):
+        (train / "files_data.lst").write_text(data)
+        if label:
+            (train / "files_label.lst").write_text(label)
+        with pytest.raises(DataError, match=message) as raised:
+            open_folder(train)
+        assert raised.value.path == str(train / ("files_label.lst" if label else "files_data.lst"))
 
 
 @pytest.mark.parametrize("format_name", ["npy", "tfrecord_gzip"])
-def test_a_name_may_have_blanks(format_name: str, tmp_path: Path) -> None:
+def test_names_may_contain_blanks(format_name: str, tmp_path: Path) -> None:
     for name in ("a b 12", " c", "d"):
         FORMATS[format_name].write(tmp_path, name, tiny_sample(1))
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
@@ -67,9 +66,10 @@ def test_a_name_may_have_blanks(format_name: str, tmp_path: Path) -> None:
     assert [split.sample_id(index) for index in range(3)] == [" c", "a b 12", "d"]
 
 
-def test_what_is_no_data_folder_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be listed"):
+def test_folders_without_usable_samples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AccessError, match="cannot be listed") as raised:
         open_split(tmp_path, "train")
+    assert raised.value.path == str(tmp_path / "train")
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match="holds no samples"):
         open_split(tmp_path, "train")
@@ -84,25 +84,26 @@ def test_what_is_no_data_folder_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a\udcff", "a\nb"])
-def test_a_name_that_no_list_can_hold_is_refused(name: str, tmp_path: Path) -> None:
+def test_names_that_lists_cannot_hold_are_refused(name: str, tmp_path: Path) -> None:
     FORMATS["tfrecord"].write(tmp_path, name, tiny_sample(0))
     with pytest.raises(DataError, match="give it a name that lists can hold") as raised:
         open_folder(tmp_path)
     assert str(raised.value).isprintable()
 
 
-def test_a_folder_has_splits_or_samples_and_not_both(tmp_path: Path) -> None:
+def test_a_folder_with_splits_and_samples_is_refused(tmp_path: Path) -> None:
     root = write_tiny(tmp_path / "data", train=1, validation=1)
     assert split_dirs(root) == ["train", "validation"]
     assert split_dirs(root / "train") == ["."]
     write_tiny(tmp_path / "more", train=1, validation=1, format_name="tfrecord")
     (sample,) = (tmp_path / "more" / "train").glob("*.tfrecord")
     sample.rename(root / "x.tfrecord")
-    with pytest.raises(DataError, match=r"data: holds x.tfrecord beside train and validation; give one"):
+    with pytest.raises(DataError, match=r"holds x.tfrecord beside train and validation") as raised:
         split_dirs(root)
+    assert raised.value.path == str(root)
 
 
-def test_temporary_files_of_a_writer_are_no_samples(tmp_path: Path) -> None:
+def test_temporary_files_are_not_samples(tmp_path: Path) -> None:
     root = write_tiny(tmp_path / "data", train=2, validation=1)
     (root / "train" / ".universe_0009_000_data.npy.77.tmp").write_bytes(b"half")
     assert len(open_split(root, "train")) == 2
@@ -113,25 +114,25 @@ def test_two_kinds_of_tfrecord_in_one_folder_are_refused(tmp_path: Path) -> None
         root = write_tiny(tmp_path / first, train=1, validation=1, format_name=first)
         FORMATS[second].write(root / "train", "z", tiny_sample(1))
         split = open_split(root, "train")
-        with pytest.raises(DataError, match=r"z\.tfrecord.*use one folder for each kind"):
+        with pytest.raises(DataError, match="use one folder for each kind") as raised:
             split.read(1)
+        assert raised.value.path == str(root / "train" / "z.tfrecord")
 
 
-def test_a_name_of_no_format_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_no_known_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no known format"):
         read_sample(tmp_path / "a.hdf5")
 
 
-@pytest.mark.parametrize("number", [-1, 10**30])
-def test_numbers_that_no_file_has_are_refused(number: int, tmp_path: Path) -> None:
-    written = FORMATS["packed"].write(tmp_path, "a", tiny_sample(1))
-    for wrong in (
-        [file._replace(bytes=number) for file in written],
-        [file._replace(members=tuple(m._replace(offset=number) for m in file.members)) for file in written],
-    ):
-        Manifest("packed", SampleSpec(16), (Entry.from_written("a", wrong),)).save(tmp_path)
-        with pytest.raises(DataError, match="is not valid"):
-            open_folder(tmp_path)
+def test_numbers_out_of_range_in_a_manifest_are_refused(tmp_path: Path) -> None:
+    index, shard = FORMATS["packed"].write(tmp_path, "a", tiny_sample(1))
+    for number in (-1, 10**30):
+        moved = tuple(member._replace(offset=number) for member in shard.members)
+        for wrong in (shard._replace(bytes=number), shard._replace(members=moved)):
+            Manifest("packed", SampleSpec(16), (Entry.from_written("a", (index, wrong)),)).save(tmp_path)
+            with pytest.raises(DataError, match="the line after 0 samples is not valid") as raised:
+                open_folder(tmp_path)
+            assert raised.value.path == str(tmp_path / MANIFEST)
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:

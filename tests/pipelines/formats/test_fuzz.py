@@ -1,10 +1,9 @@
-"""Damaged files at random: the readers refuse them, or read what independent decoders read.
+"""Randomly damaged files: the readers refuse them, or read what independent decoders read.
 
 The oracles are Python's gzip and tarfile, numpy.load, Google's protobuf with TensorFlow's message
-types, and `packed_book`; lists and manifests must be again what they are when written and read.
-TFRecords, packed samples and tar headers get sound checksums around damage, or the parsers behind
-those would see none.
-FUZZ_SECONDS sets how long each kind of file is tried; 3 in `make test-all`.
+types, and `reference_packed_reader`. Lists and manifests must not change when written and read again.
+TFRecords, packed samples and tar headers get valid checksums around the damage, so that it reaches the
+parsers. FUZZ_SECONDS sets the time for each kind of file; 3 in `make test-all`.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from pathlib import Path
 import crc32c
 import h5py
 import numpy as np
-import packed_book
 import pytest
+import reference_packed_reader as reference
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 from helpers import tiny_sample
 
@@ -43,12 +42,12 @@ from pipelines.sample import Sample, SampleSpec
 from preprocess.conversion.hdf5_task import crops, universe_shape
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
-FEWEST = 1500
-"""Files of each kind, however slow the machine is today: enough for the counts that the tests ask for."""
+MIN_FILES = 1500
+"""Files of each kind on a slow machine too: enough for the counts that the tests require."""
 
 
 def example_type() -> type[message.Message]:
-    """tensorflow.Example, as tensorflow/core/example/{example,feature}.proto define it."""
+    """Return tensorflow.Example as defined by tensorflow/core/example/{example,feature}.proto."""
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tensorflow", syntax="proto3")
     kinds = descriptor_pb2.FieldDescriptorProto
 
@@ -88,7 +87,7 @@ EXAMPLE = example_type()
 
 
 def mutated(data: bytes, chance: random.Random, near: int) -> bytes:
-    """`data` with one to three damages, mostly within `near` bytes of its ends."""
+    """Return `data` with one to three damages, mostly within `near` bytes of its ends."""
     broken = bytearray(data)
     for _ in range(chance.randint(1, 3)):
         if not broken:
@@ -114,7 +113,7 @@ def mutated(data: bytes, chance: random.Random, near: int) -> bytes:
 
 
 def by_protobuf(record: bytes) -> Sample:
-    """What Google's decoder finds in `record`; raises where it finds no sample."""
+    """Return the sample that Google's decoder finds in `record`; raise if there is none."""
     example = EXAMPLE.FromString(record)
     features = example.features.feature
     (counts,), target = features["x"].bytes_list.value, features["y"].float_list.value
@@ -125,15 +124,15 @@ def by_protobuf(record: bytes) -> Sample:
 
 
 def by_numpy(data: bytes, label: bytes) -> Sample:
-    """What numpy.load finds."""
+    """Return the sample that numpy.load reads."""
     return Sample(*(np.load(io.BytesIO(content), allow_pickle=False) for content in (data, label)))
 
 
 def fuzz(path: Path, write: Callable[[random.Random], Callable[[], Sample]]) -> tuple[int, int]:
-    """Write files with `write` and read `path` until the time is up; how many were read, and refused."""
+    """Write files with `write` and read `path` for SECONDS; return how many were read and refused."""
     chance, read, refused = random.Random(11), 0, 0
     deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline or read + refused < FEWEST:
+    while time.monotonic() < deadline or read + refused < MIN_FILES:
         oracle = write(chance)
         start = time.monotonic()
         try:
@@ -143,7 +142,7 @@ def fuzz(path: Path, write: Callable[[random.Random], Callable[[], Sample]]) -> 
             refused += 1
             continue
         finally:
-            assert time.monotonic() - start < 5, "a damaged file took its time"
+            assert time.monotonic() - start < 5, "reading a damaged file took too long"
         expected = oracle()
         np.testing.assert_array_equal(found.counts, expected.counts)
         np.testing.assert_array_equal(found.target, expected.target)
@@ -154,29 +153,29 @@ def fuzz(path: Path, write: Callable[[random.Random], Callable[[], Sample]]) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_records_with_sound_crcs(tmp_path: Path) -> None:
-    whole, path = encode_example(tiny_sample(1, size=2)), tmp_path / "a.tfrecord"
+    original, path = encode_example(tiny_sample(1, size=2)), tmp_path / "a.tfrecord"
 
     def write(chance: random.Random) -> Callable[[], Sample]:
-        record = mutated(whole, chance, near=32)
+        record = mutated(original, chance, near=32)
         path.write_bytes(frame(record))
         return lambda: by_protobuf(record)
 
     read, refused = fuzz(path, write)
-    # Damage in the counts leaves a legal record, damage around them mostly does not.
+    # Damage in the counts leaves a valid record, damage around them mostly does not.
     assert read > 20 and refused > 20
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_containers(tmp_path: Path) -> None:
-    whole, path = frame(encode_example(tiny_sample(1, size=2))), tmp_path / "a.tfrecord"
+    original, path = frame(encode_example(tiny_sample(1, size=2))), tmp_path / "a.tfrecord"
 
     def write(chance: random.Random) -> Callable[[], Sample]:
-        content = mutated(whole, chance, near=16)
+        content = mutated(original, chance, near=16)
         path.write_bytes(content)
 
         def oracle() -> Sample:
-            assert content == whole, "a CRC that is wrong was taken for right"
+            assert content == original, "a wrong CRC was accepted"
             return by_protobuf(content[12:-4])
 
         return oracle
@@ -187,18 +186,18 @@ def test_containers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_gzip_streams(tmp_path: Path) -> None:
-    whole, path = gzip.compress(frame(encode_example(tiny_sample(1, size=2)))), tmp_path / "gzip.tfrecord"
+    original, path = gzip.compress(frame(encode_example(tiny_sample(1, size=2)))), tmp_path / "gzip.tfrecord"
 
     def write(chance: random.Random) -> Callable[[], Sample]:
-        content = mutated(whole, chance, near=12)
+        content = mutated(original, chance, near=12)
         if chance.random() < 0.2 and len(content) > 18:
-            # With a trailer that agrees, so that the record behind it is looked at.
-            inflated = zlib.decompressobj(-15).decompress(whole[10:])
+            # With a matching trailer, so that the record is parsed.
+            inflated = zlib.decompressobj(-15).decompress(original[10:])
             cut = chance.randrange(len(inflated))
             content = gzip.compress(inflated[:cut] + inflated[cut + 1 :])
         elif chance.random() < 0.2:
-            # The length in the trailer lies.
-            content = whole[:-4] + struct.pack(
+            # With a wrong length in the trailer.
+            content = original[:-4] + struct.pack(
                 "<I", chance.choice([0, 1, 2**31, 2**32 - 1, chance.randrange(2**20)])
             )
         path.write_bytes(content)
@@ -212,10 +211,10 @@ def test_gzip_streams(tmp_path: Path) -> None:
 def test_npy_pairs(tmp_path: Path) -> None:
     path, label = tmp_path / "a_data.npy", tmp_path / "a_label.npy"
     FORMATS["npy"].write(tmp_path, "a", tiny_sample(1, size=2))
-    whole = path.read_bytes(), label.read_bytes()
+    original = path.read_bytes(), label.read_bytes()
 
     def write(chance: random.Random) -> Callable[[], Sample]:
-        data, target = whole
+        data, target = original
         if chance.random() < 0.7:
             data = mutated(data, chance, near=128)
         else:
@@ -231,23 +230,23 @@ def test_npy_pairs(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_packed_samples_with_sound_checksums(tmp_path: Path) -> None:
-    whole, path = b"".join(encode(tiny_sample(1, size=4), slices=2)), tmp_path / "a.tar"
+    original, path = b"".join(encode(tiny_sample(1, size=4), slices=2)), tmp_path / "a.tar"
 
     def write(chance: random.Random) -> Callable[[], Sample]:
-        content = with_checksums(mutated(whole, chance, near=160))
+        content = with_checksums(mutated(original, chance, near=160))
         write_shard(path, [(f"a{MEMBER_SUFFIX}", [content])])
         clear_handle_cache()
-        return lambda: Sample(*packed_book.read(content))
+        return lambda: Sample(*reference.read(content))
 
     read, refused = fuzz(path, write)
     assert read > 20 and refused > 20
 
 
-def tried(attempt: Callable[[random.Random], None]) -> tuple[int, int]:
-    """Call `attempt` until the time is up; how often it went well, and how often it refused."""
+def repeat(attempt: Callable[[random.Random], None]) -> tuple[int, int]:
+    """Call `attempt` for SECONDS; return how often it passed and how often it refused."""
     chance, well, refused = random.Random(12), 0, 0
     deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline or well + refused < FEWEST:
+    while time.monotonic() < deadline or well + refused < MIN_FILES:
         start = time.monotonic()
         try:
             attempt(chance)
@@ -255,7 +254,7 @@ def tried(attempt: Callable[[random.Random], None]) -> tuple[int, int]:
         except DataError as error:
             assert "\n" not in str(error)
             refused += 1
-        assert time.monotonic() - start < 5, "a damaged file took its time"
+        assert time.monotonic() - start < 5, "reading a damaged file took too long"
     return well, refused
 
 
@@ -264,12 +263,12 @@ def tried(attempt: Callable[[random.Random], None]) -> tuple[int, int]:
 def test_tar_headers(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     write_shard(path, [(f"{name}{MEMBER_SUFFIX}", [bytes(700)]) for name in "abc"])
-    whole = path.read_bytes()
+    original = path.read_bytes()
 
     def attempt(chance: random.Random) -> None:
-        content = bytearray(whole)
+        content = bytearray(original)
         at = chance.choice([0, 1536, 3072])
-        header = mutated(whole[at : at + 512], chance, near=512)[:512].ljust(512, b"\0")
+        header = mutated(original[at : at + 512], chance, near=512)[:512].ljust(512, b"\0")
         if chance.random() < 0.3:
             # A length in base 256, of either sign.
             header = header[:124] + chance.choice([b"\x80", b"\xff"]) + chance.randbytes(11) + header[136:]
@@ -283,7 +282,7 @@ def test_tar_headers(tmp_path: Path) -> None:
         if all(member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) for member in expected):
             assert list(found) == [(member.name, member.offset_data, member.size) for member in expected]
 
-    well, refused = tried(attempt)
+    well, refused = repeat(attempt)
     assert well > 20 and refused > 20
 
 
@@ -292,17 +291,17 @@ def test_tar_headers(tmp_path: Path) -> None:
 def test_lists(tmp_path: Path) -> None:
     path, again = tmp_path / "files_data.lst", tmp_path / "again.lst"
     write_list(path, [ListedFile(f"a {index}.tfrecord", 7 * index) for index in range(9)])
-    whole = path.read_bytes()
+    original = path.read_bytes()
 
     def attempt(chance: random.Random) -> None:
-        path.write_bytes(mutated(whole, chance, near=64))
+        path.write_bytes(mutated(original, chance, near=64))
         found = read_list(path)
         assert all(entry.name for entry in found)
         write_list(again, found)
         assert read_list(again) == found
 
-    # Most of what can be in a list is a name.
-    well, refused = tried(attempt)
+    # Almost any text is a valid name in a list.
+    well, refused = repeat(attempt)
     assert well > 20 and refused > 0
 
 
@@ -320,10 +319,10 @@ def test_manifests(format_name: str, tmp_path: Path) -> None:
         for index in range(3)
     ]
     Manifest(format_name, SampleSpec(2), tuple(entries)).save(folder)
-    whole = (folder / MANIFEST).read_bytes()
+    original = (folder / MANIFEST).read_bytes()
 
     def attempt(chance: random.Random) -> None:
-        (folder / MANIFEST).write_bytes(mutated(whole, chance, near=120))
+        (folder / MANIFEST).write_bytes(mutated(original, chance, near=120))
         found = Manifest.load(folder)
         assert found is not None
         found.save(again)
@@ -331,10 +330,10 @@ def test_manifests(format_name: str, tmp_path: Path) -> None:
         split = open_folder(folder)
         for index in range(len(split)):
             with contextlib.suppress(DataError):
-                # Nothing but a sample: the manifest may name another one, but vouches for none.
+                # A sample, or DataError: the manifest may name another file.
                 split.read(index)
 
-    well, refused = tried(attempt)
+    well, refused = repeat(attempt)
     assert well > 20 and refused > 20
 
 
@@ -344,23 +343,22 @@ def test_universes(tmp_path: Path) -> None:
     path, size = tmp_path / "u.hdf5", 4
     with h5py.File(path, "w") as file:
         file["full"], file["unitPar"] = np.ones((size, size, size, 4), np.int16), np.zeros(4)
-    whole = path.read_bytes()
-    assert len(whole) < 4096
+    original = path.read_bytes()
+    assert len(original) < 4096
 
     def attempt(chance: random.Random) -> None:
-        # Its structure is in the first two thirds.
-        path.write_bytes(mutated(whole, chance, near=len(whole)))
+        path.write_bytes(mutated(original, chance, near=len(original)))
         universe_shape(path)
-        # Of that shape the first universe was, as `prepare` has checked.
+        # The shape that `prepare` has found in the first universe.
         (sample,) = crops(path, (size, size, size, 4), size)
         assert sample.counts.shape == (size, size, size, 4) and sample.counts.min() >= 0
 
-    well, refused = tried(attempt)
+    well, refused = repeat(attempt)
     assert well > 20 and refused > 20
 
 
 def with_checksums(content: bytes) -> bytes:
-    """`content`, a packed sample, with whatever checksums its header leads one to expect."""
+    """Return the packed sample `content` with the checksums that its header requires."""
     fixed = bytearray(content)
     if len(content) < 64:
         return content
@@ -368,17 +366,17 @@ def with_checksums(content: bytes) -> bytes:
     blocks = size // slices * planes if 0 < slices <= size < 1000 and planes < 5 else 0
     if 64 + 8 * blocks > len(content):
         return content
-    start = beginning = len(packed_book.padded(bytes(64 + 8 * blocks))) + -(-table_bytes // 16) * 16
-    total = 0
+    start = chunks_start = len(reference.padded(bytes(64 + 8 * blocks))) + -(-table_bytes // 16) * 16
+    byte_sum = 0
     for at in range(64, 64 + 8 * blocks, 8):
         length = int.from_bytes(content[at : at + 4], "little")
         end = start + -(-length // 16) * 16
         with contextlib.suppress(IndexError):
-            total += sum(packed_book.lz4_inflate(content[start : start + length]))
+            byte_sum += sum(reference.lz4_inflate(content[start : start + length]))
         struct.pack_into("<I", fixed, at + 4, crc32c.crc32c(content[start:end]))
         start = end
-    struct.pack_into("<I", fixed, 52, crc32c.crc32c(content[beginning:]))
-    struct.pack_into("<I", fixed, 60, total % 2**32)
-    covered = bytes(fixed[:56]) + bytes(fixed[60:beginning])
+    struct.pack_into("<I", fixed, 52, crc32c.crc32c(content[chunks_start:]))
+    struct.pack_into("<I", fixed, 60, byte_sum % 2**32)
+    covered = bytes(fixed[:56]) + bytes(fixed[60:chunks_start])
     struct.pack_into("<I", fixed, 56, crc32c.crc32c(covered))
     return bytes(fixed)

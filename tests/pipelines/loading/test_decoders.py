@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import packed_book
 import pytest
+import reference_packed_reader as reference
 import torch
 from helpers import write_tiny
 from nvidia.dali import fn
-from packed_book import TABLE
+from reference_packed_reader import TABLE
 
 from pipelines.dataset.open import open_split
 from pipelines.errors import DataError
@@ -28,8 +28,8 @@ from pipelines.loading.transforms import lookup_node, transform
 from pipelines.plan import RankSlice
 from pipelines.sample import Batch
 
-ROW_BEYOND_TABLE = packed_book.write(TABLE, [[0, 1, 2, 1], [2, 3, 0, 1]], size=2)
-SHORT_BLOCK = packed_book.write(TABLE, [[0, 1, 2, 1], [2, 2, 0]], size=2, total=9)
+ROW_BEYOND_TABLE = reference.write(TABLE, [[0, 1, 2, 1], [2, 3, 0, 1]], size=2)
+SHORT_BLOCK = reference.write(TABLE, [[0, 1, 2, 1], [2, 2, 0]], size=2, byte_sum=9)
 
 
 def decode_as_on_gpu(sample: PackedSample, dtype: torch.dtype, *, apply_log: bool) -> torch.Tensor:
@@ -38,7 +38,7 @@ def decode_as_on_gpu(sample: PackedSample, dtype: torch.dtype, *, apply_log: boo
     # DALI leaves zeros where a block is too short.
     chunks = torch.zeros(len(starts), int(voxels[0]), dtype=torch.uint8)
     for chunk, start, size in zip(chunks, starts.tolist(), sizes.tolist(), strict=True):
-        block = packed_book.lz4_inflate(blocks[start : start + size].tobytes())
+        block = reference.lz4_inflate(blocks[start : start + size].tobytes())
         chunk[: len(block)] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
     header = sample.header
     out = torch.zeros(header.spec.shape, dtype=dtype)
@@ -61,7 +61,7 @@ def look_up(table: npt.NDArray[np.int16], *, apply_log: bool) -> torch.Tensor:
 @pytest.mark.parametrize("apply_log", [True, False])
 @pytest.mark.parametrize("name", ["usual", "256 different", "all different", "one voxel"])
 def test_gpu_decoding_equals_the_transform(name: str, apply_log: bool) -> None:
-    sample = packed_book.samples()[name]
+    sample = reference.samples()[name]
     packed = open_packed(Path("a.packed"), b"".join(encode(sample)))
     expected = torch.from_numpy(transform(sample.counts, apply_log=apply_log))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -76,7 +76,7 @@ def test_gpu_decoding_equals_the_transform(name: str, apply_log: bool) -> None:
 @pytest.mark.parametrize("apply_log", [True, False])
 def test_a_row_beyond_the_table_becomes_nan(apply_log: bool) -> None:
     rows = [[0, 1, 2, 3], [2, 255, 0, 1]]
-    packed = open_packed(Path("a.packed"), packed_book.write(TABLE, rows, size=2))
+    packed = open_packed(Path("a.packed"), reference.write(TABLE, rows, size=2))
     found = decode_as_on_gpu(packed, torch.float32, apply_log=apply_log).view(8, 4)
     assert found.isnan().all(1).tolist() == [False, False, False, True, False, True, False, False]
     counts = np.array(TABLE)[[0, 1, 2, 2, 0, 1]]

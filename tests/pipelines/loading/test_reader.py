@@ -12,9 +12,9 @@ from helpers import tiny_sample, write_tiny
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_folder, open_split
 from pipelines.errors import DataError
-from pipelines.formats.base import CountsPayload
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.tar_shard import clear_handle_cache, write_shard
+from pipelines.formats.payload import CountsPayload
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader

@@ -1,4 +1,4 @@
-"""Shards: tar files that tar, and DALI, read as we do."""
+"""Shards: tar files that tar and DALI read too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +44,7 @@ def shard(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    """Eleven samples in four shards."""
+    """Return a data set of eleven samples in four shards."""
     source = write_tiny(tmp_path / "npy", train=11, validation=1)
     assert (
         convert(source / "train", tmp_path / "packed" / "train", "packed", workers=1, samples_per_shard=3)
@@ -54,7 +53,7 @@ def packed(tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-def test_tar_reads_it(shard: Path) -> None:
+def test_tar_reads_a_shard(shard: Path) -> None:
     with tarfile.open(shard) as tar:
         assert tar.getnames() == list(CONTENTS)
         for member in tar:
@@ -64,14 +63,14 @@ def test_tar_reads_it(shard: Path) -> None:
     assert done.stdout.split() == list(CONTENTS) and done.stderr == ""
 
 
-def test_the_index_is_that_of_dalis_own_tool(shard: Path, tmp_path: Path) -> None:
+def test_the_index_equals_that_of_dalis_tool(shard: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs.idx"
     tool = Path(sys.executable).with_name("wds2idx")
     subprocess.run([tool, shard, theirs], check=True, capture_output=True)
     assert shard.with_suffix(".idx").read_text() == theirs.read_text()
 
 
-def test_dalis_own_reader_finds_the_samples(packed: Path) -> None:
+def test_dalis_reader_finds_the_samples(packed: Path) -> None:
     from nvidia.dali import fn, pipeline_def
 
     shards = sorted((packed / "train").glob("*.tar"))
@@ -89,7 +88,7 @@ def test_dalis_own_reader_finds_the_samples(packed: Path) -> None:
         assert np.asarray(output.at(0)).tobytes() == split.read_contents(index)[".packed"]
 
 
-def test_members_are_found_and_read_in_any_order(shard: Path) -> None:
+def test_members_are_read_in_any_order(shard: Path) -> None:
     members = list(read_members(shard))
     assert [member.name for member in members] == list(CONTENTS)
     random.Random(2).shuffle(members)
@@ -99,61 +98,58 @@ def test_members_are_found_and_read_in_any_order(shard: Path) -> None:
             assert list(read) == [CONTENTS[member.name] for member in members]
 
 
-def test_what_is_cut_off_is_refused(shard: Path) -> None:
-    whole, *_, last = shard.read_bytes(), *read_members(shard)
+def test_a_shard_that_is_cut_off_is_refused(shard: Path) -> None:
+    content, *_, last = shard.read_bytes(), *read_members(shard)
     ends = [0, 1, 511, 512, 513, last.offset - 512, last.offset - 1, last.offset + last.bytes - 1]
     for end in ends:
-        shard.write_bytes(whole[:end])
+        shard.write_bytes(content[:end])
         with pytest.raises(DataError, match="is not a complete tar archive") as raised:
             read_members(shard)
         assert raised.value.path == str(shard)
-        with pytest.raises(DataError, match="is cut off: the shard ends after"):
+        with pytest.raises(DataError, match="is cut off: the shard ends after") as raised:
             read_member(shard, *last, direct=True)
+        assert raised.value.path == str(shard / last.name)
 
 
-def test_a_header_that_changed_is_refused(shard: Path) -> None:
-    whole = shard.read_bytes()
+def test_a_damaged_header_is_refused(shard: Path) -> None:
+    content = shard.read_bytes()
+    # A negative length in an otherwise valid header, which leads back to the header itself.
+    negative = bytearray(content)
+    negative[124:136] = (256**12 - 512).to_bytes(12, "big")
+    negative[148:156] = b" " * 8
+    negative[148:156] = b"%06o\0 " % sum(negative[:512])
+    damaged = [negative]
     for at in (0, 130, 150, 512 + 99):
-        broken = bytearray(whole)
-        broken[at] ^= 1
+        damaged.append(bytearray(content))
+        damaged[-1][at] ^= 1
+    for broken in damaged:
         shard.write_bytes(broken)
-        with pytest.raises(DataError, match="is not a complete tar archive"):
+        with pytest.raises(DataError) as raised:
             read_members(shard)
+        assert raised.value.path == str(shard)
 
 
-def test_a_member_of_less_than_nothing_is_refused(shard: Path) -> None:
-    content = bytearray(shard.read_bytes())
-    content[124:136] = (256**12 - 512).to_bytes(
-        12, "big"
-    )  # A sound header otherwise, which leads back to itself.
-    content[148:156] = b" " * 8
-    content[148:156] = b"%06o\0 " % sum(content[:512])
-    shard.write_bytes(content)
-    with pytest.raises(DataError, match="of -512 bytes"):
-        read_members(shard)
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ({"name": "line\nbreak.packed"}, "has a member 'line"),
-        ({"name": "a.packed", "type": tarfile.LNKTYPE}, "has a.packed of type b'1'"),
-        ({"name": "a.packed", "type": tarfile.SYMTYPE}, "of type b'2'"),
-        ({"name": "a.packed", "type": tarfile.GNUTYPE_SPARSE}, "of type b'S'"),
-    ],
-)
-def test_members_that_would_be_lost_or_misread_are_refused(
-    kind: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    member = tarfile.TarInfo()
-    for name, value in kind.items():
-        setattr(member, name, value)
-    format_name = tarfile.PAX_FORMAT if member.pax_headers else tarfile.GNU_FORMAT
-    with tarfile.open(tmp_path / "a.tar", "w", format=format_name) as tar:
-        tar.addfile(member)
-    with pytest.raises(DataError, match=said) as raised:
-        read_members(tmp_path / "a.tar")
-    assert "\n" not in str(raised.value)
+def test_members_other_than_files_and_folders_are_refused(tmp_path: Path) -> None:
+    path, members = tmp_path / "a.tar", []
+    for name, kind in (
+        ("line\nbreak.packed", tarfile.REGTYPE),
+        ("a.packed", tarfile.LNKTYPE),
+        ("a.packed", tarfile.SYMTYPE),
+        ("a.packed", tarfile.GNUTYPE_SPARSE),
+        ("a.packed", tarfile.FIFOTYPE),
+    ):
+        member = tarfile.TarInfo(name)
+        member.type = kind
+        members.append(member)
+    sparse = tarfile.TarInfo("a.packed")
+    sparse.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": "0"}
+    for member in (*members, sparse):
+        format_name = tarfile.PAX_FORMAT if member.pax_headers else tarfile.GNU_FORMAT
+        with tarfile.open(path, "w", format=format_name) as tar:
+            tar.addfile(member)
+        with pytest.raises(DataError, match="has ") as raised:
+            read_members(path)
+        assert raised.value.path == str(path) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("format_name", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -167,11 +163,11 @@ def test_long_names_of_other_writers_are_read(format_name: int, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("format_name", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_folders_and_finer_times_in_a_tar_are_passed_over(format_name: int, tmp_path: Path) -> None:
+def test_folders_and_pax_times_are_skipped(format_name: int, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.packed").write_bytes(b"sample")
     folder = tarfile.TarInfo("other")
-    # Which says nothing of what is in the file.
+    # The length of a folder has no content in the file.
     folder.type, folder.size = tarfile.DIRTYPE, 1024
     with tarfile.open(tmp_path / "a.tar", "w", format=format_name) as tar:
         tar.addfile(folder)
@@ -180,22 +176,22 @@ def test_folders_and_finer_times_in_a_tar_are_passed_over(format_name: int, tmp_
     assert member.name == "data/a.packed" and read_member(tmp_path / "a.tar", *member) == b"sample"
 
 
-def test_what_is_not_there_or_cannot_be_held(tmp_path: Path) -> None:
-    with pytest.raises(AccessError, match="cannot be read"):
+def test_missing_shards_and_names_that_are_too_long_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AccessError):
         read_members(tmp_path / "none.tar")
-    with pytest.raises(AccessError, match="cannot be read"):
+    with pytest.raises(AccessError):
         read_member(tmp_path / "none.tar", "a", 0, 1)
     with pytest.raises(DataError, match="cannot hold a member named"):
         write_shard(tmp_path / "a.tar", [("x" * 300, [b""])])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_members_that_fail_leave_no_shard(tmp_path: Path) -> None:
+def test_an_exception_from_the_members_leaves_no_shard(tmp_path: Path) -> None:
     def contents() -> object:
         yield "a.packed", [b"a"]
-        raise DataError(tmp_path, "fails", "so what")
+        raise KeyError
 
-    with pytest.raises(DataError, match="so what"):
+    with pytest.raises(KeyError):
         write_shard(tmp_path / "a.tar", contents())  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
@@ -243,7 +239,7 @@ def test_a_process_opens_a_shard_once(tmp_path: Path, monkeypatch: pytest.Monkey
     clear_handle_cache()
 
 
-def test_what_is_no_shard_of_samples_is_named(packed: Path, tmp_path: Path) -> None:
+def test_a_tar_without_samples_is_named(packed: Path, tmp_path: Path) -> None:
     for name in ("manifest.jsonl", "files_data.lst"):
         (packed / "train" / name).unlink()
     other = packed / "train" / "shard_000002.tar"
@@ -253,12 +249,12 @@ def test_what_is_no_shard_of_samples_is_named(packed: Path, tmp_path: Path) -> N
     assert raised.value.path == str(other)
 
 
-def test_a_manifest_that_is_wrong_about_a_shard_is_noticed(packed: Path) -> None:
+def test_an_outdated_manifest_is_noticed(packed: Path) -> None:
     open_split(packed, "train").read(4)
     path = packed / "train" / "shard_000001.tar"
     one, two, three = read_members(path)
     content = {member.name: read_member(path, *member) for member in (one, two, three)}
-    # The same samples, but elsewhere: who goes by the old manifest reads the wrong bytes.
+    # The same samples at other offsets: with the old manifest, the wrong bytes are read.
     write_shard(path, [(name, [content[name]]) for name in (three.name, two.name, one.name)])
     fresh = open_folder(packed / "train")
     assert one.bytes != three.bytes
@@ -268,7 +264,7 @@ def test_a_manifest_that_is_wrong_about_a_shard_is_noticed(packed: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_an_epoch_of_many_small_samples_holds_memory_flat(tmp_path: Path) -> None:
+def test_memory_stays_flat_over_an_epoch_of_many_small_samples(tmp_path: Path) -> None:
     samples, shards = 200_000, 100
     content = [b"".join(encode(tiny_sample(index, 4))) for index in range(50)]
     (tmp_path / "train").mkdir()
@@ -289,12 +285,12 @@ def test_an_epoch_of_many_small_samples_holds_memory_flat(tmp_path: Path) -> Non
     for step, batch in enumerate(itertools.chain(loader.batches(0), loader.batches(1))):
         assert len(batch.index) == 64
         if step % 100 == 0:
-            # Pages that are resident; proc_pid_statm(5).
+            # Resident pages; proc_pid_statm(5).
             held.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     loader.close()
     assert len(held) == 2 * (samples // 64) // 100 + 1
     # Less than ten megabytes more over the second epoch: 50 bytes a sample. Over the first one, after its
-    # tenth, less than twenty: malloc comes to its size in steps of some four.
+    # first tenth, less than twenty: malloc reaches its size in steps of some four.
     half = len(held) // 2 + 1
     assert max(held[3:half]) - held[3] < 20_000_000
     assert max(held[half:]) - held[half] < 10_000_000

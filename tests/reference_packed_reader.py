@@ -1,4 +1,4 @@
-"""Another reader and writer of the packed form, made from docs/packed.md alone."""
+"""A second reader and writer of packed samples, written from docs/packed.md alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.sample import Sample
 
 
 def lz4_inflate(block: bytes) -> bytes:
-    """What the raw LZ4 block holds, by the format's description (lz4_Block_format.md)."""
+    """Inflate a raw LZ4 block, by the format's description (lz4_Block_format.md)."""
     out, at = bytearray(), 0
     while True:
         token = block[at]
@@ -42,7 +42,7 @@ def lz4_inflate(block: bytes) -> bytes:
 
 
 def lz4_stored(content: bytes) -> bytes:
-    """`content` as an LZ4 block of one literal."""
+    """Return `content` as an LZ4 block of one literal."""
     length = len(content)
     if length < 15:
         return bytes([length << 4]) + content
@@ -51,12 +51,12 @@ def lz4_stored(content: bytes) -> bytes:
 
 
 def padded(content: bytes) -> bytes:
-    """`content` with zeros to the next multiple of 16."""
+    """Return `content`, padded with zeros to a multiple of 16."""
     return content + bytes(-len(content) % 16)
 
 
 def read(content: bytes) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]]:
-    """(counts, target) of the packed sample `content`."""
+    """Return (counts, target) of the packed sample `content`."""
     magic, version, n, c, s, p, r, t, *target = struct.unpack_from("<8s7I4f", content)
     assert (magic, version) == (b"CFPACKED", 2)
     directory = np.frombuffer(content, "<u4", n // s * p * 2, 64).reshape(n // s, p, 2)
@@ -93,33 +93,35 @@ def write(
     version: int = 2,
     target: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4),
     lengthen: bytes = b"",
-    total: int | None = None,
+    byte_sum: int | None = None,
 ) -> bytes:
-    """A packed sample with a chunk of one plane for each of `rows`; with `lengthen` behind the last one.
+    """Return a packed sample with a chunk of one plane for each of `rows`.
 
-    total: what it says to be the sum of their bytes, if not that.
+    Args:
+        lengthen: bytes appended to the last chunk.
+        byte_sum: sum of all inflated bytes to state in the header; default the correct one.
     """
     raw = np.array(table, np.int64)
     planes = np.stack([raw & 255, raw >> 8 & 255]).transpose(0, 2, 1).astype(np.uint8)
-    of_table = lz4_stored(planes.tobytes())
+    table_block = lz4_stored(planes.tobytes())
     chunks = [lz4_stored(bytes(row)) for row in rows]
     chunks[-1] = lz4_stored(bytes(rows[-1]) + lengthen)
-    fields = (b"CFPACKED", version, size, 4, size // len(rows), 1, len(table), len(of_table))
+    fields = (b"CFPACKED", version, size, 4, size // len(rows), 1, len(table), len(table_block))
     header = struct.pack("<8s7I4f", *fields, *target)
     directory = b"".join(struct.pack("<II", len(chunk), crc32c.crc32c(padded(chunk))) for chunk in chunks)
-    behind = b"".join(map(padded, chunks))
-    header += struct.pack("<I", crc32c.crc32c(behind))
-    total = sum(map(sum, rows)) + sum(lengthen) if total is None else total
-    rest = struct.pack("<I", total) + padded(directory) + padded(of_table)
+    content = b"".join(map(padded, chunks))
+    header += struct.pack("<I", crc32c.crc32c(content))
+    byte_sum = sum(map(sum, rows)) + sum(lengthen) if byte_sum is None else byte_sum
+    rest = struct.pack("<I", byte_sum) + padded(directory) + padded(table_block)
     crc = struct.pack("<I", crc32c.crc32c(rest, crc32c.crc32c(header)))
-    return header + crc + rest + behind
+    return header + crc + rest + content
 
 
 TABLE = [[0, 0, 0, 0], [1, 2, 3, 32767], [5, 6, 7, 8]]
 
 
 def samples() -> dict[str, Sample]:
-    """Samples with one, two and three byte planes, and the extremes of counts."""
+    """Return samples with one, two and three byte planes, and with the extremes of counts."""
     rng = np.random.default_rng(3)
     target = np.array([-1, 1, 0.5, 0], np.float32)
     return {
