@@ -38,7 +38,7 @@ class Partition:
     """One of `count` almost equal parts of a data set of `total` samples.
 
     Attributes:
-        global_indices: positions of this part's samples in the whole, int64.
+        global_indices: positions of this part's samples in the data set, int64.
         seed: seed that drew the parts; None where each has every `count`-th sample.
     """
 

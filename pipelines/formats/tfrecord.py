@@ -155,7 +155,9 @@ def _inflate_with_libdeflate(content: bytes, limit: int) -> bytearray | None:
     except deflate.DeflateError:
         return None
     trailer = struct.pack("<II", deflate.crc32(inflated), len(inflated))
-    return inflated if content.find(trailer) == len(content) - len(trailer) else None
+    # rfind takes half the time of find.
+    earlier = content.rfind(trailer, 0, len(content) - 1) >= 0
+    return inflated if content.endswith(trailer) and not earlier else None
 
 
 def _trailer_length(content: bytes) -> int:

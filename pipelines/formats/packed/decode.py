@@ -1,8 +1,8 @@
-"""Decoding of packed samples, whole or some of their D-slices.
+"""Decoding of packed samples, all or some of their D-slices.
 
 A sample has few distinct voxels: some 40,000 quadruples of counts among two million. It is stored as
 the table of them, the most frequent first, and each voxel's row index; the indices as byte planes (all
-low bytes, all second bytes, ...), cut into chunks of whole D-slices, each an LZ4 block of its own.
+low bytes, all second bytes, ...), cut into chunks of whole D-slices, each a separate LZ4 block.
 docs/packed.md has the layout byte by byte, and its reasons.
 """
 

@@ -42,7 +42,7 @@ def encode(sample: Sample, *, level: int = LZ4_LEVEL, slices: int | None = None)
     table_planes = table.astype("<i2").view(np.uint8).reshape(len(table), channels, 2).transpose(2, 1, 0)
     table_block = _compress(table_planes, level)
     content = [padded(block) for block in blocks]
-    directory = [(len(block), crc32c.crc32c(whole)) for block, whole in zip(blocks, content, strict=True)]
+    directory = [(len(block), crc32c.crc32c(data)) for block, data in zip(blocks, content, strict=True)]
     sums = crc32c.crc32c(b"".join(content)), 0, int(chunks.sum(dtype=np.uint64)) % BYTE_SUM_MODULUS
     lengths = len(table), len(table_block)
     header = Header(SampleSpec(size, channels), slices, planes, *lengths, sample.target, *sums)

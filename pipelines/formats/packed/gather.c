@@ -1,5 +1,5 @@
-/* What gather_cpu.py does with numpy in six passes, in one. setup builds it where there is a compiler, and
- * gather_cpu.py calls it by ctypes, so that it needs nothing of Python's. */
+/* The gather of gather_cpu.py in one pass instead of NumPy's six. The installation compiles it if there is a
+ * compiler. gather_cpu.py calls it by ctypes, so that it needs no Python headers. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -18,10 +18,10 @@ static inline uint32_t gather(const uint8_t *const *planes, const int count, siz
         for (int plane = 0; plane < count; plane++)
             row |= (uint32_t)planes[plane][voxel] << (8 * plane);
         highest = row > highest ? row : highest;
-        /* The caller looks at the highest row when all is done; until then, nothing out of bounds. */
+        /* The caller checks the highest row afterwards; until then, nothing is read out of bounds. */
         const char *item = table + (size_t)ITEM * (row < rows ? row : 0);
 #ifdef __SSE__
-        /* Past the caches, which a volume does not fit in, so that no line of it is read to be written. */
+        /* Bypass the caches, which a volume does not fit in, so that no line is read before it is written. */
         _mm_stream_ps((float *)(out + ITEM * voxel), _mm_loadu_ps((const float *)item));
 #else
         memcpy(out + ITEM * voxel, item, ITEM);
@@ -33,13 +33,13 @@ static inline uint32_t gather(const uint8_t *const *planes, const int count, siz
     return highest;
 }
 
-/* Copy the row of `table` whose number's bytes are `planes`, lowest first, to `out` for each voxel. `rows` are
- * in the table, at least one; `out` is aligned to 16 bytes. Returns the highest number.
- * With other arguments its name is to have another number, so that nobody calls one that was built before. */
+/* Copy a row of `table` to `out` for each voxel. `planes` are the bytes of the row indices, lowest first; `rows` is
+ * the length of the table, at least 1; `out` is aligned to 16 bytes. Returns the highest row index.
+ * A change of the arguments must change the number in the name, so that a library built before is not called. */
 uint32_t gather_rows_1(const uint8_t *const *planes, int count, size_t voxels, const char *table,
                      uint32_t rows, char *out)
 {
-    /* Loops of their own for the numbers of planes that samples have. */
+    /* Separate loops for the usual numbers of planes. */
     switch (count) {
     case 1:
         return gather(planes, 1, voxels, table, rows, out);

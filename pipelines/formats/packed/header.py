@@ -38,7 +38,7 @@ class Header(NamedTuple):
     Attributes:
         spec: shape of the sample.
         slices: D-slices in a chunk.
-        planes: bytes of a row index, each stored as a plane of its own.
+        planes: bytes of a row index, each stored in a separate plane.
         rows: rows of the table.
         table_bytes: length of the compressed table.
         target: (4,) float32.
