@@ -36,6 +36,6 @@ class LoaderConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must be at least 1")
         if self.gpu_direct and self.on_bad_sample == "skip":
-            raise ConfigError("gpu_direct", True, "cannot skip damaged samples: set on_bad_sample: fail")
+            raise ConfigError("gpu_direct", True, "cannot skip damaged samples: set on_bad_sample to fail")
         if self.gpu_direct and self.direct_io:
-            raise ConfigError("gpu_direct", True, "reads past the page cache anyway: drop direct_io")
+            raise ConfigError("gpu_direct", True, "bypasses the page cache already: unset direct_io")

@@ -267,9 +267,7 @@ def make_decoder(split: SampleDataset, config: LoaderConfig, device: torch.devic
     """
     if config.gpu_direct:
         if split.format_name != Npy.name or device.type != "cuda":
-            fault = (
-                f"requires npy samples and a GPU, not {split.format_name} samples on {device.type}: unset it"
-            )
+            fault = f"requires npy samples and a GPU, not {split.format_name} on {device.type}: unset it"
             raise ConfigError("loader.gpu_direct", True, fault)
         # A partition without samples has no file to read for its padding rows.
         if len(split):
