@@ -1,4 +1,4 @@
-"""The report: one file that holds its pictures and says the run's figures."""
+"""The HTML report: self-contained, with the scores of the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cosmoflow_dali.training.evaluation import Evaluation
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """What a run of three epochs would have left, with a name that needs escaping."""
+    """Return the folder of a run of three epochs, with a name that needs escaping."""
     folder = tmp_path / "a <b> & c"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_page_stands_alone_and_its_pictures_are_well_formed(run_folder: Path) -> None:
+def test_page_has_no_external_links_and_well_formed_pictures(run_folder: Path) -> None:
     page = write_report(run_folder).read_text()
     pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     assert len(pictures) == 3
@@ -70,7 +70,7 @@ def test_the_page_stands_alone_and_its_pictures_are_well_formed(run_folder: Path
     assert "<script" not in page
 
 
-def test_it_says_the_figures_and_escapes_what_it_is_given(run_folder: Path) -> None:
+def test_page_has_the_scores_and_escapes_text(run_folder: Path) -> None:
     page = write_report(run_folder).read_text()
     summary = json.loads((run_folder / "summary.json").read_text())
     assert f"{summary['mae']:.4f}" in page and f"{summary['trivial_mae']:.4f}" in page
@@ -89,5 +89,5 @@ def test_no_report_without_matplotlib(
     assert "no report: matplotlib is not installed" in caplog.text and not list(tmp_path.iterdir())
 
 
-def test_the_same_run_gives_the_same_page(run_folder: Path) -> None:
+def test_page_of_the_same_run_is_identical(run_folder: Path) -> None:
     assert write_report(run_folder).read_bytes() == write_report(run_folder).read_bytes()
