@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipelines.dataset.open import open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser
@@ -22,7 +23,7 @@ from pipelines.errors import ConfigError, DataError
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.registry import FORMATS
 from preprocess.conversion.convert_task import ConvertTask, SampleLocation
-from preprocess.conversion.engine import ConversionPlan, Task, run
+from preprocess.conversion.engine import ConversionPlan, run
 from preprocess.conversion.task_result import WorkItem
 
 SAMPLES_PER_SHARD = 64
@@ -36,7 +37,7 @@ def plan_conversion(
     *,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     expected: str | None = None,
-) -> tuple[ConversionPlan, Task]:
+) -> ConversionPlan:
     """Plan the conversion of the samples in `source` to the format `to` in `target`.
 
     Args:
@@ -50,27 +51,21 @@ def plan_conversion(
         DataError: `source` has no samples, is not of the format `expected`, or is `target`.
     """
     dataset = open_folder(source)
-    if expected is not None and dataset.format_name != expected:
-        raise DataError(
-            source, f"holds {dataset.format_name}", f"expected {expected}, as the command line says"
-        )
+    if expected not in (None, dataset.format_name):
+        remedy = f"expected {expected}, as the command line says"
+        raise DataError(source, f"holds {dataset.format_name}", remedy)
     if target.exists() and target.samefile(source):
         raise DataError(target, "is the source itself", "choose another folder")
     samples, sharded = SampleLocation.list_all(dataset), to == PackedFormat.name
     sample_ids = [dataset.sample_id(index) for index in range(len(dataset))]
+    items = [WorkItem([sample], [name]) for sample, name in zip(samples, sample_ids, strict=True)]
     if sharded:
         starts = range(0, len(samples), samples_per_shard)
-        items = [
-            WorkItem(samples[start : start + samples_per_shard], [f"shard_{number:06d}"])
-            for number, start in enumerate(starts)
-        ]
-    else:
-        items = [
-            WorkItem([sample], [sample_id]) for sample, sample_id in zip(samples, sample_ids, strict=True)
-        ]
+        shards = [samples[start : start + samples_per_shard] for start in starts]
+        items = [WorkItem(shard, [f"shard_{number:06d}"]) for number, shard in enumerate(shards)]
     task = ConvertTask(source, dataset.format_name, dataset.spec, target, to, sharded)
-    shard = samples_per_shard if sharded else None
-    return ConversionPlan(target, to, dataset.spec, items, sample_ids, shard), task
+    shard_size = samples_per_shard if sharded else None
+    return ConversionPlan(target, to, dataset.spec, task, items, sample_ids, shard_size)
 
 
 def convert(
@@ -84,59 +79,41 @@ def convert(
 ) -> int:
     """Convert a folder of samples, or both splits of a data set; return the exit status."""
 
-    def plan() -> list[tuple[ConversionPlan, Task]]:
+    def make_plans() -> list[ConversionPlan]:
         if to not in FORMATS:
             raise ConfigError("--to", to, f"expected one of {', '.join(sorted(FORMATS))}")
         if samples_per_shard < 1:
             raise ConfigError("--samples-per-shard", samples_per_shard, "expected at least one")
+        options: dict[str, Any] = {"samples_per_shard": samples_per_shard, "expected": expected}
         return [
-            plan_conversion(
-                source / split, target / split, to, samples_per_shard=samples_per_shard, expected=expected
-            )
-            for split in split_dirs(source)
+            plan_conversion(source / split, target / split, to, **options) for split in split_dirs(source)
         ]
 
-    return run(plan, workers=workers, unit="file", target=target)
+    return run(make_plans, workers, "file", target)
 
 
 def convert_tfrecords(name: str, to: str, argv: Sequence[str] | None) -> int:
     """Run the command line of one of the original's two converters, from TFRecords to the format `to`."""
-    parser = OneLineParser(
-        prog=f"python -m preprocess.{name}",
-        description=f"Convert a folder of TFRecords to {to}: preprocess.convert under its original name.",
+    parser = _parser(
+        name, f"Convert a folder of TFRecords to {to}: preprocess.convert, as the original names it."
     )
-    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder of TFRecords")
-    parser.add_argument("-o", "--output-dir", type=Path, required=True, help=f"folder for {to}")
     parser.add_argument("-p", "--num-processes", type=int, help="processes of each rank")
     parser.add_argument(
         "-c", "--compression", type=str.lower, choices=["gzip"], help="of the TFRecords (default: as found)"
     )
     arguments = parser.read(argv)
-    return convert(
-        arguments.input_dir,
-        arguments.output_dir,
-        to,
-        workers=arguments.num_processes,
-        expected="tfrecord_gzip" if arguments.compression else None,
-    )
+    expected = "tfrecord_gzip" if arguments.compression else None
+    workers = arguments.num_processes
+    return convert(arguments.input_dir, arguments.output_dir, to, workers=workers, expected=expected)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = OneLineParser(
-        prog="python -m preprocess.convert",
-        description="Convert samples between all formats that the project reads.",
-    )
-    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="samples, or both splits")
-    parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder that becomes the same")
+    parser = _parser("convert", "Convert samples between all formats that the project reads.")
     parser.add_argument("--to", required=True, help="one of " + ", ".join(sorted(FORMATS)))
     parser.add_argument("--workers", type=int, help="processes of each rank (default: two a core)")
-    parser.add_argument(
-        "--samples-per-shard",
-        type=int,
-        default=SAMPLES_PER_SHARD,
-        help=f"of packed samples (default: {SAMPLES_PER_SHARD})",
-    )
+    text = f"of packed samples (default: {SAMPLES_PER_SHARD})"
+    parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help=text)
     arguments = parser.read(argv)
     return convert(
         arguments.input_dir,
@@ -145,6 +122,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         workers=arguments.workers,
         samples_per_shard=arguments.samples_per_shard,
     )
+
+
+def _parser(name: str, description: str) -> OneLineParser:
+    parser = OneLineParser(prog=f"python -m preprocess.{name}", description=description)
+    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="samples, or both splits")
+    parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder that becomes the same")
+    return parser
 
 
 if __name__ == "__main__":

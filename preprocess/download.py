@@ -2,8 +2,8 @@
 
     python -m preprocess.download --small -o data/small
 
-Goes on where it was stopped, unpacks the archive, and checks every sample (see `preprocess.verify`).
-The full set is 1.7 TB and has better routes; docs/data-set.md tells them.
+Resumes an interrupted download, unpacks the archive, and verifies every sample (see `preprocess.verify`).
+For the full set of 1.7 TB see docs/data-set.md.
 """
 
 from __future__ import annotations
@@ -29,43 +29,46 @@ URL = "https://portal.nersc.gov/project/dasrepo/cosmoflow-benchmark/cosmoUnivers
 
 
 def unpack(archive: Path, root: Path) -> int:
-    """Unpack the samples in the tar file `archive` into `root`/train and `root`/validation; how many.
+    """Unpack the samples in the tar file `archive` into `root`/train and `root`/validation.
 
-    A member is a sample if its folder has the name of a split; other files are left out. DataError
-    for an archive that is damaged, has no samples, or would write elsewhere: then `root` stays as
-    it is.
+    A member is a sample if its folder has the name of a split; other files are skipped.
+
+    Returns:
+        Number of samples.
+
+    Raises:
+        DataError: The archive is damaged, has no samples, or would write elsewhere. Then `root` is unchanged.
     """
-    halfway, whole = root / ".unpacking", root / ".unpacked"
+    partial, complete = root / ".unpacking", root / ".unpacked"
     try:
-        if not whole.exists():
-            _unpack(archive, halfway)
-            halfway.rename(whole)
-        # A run that was stopped here goes on here.
-        for split in list(whole.iterdir()):
+        if not complete.exists():
+            _unpack(archive, partial)
+            partial.rename(complete)
+        # A run that was killed from here on resumes here.
+        for split in list(complete.iterdir()):
             split.rename(root / split.name)
-        whole.rmdir()
+        complete.rmdir()
     except FileExistsError as error:
         raise DataError(archive, f"holds {Path(error.filename).name} twice", "fetch it again") from error
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError(archive, f"is no sound archive ({error})", "fetch it again") from error
-    except OSError as error:
-        if error.errno is None:  # gzip's own: not a gzipped file, a wrong CRC
-            raise DataError(archive, f"is no sound archive ({error})", "fetch it again") from error
-        raise AccessError.writing(root, error) from error
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        # gzip raises OSError without a number for a file that is not gzipped, and for a wrong CRC.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise AccessError.writing(root, error) from error
+        raise DataError(archive, f"is not a valid archive ({error})", "fetch it again") from error
     finally:
-        shutil.rmtree(halfway, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return sum(1 for split in SPLITS for _ in (root / split).glob(f"*{TFRECORD_SUFFIX}"))
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack the samples in `archive` into the splits in `folder`, which is made anew."""
+    """Unpack the samples in `archive` into the splits in `folder`, whose earlier content is removed."""
     shutil.rmtree(folder, ignore_errors=True)
     with tarfile.open(archive, "r:*") as tar:
-        for member, place in _samples(archive, tar):
+        for member, path in _samples(archive, tar):
             source = tar.extractfile(member)
             assert source is not None, "a regular file has content"
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            with open(folder / place, "xb") as file:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            with open(folder / path, "xb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)
     if not folder.exists():
         raise DataError(
@@ -76,18 +79,19 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def _samples(archive: Path, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Path]]:
-    """Each sample in `tar`, and its place below the data set's folder."""
+    """Yield each sample in `tar`, and its path below the data set's folder."""
     for member in tar:
         path = PurePosixPath(member.name)
-        if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
-            kind = "a link or device" if not (member.isfile() or member.isdir()) else "a path that leads out"
-            raise DataError(archive, f"holds {member.name}, {kind}", "do not trust where it came from")
+        regular = member.isfile() or member.isdir()
+        if path.is_absolute() or ".." in path.parts or not regular:
+            kind = "a path outside the folder" if regular else "a link or device"
+            raise DataError(archive, f"holds {member.name}, {kind}", "do not trust its origin")
         if member.isfile() and path.parent.name in SPLITS and path.name.endswith(TFRECORD_SUFFIX):
             yield member, Path(path.parent.name, path.name)
 
 
 def download(url: str, root: Path, sha256: str | None) -> int:
-    """Have the data set at `url` in `root`, sound; the exit status."""
+    """Download the data set at `url` to `root` and verify it; return the exit status."""
     if all((root / split / MANIFEST).exists() for split in SPLITS):
         print(f"{root}: complete")
         return 0
@@ -109,19 +113,17 @@ def download(url: str, root: Path, sha256: str | None) -> int:
     status = verify(root, workers=available_cores(), write=True)
     if status != 0:
         splits = " and ".join(SPLITS)
-        remedy = f"remove {splits} there, and the same command fetches them anew"
-        print(f"error: {root}: not all is sound, see above; {remedy}", file=sys.stderr)
+        remedy = f"remove {splits} there and run the same command again"
+        print(f"error: {root}: has the faults above; {remedy}", file=sys.stderr)
     return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and download; 0 if the set is there and sound."""
+    """Run the command line; return 0 if the data set is there and has no faults."""
     parser = OneLineParser(
         prog="python -m preprocess.download", description="Download the small published set and check it."
     )
-    parser.add_argument(
-        "--small", action="store_true", help="32 + 32 samples, 179 MB; there is no other choice"
-    )
+    parser.add_argument("--small", action="store_true", help="32 + 32 samples, 179 MB; required")
     parser.add_argument(
         "-o", "--output-dir", type=Path, default=Path("data/small"), help="(default: data/small)"
     )
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_errors(World(), STOPPED):
         if not arguments.small:
             raise ConfigError(
-                "--small", False, "only the small set is fetched here; for all 1.7 TB see docs/data-set.md"
+                "--small", False, "only the small set can be downloaded; for all 1.7 TB see docs/data-set.md"
             )
         if not arguments.url.startswith(("http://", "https://")):
             raise ConfigError("--url", arguments.url, "expected an http or https address")

@@ -1,11 +1,12 @@
-"""Fetch one file over HTTP: whatever the connection does, whole or not at all.
+"""Fetch one file over HTTP, completely or not at all; an interrupted transfer resumes.
 
-What has arrived lies beside the file as `<name>.part`, and what the server called it (its ETag or
-time of change) as `<name>.part.tag`, so that another run asks for the rest of the same content.
+Until the file is complete, its content is in `<name>.part`, and the server's version of it (ETag or time of
+change) in `<name>.part.tag`, so that another run asks for the rest of the same content.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import re
@@ -13,8 +14,8 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -22,138 +23,121 @@ from pipelines.errors import AccessError, DataError
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 5
-"""Tries in a row that bring nothing new."""
+"""Consecutive attempts without new content before giving up."""
 
 
-class _BrokenError(Exception):
-    """The connection, or what came over it, is not what was promised; another try may be luckier."""
-
-
-class _Offer(NamedTuple):
-    """What a response brings: content from byte `start` on, of `total` bytes if it says so."""
-
-    start: int
-    total: int | None
-    tag: str
+class _TransferError(Exception):
+    """The transfer broke off or the server sent something else; another attempt may succeed."""
 
 
 def fetch(
     url: str, path: Path, *, sha256: str | None = None, shown: bool, timeout: float = 30.0, pause: float = 2.0
 ) -> None:
-    """Fetch `url` to `path`, going on with what an earlier run has left, which may be all of it.
+    """Fetch `url` to `path`, from where an earlier run stopped; `path` may be complete already.
 
-    timeout: seconds of silence after which a connection counts as broken.
-    pause: seconds before the second try, doubled before each further one.
+    Args:
+        url: Address of the file.
+        path: Its place on the disk.
+        sha256: Expected SHA-256 in hexadecimal; None accepts any content.
+        shown: Show a progress bar.
+        timeout: Seconds without data after which a connection counts as broken.
+        pause: Seconds before the second attempt, doubled before each further one.
 
-    DataError, naming the URL, for a server that refuses, breaks off too often, or sends something
-    else than `sha256` says; AccessError for a disk that does not take it.
+    Raises:
+        DataError: The server refuses, breaks off too often, or sends other content than `sha256`.
+        AccessError: The disk cannot be written.
     """
-    if path.exists():
-        _check_sum(url, path, sha256)
-        return
     part = path.with_name(path.name + ".part")
-    fruitless = 0
-    while True:
-        before = part.stat().st_size if part.exists() else 0
+    failures = 0
+    while not path.exists():
+        before = _size(part)
         try:
             _fetch_rest(url, part, shown, timeout)
             break
-        except _BrokenError as error:
-            after = part.stat().st_size if part.exists() else 0
-            fruitless = 0 if after > before else fruitless + 1
-            if fruitless == _ATTEMPTS:
-                raise DataError(
-                    url, f"{error}, {_ATTEMPTS} times in a row", "try again later: it goes on"
-                ) from error
-            time.sleep(pause * 2**fruitless)
+        except _TransferError as error:
+            failures = 0 if _size(part) > before else failures + 1
+            if failures == _ATTEMPTS:
+                fault = f"{error}, {_ATTEMPTS} times in a row"
+                raise DataError(url, fault, "try again later: the transfer resumes") from error
+            time.sleep(pause * 2**failures)
         except OSError as error:
             raise AccessError.writing(part, error) from error
-    _check_sum(url, part, sha256)
-    part.replace(path)
+    found = path if path.exists() else part
+    if sha256 is not None and (digest := _sha256(found)) != sha256.lower():
+        found.unlink()
+        fault = f"its SHA-256 is {digest}, not {sha256}"
+        raise DataError(url, fault, "fetch it again, or check the expected sum")
+    found.replace(path)
     _tag(part).unlink(missing_ok=True)
 
 
 def _fetch_rest(url: str, part: Path, shown: bool, timeout: float) -> None:
-    """Append to `part` what it lacks; _BrokenError where less arrives than was promised."""
-    have = part.stat().st_size if part.exists() else 0
+    """Append the missing content to `part`."""
+    size = _size(part)
     request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
-    tag = _tag(part).read_text() if _tag(part).exists() else ""
-    if have and tag:
-        request.add_header("Range", f"bytes={have}-")
-        # If the file has changed since, the whole of the new one comes.
+    if size and _tag(part).exists() and (tag := _tag(part).read_text()):
+        request.add_header("Range", f"bytes={size}-")
+        # If the file has changed since, the server sends all of the new one.
         request.add_header("If-Range", tag)
-    with _open(url, part, request, timeout) as response:
-        offer = _offer(response, have)
-        _check_space(part, offer)
-        _tag(part).write_text(offer.tag)
-        bar = tqdm(total=offer.total, initial=offer.start, unit="B", unit_scale=True, disable=not shown)
+    with _network_errors(url, part):
+        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout)
+    with response:
+        start, total = _content_range(response, size)
+        free = shutil.disk_usage(part.parent).free
+        if total is not None and total - start > free:
+            fault = f"has {free} bytes free, but the file needs {total - start}"
+            raise DataError(part.parent, fault, "free some space, or choose another folder")
+        _tag(part).write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=not shown)
         with open(part, "r+b" if part.exists() else "wb") as file, bar:
-            file.truncate(offer.start)
-            file.seek(offer.start)
-            while chunk := _read(response):
+            file.truncate(start)
+            file.seek(start)
+            while True:
+                with _network_errors(url, part):
+                    chunk = response.read1(_CHUNK)
+                if not chunk:
+                    break
                 file.write(chunk)
                 bar.update(len(chunk))
-            have = file.tell()
-    if offer.total is not None and have < offer.total:
-        raise _BrokenError(f"broke off after {have} of {offer.total} bytes")
+            size = file.tell()
+    if total is not None and size < total:
+        raise _TransferError(f"broke off after {size} of {total} bytes")
 
 
-def _open(url: str, part: Path, request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
+def _content_range(response: http.client.HTTPResponse, size: int) -> tuple[int, int | None]:
+    """Return the offset at which the content of `response` starts, and the file's length if it is given."""
+    if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        if not found or int(found[1]) != size:
+            raise _TransferError("sends another part than requested")
+        return size, int(found[2])
+    length = response.headers.get("Content-Length")
+    return 0, int(length) if length and length.isdecimal() else None
+
+
+@contextlib.contextmanager
+def _network_errors(url: str, part: Path) -> Iterator[None]:
+    """Raise _TransferError, or DataError where another attempt is useless, for errors of the connection."""
     try:
-        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout)
+        yield
     except urllib.error.HTTPError as error:
         error.close()
-        answer = f"answers {error.code} {error.reason}"
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            # There is nothing behind what is here: it is of something else.
-            part.unlink()
-            raise _BrokenError("has less than was fetched of it") from error
-        if error.code >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
-            raise _BrokenError(answer) from error
-        raise DataError(url, answer, "check the address") from error
-    except urllib.error.URLError as error:
-        raise _BrokenError(f"cannot be reached ({error.reason})") from error
+            part.unlink()  # It is longer than the file, so it is of something else.
+        elif error.code < http.HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise DataError(url, f"answers {error.code} {error.reason}", "check the address") from error
+        raise _TransferError(f"answers {error.code} {error.reason}") from error
     except (http.client.HTTPException, OSError) as error:
-        raise _BrokenError(f"answers nothing sensible ({error or type(error).__name__})") from error
-    return response
+        reason = getattr(error, "reason", None) or error or type(error).__name__
+        raise _TransferError(f"connection failed ({reason})") from error
 
 
-def _read(response: http.client.HTTPResponse) -> bytes:
-    try:
-        return response.read1(_CHUNK)
-    except (http.client.HTTPException, OSError) as error:
-        raise _BrokenError(f"broke off ({error or type(error).__name__})") from error
-
-
-def _offer(response: http.client.HTTPResponse, have: int) -> _Offer:
-    tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-    if response.status == 206:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if not found or int(found[1]) != have:
-            raise _BrokenError("sends another part than was asked for")
-        return _Offer(have, int(found[2]), tag)
-    length = response.headers.get("Content-Length")
-    return _Offer(0, int(length) if length and length.isdecimal() else None, tag)
-
-
-def _check_space(part: Path, offer: _Offer) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if offer.total is not None and offer.total - offer.start > free:
-        fault = f"has {free} bytes free, and {offer.total - offer.start} are to come"
-        raise DataError(part.parent, fault, "make room, or choose another folder")
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _tag(part: Path) -> Path:
     return part.with_name(part.name + ".tag")
-
-
-def _check_sum(url: str, path: Path, sha256: str | None) -> None:
-    """DataError, and no `path` any more, where that is not what `sha256` says."""
-    if sha256 is not None and (found := _sha256(path)) != sha256.lower():
-        path.unlink()
-        raise DataError(
-            url, f"its SHA-256 is {found}, not {sha256}", "fetch it again, or ask who gave the sum"
-        )
 
 
 def _sha256(path: Path) -> str:

@@ -22,7 +22,7 @@ from pipelines.distributed.world import World
 from pipelines.errors import AccessError, ConfigError, DataError
 from pipelines.plan import derive_seed
 from pipelines.sample import SPLITS, SampleSpec
-from preprocess.conversion.engine import ConversionPlan, Task, run
+from preprocess.conversion.engine import ConversionPlan, run
 from preprocess.conversion.hdf5_task import CropTask, universe_shape
 from preprocess.conversion.task_result import WorkItem
 
@@ -71,19 +71,20 @@ def split_universes(names: Sequence[str], validation: float, seed: int) -> tuple
 
 def plan_preparation(
     source: Path, target: Path, *, size: int, format_name: str, validation: float, seed: int
-) -> list[tuple[ConversionPlan, Task]]:
+) -> list[ConversionPlan]:
     """Plan to cut the universes below `source` into samples of `size`^3 in the splits in `target`."""
     universes = find_universes(source)
     first, shape = first_valid(universes.values(), lambda path: (path, universe_shape(path)))
     if size < 1 or shape[0] % size:
         raise ConfigError("--sample-size", size, f"does not divide the universe {first} of shape {shape}")
     count = (shape[0] // size) ** 3
-    plans: list[tuple[ConversionPlan, Task]] = []
+    plans = []
     for split, names in zip(SPLITS, split_universes(list(universes), validation, seed), strict=True):
         items = [WorkItem(universes[name], [f"{name}_{crop:03d}" for crop in range(count)]) for name in names]
         samples = [sample for item in items for sample in item.entries]
-        plan = ConversionPlan(target / split, format_name, SampleSpec(size, shape[3]), items, samples)
-        plans.append((plan, CropTask(shape, size, target / split, format_name)))
+        task = CropTask(shape, size, target / split, format_name)
+        spec = SampleSpec(size, shape[3])
+        plans.append(ConversionPlan(target / split, format_name, spec, task, items, samples))
     return plans
 
 
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes of each rank; None: two a core")
     arguments = parser.read(argv)
 
-    def plan() -> list[tuple[ConversionPlan, Task]]:
+    def make_plans() -> list[ConversionPlan]:
         return plan_preparation(
             arguments.input_dir,
             arguments.output_dir,
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=arguments.seed,
         )
 
-    return run(plan, workers=arguments.workers, unit="universe", target=arguments.output_dir)
+    return run(make_plans, arguments.workers, "universe", arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 from pipelines.dataset.manifest import Entry
 from pipelines.distributed.cli import launched, report_errors
@@ -26,24 +25,24 @@ from preprocess.conversion.worker_pool import run_tasks
 _WORKERS_PER_CORE = 2
 """While one waits for the disk, another inflates."""
 
-Task: TypeAlias = Callable[[WorkItem], TaskResult]
-
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """Content that a folder is to have.
+    """Content that a folder is to have, and how it is made.
 
     target: The folder.
     format_name: Format of the samples, a key of FORMATS.
     spec: Shape of every sample.
-    items: The sources, each with the entries that it becomes. Only rank 0 needs them.
-    samples: IDs of all samples. Only rank 0 needs them.
+    task: Converts one item; see `convert_if_stale`.
+    items: The sources, each with the entries that it becomes.
+    samples: IDs of all samples.
     samples_per_shard: Samples of each shard but the last; None without shards.
     """
 
     target: Path
     format_name: str
     spec: SampleSpec
+    task: Callable[[WorkItem], TaskResult]
     items: Sequence[WorkItem]
     samples: Sequence[str]
     samples_per_shard: int | None = None
@@ -64,55 +63,57 @@ class ConversionReport:
 
 
 def run_conversion(
-    plan: ConversionPlan, task: Task, *, session: Session, workers: int, unit: str, shown: bool = False
+    plan: ConversionPlan | None, *, session: Session, workers: int, unit: str, shown: bool = False
 ) -> ConversionReport:
-    """Convert the entries of `plan` that are missing or stale, with the ranks of `session`.
+    """Convert the entries of `plan` that are missing or stale, with all ranks of `session`.
 
     The manifest and the list files are written if no source has a fault. A source with a fault does not keep
     the others from being converted.
 
     Args:
-        plan: What to convert.
-        task: Converts one source; see `convert_if_stale`.
+        plan: What to convert; only rank 0 needs it.
         session: The ranks, all of which call this.
         workers: Worker processes of each rank.
         unit: Name of a source in the progress display.
         shown: Show the progress on rank 0.
 
+    Returns:
+        On rank 0 the report of all ranks, the same on the others.
+
     Raises:
         UserError: Something that stops the whole conversion, on the rank where it happens.
     """
-    target, world = plan.target, session.world
+    world = session.world
     with contextlib.ExitStack() as stack:
         lock: int | None = None
 
-        def report_waiting() -> None:
-            print(f"{target}: waiting for another process that writes into it", file=sys.stderr)
-
-        def partition_items() -> list[list[WorkItem]]:
+        def partition() -> list[ConversionPlan]:
+            """Lock and open the target; return each rank's part of the plan."""
             nonlocal lock
+            assert plan is not None, "rank 0 has the plan"
+            waiting = f"{plan.target}: waiting for another process that writes into it"
             try:
-                target.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(locked(target, report_waiting))
+                plan.target.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(locked(plan.target, lambda: print(waiting, file=sys.stderr)))
             except OSError as error:
-                raise AccessError.writing(target, error) from error
+                raise AccessError.writing(plan.target, error) from error
             names = {name for item in plan.items for name in item.entries}
             records = open_target(
-                target, plan.format_name, plan.spec, names, plan.samples, plan.samples_per_shard
+                plan.target, plan.format_name, plan.spec, names, plan.samples, plan.samples_per_shard
             )
             items = [
                 item._replace(recorded=[records[name] for name in item.entries if name in records])
                 for item in plan.items
             ]
-            return [items[rank :: world.size] for rank in range(world.size)]
+            return [replace(plan, items=items[rank :: world.size], samples=()) for rank in range(world.size)]
 
-        own = session.scatter(partition_items)
+        own = session.scatter(partition)
         entries: list[Entry] = []
         report = ConversionReport()
         with (
-            Journal(target, plan.format_name, plan.spec, world.rank) as journal,
-            progress(len(own), "done", unit, shown=shown and world.is_root) as advance,
-            contextlib.closing(run_tasks(task, _begin(own, journal), workers, lock)) as results,
+            Journal(own.target, own.format_name, own.spec, world.rank) as journal,
+            progress(len(own.items), "done", unit, shown=shown and world.is_root) as advance,
+            contextlib.closing(run_tasks(own.task, _begin(own.items, journal), workers, lock)) as results,
         ):
             for item, result in session.tag_rank_errors(_check_read_failures(results)):
                 written = {entry.name for entry in result.written}
@@ -129,48 +130,38 @@ def run_conversion(
         gathered = session.gather_to_root((entries, report))
 
         def commit_if_complete() -> ConversionReport:
+            assert plan is not None, "rank 0 has the plan"
             total = sum((report for _, report in gathered), ConversionReport())
             if not total.faults:
                 by_name = {entry.name: entry for entries, _ in gathered for entry in entries}
                 ordered = [by_name[name] for item in plan.items for name in item.entries]
-                commit(target, plan.format_name, plan.spec, ordered)
+                commit(plan.target, plan.format_name, plan.spec, ordered)
             return replace(total, faults=tuple(sorted(total.faults)))
 
         return session.run_on_root(commit_if_complete)
 
 
-def run(
-    plan: Callable[[], Sequence[tuple[ConversionPlan, Task]]], *, workers: int | None, unit: str, target: Path
-) -> int:
-    """Run the conversions that `plan` returns on rank 0; return the exit status, 0 without faults."""
+def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, unit: str, target: Path) -> int:
+    """Run the conversions that `make_plans` returns on rank 0; return the exit status, 0 without faults."""
     world = launched()
     with report_errors(world, STOPPED) as session:
         if workers is not None and workers < 1:
             raise ConfigError("--workers", workers, "expected at least one process")
-        processes = workers or _WORKERS_PER_CORE * world.cores
         start, total = time.perf_counter(), ConversionReport()
-        plans: list[tuple[ConversionPlan, Task]] = []
-
-        def make_plans() -> list[tuple[ConversionPlan, Task]]:
-            plans.extend(plan())
-            return [(replace(plan, items=(), samples=()), task) for plan, task in plans]
-
+        plans: list[ConversionPlan] = []
         session.connect()
-        for number, (settings, task) in enumerate(session.run_on_root(make_plans)):
+        session.run_on_root(lambda: plans.extend(make_plans()))
+        for number in range(session.run_on_root(lambda: len(plans))):
             total += run_conversion(
-                plans[number][0] if world.is_root else settings,
-                task,
+                plans[number] if world.is_root else None,
                 session=session,
-                workers=processes,
+                workers=workers or _WORKERS_PER_CORE * world.cores,
                 unit=unit,
                 shown=True,
             )
         if world.is_root:
-            seconds = time.perf_counter() - start
-            print(
-                f"{target}: {total.written} samples converted in {seconds:.1f} s, "
-                f"{total.up_to_date} up to date"
-            )
+            numbers = f"{total.written} samples converted, {total.up_to_date} up to date"
+            print(f"{target}: {numbers}, {time.perf_counter() - start:.1f} s")
             for fault in total.faults:
                 print(f"error: {fault}", file=sys.stderr)
             if total.faults:

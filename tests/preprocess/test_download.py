@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that behaves as badly as it is told to."""
+"""Downloads from a local server with programmed faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from helpers import program, write_tiny
 
 from pipelines.dataset.open import open_split
-from pipelines.errors import DataError, UserError
+from pipelines.errors import DataError
 from preprocess.download import main, unpack
 from preprocess.fetch import fetch
 
@@ -26,7 +26,7 @@ Answer = Callable[["Handler"], None]
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `content` under every path, as `answers` say for the first requests, and well after them."""
+    """Serve `content` under every path; `answers` handle the first requests, `well` the others."""
 
     content = b""
     tag = '"one"'
@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def well(handler: Handler) -> None:
-    """Answer as one should, ranges included."""
+    """Answer correctly, with ranges."""
     content, asked = handler.server.content, handler.headers.get("Range")
     if not asked or handler.headers.get("If-Range") != handler.server.tag:
         return handler.send(200, content)
@@ -73,7 +73,7 @@ def well(handler: Handler) -> None:
 
 
 def breaks_off(handler: Handler) -> None:
-    """Promise everything, and send a third of what is asked for."""
+    """Announce the whole rest, and send a third of it."""
     start = int((handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
     content = handler.server.content
     rest = content[start : start + len(content) // 3]
@@ -84,44 +84,44 @@ def breaks_off(handler: Handler) -> None:
 
 
 def promises_more(handler: Handler) -> None:
-    """Say that there is more than there is."""
+    """Announce more than there is."""
     handler.send(200, handler.server.content, length=len(handler.server.content) + 1000)
 
 
 def promises_less(handler: Handler) -> None:
-    """Say that there is less than there is, and send that."""
+    """Announce less than there is, and send that."""
     handler.send(200, handler.server.content[:-500])
 
 
 def knows_no_ranges(handler: Handler) -> None:
-    """Send everything whatever is asked for."""
+    """Ignore ranges."""
     handler.send(200, handler.server.content)
 
 
 def is_silent(handler: Handler) -> None:
-    """Say nothing for longer than anybody waits."""
+    """Send nothing until the client times out."""
     threading.Event().wait(3)
     handler.close_connection = True
 
 
 def hangs_up(handler: Handler) -> None:
-    """Close the connection without a word."""
+    """Close the connection without an answer."""
     handler.close_connection = True
 
 
 def refuses(handler: Handler) -> None:
-    """There is no such file."""
+    """Answer 404."""
     handler.send(404, b"")
 
 
 def stumbles(handler: Handler) -> None:
-    """An error of its own."""
+    """Answer 503."""
     handler.send(503, b"")
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A server that is up while the test runs."""
+    """Return a running server."""
     with Server(("127.0.0.1", 0), Handler) as running:
         running.answers, running.asked = [], []
         thread = threading.Thread(target=running.serve_forever, daemon=True)
@@ -133,7 +133,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A small set as it is published: a gzipped tar with the splits in a folder of its own."""
+    """Return a small data set as published: a gzipped tar with the splits in one folder."""
     root = write_tiny(tmp_path_factory.mktemp("small"), train=3, validation=2, format_name="tfrecord_gzip")
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
@@ -142,7 +142,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def get(server: Server, path: Path, **options: str) -> None:
-    """Fetch without patience."""
+    """Fetch with short timeouts."""
     fetch(server.url, path, shown=False, timeout=0.5, pause=0.0, **options)
 
 
@@ -157,7 +157,7 @@ def get(server: Server, path: Path, **options: str) -> None:
     ],
     ids=lambda answers: "-".join(answer.__name__ for answer in answers) or "nothing",
 )
-def test_everything_arrives_in_the_end(answers: list[Answer], server: Server, tmp_path: Path) -> None:
+def test_transfer_completes_after_errors(answers: list[Answer], server: Server, tmp_path: Path) -> None:
     server.content, server.answers = bytes(range(256)) * 4000, list(answers)
     get(server, tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == server.content
@@ -166,17 +166,17 @@ def test_everything_arrives_in_the_end(answers: list[Answer], server: Server, tm
         assert server.asked == [None, f"bytes={len(server.content) // 3}-"]
 
 
-def test_another_run_goes_on(server: Server, tmp_path: Path) -> None:
+def test_another_run_resumes(server: Server, tmp_path: Path) -> None:
     server.content, server.answers = bytes(range(256)) * 4000, [breaks_off, *[stumbles] * 5]
-    with pytest.raises(DataError, match=r"answers 503 .* 5 times in a row") as refusal:
+    with pytest.raises(DataError) as error:
         get(server, tmp_path / "x")
-    assert server.url in str(refusal.value)
+    assert error.value.path == server.url and "503" in error.value.fault
     get(server, tmp_path / "x")
     assert server.asked[-1] == f"bytes={len(server.content) // 3}-"
     assert (tmp_path / "x").read_bytes() == server.content
 
 
-def test_a_file_that_has_changed_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+def test_changed_file_is_fetched_from_its_start(server: Server, tmp_path: Path) -> None:
     server.content, server.answers = b"old" * 90000, [breaks_off, *[stumbles] * 5]
     with pytest.raises(DataError):
         get(server, tmp_path / "x")
@@ -185,32 +185,31 @@ def test_a_file_that_has_changed_is_fetched_anew(server: Server, tmp_path: Path)
     assert (tmp_path / "x").read_bytes() == server.content
 
 
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [(refuses, "answers 404"), (promises_more, "broke off"), (hangs_up, "sensible"), (is_silent, "sensible")],
-)
-def test_a_server_that_will_not_is_named(answer: Answer, said: str, server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", [refuses, promises_more, hangs_up, is_silent])
+def test_server_that_does_not_deliver_is_named(answer: Answer, server: Server, tmp_path: Path) -> None:
     server.content, server.answers = b"x" * 9000, [answer] * 12
-    with pytest.raises(DataError, match=said) as refusal:
+    with pytest.raises(DataError) as error:
         get(server, tmp_path / "x")
-    assert server.url in str(refusal.value) and not (tmp_path / "x").exists()
+    assert error.value.path == server.url and not (tmp_path / "x").exists()
 
 
-def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be reached"):
+def test_unreachable_server_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
         fetch("http://127.0.0.1:9/x", tmp_path / "x", shown=False, timeout=0.5, pause=0.0)
+    assert error.value.path == "http://127.0.0.1:9/x" and "Connection refused" in error.value.fault
 
 
-def test_another_sum_than_promised_is_refused(server: Server, tmp_path: Path) -> None:
+def test_wrong_checksum_is_refused(server: Server, tmp_path: Path) -> None:
     server.content = b"content"
-    with pytest.raises(DataError, match="its SHA-256 is"):
+    with pytest.raises(DataError) as error:
         get(server, tmp_path / "x", sha256=hashlib.sha256(b"other").hexdigest())
+    assert "SHA-256" in error.value.fault
     assert list(tmp_path.iterdir()) == [] or not (tmp_path / "x").exists()
     get(server, tmp_path / "x", sha256=hashlib.sha256(b"content").hexdigest().upper())
     assert (tmp_path / "x").read_bytes() == b"content"
 
 
-def test_the_program_from_address_to_verified_samples(
+def test_program_downloads_unpacks_and_verifies(
     server: Server, archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.content = archive
@@ -224,7 +223,7 @@ def test_the_program_from_address_to_verified_samples(
     assert len(server.asked) == 1
 
 
-def test_a_damaged_sample_in_a_sound_archive_is_fetched_again_on_request(
+def test_archive_with_a_damaged_sample(
     server: Server, archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, server.content = tmp_path / "small", b""
@@ -238,7 +237,7 @@ def test_a_damaged_sample_in_a_sound_archive_is_fetched_again_on_request(
     arguments = ["--small", "-o", str(root), "--url", server.url]
     for _ in range(2):
         assert main(arguments) == 1
-        assert "remove train and validation there" in capsys.readouterr().err
+        assert "remove train and validation" in capsys.readouterr().err
     server.content = archive
     for split in ("train", "validation"):
         shutil.rmtree(root / split)
@@ -246,19 +245,19 @@ def test_a_damaged_sample_in_a_sound_archive_is_fetched_again_on_request(
 
 
 @pytest.mark.parametrize("answer", [promises_less, lambda handler: handler.send(200, b"<html>Sorry</html>")])
-def test_what_is_no_archive_is_refused_and_fetched_again(
+def test_invalid_archive_is_refused_and_fetched_again(
     answer: Answer, server: Server, archive: bytes, tmp_path: Path
 ) -> None:
     server.content, server.answers = archive, [answer]
     done = program("preprocess.download", "--small", "-o", tmp_path / "small", "--url", server.url)
     assert done.code == 1
-    assert "is no sound archive" in done.err and "Traceback" not in done.err
+    assert "is not a valid archive" in done.err and "Traceback" not in done.err
     assert list((tmp_path / "small").iterdir()) == []
     assert main(["--small", "-o", str(tmp_path / "small"), "--url", server.url]) == 0
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
-    """A member of a tar file that is up to no good."""
+    """Return a member of a malicious tar file."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, link
     return info
@@ -283,13 +282,14 @@ def test_no_path_leaves_the_folder(bad: tarfile.TarInfo, tmp_path: Path) -> None
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
         tar.addfile(member("train/sound.tfrecord"), io.BytesIO())
         tar.addfile(bad)
-    with pytest.raises(DataError, match="do not trust"):
+    with pytest.raises(DataError) as error:
         unpack(tmp_path / "bad.tar", root)
+    assert bad.name in error.value.fault
     assert list(root.iterdir()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.tar", "deep"]
 
 
-def test_other_files_are_left_out_and_twins_refused(tmp_path: Path) -> None:
+def test_other_files_are_skipped_and_duplicates_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("README", "x/train/a.tfrecord", "x/train/b.txt", "x/validation/a.tfrecord"):
             tar.addfile(member(name), io.BytesIO())
@@ -297,14 +297,15 @@ def test_other_files_are_left_out_and_twins_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         for name in ("x/train/a.tfrecord", "y/train/a.tfrecord"):
             tar.addfile(member(name), io.BytesIO())
-    with pytest.raises(UserError, match="twice"):
+    with pytest.raises(DataError) as error:
         unpack(tmp_path / "b.tar", tmp_path)
+    assert error.value.path == str(tmp_path / "b.tar")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"), [([], "--small"), (["--small", "--url", "ftp://x/y"], "expected an http")]
 )
-def test_what_does_not_fit_is_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_invalid_arguments_are_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
     done = program("preprocess.download", *arguments, "-o", tmp_path / "x")
     assert done.code == 1
     assert said in done.err and "Traceback" not in done.err
@@ -313,7 +314,7 @@ def test_what_does_not_fit_is_one_line(arguments: list[str], said: str, tmp_path
 @pytest.mark.parametrize(
     "error", [OSError(errno.EHOSTUNREACH, "No route to host"), ssl.SSLError(1, "bad record")]
 )
-def test_a_network_that_fails_midway_is_tried_again(
+def test_network_error_during_the_transfer_is_retried(
     error: OSError, server: Server, archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, faults = http.client.HTTPResponse.read1, [error]
@@ -329,9 +330,7 @@ def test_a_network_that_fails_midway_is_tried_again(
     assert (tmp_path / "a").read_bytes() == archive and len(server.asked) == 2
 
 
-def test_the_sum_of_an_archive_that_is_there_is_checked(
-    server: Server, archive: bytes, tmp_path: Path
-) -> None:
+def test_checksum_of_an_archive_that_is_already_there(server: Server, archive: bytes, tmp_path: Path) -> None:
     (tmp_path / "small.tgz").write_bytes(archive)
     line = ["--small", "-o", str(tmp_path), "--url", server.url, "--sha256"]
     with pytest.raises(SystemExit):
@@ -341,7 +340,7 @@ def test_the_sum_of_an_archive_that_is_there_is_checked(
     assert main([*line, hashlib.sha256(archive).hexdigest()]) == 0
 
 
-def test_what_was_killed_between_the_splits_goes_on(
+def test_unpacking_killed_between_the_splits_resumes(
     archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, root, rename = tmp_path / "small.tgz", tmp_path / "root", Path.rename

@@ -142,8 +142,8 @@ LABELS: dict[str, tuple[bytes, str | None]] = {
 
 def check(folder: Path, target: Path, culprit: Path, said: str | None, legal: Sample | None) -> None:
     """Convert `folder`, in which the sample STEM is `legal` or refused with a line that says `said`."""
-    order, task = plan_conversion(folder, target, "npy")
-    done = run_conversion(order, task, session=Session(World()), workers=1, unit="sample")
+    order = plan_conversion(folder, target, "npy")
+    done = run_conversion(order, session=Session(World()), workers=1, unit="sample")
     if said is None:
         assert (done.written, done.faults) == (3, ())
         assert legal is not None

@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("inline_workers")
 
 def convert(source: Path, target: Path, to: str, samples_per_shard: int = 2) -> ConversionReport:
     """Convert the samples in `source` to the format `to` in `target`, in this process alone."""
-    plan, task = plan_conversion(source, target, to, samples_per_shard=samples_per_shard)
-    return run_conversion(plan, task, session=Session(World()), workers=1, unit="sample")
+    plan = plan_conversion(source, target, to, samples_per_shard=samples_per_shard)
+    return run_conversion(plan, session=Session(World()), workers=1, unit="sample")
 
 
 def refuse(source: Path, target: Path, to: str, samples_per_shard: int = 2) -> DataError:
