@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import yaml
 
 from cosmoflow_dali.config import DEFAULT, TrainConfig, read_yaml, resolve
-from cosmoflow_dali.settings import settings
 from cosmoflow_dali.training import run_dir as runs
 from pipelines.distributed.cli import OneLineParser
 from pipelines.errors import ConfigError
+from pipelines.settings import flag_options, settings
 
 FLAGS = {
     "--seed": "seed",
@@ -106,8 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", type=Path, metavar="FILE", help="YAML file (default: configs/default.yaml)")
     known = {setting.key: setting for setting in settings(TrainConfig)}
     for flag, key in FLAGS.items():
-        meaning, options = known[key].meaning.replace("%", "%%"), _argument_type(known[key].kind, key)
-        add(flag, dest=key, default=argparse.SUPPRESS, help=meaning, **options)
+        add(flag, dest=key, default=argparse.SUPPRESS, **flag_options(known[key]))
     add("--run-dir", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME-TIME)")
     text = "any setting in docs/settings.md, such as loader.threads=4; may be repeated"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
@@ -119,12 +117,3 @@ def _parser() -> argparse.ArgumentParser:
     text = "resume the run in --run-dir from its newest checkpoint; start it if there is none"
     add("--resume", action="store_true", help=text)
     return parser
-
-
-def _argument_type(kind: Any, key: str) -> dict[str, Any]:
-    """Return argparse's options for a setting of the annotated type `kind`."""
-    kinds = [choice for choice in typing.get_args(kind) or (kind,) if choice not in (type(None), ...)]
-    if kinds == [bool]:
-        return {"action": argparse.BooleanOptionalAction}
-    options = {"type": kinds[0], "metavar": key.rpartition(".")[2].upper()}
-    return options | ({"nargs": "+"} if typing.get_origin(kind) is tuple else {})

@@ -22,9 +22,9 @@ from cosmoflow_dali.compute.optim import AdamConfig, SGDConfig
 from cosmoflow_dali.compute.schedule import OneCycleConfig, StepDecayConfig
 from cosmoflow_dali.models.build import ModelConfig
 from cosmoflow_dali.models.reference import ReferenceConfig
-from cosmoflow_dali.settings import Tree, build, flatten_tree, set_key
 from pipelines.errors import ConfigError, DataError
 from pipelines.loading.config import LoaderConfig
+from pipelines.settings import Tree, build, flatten_tree, set_key
 from preprocess.simulate import SimulateConfig
 from preprocess.staging.config import StageConfig
 

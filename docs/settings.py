@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from cosmoflow_dali.arguments import FLAGS  # noqa: E402 (a checkout need not be installed)
 from cosmoflow_dali.config import TrainConfig  # noqa: E402
-from cosmoflow_dali.settings import Setting, settings  # noqa: E402
+from pipelines.settings import Setting, settings  # noqa: E402
 
 PAGE, VARIABLES = ROOT / "docs/settings.md", ROOT / "docs/environment.yaml"
 SCRIPTS = ("run.sub", "run_and_time.sh", "init_datasets.sub", "configs/config_common.sh")

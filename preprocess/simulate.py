@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -24,7 +23,8 @@ from pipelines.errors import ConfigError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.io import final_name, locked, remove_temporaries, write_chunks
 from pipelines.sample import SPLITS, SplitName
-from preprocess.conversion.progress import STOPPED, progress
+from pipelines.settings import add_flags, build
+from preprocess.conversion.progress import STOPPED, track
 from preprocess.conversion.worker_pool import run_tasks
 from preprocess.simulator.universe import SimulateConfig, SimulateTask
 
@@ -61,14 +61,11 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
         raise ConfigError("workers", workers, "expected at least one process")
     start = time.perf_counter()
 
-    def report_waiting() -> None:
-        if shown:
-            print(f"{root}: waiting for another process that writes into it", file=sys.stderr)
-
     try:
         for split in SPLITS:
             (root / split).mkdir(parents=True, exist_ok=True)
-        with locked(root, report_waiting) as lock:
+        waiting = f"{root}: waiting for another process that writes into it"
+        with locked(root, lambda: shown and print(waiting, file=sys.stderr)) as lock:
             _check_settings(config, root)
             for folder in (root, *(root / split for split in SPLITS)):
                 remove_temporaries(folder)
@@ -76,15 +73,10 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
             write_chunks(root / SETTINGS, record.encode())
             files = size = 0
             universes = _missing(config, root)
-            with (
-                contextlib.closing(
-                    run_tasks(SimulateTask(config, root), universes, workers, lock)
-                ) as results,
-                progress(len(universes), "simulated", "universe", shown=shown) as advance,
-            ):
-                for _, written in results:
+            running = run_tasks(SimulateTask(config, root), universes, workers, lock)
+            with contextlib.closing(running):
+                for _, written in track(running, len(universes), "simulated", "universe", shown=shown):
                     files, size = files + len(written), size + sum(written)
-                    advance()
     except OSError as error:
         raise DataError(root, f"cannot be written ({error})", "choose another folder") from error
     if shown:
@@ -97,10 +89,7 @@ def _missing(config: SimulateConfig, root: Path) -> list[tuple[SplitName, int]]:
     missing: list[tuple[SplitName, int]] = []
     suffix = FORMATS[config.format].suffix
     for split in SPLITS:
-        try:
-            present = set(os.listdir(root / split))
-        except FileNotFoundError:
-            present = set()
+        present = {path.name for path in (root / split).glob("*")}
         missing += [
             (split, universe)
             for universe in range(config.universes(split))
@@ -118,51 +107,35 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
         for split in SPLITS:
             folder = root / split
             if folder.is_dir() and not all(final_name(path.name) for path in folder.iterdir()):
-                raise DataError(
-                    root, f"holds {split}/ but no {SETTINGS}", "choose another folder to simulate into"
-                ) from None
+                fault = f"holds {split}/ but no {SETTINGS}"
+                raise DataError(root, fault, "choose another folder to simulate into") from None
         return
     except (OSError, ValueError) as error:
         raise DataError(path, f"cannot be read ({error})", "remove the folder, or choose another") from error
     for key, value in {"version": _VERSION, **asdict(config)}.items():
         there = recorded.get(key) if isinstance(recorded, dict) else None
-        if key in SPLITS and isinstance(there, int):
-            if value < there:
-                raise ConfigError(
-                    f"simulate.{key}", value, f"{root} has {there}; choose as many or more, or another folder"
-                )
-        elif value != there:
-            raise ConfigError(
-                f"simulate.{key}", value, f"{root} was made with {there!r}; choose that, or another folder"
-            )
+        can_grow = key in SPLITS and isinstance(there, int)
+        if value != there and not (can_grow and value > there):
+            choice = f"{there!r} or more" if can_grow else f"{there!r}"
+            fault = f"{root} was made with {there!r}; choose {choice}, or another folder"
+            raise ConfigError(f"simulate.{key}", value, fault)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 0 when the data set is complete."""
-    defaults = SimulateConfig()
     parser = OneLineParser(
         prog="python -m preprocess.simulate",
         description="Simulate universes and write their samples in the published format.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    options = {
-        "train": (int, "universes to train on"),
-        "validation": (int, "universes to validate on"),
-        "size": (int, "voxels along each edge of a sample"),
-        "voxel": (float, "edge of a voxel in Mpc/h, where H_0 is 70"),
-        "steps": (int, "time steps in all"),
-        "crops": (int, "samples along each edge of a universe"),
-        "seed": (int, "seed of all universes"),
-        "format": (str, "of the files, one of " + ", ".join(sorted(FORMATS))),
-    }
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the data set")
-    for name, (kind, text) in options.items():
-        parser.add_argument(f"--{name}", type=kind, default=getattr(defaults, name), help=text)
+    add_flags(parser, SimulateConfig)
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
     arguments = parser.read(argv)
     with report_errors(World(), STOPPED):
-        config = SimulateConfig(**{name: getattr(arguments, name) for name in options})
-        make_dataset(config, arguments.output, workers=arguments.workers, shown=True)
+        values = vars(arguments)
+        output, workers = values.pop("output"), values.pop("workers")
+        make_dataset(build(SimulateConfig, values, "simulate."), output, workers=workers, shown=True)
     return 0
 
 

@@ -21,6 +21,7 @@ from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
 from pipelines.sample import SPLITS
+from pipelines.settings import add_flags, build
 from preprocess.conversion.progress import STOPPED
 from preprocess.staging.config import StageConfig
 from preprocess.staging.stager import describe, stage
@@ -32,33 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m preprocess.stage", description="Stage a data set to the disk of every node."
     )
     parser.add_argument("-i", "--input-dir", type=Path, required=True, help="holds train and validation")
-    parser.add_argument("-o", "--output-dir", type=Path, required=True, help="on each node's own disk")
-    parser.add_argument(
-        "--shard-type", choices=("global", "local"), default="global", help="all samples, or a partition"
-    )
-    parser.add_argument("--shard-multiplier", type=int, default=1, help="nodes that get the same partition")
-    parser.add_argument("--preshuffle", action="store_true", help="draw the partitions by --seed")
-    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    parser.add_argument("-o", "--output-dir", dest="dir", required=True, help="on each node's own disk")
+    add_flags(parser, StageConfig)
     parser.add_argument("--models", type=int, default=1, help="number that train side by side")
-    parser.add_argument("--threads", type=int, default=8, help="of each rank")
-    parser.add_argument("--direct-io", action="store_true", help="read past the page cache")
     arguments = parser.read(argv)
     world, faults = launched(), 0
     with report_errors(world, STOPPED) as session:
-        config = StageConfig(
-            str(arguments.output_dir),
-            arguments.shard_type,
-            arguments.shard_multiplier,
-            arguments.preshuffle,
-            arguments.seed,
-            arguments.threads,
-            arguments.direct_io,
-        )
+        values = vars(arguments)
+        source, num_instances = values.pop("input_dir"), values.pop("models")
+        config: StageConfig = build(StageConfig, values, "data.stage.")
         session.connect()
-        splits = session.run_on_root(
-            lambda: {str(name): open_folder(arguments.input_dir / name) for name in SPLITS}
-        )
-        for dataset, report in stage(splits, config.folder, config, session, arguments.models):
+        splits = session.run_on_root(lambda: {str(name): open_folder(source / name) for name in SPLITS})
+        for dataset, report in stage(splits, config.folder, config, session, num_instances):
             if world.is_root:
                 print(describe(dataset, report, world.nodes))
                 for fault in dict.fromkeys(report.faults):

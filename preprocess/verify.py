@@ -27,7 +27,7 @@ from pipelines.errors import ConfigError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SPLITS
 from pipelines.tables import format_table
-from preprocess.conversion.progress import progress
+from preprocess.conversion.progress import track
 from preprocess.conversion.target import commit, is_unfinished, list_files
 from preprocess.conversion.verify_task import VerifyResult, VerifyTask
 from preprocess.conversion.worker_pool import run_tasks
@@ -83,13 +83,9 @@ def verify_folder(folder: Path, *, workers: int, shown: bool) -> Report:
     _check_lists(report, names)
     task = VerifyTask(folder, report.dataset.format_name, report.dataset.spec)
     items = ((name, records.get(name)) for name in names)
-    with (
-        progress(len(names), "checked", "file", shown=shown) as advance,
-        contextlib.closing(run_tasks(task, items, workers)) as results,
-    ):
-        for (name, _), result in results:
+    with contextlib.closing(run_tasks(task, items, workers)) as results:
+        for (name, _), result in track(results, len(names), "checked", "file", shown=shown):
             report.add(name, result)
-            advance()
     for sample_ids in report.duplicates.values():
         if len(sample_ids) > 1:
             report.faults["duplicates"].append(f"{folder}: {' and '.join(sorted(sample_ids))} are the same")

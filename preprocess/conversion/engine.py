@@ -16,7 +16,7 @@ from pipelines.errors import AccessError, ConfigError
 from pipelines.io import locked
 from pipelines.sample import SampleSpec
 from preprocess.conversion.journal import Journal
-from preprocess.conversion.progress import STOPPED, progress
+from preprocess.conversion.progress import STOPPED, track
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
 from preprocess.conversion.target import commit, open_target
 from preprocess.conversion.task_result import TaskResult, WorkItem
@@ -112,10 +112,11 @@ def run_conversion(
         report = ConversionReport()
         with (
             Journal(own.target, own.format_name, own.spec, world.rank) as journal,
-            progress(len(own.items), "done", unit, shown=shown and world.is_root) as advance,
-            contextlib.closing(run_tasks(own.task, _begin(own.items, journal), workers, lock)) as results,
+            contextlib.closing(run_tasks(own.task, _begin(own.items, journal), workers, lock)) as running,
         ):
-            for item, result in session.tag_rank_errors(_check_read_failures(results)):
+            results = session.tag_rank_errors(_check_read_failures(running))
+            shown = shown and world.is_root
+            for item, result in track(results, len(own.items), "done", unit, shown=shown):
                 written = {entry.name for entry in result.written}
                 unchanged = [entry for entry in item.recorded if entry.name not in written]
                 done = [*result.written, *unchanged]
@@ -126,7 +127,6 @@ def run_conversion(
                     sum(entry.samples for entry in unchanged) if result.up_to_date else 0,
                     tuple(result.faults),
                 )
-                advance()
         gathered = session.gather_to_root((entries, report))
 
         def commit_if_complete() -> ConversionReport:

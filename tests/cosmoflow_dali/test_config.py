@@ -10,8 +10,8 @@ import pytest
 
 from cosmoflow_dali.arguments import FLAGS, parse
 from cosmoflow_dali.config import CONFIGS, TrainConfig, flatten, read_yaml, resolve
-from cosmoflow_dali.settings import settings
 from pipelines.errors import ConfigError, DataError, UserError
+from pipelines.settings import settings
 
 REFERENCE = ["--config", str(CONFIGS / "reference.yaml")]
 

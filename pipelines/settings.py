@@ -6,6 +6,7 @@ The configuration, the command line and docs/settings.md follow from that.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import inspect
@@ -52,6 +53,26 @@ def settings(section: Any, prefix: str = "") -> Iterator[Setting]:
         if not nested:
             found = re.search(rf"^    {item.name}: (.*(?:\n     .*)*)", text, re.MULTILINE)
             yield Setting(key, section, kind, item.default, " ".join(found[1].split()) if found else "")
+
+
+def flag_options(setting: Setting) -> dict[str, Any]:
+    """Return argparse's options for a flag that sets `setting`: help, and type or action."""
+    text, arguments = setting.meaning.replace("%", "%%"), typing.get_args(setting.kind)
+    if typing.get_origin(setting.kind) is Literal:
+        return {"help": text, "choices": arguments}
+    kinds = [choice for choice in arguments or (setting.kind,) if choice not in (type(None), ...)]
+    if kinds == [bool]:
+        return {"help": text, "action": argparse.BooleanOptionalAction}
+    options = {"help": text, "type": kinds[0], "metavar": setting.key.rpartition(".")[2].upper()}
+    return options | ({"nargs": "+"} if typing.get_origin(setting.kind) is tuple else {})
+
+
+def add_flags(parser: argparse.ArgumentParser, section: type) -> None:
+    """Add to `parser` a flag for each setting of the dataclass `section` that has a default."""
+    for setting in settings(section):
+        if setting.default is not dataclasses.MISSING:
+            flag = f"--{setting.key.replace('_', '-')}"
+            parser.add_argument(flag, default=setting.default, **flag_options(setting))
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
