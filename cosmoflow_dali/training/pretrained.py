@@ -39,7 +39,7 @@ class LoadedModel:
         """Raise DataError unless the network takes the samples at `path`, of `size` voxels along an edge."""
         if size != self.size:
             raise DataError(
-                path, f"is {size} voxels wide", f"{self.path} takes samples of {self.size} voxels"
+                path, f"has a size of {size} voxels", f"{self.path} takes samples of {self.size} voxels"
             )
 
 
