@@ -20,7 +20,16 @@ from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError, UserError
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
-_FORWARDED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "RENDEZVOUS_TIMEOUT", "NCCL_")
+_FORWARDED = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "OMP_NUM_THREADS",
+    "RENDEZVOUS_TIMEOUT",
+    "HEARTBEAT_",
+    "STALL_TIMEOUT",
+    "NCCL_",
+)
 """Variables, or their prefixes, that mpirun passes to ranks on other hosts."""
 
 

@@ -7,19 +7,26 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NoAnswerError
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.distributed.environment import integer
 from pipelines.distributed.world import World
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
 _FIRST_PORT, _PORTS, _ATTEMPTS = 20000, 12000, 8
 """Ports that no system assigns by itself. If one is in use, the next ones are tried."""
+
+
+_ANSWER_TIMEOUT = 30.0
+"""Seconds for the program at a port to answer as a store does, which includes a DNS query of its address."""
 
 
 class Endpoint(NamedTuple):
@@ -70,17 +77,74 @@ def find_endpoint(world: World, environ: Mapping[str, str]) -> Endpoint:
     raise ConfigError("MASTER_ADDR", None, fault)
 
 
-def open_store(
-    address: str, port: int, *, serves: bool = False, size: int | None = None, seconds: float
-) -> TCPStore:
-    """A key-value store of torch for `size` ranks at `address` and `port`; `serves` it, at any port for 0.
+def serve_store(endpoint: Endpoint, size: int) -> TCPStore:
+    """Host the key-value store of `size` ranks at the first free port of `endpoint`.
 
-    Asking it takes `seconds` at most.
+    Raises:
+        UserError: No port is free.
     """
+    for port in endpoint.ports:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1" if endpoint.address == "127.0.0.1" else "", port))
+            listener.listen(2 * size)
+        except OSError as error:
+            listener.close()
+            fault = str(error)
+        else:
+            return _store(endpoint.address, port, serves=True, listener=listener.detach())
+    raise UserError(
+        f"rank 0 cannot listen at port {endpoint.ports[-1]} ({fault}); does another run use it? "
+        "Set MASTER_PORT to another"
+    )
+
+
+def join_store(endpoint: Endpoint) -> tuple[TCPStore, socket.socket]:
+    """Connect to the store of rank 0; return it and an idle connection, which closes when rank 0 ends.
+
+    Raises:
+        UserError: Rank 0 cannot be reached within the endpoint's timeout.
+    """
+    deadline, fault = time.monotonic() + endpoint.timeout, ""
+    while time.monotonic() < deadline:
+        for port in endpoint.ports:
+            try:
+                connection = socket.create_connection((endpoint.address, port), _ANSWER_TIMEOUT)
+                store = open_store(endpoint.address, port)
+                if store.check([endpoint.key]):
+                    return store, connection
+                fault = "another program listens there"
+            except (OSError, RuntimeError, NoAnswerError) as error:
+                fault = str(error).partition("\n")[0] or "no answer"
+        time.sleep(0.2)
+    ports = "-".join(map(str, sorted({endpoint.ports[0], endpoint.ports[-1]})))
+    raise UserError(
+        f"cannot reach rank 0 at {endpoint.address}, port {ports}, within {endpoint.timeout:g} s ({fault}); "
+        "did it start, and can this node reach that one?"
+    )
+
+
+def open_store(address: str, port: int) -> TCPStore:
+    """Connect to the store at `address` and `port`; RuntimeError or NoAnswerError if there is none."""
+    opened: Future[TCPStore] = Future()
+
+    def connect() -> None:
+        try:
+            opened.set_result(_store(address, port))
+        except RuntimeError as error:
+            opened.set_exception(error)
+
+    # The constructor waits without a limit for the answer of a program that is no store.
+    threading.Thread(target=connect, daemon=True).start()
+    return opened.result(_ANSWER_TIMEOUT)
+
+
+def _store(address: str, port: int, *, serves: bool = False, listener: int | None = None) -> TCPStore:
     import torch.distributed as dist
 
     return dist.TCPStore(  # type: ignore[attr-defined]
-        address, port, size, serves, timedelta(seconds=seconds), wait_for_workers=False
+        address, port, is_master=serves, wait_for_workers=False, master_listen_fd=listener
     )
 
 
@@ -107,7 +171,8 @@ def _free_address(world: World) -> tuple[str, int]:
 
 def _by_torchrun(world: World, environ: Mapping[str, str], timeout: float) -> Endpoint:
     """Exchange the endpoint through the store of torchrun's agents, which occupies MASTER_PORT."""
-    store = open_store(environ["MASTER_ADDR"], integer(environ, "MASTER_PORT"), seconds=timeout)
+    store = open_store(environ["MASTER_ADDR"], integer(environ, "MASTER_PORT"))
+    store.set_timeout(timedelta(seconds=timeout))
     # The store outlives the ranks: after a restart they need an endpoint of their own.
     run, attempt = (environ.get(f"TORCHELASTIC_{name}") for name in ("RUN_ID", "RESTART_COUNT"))
     key = f"rendezvous/{run}/{attempt}/{world.instance}"

@@ -15,12 +15,16 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from pipelines.distributed.member import Member
-from pipelines.distributed.rendezvous import find_endpoint, open_store
-from pipelines.distributed.warden import Warden
-from pipelines.distributed.watch import Watch
+from pipelines.distributed.heartbeat import (
+    FailureDetector,
+    HeartbeatClient,
+    HeartbeatServer,
+    HeartbeatTiming,
+)
+from pipelines.distributed.rendezvous import find_endpoint, join_store, open_store, serve_store
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
+from pipelines.io import raise_open_file_limit
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +72,7 @@ class Session:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._watch: Watch | None = None
+        self._detector: FailureDetector | None = None
 
     def connect(self, device: torch.device | None = None) -> None:
         """Connect all ranks: with NCCL if `device` is a GPU, else with gloo.
@@ -83,28 +87,27 @@ class Session:
             torch.cuda.set_device(device)
         if world.size == 1:
             return
+        timing = HeartbeatTiming.read(os.environ, world.size)
         endpoint = find_endpoint(world, os.environ)
         if world.single_node and "lo" in (name for _, name in socket.if_nameindex()):
             # On one node gloo need not find out which of its interfaces others can reach.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        import torch.distributed as dist
+
         if world.is_root:
-            self._watch = warden = Warden(endpoint, world.size)
+            raise_open_file_limit(3 * world.size + 256)
+            store = serve_store(endpoint, world.size)
+            monitored = open_store(endpoint.address, store.port)
+            self._detector = HeartbeatServer(monitored, endpoint, world, timing)
         else:
             # If rank 0 fails, one rank of each node reports it.
             reports = world.local_rank == (1 if world.node == 0 else 0)
             try:
-                self._watch = member = Member(endpoint, world.rank, world.size, speaks=reports)
+                monitored, connection = join_store(endpoint)
             except UserError as error:
                 raise (RankError(world, error) if reports else error) from error
-        import torch.distributed as dist
-
-        if world.is_root:
-            store = open_store(endpoint.address, 0, serves=True, size=world.size, seconds=endpoint.timeout)
-            warden.begin(str(store.port))
-        else:
-            store = open_store(
-                endpoint.address, int(member.begin()), size=world.size, seconds=endpoint.timeout
-            )
+            self._detector = HeartbeatClient(monitored, connection, world.rank, timing, reports=reports)
+            store = open_store(endpoint.address, monitored.port)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(
             backend,
@@ -120,32 +123,32 @@ class Session:
 
     def close(self) -> None:
         """Wait until all ranks are done, and disconnect; nothing if they are not connected."""
-        if self._watch is None:
+        if self._detector is None:
             return
         import torch.distributed as dist
 
         # Launchers end all ranks when the first one exits with a status other than 0.
         dist.barrier()
-        self._watch.end()
+        self._detector.end()
         dist.destroy_process_group()
 
     def report_failure(self, reason: str, *, seen_by_all_ranks: bool) -> None:
         """Tell the other ranks that this one exits for `reason`, which it has printed if not seen by all."""
-        if self._watch is not None:
-            self._watch.part(reason, known=seen_by_all_ranks)
+        if self._detector is not None:
+            self._detector.report_failure(reason, seen_by_all_ranks=seen_by_all_ranks)
 
     def wait_for_failure_report(self) -> None:
         """After a lost connection, wait until the failure detector reports the failed rank and exits."""
-        if self._watch is not None:
-            self._watch.await_word()
+        if self._detector is not None:
+            self._detector.wait_for_failure_report()
 
     def wait_for_root_exit(self) -> None:
         """Wait until rank 0 has printed an error that all ranks have seen, and has exited.
 
         A launcher ends all ranks when the first one fails, before rank 0 may have printed its message.
         """
-        if self._watch is not None:
-            self._watch.outlast_root()
+        if isinstance(self._detector, HeartbeatClient):
+            self._detector.wait_for_root_exit()
         elif not self.world.is_root:
             time.sleep(_ROOT_MESSAGE_SECONDS)
 
@@ -231,7 +234,7 @@ class Session:
 
     def stall_guard(self, operation: str) -> AbstractContextManager[None]:
         """Report this rank as stuck in `operation` if the body takes too long."""
-        return self._watch.busy(operation) if self._watch is not None else nullcontext()
+        return self._detector.stall_guard(operation) if self._detector is not None else nullcontext()
 
     def with_stall_guard(self, items: Iterable[T], operation: str) -> Iterator[T]:
         """Yield `items`, with a `stall_guard` around the wait for each."""

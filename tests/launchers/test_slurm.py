@@ -217,7 +217,7 @@ def test_init_datasets_converts_both_splits(cluster: Cluster, data: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(signal.SIGKILL, "has died without a word"), (signal.SIGSTOP, "has said nothing for 40 s")],
+    [(signal.SIGKILL, "connection lost"), (signal.SIGSTOP, "no heartbeat for 40 s")],
 )
 def test_a_rank_that_goes_under_srun_is_missed_by_the_others(
     number: signal.Signals, words: str, cluster: Cluster, data: Path, tmp_path: Path
@@ -252,7 +252,7 @@ def test_a_job_with_a_frozen_rank_ends(cluster: Cluster, data: Path, tmp_path: P
     # It is missed after 40 s, and ended 80 s after the others have left.
     assert cluster.wait_for(job, seconds=180) == "FAILED", told(tmp_path)
     said = run.with_suffix(".log").read_text()
-    assert said.count("rank 2 (process ") == 1 and "has said nothing for 40 s" in said
+    assert said.count("rank 2 (process ") == 1 and "no heartbeat for 40 s" in said
     assert "error: 1 of 1 runs failed: 1" in (tmp_path / "job.log").read_text()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.distributed.rendezvous import Endpoint, find_endpoint, open_store
+from pipelines.distributed.rendezvous import Endpoint, find_endpoint, serve_store
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError
 
@@ -38,7 +38,7 @@ def test_instances_have_endpoints_of_their_own() -> None:
     def find(launcher: str, environ: dict[str, str], instance: int) -> Endpoint:
         return find_endpoint(World(0, 3, 0, 3, launcher, instance, 2, 3 * instance, 3), environ)
 
-    store = open_store("127.0.0.1", 0, serves=True, seconds=10)
+    store = serve_store(Endpoint("127.0.0.1", (0,), "key", 10), 2)
     agents = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     torchrun = agents | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "r"}
     for launcher, environ in (("torchrun", torchrun), ("mpirun", agents | {"PMIX_NAMESPACE": "job"})):

@@ -1,4 +1,4 @@
-"""Sessions of ranks that real launchers start, and collectives, errors and exits in them."""
+"""Sessions: collectives, errors, exits, and connecting under real launchers."""
 
 from __future__ import annotations
 
@@ -9,32 +9,152 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, environment, mpirun, run
+from helpers import ROOT, Ranks, environment, mpirun, run
 
 from pipelines.distributed.cli import report_errors
+from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
+from pipelines.errors import UserError
 
-
-def test_a_model_of_one_rank_works_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[torch.device] = []
-    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-    with report_errors(World(3, 8, 3, 8, "mpirun").partition_ranks(8)) as session:
-        session.connect(torch.device("cuda", 3))
-        assert chosen == [torch.device("cuda", 3)]
-
-
-_MEET = """
+_HEAD = """
+import sys, time
 import torch
+import torch.distributed as dist
+from pipelines.distributed.cli import report_errors
+from pipelines.distributed.session import RankError, exit_now
 from pipelines.distributed.world import World
-
+from pipelines.errors import UserError
 world = World.detect()
+"""
+
+_CONNECT = (
+    _HEAD
+    + """
 with report_errors(world) as session:
     session.connect(torch.device("cpu"))
     print(world.launcher, session.sum(torch.tensor([10.0 ** world.rank])).item())
 """
+)
 
 
-def test_ranks_that_srun_starts_meet() -> None:
+def forked(program: str, ranks: int) -> Ranks:
+    return Ranks([sys.executable, "-c", _HEAD + program], range(ranks), ranks, HEARTBEAT_INTERVAL="1")
+
+
+def test_collectives_of_one_rank_are_plain_calls() -> None:
+    session = Session(World())
+    assert session.run_on_root(lambda: 1) == session.run_on_all_ranks(lambda: 1) == 1
+    assert session.scatter(lambda: ["a"]) == "a"
+    assert session.gather(2) == session.gather_to_root(2) == [2]
+    with session.stall_guard("nothing"):
+        assert list(session.with_stall_guard([3, 4], "nothing")) == [3, 4]
+
+
+def test_collectives_of_three_ranks() -> None:
+    program = """
+with report_errors(world) as session:
+    session.connect()
+    assert session.run_on_root(lambda: world.rank) == 0
+    assert session.run_on_all_ranks(lambda: world.rank) == world.rank
+    assert session.scatter(lambda: ["a", "b", "c"]) == "abc"[world.rank]
+    assert session.gather(world.rank) == [0, 1, 2]
+    assert session.gather_to_root(world.rank) == ([0, 1, 2] if world.is_root else [])
+    assert session.sum(torch.ones(2)).tolist() == [3, 3]
+    def fail():
+        if world.rank > 0:
+            raise UserError(f"error of rank {world.rank}")
+    def fail_on_root():
+        raise UserError("error of rank 0")
+    for run, function in ((session.run_on_all_ranks, fail), (session.run_on_root, fail_on_root)):
+        try:
+            run(function)
+        except UserError as error:
+            print(error)
+"""
+    with forked(program, 3) as ranks:
+        statuses, words = ranks.end(60)
+    assert statuses == {0} and words == "error of rank 1\nerror of rank 0\n" * 3
+
+
+def test_instance_of_one_rank_uses_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    with report_errors(World(3, 8, 3, 8, "mpirun").partition_ranks(8)) as session:
+        session.connect(torch.device("cuda", 3))
+    assert chosen == [torch.device("cuda", 3)]
+
+
+def test_instances_connect_to_their_own_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[World] = []
+
+    def find(world: World, environ: object) -> None:
+        asked.append(world)
+        raise UserError("asked")
+
+    monkeypatch.setattr("pipelines.distributed.session.find_endpoint", find)
+    with pytest.raises(UserError):
+        Session(World(5, 6, 5, 6, "mpirun").partition_ranks(2)).connect()
+    ((instance,),) = [(world.instance,) for world in asked]
+    assert instance == 1 and (asked[0].rank, asked[0].size) == (2, 3)
+
+
+def test_error_line_of_rank_0_precedes_the_exit_of_others() -> None:
+    # A launcher ends all ranks when the first one exits.
+    program = """
+with report_errors(world) as session:
+    session.connect()
+    def fail():
+        raise UserError("refused")
+    if world.is_root:
+        write = sys.stderr.write
+        sys.stderr.write = lambda text: (time.sleep(1), write(text))[1]
+    session.run_on_root(fail)
+"""
+    done = run([*mpirun(3), sys.executable, "-c", _HEAD + program])
+    assert done.code == 1 and done.err.count("error: refused") == 1, done.err
+
+
+def test_ranks_exit_after_rank_0_has_finished() -> None:
+    program = """
+with report_errors(world) as session:
+    session.connect()
+    if world.is_root:
+        time.sleep(2)
+        print("the reason", file=sys.stderr)
+exit_now(75, world)
+"""
+    with forked(program, 3) as ranks:
+        statuses, words = ranks.end(60)
+    assert statuses == {75} and words == "the reason\n"
+
+
+def test_collective_that_ends_late_does_not_abort_an_exiting_rank() -> None:
+    # Rank 0 is late, so that rank 1's gloo releases its tensors while rank 1 exits.
+    program = """
+import atexit, ctypes
+# The last thing before an interpreter shuts down, if it does: two seconds without the GIL for other threads.
+atexit.register(ctypes.PyDLL(None).sleep, 2)
+with report_errors(world) as session:
+    session.connect(torch.device("cpu"))
+    dist.barrier()
+    if world.rank == 0:
+        time.sleep(0.5)
+    mine, parts = torch.ones(1), [torch.zeros(1) for _ in range(2)]
+    for tensor in (mine, *parts):
+        # Gives the storage a Python object, as gathering objects does.
+        tensor.untyped_storage()
+    dist.all_gather(parts, mine, async_op=True)
+    del mine, parts, tensor
+    if world.rank == 0:
+        time.sleep(3)
+    exit_now(0, world)
+"""
+    with forked(program, 2) as ranks:
+        statuses, words = ranks.end(60)
+    assert statuses == {0}, words
+
+
+def test_srun_variables_connect_ranks() -> None:
     # What srun sets stands in for a cluster.
     shared = {
         "SLURM_STEP_NUM_TASKS": "2",
@@ -43,140 +163,56 @@ def test_ranks_that_srun_starts_meet() -> None:
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_STEP_ID": "0",
     }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _MEET],
-            cwd=ROOT,
-            env=environment() | shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert said == ["srun 11.0\n", "srun 11.0\n"]
+    with (
+        Ranks(
+            [sys.executable, "-c", _CONNECT], [0], 1, **shared, SLURM_PROCID="0", SLURM_LOCALID="0"
+        ) as first,
+        Ranks(
+            [sys.executable, "-c", _CONNECT], [1], 1, **shared, SLURM_PROCID="1", SLURM_LOCALID="1"
+        ) as second,
+    ):
+        assert [rank.end(60) for rank in (first, second)] == [({0}, "srun 11.0\n")] * 2
 
 
-def test_ranks_that_torchrun_starts_meet(tmp_path: Path) -> None:
-    (tmp_path / "meet.py").write_text(_MEET)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    env = environment() | {"PYTHONPATH": str(ROOT)}
+def test_torchrun_connects_ranks(tmp_path: Path) -> None:
+    (tmp_path / "connect.py").write_text(_CONNECT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, str(tmp_path / "meet.py")],
-        env=env,
+        [*torchrun, str(tmp_path / "connect.py")],
+        env=environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    # Three processes write to one pipe, and their words may run together.
-    assert done.stdout.count("torchrun") == done.stdout.count("111.0") == 3
+    # Several processes write to one pipe, and their lines may be mixed.
+    assert done.stdout.count("torchrun") == done.stdout.count("11.0") == 2
 
 
-def test_ranks_that_mpirun_starts_meet() -> None:
-    done = run([*mpirun(3), sys.executable, "-c", _MEET])
-    assert done.code == 0, done.err
-    assert done.out.count("mpirun") == done.out.count("111.0") == 3
-
-
-@pytest.mark.slow
-def test_the_ranks_of_two_models_meet_their_own() -> None:
+def test_mpirun_connects_ranks_of_two_instances() -> None:
     program = """
-from pipelines.distributed.world import World
-
-world = World.detect().partition_ranks(2)
+world = world.partition_ranks(2)
 with report_errors(world) as session:
     session.connect()
-    print("model", world.instance, session.gather(world.rank))
+    print("instance", world.instance, session.gather(world.rank))
 """
-    done = run([*mpirun(6), sys.executable, "-c", program])
+    done = run([*mpirun(4), sys.executable, "-c", _HEAD + program])
     assert done.code == 0, done.err
-    assert [done.out.count(f"model {model} [0, 1, 2]") for model in range(2)] == [3, 3]
+    assert [done.out.count(f"instance {instance} [0, 1]") for instance in range(2)] == [2, 2]
 
 
-def test_models_on_several_nodes_have_places_of_their_own() -> None:
+def test_mpi_gives_instances_on_several_nodes_endpoints_of_their_own() -> None:
     program = """
 import os
-from pipelines.distributed.world import World
 from pipelines.distributed.rendezvous import find_endpoint
+from pipelines.distributed.world import World
 
 world = World.detect().partition_ranks(2)
 environ = {name: value for name, value in os.environ.items() if name != "PMIX_NAMESPACE"}
-print(f"model {world.instance} at", find_endpoint(world, environ).key)
+print(f"instance {world.instance} at", find_endpoint(world, environ).key)
 """
     done = run([*mpirun(4), sys.executable, "-c", program])
     assert done.code == 0, done.err
     lines = sorted(done.out.splitlines())
     assert lines[0] == lines[1] and lines[2] == lines[3] and lines[0].split()[3] != lines[2].split()[3]
-
-
-def test_a_fault_on_one_rank_ends_all_of_them() -> None:
-    # Rank 1 fails while the others already wait for it in a collective.
-    program = """
-import torch
-from pipelines.distributed.session import RankError
-from pipelines.distributed.world import World
-from pipelines.distributed.cli import report_errors
-from pipelines.errors import UserError
-
-world = World.detect()
-with report_errors(world) as session:
-    session.connect(torch.device("cpu"))
-    if world.rank == 1:
-        raise RankError(world, UserError("the disk is on fire"))
-    session.sum(torch.zeros(1))
-"""
-    done = run([*mpirun(3), sys.executable, "-c", program])
-    assert done.code != 0
-    assert done.err.count("rank 1 of 3: the disk is on fire") == 1
-    assert "Traceback" not in done.err
-
-
-def test_what_rank_0_has_to_say_is_heard_before_a_launcher_ends_it() -> None:
-    program = """
-import sys, time
-from pipelines.distributed.session import exit_now
-from pipelines.distributed.world import World
-
-world = World.detect()
-with report_errors(world) as session:
-    session.connect()
-    if world.is_root:
-        time.sleep(4)
-        print("the reason", file=sys.stderr)
-exit_now(75, world)
-"""
-    done = run([*mpirun(3), sys.executable, "-c", program])
-    assert done.code == 75 and "the reason" in done.err
-
-
-def test_a_collective_that_ends_late_does_not_abort_a_rank_that_leaves() -> None:
-    # Rank 0 is late, so that rank 1's gloo lets go of its tensors while rank 1 is on its way out.
-    program = """
-import atexit, ctypes, time
-# The last thing before an interpreter tidies up, if it does: two seconds without a turn for other threads.
-atexit.register(ctypes.PyDLL(None).sleep, 2)
-import torch
-import torch.distributed as dist
-from pipelines.distributed.session import exit_now
-from pipelines.distributed.world import World
-
-world = World.detect()
-with report_errors(world) as session:
-    session.connect(torch.device("cpu"))
-    dist.barrier()
-    if world.rank == 0:
-        time.sleep(0.5)
-    mine, parts = torch.ones(1), [torch.zeros(1) for _ in range(2)]
-    for tensor in (mine, *parts):
-        # Gives the storage an object of Python's, as gathering objects does.
-        tensor.untyped_storage()
-    dist.all_gather(parts, mine, async_op=True)
-    del mine, parts, tensor
-    if world.rank == 0:
-        time.sleep(3)
-    exit_now(0, world)
-"""
-    done = run([*mpirun(2), sys.executable, "-c", program])
-    assert done.code == 0, done.err
