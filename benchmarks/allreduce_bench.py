@@ -1,17 +1,16 @@
-"""The all-reduce alone: whether the ranks' network is what it should be, before a run depends on it.
+"""Measure the all-reduce alone, to check the ranks' network before a run.
 
     mpirun -n 8 python benchmarks/allreduce_bench.py
     srun -N 16 --ntasks-per-node 8 python benchmarks/allreduce_bench.py
 
-All ranks sum float32 tensors of a few sizes, the reference network's gradients among them, over NCCL on
-GPUs and gloo elsewhere. Rank 0 prints the time and the bus bandwidth by NCCL's own definition
-(nccl-tests, doc/PERFORMANCE.md): bytes / seconds * 2 (n - 1) / n, which on a ring is what each rank's
-link carries, whatever the number of ranks. Every sum is checked.
+All ranks sum float32 tensors of some sizes, among them that of the reference network's gradients, over NCCL
+on GPUs and gloo elsewhere. Rank 0 prints the time and the bus bandwidth as NCCL defines it (nccl-tests,
+doc/PERFORMANCE.md): bytes / seconds * 2 (n - 1) / n, the load of each rank's link on a ring, independent of
+the number of ranks. Each sum is checked.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -32,12 +31,12 @@ from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, UserError
 
 _LARGE = 160 * 10**6
-"""Bytes at which bandwidth is all that counts."""
+"""Size in bytes for which the bandwidth dominates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """An all-reduce of `bytes` bytes: milliseconds, and the bus bandwidth in GB/s."""
+    """An all-reduce of `bytes` bytes: time in ms and bus bandwidth in GB/s."""
 
     bytes: int
     milliseconds: harness.Spread
@@ -45,13 +44,13 @@ class Reduced:
 
 
 def gradient_bytes() -> int:
-    """Bytes of the reference network's gradients in float32."""
+    """Return the size of the reference network's float32 gradients in bytes."""
     model = build_model(ReferenceConfig(), 0)
     return 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def reduce(session: Session, device: torch.device, size: int, rounds: int) -> Reduced:
-    """Have all ranks sum `size` bytes, `rounds` times; UserError where a sum is wrong."""
+    """Sum `size` bytes over all ranks `rounds` times; raise UserError if a sum is wrong."""
     world, count = session.world, size // 4
     seconds = []
     for warm in [False] * 3 + [True] * rounds:
@@ -81,23 +80,18 @@ def _finish(device: torch.device) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Reduced]:
-    """The command line; what was measured on this rank."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the command line; return what this rank measured."""
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--bytes", type=int, nargs="+", help="sizes (default: the gradients', and 160 MB)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument(
-        "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
-    )
     options = parser.parse_args(argv)
     results: list[Reduced] = []
     world = launched()
     with report_errors(world) as session:
         sizes = options.bytes or [gradient_bytes(), _LARGE]
         if min(sizes) < 4 or options.rounds < 1:
-            raise ConfigError("--bytes", sizes, "expected at least 4, and at least one of the --rounds")
+            raise ConfigError("--bytes", sizes, "must be at least 4, and --rounds at least 1")
         device = world.device(options.device)
         session.connect(device)
         results = [reduce(session, device, size, options.rounds) for size in sizes]

@@ -1,6 +1,6 @@
-"""Who takes part in the benchmark of the input stage: endless iterators, an item for each batch delivered.
+"""Candidates of the input benchmark: endless iterators, one item per delivered batch.
 
-All deliver (B, 4, size, size, size) float32 logarithms, in an order that is shuffled the same way.
+All deliver float32 logarithms (B, 4, size, size, size) in the same shuffled order.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice, plan_epoch
 
 _BLOCK = 4096
-"""What O_DIRECT reads multiples of, whatever the disk."""
+"""Block size of O_DIRECT reads that suits any disk."""
 
 Item = tuple[torch.Tensor, npt.NDArray[np.float32]]
 
 
 def planned(split: SampleDataset, batch_size: int, epoch: int) -> list[int]:
-    """The samples of `epoch`, one batch after the other, in the order that all contestants keep."""
+    """Return the samples of `epoch` in the order of all candidates, batch by batch."""
     plan = plan_epoch(len(split), global_batch=batch_size, seed=0, epoch=epoch, shuffle=True, ragged="drop")
     return plan.ravel().tolist()
 
 
 def touch(volume: torch.Tensor) -> None:
-    """Look at a delivered volume (B, 4, D, H, W), so that none is delivered in name only."""
+    """Access a delivered volume (B, 4, D, H, W), so that it must exist."""
     assert volume[0, 0, 0, 0, 0].item() >= 0.0
 
 
@@ -49,7 +49,7 @@ def touch(volume: torch.Tensor) -> None:
 def project_loader(
     split: SampleDataset, config: LoaderConfig, device: str = "cpu"
 ) -> Iterator[Iterator[int]]:
-    """The project's loader, targets and all, epoch after epoch."""
+    """Yield batches of the project's loader, with targets, over endless epochs."""
     loader = Loader(
         split,
         config,
@@ -72,10 +72,12 @@ def project_loader(
 def dali_numpy(
     split: SampleDataset, batch_size: int, threads: int, *, direct: bool = False
 ) -> Generator[int, None, None]:
-    """DALI's own reader of the same .npy files, and the table of logarithms; without targets.
+    """Yield batches of DALI's numpy reader with a table of logarithms, without targets.
 
-    Its list of files is fixed, so it repeats the order of the first epoch. `direct` reads past the page
-    cache.
+    Its list of files is fixed, so each epoch has the order of the first.
+
+    Args:
+        direct: Bypass the page cache.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -103,7 +105,7 @@ def dali_numpy(
 
 
 class PlainNpy(Dataset[Item]):
-    """What a torch user would write first for .npy pairs."""
+    """Straightforward torch data set of .npy pairs."""
 
     def __init__(self, split: SampleDataset) -> None:
         self._split = split
@@ -112,13 +114,13 @@ class PlainNpy(Dataset[Item]):
         return len(self._split)
 
     def __getitem__(self, index: int) -> Item:
-        """Logarithms (D, H, W, 4) float32, and the target (4,) float32."""
+        """Return logarithms (D, H, W, 4) float32, and the target (4,) float32."""
         label, data = self._split.files(index)
         return torch.log1p(torch.from_numpy(np.load(data))), np.load(label)
 
 
 class PlainGzip(Dataset[Item]):
-    """What a torch user would write first for the published files, knowing where the counts are."""
+    """Straightforward torch data set of the published files, with a known offset of the counts."""
 
     def __init__(self, split: SampleDataset) -> None:
         sample = split.read(0)
@@ -129,18 +131,23 @@ class PlainGzip(Dataset[Item]):
         return len(self._split)
 
     def __getitem__(self, index: int) -> Item:
-        """Logarithms (D, H, W, 4) float32, and some target (4,) float32: reading the right one costs more."""
+        """Return logarithms (D, H, W, 4) float32, and a constant target (4,), which is cheaper to read."""
         content = gzip.decompress(self._split.path(index).read_bytes())
         shape = self._split.spec.shape
         counts = np.frombuffer(content, np.int16, int(np.prod(shape)), self._start).reshape(shape)
         return torch.from_numpy(np.log1p(counts.astype(np.float32))), self._target
 
 
-def plain_loader(dataset: Dataset[Item], split: SampleDataset, batch_size: int) -> Generator[int, None, None]:
-    """A DataLoader of two workers, whose one epoch never ends: it too works ahead across epochs."""
+def plain_loader(
+    dataset: Dataset[Item], split: SampleDataset, batch_size: int, *, workers: int = 2
+) -> Generator[int, None, None]:
+    """Yield batches of a DataLoader with an endless epoch, so that it works ahead across epochs too."""
     order = itertools.chain.from_iterable(planned(split, batch_size, epoch) for epoch in itertools.count())
-    # Not forks, which may crash where their parent has had threads, as of an earlier contest's pipelines.
-    loader = DataLoader(dataset, batch_size, sampler=order, num_workers=2, multiprocessing_context="spawn")
+    # Forked workers may crash if their parent has had threads, as those of earlier pipelines.
+    context = "spawn" if workers else None
+    loader = DataLoader(
+        dataset, batch_size, sampler=order, num_workers=workers, multiprocessing_context=context
+    )
     for volume, _ in loader:
         touch(volume.permute(0, 4, 1, 2, 3))
         yield len(volume)
@@ -149,14 +156,13 @@ def plain_loader(dataset: Dataset[Item], split: SampleDataset, batch_size: int) 
 def limit(
     split: SampleDataset, batch_size: int, threads: int, *, direct: bool = False
 ) -> Generator[int, None, None]:
-    """The least that `split`'s bytes cost here: `threads` read each sample's, and copy a ready volume of it.
+    """Yield batches at the least cost of `split`'s bytes: `threads` threads read them and copy a volume.
 
-    Reading is from the page cache, or with `direct` past it, into memory that is used again; copying
-    is a memcpy.
+    Reads go to reused memory, from the page cache or, with `direct`, bypassing it; the copy is a memcpy.
     """
     ready = torch.zeros(split.spec.shape)
     buffers = itertools.cycle([torch.zeros(batch_size, *split.spec.shape) for _ in range(3)])
-    # Maps, since O_DIRECT wants memory that starts where a page does.
+    # O_DIRECT needs page-aligned memory, as mmap returns.
     room = int(bytes_read(split).max()) + 2 * _BLOCK
     scratch = itertools.cycle([mmap.mmap(-1, room) for _ in range(3 * batch_size)])
 
@@ -184,7 +190,7 @@ def limit(
 
 
 def _read(path: Path, offset: int, length: int, into: mmap.mmap, *, direct: bool) -> None:
-    """Read whole blocks around those bytes of the file at `path`."""
+    """Read the whole blocks that contain `length` bytes at `offset` of `path`."""
     start = offset // _BLOCK * _BLOCK
     end = -(-(offset + length) // _BLOCK) * _BLOCK
     flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
@@ -199,7 +205,7 @@ def _read(path: Path, offset: int, length: int, into: mmap.mmap, *, direct: bool
 
 
 def bytes_read(split: SampleDataset) -> npt.NDArray[np.int64]:
-    """Bytes of each sample's files, or of its member in a shard."""
+    """Return the bytes of each sample's files, or of its member in a shard."""
     if split.sharded:
         return split.member_extents["bytes"]
     sizes = [sum(path.stat().st_size for path in split.files(index)) for index in range(len(split))]

@@ -1,22 +1,21 @@
-"""The choice of the packed format's coding: how small, and how fast to undo, each candidate makes a sample.
+"""Compare codings for the packed format by the size of a sample and the time to decode it.
 
     python benchmarks/codec_bench.py
     python benchmarks/codec_bench.py --data DIR --samples 8
 
-A candidate is an arrangement of a sample's bytes, in blocks, and a compressor of blocks:
+A candidate is an arrangement of a sample's bytes in blocks, and a compressor of blocks:
 
-    counts    the int16 as they are, in one block
+    counts    the int16 unchanged, in one block
     bytes     their low bytes, then their high bytes
-    table     a table of the sample's different voxels, and each one's row in it, as int16, in one block
-    planes    the table, the commonest voxel first, and the rows' low and high bytes in blocks of so many KiB
+    table     a table of the sample's different voxels, and the row of each voxel, as int16, in one block
+    planes    the table, most frequent voxel first, and low and high bytes of the rows in blocks of some KiB
 
-The packed format is `planes 64 KiB, lz4hc-9`. Every candidate is checked to be lossless. One thread;
-the time to float32 logarithms is that of inflating and of all that comes after it.
+The packed format is `planes 64 KiB, lz4hc-9`. Each candidate is checked to be lossless. All runs in one
+thread; the time to float32 logarithms includes decompression and all later work.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import zlib
@@ -35,11 +34,11 @@ from zlib_ng import zlib_ng
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
-from benchmarks.samples import simulated
-from pipelines.dataset.open import open_folder
+from benchmarks.samples import add_sample_options, chosen_samples
 from pipelines.formats.packed.encode import tabulate
 from pipelines.loading.transforms import lookup_table
 from pipelines.sample import Sample
+from pipelines.tables import format_table
 
 _LOGS = lookup_table(apply_log=True)
 
@@ -50,7 +49,7 @@ Arrange = Callable[[Sample], tuple[list[bytes], Rebuild]]
 
 @dataclass(frozen=True, slots=True)
 class Compressor:
-    """How a block is compressed, and inflated to a length that is known."""
+    """Functions that compress a block, and decompress it to a known length."""
 
     deflate: Callable[[bytes], bytes]
     inflate: Callable[[bytes, int], bytes]
@@ -77,7 +76,7 @@ COMPRESSORS = {
 
 
 def arrange_counts(sample: Sample) -> tuple[list[bytes], Rebuild]:
-    """The int16 as they are."""
+    """Arrange the int16 unchanged."""
     shape = sample.counts.shape
 
     def rebuild(blocks: Sequence[bytes]) -> Volume:
@@ -87,7 +86,7 @@ def arrange_counts(sample: Sample) -> tuple[list[bytes], Rebuild]:
 
 
 def arrange_bytes(sample: Sample) -> tuple[list[bytes], Rebuild]:
-    """Low bytes, then high bytes."""
+    """Arrange low bytes, then high bytes."""
     shape = sample.counts.shape
 
     def rebuild(blocks: Sequence[bytes]) -> Volume:
@@ -101,9 +100,9 @@ def arrange_bytes(sample: Sample) -> tuple[list[bytes], Rebuild]:
 
 
 def arrange_table(sample: Sample) -> tuple[list[bytes], Rebuild]:
-    """A table, sorted by its counts, and a row of it for each voxel."""
+    """Arrange a table, sorted by counts, and the row of each voxel."""
     shape = sample.counts.shape
-    # The four redshifts of a voxel as one number.
+    # The four redshifts of a voxel as one integer.
     keys, rows = np.unique(np.ascontiguousarray(sample.counts).view(np.uint64).ravel(), return_inverse=True)
     table = keys[:, None].view(np.int16)
     kind = np.uint16 if len(table) <= 65536 else np.uint32
@@ -116,7 +115,7 @@ def arrange_table(sample: Sample) -> tuple[list[bytes], Rebuild]:
 
 
 def arrange_planes(kib: int) -> Arrange:
-    """The table, the commonest first, and the rows' bytes in blocks of `kib` KiB."""
+    """Return an arrangement of the table, most frequent first, and the rows' bytes in `kib` KiB."""
 
     def arrange(sample: Sample) -> tuple[list[bytes], Rebuild]:
         shape, voxels = sample.counts.shape, sample.counts.size // sample.counts.shape[-1]
@@ -167,11 +166,13 @@ CANDIDATES: dict[str, tuple[Arrange, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of the samples as one candidate: medians over samples and rounds, of one thread's CPU time.
+    """Figures of one candidate: medians of a thread's CPU time over samples and rounds.
 
-    ratio: of the bytes of all samples' counts to what they became.
-    pack_ms: to arrange and compress a sample. inflate_ms: to undo the compression. total_ms: to have
-    float32 logarithms, inflating included.
+    Attributes:
+        ratio: Bytes of all samples' counts relative to the coded ones.
+        pack_ms: Time to arrange and compress a sample.
+        inflate_ms: Time to decompress it.
+        total_ms: Time to float32 logarithms, including decompression.
     """
 
     ratio: float
@@ -181,10 +182,10 @@ class Result:
 
 
 def measure(samples: Sequence[Sample], rounds: int) -> dict[str, Result]:
-    """All candidates over `samples`, each undone `rounds` times; AssertionError if one is not lossless."""
+    """Measure all candidates on `samples`, decoding each `rounds` times; assert that they are lossless."""
     results = {}
     for name, (arrange, compressor) in CANDIDATES.items():
-        way = COMPRESSORS[compressor]
+        backend = COMPRESSORS[compressor]
         raw = packed = 0
         pack: list[float] = []
         inflate: list[float] = []
@@ -192,13 +193,13 @@ def measure(samples: Sequence[Sample], rounds: int) -> dict[str, Result]:
         for sample in samples:
             start = time.thread_time()
             blocks, rebuild = arrange(sample)
-            deflated = [way.deflate(block) for block in blocks]
+            deflated = [backend.deflate(block) for block in blocks]
             pack.append(time.thread_time() - start)
             raw, packed = raw + sample.counts.nbytes, packed + sum(map(len, deflated))
             lengths = list(map(len, blocks))
             for _ in range(rounds):
                 start = time.thread_time()
-                inflated = list(map(way.inflate, deflated, lengths))
+                inflated = list(map(backend.inflate, deflated, lengths))
                 inflate.append(time.thread_time() - start)
                 volume = rebuild(inflated)
                 total.append(time.thread_time() - start)
@@ -210,32 +211,20 @@ def measure(samples: Sequence[Sample], rounds: int) -> dict[str, Result]:
 
 def show(results: dict[str, Result]) -> None:
     """Print the table."""
-    print(f"{'':26} {'ratio':>6} {'pack ms':>8} {'inflate ms':>10} {'to float32 ms':>13}")
-    for name, result in results.items():
-        print(
-            f"{name:26} {result.ratio:6.2f} {result.pack_ms:8.0f} {result.inflate_ms:10.2f}"
-            f" {result.total_ms:13.2f}"
-        )
+    rows = [["", "ratio", "pack ms", "inflate ms", "to float32 ms"]]
+    for name, each in results.items():
+        times = (f"{value:.2f}" for value in (each.inflate_ms, each.total_ms))
+        rows.append([name, f"{each.ratio:.2f}", f"{each.pack_ms:.0f}", *times])
+    print(format_table(rows))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
-    """The command line; what was measured, by candidate."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="a folder of samples in any format (default: simulated)")
-    parser.add_argument("--samples", type=harness.positive, default=3)
-    parser.add_argument("--size", type=int, default=128, choices=(32, 64, 128, 256), help="of simulated ones")
+    """Run the command line; return the result of each candidate."""
+    parser = harness.make_parser(__doc__)
+    add_sample_options(parser)
     parser.add_argument("--rounds", type=harness.positive, default=5)
-    parser.add_argument(
-        "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
-    )
     options = parser.parse_args(argv)
-    if options.data:
-        split = open_folder(options.data)
-        samples = [split.read(index) for index in range(min(options.samples, len(split)))]
-    else:
-        samples = [simulated(index, options.size) for index in range(options.samples)]
+    samples = chosen_samples(options)
     results = measure(samples, options.rounds)
     show(results)
     if options.output:

@@ -1,17 +1,17 @@
-"""The compute stage alone: training steps on data that is already where it is computed on.
+"""Measure the compute stage alone: training steps on resident data.
 
     python benchmarks/compute_bench.py
     python benchmarks/compute_bench.py --network open --size 32 --batch-size 16
     python benchmarks/compute_bench.py --precision fp32,bf16 --engine eager,graph --batch-size 1,8 --output
     python benchmarks/compute_bench.py --loop
 
-Each row is a way to take steps, in a process of its own; they take turns within one run. A step is
-forward, backward and update. `plain PyTorch` is what one writes down first: contiguous, float32, eager,
-torch.optim.SGD, default threads and memory. `the record's recipe` is what NVIDIA's MLPerf HPC v3.0
-submission does: fp16 autocast with a scaled loss, channels last, a CUDA graph, momentum SGD. The limits
-are measured in the same run: a large matrix product in the same precision, by the fastest library
-that is here for it, and a copy. With --loop, each of ours is there once more, as the whole loop: the
-loader reads packed samples while steps are taken.
+Each row is a way to take steps, in a separate process; the processes take turns. A step is forward, backward
+and update. `plain PyTorch` is the straightforward program: contiguous, float32, eager, torch.optim.SGD,
+default threads and memory. `the record's recipe` is that of NVIDIA's MLPerf HPC v3.0 submission: fp16
+autocast with loss scaling, channels last, a CUDA graph, momentum SGD. The limits are measured in the same
+run: a large matrix product in the same precision, by the fastest available library, and a copy. With --loop,
+each of the project's rows is measured again as a whole loop, in which the loader reads packed samples during
+the steps.
 """
 
 from __future__ import annotations
@@ -39,24 +39,25 @@ from benchmarks.recipes import Recipe, RecipeProcess
 from cosmoflow_dali.compute.engines import ComputeConfig
 from cosmoflow_dali.compute.step import configure_float32, input_dtype
 from pipelines.errors import UserError
+from pipelines.tables import format_table
 
 PLAIN, RECORD = "plain PyTorch", "the record's recipe"
 _LOOP = ", from packed"
 
 LOOP = 0.95
-"""What the project claims of the whole loop: at least so much of the samples a second on resident data."""
+"""Target of the whole loop: minimum fraction of the samples per second on resident data."""
 
 STEPS = {"cpu": 3, "cuda": 30}
-"""Of a turn, by kind of device."""
+"""Steps of a round, by device type."""
 
 TARGETS = {128: {"share_of_matrix": 0.62, "speed_of_plain": 1.35}, 32: {"speed_of_plain": 1.5}}
-"""What the project claims of float32 on a CPU, by size: at least so much of the matrix product's rate, and at
-least so many times the plain way's samples a second."""
+"""Targets of float32 on a CPU, by size: minimum fraction of the matrix product's rate, and minimum ratio of
+the samples per second to those of plain PyTorch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the machine does: operations a second of a matrix product, by precision, and bytes of a copy."""
+    """Rates of the machine: operations per second of a matrix product, by precision, and bytes of a copy."""
 
     matrix: dict[str, float]
     copy: float
@@ -66,13 +67,16 @@ class Limits:
 class Result:
     """A row.
 
-    samples_per_s: of whole steps. forward_ms, cpu_ms: of the forward pass alone on the clock, and of whole
-    steps on all processors, a sample; where the engine is a graph, the forward pass is nevertheless launched
-    kernel by kernel. tflops: operations that the network needs, a second.
-    share_of_matrix: of the rate of a matrix product in the same precision.
-    speed_of_plain, speed_of_record, speed_of_resident: samples a second over theirs; the last of a whole
-        loop, over the same steps on resident data.
-    peak: bytes. layers: each block of the network alone, on a GPU as a graph.
+    Attributes:
+        samples_per_s: Of whole steps.
+        forward_ms: Wall time of the forward pass per sample; never part of a graph.
+        cpu_ms: CPU time of whole steps per sample.
+        tflops: Operations that the network needs, per second.
+        share_of_matrix: Fraction of the rate of a matrix product in the same precision.
+        speed_of_plain, speed_of_record: Samples per second relative to those rows.
+        speed_of_resident: Samples per second of a whole loop relative to the same steps on resident data.
+        peak: Peak memory in bytes.
+        layers: Each block of the network alone, on a GPU as a graph.
     """
 
     precision: str
@@ -89,11 +93,11 @@ class Result:
 
 
 def recipes(options: argparse.Namespace, device: torch.device, data: Path | None = None) -> list[Recipe]:
-    """Who takes part: those with names, and what the options span; with `data`, as whole loops too."""
+    """Return the named recipes and those that the options span; with `data`, also as whole loops."""
     gpu = device.type == "cuda"
     found = []
     for batch_size in options.batch_size:
-        # What torch makes of a float32 convolution unasked: of a plain recipe it is asked nothing.
+        # torch's default for float32 convolutions; a plain recipe does not configure it.
         named = ComputeConfig("tf32" if gpu else "fp32", "eager")
         plain = Recipe(
             _name(PLAIN, batch_size), batch_size, named, plain=True, layout="contiguous", optimizer="default"
@@ -125,7 +129,7 @@ def _name(title: str, batch_size: int) -> str:
 
 
 def measure_limits(precisions: set[str], device: torch.device) -> Limits:
-    """The limits of `device`, before anybody else uses it."""
+    """Measure the limits of the idle `device`."""
     matrix = {}
     for precision in sorted(precisions):
         configure_float32(precision)  # type: ignore[arg-type]
@@ -136,7 +140,7 @@ def measure_limits(precisions: set[str], device: torch.device) -> Limits:
 def run(
     options: argparse.Namespace, device: torch.device, data: Path | None = None
 ) -> tuple[Limits, dict[str, Result]]:
-    """All rows, in turns; with `data`, packed samples, whole loops among them."""
+    """Measure all rows in turns; with `data`, packed samples, also whole loops."""
     entries, steps = recipes(options, device, data), options.steps or STEPS[device.type]
     limits = measure_limits({recipe.compute.precision for recipe in entries}, device)
     flops = step_flops(options.network, options.size)
@@ -182,27 +186,25 @@ def run(
 def show(
     options: argparse.Namespace, device: torch.device, limits: Limits, results: dict[str, Result]
 ) -> None:
-    """Print the tables, medians and 10th to 90th percentiles over the rounds, and how the bars are met."""
+    """Print medians, 10th and 90th percentiles over the rounds, and the targets."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     flops = step_flops(options.network, options.size)
     print(f"{options.network} network at {options.size}^3 on {where}, {1e-9 * flops:.1f} GFLOP a sample")
     for precision, rate in limits.matrix.items():
         print(f"limit: matrix product {precision} {1e-12 * rate:.3f} TFLOP/s")
     print(f"limit: copy {1e-9 * limits.copy:.1f} GB/s, read and written")
-    print(
-        f"{'':32} {'samples/s':>22} {'forward ms':>11} {'CPU ms':>8} {'TFLOP/s':>8} {'of limit':>8}"
-        f" {'peak GB':>8} {'/ plain':>16} {'/ record':>8}"
-    )
+    table = [
+        ["", "samples/s", "forward ms", "CPU ms", "TFLOP/s", "of limit", "peak GB", "/ plain", "/ record"]
+    ]
     for name, row in results.items():
-        record = f"{row.speed_of_record.median:8.2f}" if row.speed_of_record else f"{'':8}"
-        print(
-            f"{name:32} {_text(row.samples_per_s, 1):>22} {row.forward_ms.median:11.2f}"
-            f" {row.cpu_ms.median:8.1f} {row.tflops:8.3f} {row.share_of_matrix:8.1%} {1e-9 * row.peak:8.2f}"
-            f" {_text(row.speed_of_plain, 2):>16} {record}"
-        )
+        times = f"{row.forward_ms.median:.2f}", f"{row.cpu_ms.median:.1f}"
+        rates = f"{row.tflops:.3f}", f"{row.share_of_matrix:.1%}", f"{1e-9 * row.peak:.2f}"
+        record = f"{row.speed_of_record.median:.2f}" if row.speed_of_record else ""
+        table.append([name, row.samples_per_s.text(1), *times, *rates, row.speed_of_plain.text(2), record])
+    print(format_table(table))
     for name, row in results.items():
         if row.layers:
-            print(f"{name}, its blocks alone, forward and backward:")
+            print(f"{name}, single blocks, forward and backward:")
         for layer in row.layers:
             rate = 1e9 * layer.gflop / (1e-3 * layer.ms)
             share, copying = rate / limits.matrix[row.precision], layer.bytes_moved / limits.copy
@@ -211,24 +213,24 @@ def show(
                 f" {share:.0%} of the limit; {layer.bytes_moved / 1e6:.0f} MB, {1e3 * copying:.2f} ms by copy"
             )
     if device.type == "cpu":
-        _show_bars(options.size, results)
+        _show_targets(options.size, results)
     _show_over_record(results)
     for name, row in results.items():
         if row.speed_of_resident:
-            of_resident = _text(row.speed_of_resident, 3)
-            print(f"{name}: {of_resident} of the samples/s on resident data; claimed: at least {LOOP:g}")
+            ratio = row.speed_of_resident.text(3)
+            print(f"{name}: {ratio} of the samples/s on resident data; target: at least {LOOP:g}")
 
 
-def _show_bars(size: int, results: dict[str, Result]) -> None:
+def _show_targets(size: int, results: dict[str, Result]) -> None:
     for name, row in results.items():
-        for quantity, bar in TARGETS.get(size, {}).items() if name.startswith("fp32") else ():
+        for quantity, target in TARGETS.get(size, {}).items() if name.startswith("fp32") else ():
             value = getattr(row, quantity)
             value = value if isinstance(value, float) else value.median
-            print(f"{name}: {quantity} {value:.2f}; claimed of float32 on a CPU: at least {bar:g}")
+            print(f"{name}: {quantity} {value:.2f}; target of float32 on a CPU: at least {target:g}")
 
 
 def _show_over_record(results: dict[str, Result]) -> None:
-    """Larger batches of ours against the record's own, of one sample."""
+    """Print the speed of the project's rows relative to the record's batch of one sample."""
     record = results.get(_name(RECORD, 1))
     for name, row in results.items():
         if record is not None and not name.startswith((PLAIN, RECORD)):
@@ -236,37 +238,34 @@ def _show_over_record(results: dict[str, Result]) -> None:
             print(f"{name}: {speed:.2f} times the samples/s of {_name(RECORD, 1)}")
 
 
-def _text(spread: harness.Spread, digits: int) -> str:
-    return f"{spread.median:.{digits}f} ({spread.p10:.{digits}f}-{spread.p90:.{digits}f})"
-
-
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--network", choices=("reference", "open"), default="reference")
-    parser.add_argument("--size", type=int, default=128, choices=(16, 32, 64, 128), help="voxels an edge")
-    parser.add_argument("--batch-size", type=harness.numbers, default=[1], help="by commas")
-    parser.add_argument("--precision", type=_among("fp32", "tf32", "fp16", "bf16"), help="by commas")
+    parser.add_argument("--size", type=int, default=128, choices=(16, 32, 64, 128), help="edge in voxels")
+    parser.add_argument("--batch-size", type=harness.numbers, default=[1], help="comma-separated")
+    parser.add_argument("--precision", type=_among("fp32", "tf32", "fp16", "bf16"), help="comma-separated")
     parser.add_argument("--engine", type=_among("auto", "eager", "graph", "compile"), default=["auto"])
     parser.add_argument("--first-block", type=_among("plain", "triton"), default=["plain"])
     parser.add_argument("--layout", type=_among("channels_last", "contiguous"), default=["channels_last"])
     parser.add_argument("--optimizer", type=_among("auto", "apex", "fused"), default=["auto"])
-    parser.add_argument("--steps", type=harness.positive, help="a turn (default: 3, on a GPU 30)")
-    parser.add_argument("--rounds", type=harness.positive, default=7, help="turns of each row")
-    parser.add_argument("--loop", action="store_true", help="each of ours once more, from packed samples")
-    parser.add_argument("--data-dir", type=Path, help="where these are kept (default: made, and removed)")
-    parser.add_argument("--samples", type=harness.positive, default=8, help="of them")
+    parser.add_argument("--steps", type=harness.positive, help="of a round (default: 3, on a GPU 30)")
+    parser.add_argument("--rounds", type=harness.positive, default=7, help="of each row")
+    parser.add_argument(
+        "--loop", action="store_true", help="also measure the project's rows from packed samples"
+    )
+    parser.add_argument("--data-dir", type=Path, help="folder of these samples (default: temporary)")
+    parser.add_argument("--samples", type=harness.positive, default=8, help="number of these samples")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--profile", type=Path, help="write a trace of the last row's steps here")
-    parser.add_argument(
-        "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
-    )
     options = parser.parse_args(argv)
     if options.loop and options.samples < max(options.batch_size):
-        parser.error(f"--samples {options.samples} do not fill one batch of {max(options.batch_size)}")
+        parser.error(
+            f"--samples {options.samples}: must be at least the batch size {max(options.batch_size)}"
+        )
     if "contiguous" in options.layout and "graph" in options.engine:
-        parser.error("--layout contiguous is not for --engine graph, which reads channels-last batches")
+        parser.error(
+            "--layout contiguous cannot be combined with --engine graph, which reads channels-last batches"
+        )
     return options
 
 
@@ -278,14 +277,14 @@ def _among(*known: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
-    """The command line; what was measured, by row."""
+    """Run the command line; return the result of each row."""
     options = _options(argv)
     gpu = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     with contextlib.ExitStack() as stack:
         data = None
         if options.loop:
-            # Not every Python that measures resident data has what this takes.
+            # Needs packages that resident data does not.
             from benchmarks.samples import make_splits
 
             root = options.data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))

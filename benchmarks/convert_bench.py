@@ -1,17 +1,16 @@
-"""Conversion alone: what it costs to make .npy files of gzip TFRecords.
+"""Measure the conversion of gzip TFRecords to .npy files.
 
     python benchmarks/convert_bench.py
 
-`python -m preprocess.convert` as a user starts it takes turns with what one would write first: a
-loop over Python's gzip, np.frombuffer and np.save, in one process. Both convert a few files and many;
-the difference is what a file costs, and the rest is the start-up. Files are compressed at zlib's
-level 6, as published, and lie in the page cache; what is written goes to the disk of the temporary
-folder. The plain way checks no record's CRC, and does not wait for the disk.
+`python -m preprocess.convert` takes turns with a straightforward program: a loop over Python's gzip,
+np.frombuffer and np.save in one process. Both convert few and many files; the difference is the cost of a
+file, and the rest is the start-up. Files are compressed at zlib's level 6, as published, and are in the page
+cache; the output goes to the disk of the temporary folder. The straightforward program checks no CRC and
+does not wait for the disk.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import gzip
@@ -36,23 +35,24 @@ from pipelines.formats.tf_example import encode_example
 from pipelines.formats.tfrecord import frame
 
 TARGETS = {"cpu_ms": 40.0, "cpu_saving": 3.0, "speed": 5.0}
-"""What the project claims of 128^3 on two cores: at most so many ms of CPU a file, so many times less than
-the plain way, and so many times as fast on the clock."""
+"""Targets for 128^3 on two cores: maximum CPU time in ms per file, and minimum ratios of the plain program's
+CPU and wall time to the project's."""
 
 PROJECT, PLAIN = "preprocess.convert", "plain Python"
 
 _UNLIKE = 8
-"""Samples that differ; the others are copies, which cost as much."""
+"""Number of different samples; the others are copies, which cost the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What was measured.
+    """Measured figures.
 
-    cpu_ms, wall_ms: a file, by contestant.
-    start_cpu_ms, start_wall_ms: before the first file, by contestant.
-    cpu_saving, speed: the plain way's CPU and clock time over the project's.
-    peak_memory: the most bytes that one of the project's processes had resident, by number of files.
+    Attributes:
+        cpu_ms, wall_ms: Per file, by candidate.
+        start_cpu_ms, start_wall_ms: Before the first file, by candidate.
+        cpu_saving, speed: CPU and wall time of the plain program relative to the project's.
+        peak_memory: Largest resident memory of a process of the project in bytes, by number of files.
     """
 
     cpu_ms: dict[str, harness.Spread]
@@ -65,7 +65,7 @@ class Results:
 
 
 def make_source(folder: Path, files: int, size: int) -> Path:
-    """`files` gzip TFRecords of `size`^3 in `folder`, in the page cache."""
+    """Write `files` gzip TFRecords of `size`^3 to `folder`; they stay in the page cache."""
     folder.mkdir(parents=True)
     for index in range(files):
         path = folder / f"universe_{index:05d}.tfrecord"
@@ -77,12 +77,12 @@ def make_source(folder: Path, files: int, size: int) -> Path:
 
 
 def project_converter(source: Path, target: Path) -> None:
-    """The project's converter, as a user starts it."""
+    """Run the project's converter as a user does."""
     subprocess.run(_command(source, target), check=True, stdout=subprocess.DEVNULL)
 
 
 def plain(source: Path, target: Path, size: int) -> None:
-    """What one would write first, knowing where in the record the counts are."""
+    """Convert in a straightforward loop, with a known offset of the counts in the record."""
     sample = simulated(0, size)
     start = frame(encode_example(sample)).index(sample.counts.tobytes())
     target.mkdir()
@@ -94,15 +94,15 @@ def plain(source: Path, target: Path, size: int) -> None:
 
 
 def measure(work: Callable[[], None]) -> harness.Reading:
-    """Seconds that `work` takes, on the clock and on all processors, its processes included."""
+    """Return the wall and CPU time of `work` in seconds, including its processes."""
     wall, cpu = time.perf_counter(), harness.cpu_seconds()
     work()
     return harness.Reading(time.perf_counter() - wall, harness.cpu_seconds() - cpu)
 
 
 def peak_memory(source: Path, target: Path) -> int:
-    """The most memory, in bytes, that one of the converter's processes had resident."""
-    # A process of its own, so that its children are the converter's alone.
+    """Return the largest resident memory, in bytes, of a process of the converter."""
+    # In a separate process, whose only children are the converter's.
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2); "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     line = [sys.executable, "-c", code, *_command(source, target)]
@@ -115,7 +115,7 @@ def _command(source: Path, target: Path) -> list[str]:
 
 
 def run(root: Path, files: int, size: int, rounds: int) -> Results:
-    """The contest in `root` over `files` files and an eighth of them."""
+    """Compare the candidates in `root` on `files` files and an eighth of them."""
     few = max(files // 8, 1)
     sources = {count: make_source(root / f"source{count}", count, size) for count in (few, files)}
     candidates: dict[str, Callable[[Path, Path], None]] = {
@@ -160,35 +160,26 @@ def _milliseconds(
 
 
 def show(results: Results) -> None:
-    """Print the figures, and how the bars are met."""
+    """Print the figures and the targets."""
     for quantity, a_file, once in (
         ("CPU ms", results.cpu_ms, results.start_cpu_ms),
         ("ms", results.wall_ms, results.start_wall_ms),
     ):
         for name in (PROJECT, PLAIN):
-            print(f"{name:19} {quantity:>6} a file {_text(a_file[name])}, and {_text(once[name])} once")
-    print(f"claimed of 128^3: at most {TARGETS['cpu_ms']} ms of CPU")
-    print(f"CPU, plain / own {_text(results.cpu_saving)}; claimed of 128^3: at least {TARGETS['cpu_saving']}")
-    print(f"clock, plain / own {_text(results.speed)}; claimed of 128^3: at least {TARGETS['speed']}")
+            print(f"{name:19} {quantity:>6} per file {a_file[name].text(1)}, start-up {once[name].text(1)}")
+    print(f"target at 128^3: at most {TARGETS['cpu_ms']} ms of CPU")
+    print(f"CPU, plain / own {results.cpu_saving.text(1)}; target at 128^3: at least {TARGETS['cpu_saving']}")
+    print(f"wall, plain / own {results.speed.text(1)}; target at 128^3: at least {TARGETS['speed']}")
     for files, peak in results.peak_memory.items():
         print(f"peak memory of a process over {files} files: {peak / 1e6:.0f} MB")
 
 
-def _text(spread: harness.Spread) -> str:
-    return f"{spread.median:.1f} ({spread.p10:.1f}-{spread.p90:.1f})"
-
-
 def main(argv: Sequence[str] | None = None) -> Results:
-    """The command line; what was measured."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the command line; return the results."""
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--files", type=int, default=192)
     parser.add_argument("--size", type=int, default=128, help="voxels along an edge")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
-    parser.add_argument(
-        "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate")
     options = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -1,8 +1,8 @@
-"""Accelerator utilisation as MLPerf Storage defines it, for its CosmoFlow workload: accelerators that sleep.
+"""Accelerator utilisation of MLPerf Storage's CosmoFlow workload, with emulated accelerators.
 
-Utilisation is the time that accelerators compute over the time that the run takes. An emulated one
-takes a batch from the project's loader and sleeps for as long as the real one computes; whatever it
-waits beyond that is the input stage's fault. The workload passes at 70%.
+Utilisation is the compute time of the accelerators divided by the run time. An emulated accelerator takes a
+batch from the project's loader and sleeps for the compute time of a real one; any additional time is caused
+by the input stage. The workload requires 70%.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ from pipelines.dataset.dataset import SampleDataset
 from pipelines.loading.config import LoaderConfig
 
 SECONDS = {"h100": 0.0035, "a100": 0.00551}
-"""A step of batch 1 on each, as MLPerf Storage's CosmoFlow workload has it."""
+"""Compute time of a step of batch 1 in MLPerf Storage's CosmoFlow workload."""
 
 PASSING = 0.7
 _LEAD = 32
-"""Steps before the clock starts."""
+"""Warm-up steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Utilisation:
-    """What a run found.
+    """Figures of a run.
 
-    accelerators: how many there were. each: the utilisation of each. samples_per_s: of all together.
-    cpu_ms: processor time a sample, emulation included.
+    Attributes:
+        accelerators: Number of accelerators.
+        each: Utilisation of each.
+        samples_per_s: Of all together.
+        cpu_ms: CPU time per sample in ms, including the emulation.
     """
 
     accelerators: int
@@ -45,26 +48,29 @@ class Utilisation:
 
     @property
     def mean(self) -> float:
-        """Over the accelerators."""
+        """Mean utilisation."""
         return sum(self.each) / len(self.each)
 
 
 def emulate(
     split: SampleDataset, config: LoaderConfig, seconds: float, *, device: str, accelerators: int, steps: int
 ) -> Utilisation:
-    """Run `steps` steps on each of `accelerators` that take `seconds` a batch, each a process of its own.
+    """Run `steps` steps of `seconds` each on `accelerators` emulated accelerators, in one process each.
 
-    device: "cpu", or "cuda:0": those after the first then take the GPUs that are there, in turn.
-    RuntimeError, and all are stopped, where one of them fails or is killed.
+    Args:
+        device: "cpu" or "cuda:0"; further accelerators use the available GPUs in turn.
+
+    Raises:
+        RuntimeError: A process failed or was killed; all are stopped.
     """
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(accelerators), context.SimpleQueue()
-    # Every process reads all of the samples: what they read at a time is what counts.
+    # Each process reads all samples: the load depends on simultaneous reads only.
     processes = [
         context.Process(
             name=f"accelerator {number}",
             target=_accelerator,
-            args=(split, config, seconds, _place(device, number), steps, barrier, answers),
+            args=(split, config, seconds, _device_of(device, number), steps, barrier, answers),
         )
         for number in range(accelerators)
     ]
@@ -86,19 +92,19 @@ def emulate(
     )
 
 
-def _place(device: str, number: int) -> str:
+def _device_of(device: str, number: int) -> str:
     return device if device == "cpu" else f"{device}:{number % torch.cuda.device_count()}"
 
 
 def _wait_for(processes: Sequence[SpawnProcess]) -> None:
-    """Return once all have ended well; one that has not would keep the others waiting for ever."""
+    """Wait until all have ended; raise for one that failed, because the others would wait for it forever."""
     running = {process.sentinel: process for process in processes}
     while running:
         for sentinel in wait(list(running)):
             process = running.pop(sentinel)  # type: ignore[arg-type]
             process.join()
             if process.exitcode:
-                raise RuntimeError(f"emulated {process.name} ended with exit status {process.exitcode}")
+                raise RuntimeError(f"emulated {process.name} failed with exit status {process.exitcode}")
 
 
 def _accelerator(
@@ -119,5 +125,5 @@ def _accelerator(
             next(batches)
             time.sleep(seconds)
         answers.put((time.perf_counter() - start, harness.cpu_seconds() - cpu))
-        # Nobody's processors are freed before the last one is done.
+        # All keep their load until the last one is done.
         barrier.wait()

@@ -1,9 +1,8 @@
-"""What a machine with a GPU makes of this project, in eight minutes and without a set-up: `make gpu-check`.
+"""Check the project on a machine with a GPU in eight minutes, without set-up: `make gpu-check`.
 
-Runs the tests marked gpu and those of the first block, benchmarks in short form, and 200 steps of
-training, each in a process of its own, with whatever this Python has. What a part lacks is named, and the
-part is left out, as are those for which no time is left. Everything that was said and measured goes to a
-dated folder in benchmarks/results.
+Runs the tests marked gpu and those of the first block, short benchmarks, and 200 steps of training, each in a
+separate process, with the packages of this Python. A part with missing packages, or without time left, is
+skipped with a reason. Output and results go to a dated folder in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -31,25 +30,25 @@ from cosmoflow_dali.reporting import system_info
 ROOT = harness.RESULTS.parent.parent
 
 SECONDS = 470
-"""That all parts have together."""
+"""Time limit of all parts together."""
 
 _LEAST = 10
-"""A part is not begun with fewer."""
+"""Minimum time left to start a part."""
 
 _READS = ("nvidia.dali", "crc32c", "lz4", "zlib_ng")
-"""What reading samples takes."""
+"""Packages for reading samples."""
 
 _TRAINS = (*_READS, "yaml", "mlperf_logging", "tqdm")
 
-# The project's own settings ask for plugins that this Python need not have.
+# The project's pytest settings need plugins that may be missing here.
 _PYTEST = ["-m", "pytest", "-q", "-o", "addopts=", "--import-mode=importlib", "-c", os.devnull]
 _ON_GPU = ["-m", "gpu"]
-"""Beside these tests, those of the first block find the GPU by themselves."""
+"""The tests of the first block detect the GPU themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A command, what it needs beside torch and numpy, and how many seconds it may take at most."""
+    """A command, the packages it needs beside torch and numpy, and its time limit in seconds."""
 
     name: str
     needs: tuple[str, ...]
@@ -59,7 +58,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class CheckStatus:
-    """What became of a part: "passed", "failed", "timed out" or "left out", and why."""
+    """Outcome of a part ("passed", "failed", "timed out" or "left out") and its reason."""
 
     name: str
     outcome: str
@@ -68,7 +67,7 @@ class CheckStatus:
 
 
 def parts(folder: Path, scratch: Path) -> list[Part]:
-    """All parts, what the others rest on first."""
+    """Return all parts, the most basic ones first."""
     tests = ROOT / "tests"
     engines, block, parity, step = (
         str(tests / "cosmoflow_dali" / name)
@@ -111,11 +110,11 @@ def parts(folder: Path, scratch: Path) -> list[Part]:
 
 
 def missing(needs: Sequence[str]) -> list[str]:
-    """Those of `needs` that cannot be imported here."""
-    return [name for name in needs if not _there(name)]
+    """Return the packages of `needs` that cannot be imported."""
+    return [name for name in needs if not _is_installed(name)]
 
 
-def _there(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
@@ -123,19 +122,19 @@ def _there(name: str) -> bool:
 
 
 def run(part: Part, folder: Path, left: float) -> CheckStatus:
-    """Run `part`, its words to a file in `folder`, while `left` seconds are left."""
+    """Run `part` with its output in a file in `folder` if enough of `left` seconds remain."""
     if lacks := missing(part.needs):
-        return CheckStatus(part.name, "left out", "this Python lacks " + ", ".join(lacks), 0.0)
+        return CheckStatus(part.name, "left out", "missing packages: " + ", ".join(lacks), 0.0)
     if left < _LEAST:
-        return CheckStatus(part.name, "left out", "the eight minutes are over", 0.0)
+        return CheckStatus(part.name, "left out", "the time limit is reached", 0.0)
     limit = min(part.seconds, left)
     start = time.monotonic()
-    with open(folder / f"{part.name.replace(' ', '_')}.txt", "wb") as words:
+    with open(folder / f"{part.name.replace(' ', '_')}.txt", "wb") as output:
         try:
             done = subprocess.run(
                 [sys.executable, *part.arguments],
                 cwd=ROOT,
-                stdout=words,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 timeout=limit,
                 check=False,
@@ -147,7 +146,7 @@ def run(part: Part, folder: Path, left: float) -> CheckStatus:
 
 
 def write_config(scratch: Path) -> None:
-    """The training's configuration: the reference network on universes that it simulates, 200 steps."""
+    """Write the configuration of 200 steps of the reference network on simulated universes."""
     block = "plain" if missing(("triton",)) else "triton"
     tree = {
         "data": {

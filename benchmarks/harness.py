@@ -1,9 +1,9 @@
-"""What every benchmark shares: fair turns, CPU beside wall time, and a record of what ran where.
+"""Shared parts of the benchmarks: fair rounds, CPU and wall time, and records of results.
 
-Machines are noisy, so contestants take turns within one run and are compared by the ratios of the
-same round; a ratio's spread over the rounds says what it is worth. Contestants work ahead in
-threads and processes of their own, so a turn begins and ends with all of them at rest: nobody pays
-for what another had begun, and nobody is timed on what lay ready.
+Machines are noisy, so candidates take turns within one process and are compared by ratios within the same
+round; the spread of a ratio over the rounds shows its uncertainty. Candidates work ahead in threads and
+processes, so a turn begins and ends with all of them idle: none pays for the work of another, and none is
+timed on batches that were ready before.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from cosmoflow_dali.reporting import system_info
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _POLL, _POLLS, _IDLE = 0.03, 4, 0.1
-"""At rest is to have used less than a tenth of a core in four polls running, 30 ms apart."""
+"""Idle: less than a tenth of a core in four consecutive polls, 30 ms apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One contestant's turn in one round: seconds a sample on the clock and on all processors.
+    """A candidate's turn in one round.
 
-    waits: seconds for each batch that was timed.
+    Attributes:
+        wall: Seconds of wall time per sample.
+        cpu: Seconds of CPU time per sample.
+        waits: Seconds for each timed batch.
     """
 
     wall: float
@@ -42,7 +45,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Percentiles over the rounds: the 10th, the median and the 90th."""
+    """10th percentile, median and 90th percentile over the rounds."""
 
     p10: float
     median: float
@@ -50,16 +53,22 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """The percentiles of `values`."""
+        """Return the percentiles of `values`."""
         return cls(*np.percentile(list(values), (10, 50, 90)).tolist())
+
+    def text(self, digits: int) -> str:
+        """Return the median with the 10th and 90th percentiles in parentheses."""
+        return f"{self.median:.{digits}f} ({self.p10:.{digits}f}-{self.p90:.{digits}f})"
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A contestant over all rounds.
+    """Figures of a candidate over all rounds.
 
-    samples_per_s, bytes_per_s: on the clock. cpu_ms: processor time a sample, workers included.
-    latency_ms: what one waits for a batch, of all rounds together: 50th, 95th and 99th percentile.
+    Attributes:
+        samples_per_s, bytes_per_s: Per second of wall time.
+        cpu_ms: CPU time per sample in ms, including workers.
+        latency_ms: Time for a batch in ms over all rounds: 50th, 95th and 99th percentile.
     """
 
     samples_per_s: Spread
@@ -71,23 +80,26 @@ class Summary:
 def measure(
     candidates: Mapping[str, Iterator[int]], *, rounds: int, lead: int, steps: int
 ) -> dict[str, list[Reading]]:
-    """Readings of each contestant in `rounds` rounds, after one that warms up and does not count.
+    """Return the readings of each candidate in `rounds` rounds, after a warm-up round.
 
-    A contestant is an endless iterator whose every item is a batch delivered, given as its number
-    of samples. A turn takes `lead` batches, at least as many as a contestant holds ready, and then
-    `steps` on the clock. Processor time is from rest to rest: that of the batches taken in the
-    turn, no matter which of them were ready at its start, as many lie ready at its end.
+    CPU time is measured from idle to idle. It is that of the batches taken in the turn: as many batches are
+    ready at its end as at its start.
+
+    Args:
+        candidates: Endless iterators; each item is the number of samples of a delivered batch.
+        lead: Batches of a turn before the timed ones, at least as many as a candidate holds ready.
+        steps: Timed batches of a turn.
     """
     readings: dict[str, list[Reading]] = {name: [] for name in candidates}
     for warm in [False] + [True] * rounds:
         for name, batches in candidates.items():
-            cpu = _at_rest()
+            cpu = _cpu_when_idle()
             led = sum(next(batches) for _ in range(lead))
             times, timed = [time.perf_counter()], 0
             for _ in range(steps):
                 timed += next(batches)
                 times.append(time.perf_counter())
-            cpu = _at_rest() - cpu
+            cpu = _cpu_when_idle() - cpu
             if warm:
                 wall, waits = times[-1] - times[0], tuple(np.diff(times).tolist())
                 readings[name].append(Reading(wall / timed, cpu / (led + timed), waits))
@@ -95,19 +107,19 @@ def measure(
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process, of workers that have ended and of those that live."""
+    """Return the CPU time of this process and of its ended and running workers."""
     ended = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     total = sum(usage.ru_utime + usage.ru_stime for usage in ended)
     tick = os.sysconf("SC_CLK_TCK")
     for child in multiprocessing.active_children():
-        # Fields 14 and 15 of proc_pid_stat(5), counted after the name, which may hold blanks.
+        # Fields 14 and 15 of proc_pid_stat(5), counted after the name, which may contain blanks.
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         total += (int(fields[11]) + int(fields[12])) / tick
     return total
 
 
 def summarise(readings: Iterable[Reading], sample_bytes: int) -> Summary:
-    """The percentiles of a contestant's rounds, with samples of `sample_bytes` bytes."""
+    """Return the figures of a candidate's rounds, with samples of `sample_bytes` bytes."""
     readings = list(readings)
     waits = [wait for reading in readings for wait in reading.waits]
     return Summary(
@@ -119,15 +131,15 @@ def summarise(readings: Iterable[Reading], sample_bytes: int) -> Summary:
 
 
 def ratio(one: Iterable[Reading], other: Iterable[Reading], quantity: Literal["wall", "cpu"]) -> Spread:
-    """What `one` takes of `quantity` a sample for each that `other` takes, round by round."""
+    """Return the spread of `quantity` per sample of `one` relative to `other` in the same round."""
     pairs = zip(one, other, strict=True)
     return Spread.of(getattr(a, quantity) / getattr(b, quantity) for a, b in pairs)
 
 
 def save(name: str, options: Mapping[str, Any], results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write `results` to a dated JSON file with the options, versions and hardware behind them.
+    """Write `results` with options, versions and hardware to a dated JSON file; return its path.
 
-    Dataclasses are written as objects. Options that are paths are left out: they say where, not what.
+    Dataclasses become objects. Options that are paths are omitted.
     """
     record = {
         "benchmark": name,
@@ -143,33 +155,44 @@ def save(name: str, options: Mapping[str, Any], results: Mapping[str, Any], fold
     return path
 
 
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the module's docstring as description and the option --output."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, nargs="?", const=RESULTS, help="write JSON (to benchmarks/results)"
+    )
+    return parser
+
+
 def positive(text: str) -> int:
-    """The whole number of at least 1 that an option gives."""
+    """Parse a whole number of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return int(text)
 
 
 def numbers(text: str) -> list[int]:
-    """Such numbers, by commas."""
+    """Parse comma-separated whole numbers of at least 1."""
     return [positive(part) for part in text.split(",")]
 
 
 def among(text: str, known: Iterable[str]) -> list[str]:
-    """Words of `known`, by commas."""
+    """Parse comma-separated words, which must be in `known`."""
     parts = text.split(",")
     if unknown := set(parts) - set(known):
         raise argparse.ArgumentTypeError(f"{min(unknown)!r} is none of {', '.join(known)}")
     return parts
 
 
-def _at_rest() -> float:
-    """The processor time used, once nothing that works ahead uses more of it."""
+def _cpu_when_idle() -> float:
+    """Wait until all work ahead is done; return the CPU time used."""
     used, calm = cpu_seconds(), 0
     deadline = time.monotonic() + 60
     while calm < _POLLS:
         if time.monotonic() > deadline:
-            raise RuntimeError("a contestant goes on working without being asked for a batch")
+            raise RuntimeError("a candidate does not become idle within 60 s")
         time.sleep(_POLL)
         before, used = used, cpu_seconds()
         calm = calm + 1 if used - before < _IDLE * _POLL else 0

@@ -1,15 +1,15 @@
-"""The input stage alone: samples a second, and processor time a sample, from file to torch tensor.
+"""Measure the input stage alone: samples per second, and CPU time per sample, from file to torch tensor.
 
     python benchmarks/io_bench.py
     python benchmarks/io_bench.py --batch-size 1,4 --threads 1,2,4 --storage cache,direct --output
     python benchmarks/io_bench.py --emulate h100
 
-Each format through the project's loader takes turns with what one would write first for the same files
-(a torch DataLoader of two workers: np.load and log1p for npy, gzip and np.frombuffer for the others),
-with the least that its bytes cost on this machine (read them, copy a volume: the limit), and with DALI's
-own numpy reader (the floor). All deliver (B, 4, size, size, size) float32 logarithms in the same
-shuffled order. Samples are simulated, 128 Mpc/h a side. The network is left out; with --emulate,
-accelerators that sleep as long as real ones compute stand for it, as in MLPerf Storage.
+The project's loader reads each format, in turns with a straightforward program for the same files (a torch
+DataLoader with two workers: np.load and log1p for npy, gzip and np.frombuffer for the others), with the
+minimum cost of its bytes on this machine (read them, copy a volume: the limit), and with DALI's numpy reader
+(the floor). All deliver float32 logarithms (B, 4, size, size, size) in the same shuffled order. Samples are
+simulated, 128 Mpc/h along an edge. There is no network; with --emulate, accelerators that sleep for the
+compute time of real ones replace it, as in MLPerf Storage.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from benchmarks.samples import make_splits
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
+from pipelines.tables import format_table
 
 FLOOR, NPY_PLAIN, GZIP_PLAIN = "DALI numpy reader", "DataLoader of npy", "DataLoader of gzip"
 PUBLISHED = "tfrecord_gzip"
@@ -53,11 +54,11 @@ TARGETS = {
     "npy": {"cpu_of_floor": 1.25, "speed_of_plain": 4.0},
     "packed": {"cpu_ms": 10.0, "speed_of_plain": 10.0},
 }
-"""What the project claims of 128^3: of npy at most so much of the floor's CPU time, and at least so many
-times its plain way's speed; of packed at most so many ms of CPU, and so many times its plain way's speed."""
+"""Targets for 128^3: for npy the maximum CPU time relative to the floor, for packed the maximum CPU time in
+ms, and for both the minimum speed relative to the plain program."""
 
 _LEAD = 8
-"""Batches of a turn before the clock starts: more than any contestant holds ready."""
+"""Warm-up batches of a turn: more than any candidate holds ready."""
 
 Storage = Literal["cache", "direct"]
 STORAGE: tuple[Storage, ...] = ("cache", "direct")
@@ -65,7 +66,7 @@ STORAGE: tuple[Storage, ...] = ("cache", "direct")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a contest is held with: samples a batch, threads that read and as many that decode, and how."""
+    """Settings of a comparison: samples per batch, threads that read and that decode, and storage."""
 
     batch_size: int
     threads: int
@@ -77,20 +78,21 @@ class Setting:
 
     @property
     def config(self) -> LoaderConfig:
-        """The loader's."""
+        """Configuration of the loader."""
         return LoaderConfig(self.batch_size, self.threads, direct_io=self.storage == "direct")
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A contestant: its figures, and how it stands to those that it is measured by.
+    """Figures of a candidate, absolute and relative to others.
 
-    figures: see `harness.Summary`.
-    bytes_read: from files, a sample.
-    plain, limit: who stands for these, by name.
-    cpu_of_floor, cpu_of_limit: its CPU time a sample over theirs, so below 1 is less.
-    speed_of_plain: its samples a second over the plain way's, so above 1 is faster.
-    cpu_saving: the plain way's CPU time a sample over its own, so above 1 is less.
+    Attributes:
+        figures: See `harness.Summary`.
+        bytes_read: Bytes from files per sample.
+        plain, limit: Names of the candidates that serve as these.
+        cpu_of_floor, cpu_of_limit: CPU time per sample relative to theirs; below 1 is less.
+        speed_of_plain: Samples per second relative to the plain program's; above 1 is faster.
+        cpu_saving: CPU time per sample of the plain program relative to this one's; above 1 is less.
     """
 
     figures: harness.Summary
@@ -106,7 +108,7 @@ class Result:
 def run(
     splits: dict[str, SampleDataset], forms: Sequence[str], setting: Setting, steps: int, rounds: int
 ) -> dict[str, Result]:
-    """One contest of `forms` at `setting`: `rounds` rounds, `steps` batches a turn."""
+    """Compare `forms` at `setting` in `rounds` rounds of `steps` batches."""
     batch_size, threads, direct = setting.batch_size, setting.threads, setting.config.direct_io
     with contextlib.ExitStack() as stack:
         plain = {
@@ -115,7 +117,7 @@ def run(
         }
         for batches in plain.values():
             stack.enter_context(contextlib.closing(batches))
-            # Its workers start now, and import torch while nobody is timed.
+            # The workers start and import torch now, before anything is timed.
             next(batches)
         of = {NPY_PLAIN: "npy", GZIP_PLAIN: PUBLISHED, FLOOR: "npy"}
         candidates = {}
@@ -156,7 +158,7 @@ def _limit(format_name: str) -> str:
 
 
 def _on(format_name: str, device: str) -> str:
-    """What a row of `format_name` is called."""
+    """Return the name of the row of `format_name`."""
     return format_name if device == "cpu" else f"{format_name}, GPU"
 
 
@@ -165,36 +167,33 @@ def _devices() -> list[str]:
 
 
 def show(setting: Setting, results: dict[str, Result]) -> None:
-    """Print the table, medians and 10th to 90th percentiles over the rounds, and how the bars are met."""
+    """Print medians, 10th and 90th percentiles over the rounds, and the targets."""
     print(setting)
-    print(
-        f"{'':22} {'samples/s':>17} {'CPU ms/sample':>16} {'MB read':>7} {'p50/p95/p99 ms':>17}"
-        f" {'CPU/floor':>9} {'CPU/limit':>9} {'speed/plain':>16} {'plain CPU/own':>13}"
-    )
+    table = [["", "samples/s", "CPU ms/sample", "MB read", "p50/p95/p99 ms"]]
+    table[0] += ["CPU/floor", "CPU/limit", "speed/plain", "plain CPU/own"]
     for name, result in results.items():
         figures = result.figures
         latency = "/".join(f"{value:.1f}" for value in figures.latency_ms)
-        print(
-            f"{name:22} {_text(figures.samples_per_s, 1):>17} {_text(figures.cpu_ms, 1):>16}"
-            f" {result.bytes_read / 1e6:7.1f} {latency:>17}"
-            f" {result.cpu_of_floor.median:9.2f} {result.cpu_of_limit.median:9.2f}"
-            f" {_text(result.speed_of_plain, 1):>16} {result.cpu_saving.median:13.1f}"
-        )
+        read, ratios = f"{result.bytes_read / 1e6:.1f}", (result.cpu_of_floor, result.cpu_of_limit)
+        row = [name, figures.samples_per_s.text(1), figures.cpu_ms.text(1), read, latency]
+        row += [f"{ratio.median:.2f}" for ratio in ratios]
+        table.append([*row, result.speed_of_plain.text(1), f"{result.cpu_saving.median:.1f}"])
+    print(format_table(table))
     print(f"floor: {FLOOR}; plain: {NPY_PLAIN} for npy, {GZIP_PLAIN} for the others; medians (p10-p90)")
     if setting.config.direct_io:
-        print("the plain ways read from the page cache all the same, as one would write them first")
-    for format_name, bars in TARGETS.items():
+        print("the plain programs read from the page cache in any case")
+    for format_name, targets in TARGETS.items():
         if format_name not in results:
             continue
-        for quantity, bar in bars.items():
+        for quantity, target in targets.items():
             result = results[format_name]
             value = result.figures.cpu_ms if quantity == "cpu_ms" else getattr(result, quantity)
             most = "least" if quantity.startswith("speed") else "most"
-            print(f"{format_name}, {quantity}: {value.median:.2f}; claimed of 128^3: at {most} {bar:g}")
+            print(f"{format_name}, {quantity}: {value.median:.2f}; target at 128^3: at {most} {target:g}")
 
 
 def show_utilisation(found: dict[str, Utilisation], seconds: float) -> None:
-    """Print how busy the emulated accelerators were kept."""
+    """Print the utilisation of the emulated accelerators."""
     for name, one in found.items():
         verdict = "passes" if min(one.each) >= PASSING else "does not pass"
         each = f" ({min(one.each):.1%} to {max(one.each):.1%})" if one.accelerators > 1 else ""
@@ -204,22 +203,18 @@ def show_utilisation(found: dict[str, Utilisation], seconds: float) -> None:
         )
 
 
-def _text(spread: harness.Spread, digits: int) -> str:
-    return f"{spread.median:.{digits}f} ({spread.p10:.{digits}f}-{spread.p90:.{digits}f})"
-
-
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data-dir", type=Path, help="where samples are kept (default: made, and removed)")
-    parser.add_argument("--formats", type=_formats, default=list(FORMATS), help="of the loader, by commas")
-    parser.add_argument("--samples", type=harness.positive, default=8, help="in the set")
-    parser.add_argument("--steps", type=harness.positive, default=16, help="batches timed a turn")
-    parser.add_argument("--size", type=int, default=128, choices=(32, 64, 128, 256), help="voxels an edge")
-    parser.add_argument("--batch-size", type=harness.numbers, default=[1], help="by commas")
+    parser = harness.make_parser(__doc__)
+    parser.add_argument("--data-dir", type=Path, help="folder of the samples (default: temporary)")
     parser.add_argument(
-        "--threads", type=harness.numbers, default=[2], help="of the readers, and of the decoder"
+        "--formats", type=_formats, default=list(FORMATS), help="of the loader, comma-separated"
+    )
+    parser.add_argument("--samples", type=harness.positive, default=8, help="number of samples")
+    parser.add_argument("--steps", type=harness.positive, default=16, help="timed batches of a turn")
+    parser.add_argument("--size", type=int, default=128, choices=(32, 64, 128, 256), help="edge in voxels")
+    parser.add_argument("--batch-size", type=harness.numbers, default=[1], help="comma-separated")
+    parser.add_argument(
+        "--threads", type=harness.numbers, default=[2], help="of the reader, and of the decoder"
     )
     parser.add_argument(
         "--storage", type=_storage, default=["cache"], help="cache, direct (O_DIRECT), or both"
@@ -228,23 +223,24 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rounds",
         type=harness.positive,
         default=7,
-        help="turns of each contestant; with --emulate, one turn of four times as many batches in all",
+        help="turns of each candidate; with --emulate, one turn with four times as many batches in total",
     )
-    parser.add_argument("--emulate", type=_seconds, help="h100, a100, or seconds of compute a step")
-    parser.add_argument("--accelerators", type=harness.positive, default=1, help="that are emulated")
+    parser.add_argument("--emulate", type=_seconds, help="h100, a100, or compute time of a step in seconds")
     parser.add_argument(
-        "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
+        "--accelerators", type=harness.positive, default=1, help="number of emulated accelerators"
     )
     options = parser.parse_args(argv)
     if options.samples < max(options.batch_size):
-        parser.error(f"--samples {options.samples} do not fill one batch of {max(options.batch_size)}")
+        parser.error(
+            f"--samples {options.samples}: must be at least the batch size {max(options.batch_size)}"
+        )
     return options
 
 
 def _seconds(text: str) -> float:
     seconds = SECONDS.get(text) or float(text)
     if not 0.0 < seconds < 3600.0:
-        raise argparse.ArgumentTypeError(f"{text} seconds are no step")
+        raise argparse.ArgumentTypeError(f"{text} seconds: must be above 0 and below an hour")
     return seconds
 
 
@@ -257,7 +253,7 @@ def _storage(text: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """The command line; what was measured, by setting and contestant."""
+    """Run the command line; return the results by setting and candidate."""
     options = _options(argv)
     settings = [
         Setting(*each) for each in itertools.product(options.batch_size, options.threads, options.storage)
@@ -267,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         if options.emulate:
             splits = make_splits(root, options.formats, options.samples, options.size)
             return _emulate(splits, settings, options)
-        # The plain ways, the floor and the limits read these, whichever formats are asked for.
+        # The plain programs, the floor and the limits need these formats in any case.
         splits = make_splits(
             root, sorted({*options.formats, "npy", PUBLISHED}), options.samples, options.size
         )

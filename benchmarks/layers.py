@@ -1,4 +1,4 @@
-"""The reference network's convolution blocks, each alone: what it takes, computes and moves."""
+"""Time, operations and memory traffic of each convolution block of the reference network alone."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from pipelines.sample import Batch
 Block = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _REPEATED = {"cpu": 2, "cuda": 50}
-"""How often a block alone is run at a time, by kind of device."""
+"""Repetitions of a block per measurement, by device type."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A convolution block alone, forward and backward: milliseconds, and what it computes and moves at least.
+    """Figures of a convolution block, forward and backward.
 
-    bytes_moved: input and output of the block once forward, and both with their gradients backward.
+    Attributes:
+        ms: Time.
+        gflop: Operations.
+        bytes_moved: Minimum memory traffic: input and output once forward, and both with gradients backward.
     """
 
     name: str
@@ -35,7 +38,7 @@ class Layer:
 
 
 def layers_alone(model: nn.Module, batch: Batch, compute: ComputeConfig, *, plain: bool) -> Iterator[Layer]:
-    """Each block of the reference network alone, on input of the right shape; `plain` as torch has it."""
+    """Measure each block of the reference network on input of its shape; `plain` uses torch's operations."""
     if not isinstance(model, CosmoFlow):
         return
     volume, device = batch.volume, batch.volume.device
@@ -71,21 +74,21 @@ def layers_alone(model: nn.Module, batch: Batch, compute: ComputeConfig, *, plai
 
 
 def _captured(act: Callable[[], None]) -> Callable[[], None]:
-    """`act` as a CUDA graph: of a small block's kernels one would time the launching."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
+    """Return `act` as a CUDA graph, because launching dominates the time of a small block's kernels."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             act()
-    torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=beside):
+    with torch.cuda.graph(graph, stream=stream):
         act()
     return graph.replay
 
 
 def _block(compute: ComputeConfig, number: int, *, plain: bool) -> Block:
-    """What computes block `number` of the reference network."""
+    """Return the function that computes block `number` of the reference network."""
     if plain:
         return plain_max_block
     if number == 0 and compute.first_block == "triton":

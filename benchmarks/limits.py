@@ -1,4 +1,4 @@
-"""What bounds the compute stage: what a machine does a second, and how much of it a step takes."""
+"""Limits of the compute stage: rates of matrix products and copies, and operations of a step."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from benchmarks.timing import timed
 from cosmoflow_dali.models.build import build_model
 
 MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}
-"""Rows and columns of the matrices whose product is measured, by kind of device."""
+"""Rows and columns of the measured matrices, by device type."""
 
 COPIED = 1 << 30
-"""Bytes whose copy is measured."""
+"""Bytes of the measured copy."""
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a large matrix product in `dtype`, the best of six, and of all libraries here.
+    """Return operations per second of a large matrix product, the best of six runs and all libraries.
 
-    A convolution with a kernel of one voxel is a matrix product too: on a CPU oneDNN's, where torch
-    otherwise asks MKL, which is slow on processors that are not Intel's; and numpy brings OpenBLAS.
+    A convolution with a kernel of one voxel is a matrix product too. On a CPU it uses oneDNN, where torch's
+    product uses MKL, which is slow on other processors than Intel's; numpy uses OpenBLAS.
     """
     size = MATRIX_SIZE[device.type]
     a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
     voxels, kernel = a.T.reshape(1, size, 16, 16, size // 256), b.reshape(size, size, 1, 1, 1)
     voxels = voxels.contiguous(memory_format=torch.channels_last_3d)
-    ways: list[Callable[[], object]] = [lambda: a @ b, lambda: functional.conv3d(voxels, kernel)]
+    products: list[Callable[[], object]] = [lambda: a @ b, lambda: functional.conv3d(voxels, kernel)]
     if device.type == "cpu" and dtype == torch.float32:
         left, right = a.numpy(), b.numpy()
-        ways.append(lambda: left @ right)
-    best = min(timed(way, 1, device)[0] for way in ways for _ in range(6))
+        products.append(lambda: left @ right)
+    best = min(timed(product, 1, device)[0] for product in products for _ in range(6))
     return 2.0 * size**3 / best
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes, the best of six."""
+    """Return bytes per second that a copy reads and writes, the best of six runs."""
     source, target = (torch.zeros(COPIED // 4, device=device) for _ in range(2))
     best = min(timed(lambda: target.copy_(source), 1, device)[0] for _ in range(6))
     return 2.0 * source.nbytes / best
 
 
 def step_flops(network: Network, size: int) -> float:
-    """Operations of a training step of one sample, as torch's own counter counts them."""
+    """Return the operations of a training step of one sample, by torch's counter."""
     shape = shape_of(network, size)
     model = build_model(shape, seed=0).to("meta")
     volume = torch.empty(1, 4, size, size, size, device="meta")

@@ -1,8 +1,8 @@
-"""How well the model of scaling predicts the published runs.
+"""Validation of the scaling model against the published runs.
 
-Runs of the same chip and software are one family. One run of each, that on the fewest GPUs a model, is
-the family's calibration, and the others of the family are predicted. The stricter rule has one
-calibration for each chip, the first of the table, from which all other runs on that chip are predicted.
+Runs of the same chip and software form a family. One run of each family, that on the fewest GPUs per model,
+is its calibration; the others are predicted. A stricter rule has one calibration per chip, the first of the
+table, and predicts all other runs on that chip.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from cosmoflow_dali.mlperf.published import ROWS, Row
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
 
 TOLERANCE = 0.2
-"""What the project claims of predicted rows: samples/s and time to train off by at most this part."""
+"""Target for predicted rows: maximum relative error of samples/s and time to train."""
 
 NODES = {
     "H100": Machine(gpus=8, cores=112, nvlink=450e9, nvlink_latency=1.9e-6, network=50e9, latency=8.5e-6),
     "A100": Machine(gpus=8, cores=128, nvlink=300e9, nvlink_latency=1.9e-6, network=25e9, latency=8.5e-6),
 }
-"""The DGX of each chip: NVLink of 900 and 600 GB/s for both ways, a port of NDR 400 and HDR 200 Gbit/s for
-each GPU, and the latencies that NCCL (src/graph/tuning.cc, LL128) counts with. Elsewhere four GPUs share a
-node; their networks are taken for HDR too."""
+"""The DGX of each chip: NVLink of 900 and 600 GB/s in both directions together, one port of NDR 400 and HDR
+200 Gbit/s per GPU, and the latencies of NCCL (src/graph/tuning.cc, LL128). Other sites have four GPUs per
+node; their networks are assumed to be HDR too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A row and its prediction.
+    """Relative errors of a row's prediction.
 
-    rate_error, train_error: of samples/s and of the time to train with the epochs that the row took, as
-    parts of what was published. table_error: the latter with MLPerf's mean epochs for its batch.
-    staging_error: of staging alone. flat_error: that of saying that samples/s stay as calibrated.
-    chip_rate_error, chip_train_error: the first two by the calibration of the chip instead of the family's.
+    Attributes:
+        rate_error, train_error: Of samples/s and of the time to train with the epochs of the row.
+        table_error: Of the time to train with MLPerf's mean epochs for the row's batch.
+        staging_error: Of staging alone.
+        flat_error: Of samples/s that stay as calibrated.
+        chip_rate_error, chip_train_error: The first two with the chip's calibration instead of the family's.
     """
 
     row: Row
@@ -47,44 +49,44 @@ class Check:
 
     @property
     def met(self) -> bool:
-        """Whether the bar is, where the row is no calibration."""
+        """True if the errors are within the tolerance, for rows that are not calibrations."""
         return abs(self.rate_error) <= TOLERANCE and (
             bool(self.row.beyond) or abs(self.train_error) <= TOLERANCE
         )
 
     @property
     def met_by_chip(self) -> bool:
-        """Whether it is by the stricter rule, which knows of no exceptions."""
+        """True if the errors are within the tolerance by the stricter rule, without exceptions."""
         return max(abs(self.chip_rate_error), abs(self.chip_train_error)) <= TOLERANCE
 
 
 def gradients() -> Gradients:
-    """Those of the reference network."""
+    """Return the sizes of the reference network's gradients."""
     network = CosmoFlow(ReferenceConfig())
     total, last = (sum(p.numel() for p in part.parameters()) for part in (network, network.convs))
     return Gradients(4.0 * total, 4.0 * last)
 
 
 def calibration(chip: str, stack: str | None = None) -> Row:
-    """The row that the figures of the chip, or of the family with this software, come from."""
+    """Return the row that calibrates the chip, or the family of chip and `stack`."""
     fitting = (row for row in ROWS if row.chip == chip and row.stack == (stack or row.stack))
     return next(row for row in fitting if row.calibrates)
 
 
 def staged(row: Row) -> float:
-    """Bytes that a model staged: MXNet's entries converted files, of the training samples alone."""
+    """Return the bytes that a model staged; MXNet's entries staged converted training samples only."""
     if "MXNet" in row.stack:
         return row.copies * model.TRAIN * float(model.RAW)
     return (model.TRAIN + model.VALIDATION) * model.PUBLISHED
 
 
 def calibrated(known: Row, sent: Gradients) -> tuple[Machine, Stages]:
-    """The machine and the stages that the row `known` shows; the input stage hides in these."""
+    """Derive machine and stages from the row `known`; its stages include the input."""
     machine = replace(
         NODES[known.chip],
         gpus=known.gpus,
         staging=staged(known) / known.nodes / known.staging,
-        # Nobody has shown more of a site's file system than its runs took.
+        # The largest known load of the site's file system.
         file_system=max(
             each.models * staged(each) / each.staging
             for each in ROWS
@@ -96,7 +98,7 @@ def calibrated(known: Row, sent: Gradients) -> tuple[Machine, Stages]:
 
 
 def predict(row: Row, known: Row, sent: Gradients, epochs: float) -> tuple[Forecast, float]:
-    """What the row ought to have taken, in `epochs` epochs, by what `known` shows; and its minutes."""
+    """Predict `row` with `epochs` epochs from the row `known`; return the forecast and its minutes."""
     machine, stages = calibrated(known, sent)
     job = Job(row.nodes, row.batch, epochs, row.models, staged(row))
     found = model.forecast(replace(machine, gpus=row.gpus), stages, sent, job)
@@ -104,7 +106,7 @@ def predict(row: Row, known: Row, sent: Gradients, epochs: float) -> tuple[Forec
 
 
 def check(row: Row, sent: Gradients) -> Check:
-    """The row's prediction."""
+    """Predict `row` and return the errors."""
     known = calibration(row.chip, row.stack)
     own, minutes = predict(row, known, sent, row.epochs)
     _, table_minutes = predict(row, known, sent, model.EPOCHS[row.batch])

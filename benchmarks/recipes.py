@@ -1,7 +1,7 @@
-"""Who takes part in the benchmark of the compute stage: each a process of its own, that waits for its turn.
+"""Candidates of the compute benchmark, each in a separate process.
 
-Separate processes, because a recipe decides about pages of memory and about what float32 is to a GPU; and
-because the memory that a process has taken at most is then its own.
+The processes are separate because a recipe configures memory pages and float32 on a GPU, and because peak
+memory is measured per process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.layers import Layer, layers_alone
-from benchmarks.timing import settle, timed
+from benchmarks.timing import synchronize, timed
 from cosmoflow_dali.compute.engines import ComputeConfig, make_engine, wrap_model
 from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.compute.step import autocast, input_dtype, make_scaler
@@ -37,20 +37,22 @@ from pipelines.sample import Batch, SampleSpec
 Network = Literal["reference", "open"]
 _Prepared = tuple[Callable[[], None], Callable[[], torch.Tensor], nn.Module, Batch]
 Timing = tuple[float, float, float]
-"""Of a turn: seconds on the clock, of processors, and of the forward pass alone on the clock."""
+"""Seconds per step: wall time, CPU time, and wall time of the forward pass alone."""
 
 _LEAD = 10
-"""Steps of a turn on a GPU before the clock starts."""
+"""Warm-up steps of a round on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A way to take training steps.
 
-    plain: torch's own modules and defaults, laid out as `layout` says; otherwise this project's.
-    compute: precision and engine.
-    optimizer: "default" is torch.optim.SGD as it comes; the others see `SGDConfig.implementation`.
-    data: a folder of samples that the loader reads while steps are taken; None for data that is resident.
+    Attributes:
+        compute: Precision and engine.
+        plain: Use torch's modules and defaults instead of the project's.
+        layout: Memory format.
+        optimizer: "default" is torch.optim.SGD with defaults; for others see `SGDConfig.implementation`.
+        data: Folder of samples that the loader reads during the steps; None for resident data.
     """
 
     name: str
@@ -63,10 +65,10 @@ class Recipe:
 
 
 class PlainReference(CosmoFlow):
-    """The reference network as one writes it down first."""
+    """The reference network in plain torch operations."""
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
-        """See `CosmoFlow.forward`."""
+        """Return targets (B, 4), as `CosmoFlow.forward`."""
         hidden = volume
         for conv in self.convs:
             hidden = functional.max_pool3d(functional.leaky_relu(conv(hidden), LEAK), 2)
@@ -78,10 +80,10 @@ class PlainReference(CosmoFlow):
 
 
 class PlainOpen(OpenCosmoFlow):
-    """The open network as one writes it down first."""
+    """The open network in plain torch operations."""
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
-        """See `OpenCosmoFlow.forward`."""
+        """Return targets (B, 4), as `OpenCosmoFlow.forward`."""
         hidden = (volume - self.input_mean) / self.input_std
         for conv, norm in zip(self.convs, self.norms, strict=True):
             wrapped = functional.pad(hidden, (1,) * 6, mode="circular")
@@ -91,7 +93,7 @@ class PlainOpen(OpenCosmoFlow):
 
 
 def shape_of(network: Network, size: int) -> ReferenceConfig | OpenConfig:
-    """The network's configuration at `size`: the benchmark's own at 128, fewer and narrower blocks below."""
+    """Return the network's configuration at `size`: the benchmark's from 64 on, a smaller one below."""
     if network == "open":
         return OpenConfig(size=size)
     if size >= 64:
@@ -100,46 +102,46 @@ def shape_of(network: Network, size: int) -> ReferenceConfig | OpenConfig:
 
 
 class RecipeProcess:
-    """A recipe's process, which takes steps when it is asked to."""
+    """Process that takes steps of a recipe on request."""
 
     def __init__(self, recipe: Recipe, network: Network, size: int, device: str) -> None:
         context = multiprocessing.get_context("spawn")
-        self._ours, theirs = context.Pipe()
-        arguments = (theirs, recipe, network, size, device)
+        self._pipe, remote = context.Pipe()
+        arguments = (remote, recipe, network, size, device)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
-        theirs.close()
+        remote.close()
 
     def wait(self) -> None:
-        """Until it has started, beside the others; raises the UserError that it cannot start for."""
-        answer = self._ours.recv()
+        """Wait until the process is ready; raise the UserError if it could not start."""
+        answer = self._pipe.recv()
         if isinstance(answer, UserError):
             raise answer
 
     def take_steps(self, steps: int) -> Timing:
-        """Take `steps` steps."""
-        self._ours.send(steps)
-        return self._ours.recv()
+        """Take `steps` steps and return their timing."""
+        self._pipe.send(steps)
+        return self._pipe.recv()
 
     def peak(self) -> int:
-        """Bytes that the steps have taken at most: of the GPU, or of the process beyond its start."""
-        self._ours.send("peak")
-        return self._ours.recv()
+        """Return the peak memory of the steps in bytes: on the GPU, or of the process above its start."""
+        self._pipe.send("peak")
+        return self._pipe.recv()
 
     def layers(self) -> list[Layer]:
-        """Its convolution blocks, each alone."""
-        self._ours.send("layers")
-        return self._ours.recv()
+        """Return figures of the single convolution blocks."""
+        self._pipe.send("layers")
+        return self._pipe.recv()
 
     def profile(self, path: str) -> None:
         """Write a trace of three steps to `path`, for chrome://tracing or perfetto."""
-        self._ours.send(("profile", path))
-        self._ours.recv()
+        self._pipe.send(("profile", path))
+        self._pipe.recv()
 
     def close(self) -> None:
         """End the process."""
         with contextlib.suppress(BrokenPipeError):
-            self._ours.send("end")
+            self._pipe.send("end")
         self._process.join()
 
 
@@ -148,7 +150,7 @@ def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, wh
     if not recipe.plain:
         configure_torch(device, available_cores(), recipe.compute.precision)
     with contextlib.ExitStack() as held:
-        start = _most_memory()
+        start = _peak_memory()
         try:
             prepared = _prepare(recipe, network, size, device, held)
         except UserError as error:
@@ -160,7 +162,7 @@ def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, wh
 def _answer(
     requests: Connection, recipe: Recipe, device: torch.device, prepared: _Prepared, start: int
 ) -> None:
-    """Do what is asked for until the end; `start` bytes were in memory before `prepared` was made."""
+    """Answer requests until "end"; `start` is the peak memory in bytes before `prepared` was made."""
     step, forward, model, batch = prepared
     for _ in range(3):
         step()
@@ -172,17 +174,17 @@ def _answer(
             requests.send(list(layers_alone(model, batch, recipe.compute, plain=recipe.plain)))
         elif request == "peak":
             gpu = device.type == "cuda"
-            requests.send(torch.cuda.max_memory_allocated() if gpu else _most_memory() - start)
+            requests.send(torch.cuda.max_memory_allocated() if gpu else _peak_memory() - start)
         elif isinstance(request, tuple):
             with torch.profiler.profile(record_shapes=True) as trace:
                 for _ in range(3):
                     step()
-                settle(device)
+                synchronize(device)
             trace.export_chrome_trace(request[1])
             requests.send("written")
         else:
             if device.type == "cuda":
-                # Others have had the GPU meanwhile.
+                # Other processes used the GPU in between.
                 timed(step, _LEAD, device)
             wall, cpu = timed(step, request, device)
             with torch.no_grad():
@@ -193,14 +195,14 @@ def _answer(
 def _prepare(
     recipe: Recipe, network: Network, size: int, device: torch.device, held: contextlib.ExitStack
 ) -> _Prepared:
-    """A whole step, a forward pass, the model and the resident batch; `held` closes what reads data."""
+    """Return a whole step, a forward pass, the model and the resident batch; `held` closes the loader."""
     shape = shape_of(network, size)
     model: nn.Module = build_model(shape, seed=0)
     if recipe.plain:
         model = PlainOpen(shape) if isinstance(shape, OpenConfig) else PlainReference(shape)
     layout = torch.channels_last_3d if recipe.layout == "channels_last" else torch.contiguous_format
     model = model.to(device).to(memory_format=layout).train()  # type: ignore[call-overload]
-    # Logarithms of counts: half of them zeros.
+    # Like logarithms of counts, half of them zeros.
     generator = torch.Generator().manual_seed(1)
     volume = torch.rand(recipe.batch_size, size, size, size, 4, generator=generator).sub_(0.5).clamp_(0)
     volume = volume.permute(0, 4, 1, 2, 3).contiguous(memory_format=layout)
@@ -244,8 +246,8 @@ def _prepare(
 def _read(
     folder: Path, batch_size: int, device: torch.device, into: Batch | None, held: contextlib.ExitStack
 ) -> Iterator[Batch]:
-    """Batches of the samples in `folder`, epoch after epoch, as training has them."""
-    # Not every Python that measures resident data has what this takes.
+    """Return endless batches of the samples in `folder`, as in training."""
+    # Needs packages that resident data does not.
     from pipelines.dataset.open import open_folder
     from pipelines.loading.config import LoaderConfig
     from pipelines.loading.loader import Loader
@@ -264,7 +266,7 @@ def _read(
     return itertools.chain.from_iterable(loader.batches(epoch, into=into) for epoch in itertools.count())
 
 
-def _most_memory() -> int:
-    """The most bytes that this process has had in memory."""
+def _peak_memory() -> int:
+    """Return the peak memory of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

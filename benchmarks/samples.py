@@ -1,13 +1,15 @@
-"""The samples that benchmarks work on: simulated ones, in every format, in the page cache."""
+"""Samples of the benchmarks: simulated ones, in every format, in the page cache."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import gzip
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import harness
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_folder
 from pipelines.formats.packed.encode import encode
@@ -20,22 +22,37 @@ from pipelines.sample import Sample
 from preprocess.simulator.universe import SimulateConfig, simulate_universe
 
 _BOX = 128.0
-"""Mpc/h along an edge: voxels of 1 Mpc/h at 128^3, as the published samples have."""
+"""Edge in Mpc/h: voxels of 1 Mpc/h at 128^3, as in the published samples."""
 
 _PUBLISHED_LEVEL = 6
-"""Of zlib; the published files are as large as that makes them."""
+"""zlib level that gives the size of the published files."""
 
 
 @functools.lru_cache(maxsize=16)
 def simulated(index: int, size: int) -> Sample:
-    """Sample `index` of `size`^3, always the same: a universe of its own, in 8 steps from 128^3 on."""
+    """Return sample `index` of `size`^3, a separate universe and always the same."""
     config = SimulateConfig(size=size, voxel=_BOX / size, steps=8 if size >= 128 else 4)
     ((_, sample),) = simulate_universe(config, "train", index)
     return sample
 
 
+def add_sample_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `chosen_samples` reads."""
+    parser.add_argument("--data", type=Path, help="folder of samples in any format (default: simulated)")
+    parser.add_argument("--samples", type=harness.positive, default=3)
+    parser.add_argument("--size", type=int, default=128, choices=(32, 64, 128, 256), help="of simulated ones")
+
+
+def chosen_samples(options: argparse.Namespace) -> list[Sample]:
+    """Return the samples of folder --data, or simulated ones."""
+    if not options.data:
+        return [simulated(index, options.size) for index in range(options.samples)]
+    split = open_folder(options.data)
+    return [split.read(index) for index in range(min(options.samples, len(split)))]
+
+
 def compressed(sample: Sample) -> bytes:
-    """`sample` as the published files have it: a gzip TFRecord of zlib's default level."""
+    """Return `sample` as a gzip TFRecord of zlib's default level, like the published files."""
     return gzip.compress(frame(encode_example(sample)), _PUBLISHED_LEVEL, mtime=0)
 
 
@@ -45,7 +62,7 @@ def make_splits(root: Path, forms: Sequence[str], samples: int, size: int) -> di
     for format_name in forms:
         folder = root / f"{samples}x{size}" / format_name
         if not folder.exists():
-            # Under another name until it is whole: who is interrupted leaves no set that looks like one.
+            # Written under another name, so that an interrupted set does not look complete.
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

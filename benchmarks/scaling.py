@@ -1,12 +1,11 @@
-"""How training scales: step time, staging, time to train and cost on N nodes, from measured stages.
+"""Predict step time, staging, time to train and cost on N nodes from measured stages.
 
     python benchmarks/scaling.py --nodes 4 64 1250 --system h100
 
-The model (scaling_model.py) takes one published run of each chip and software as its calibration, and
-has to predict the others of that chip and software; see published.py. What one calibration for each chip
-would come to, whatever the software, is printed too. The same model then says what N nodes take.
-`--system measured` takes the newest figures of this project's own compute stage instead of a published run,
-on H100 nodes; options replace single figures.
+The model (scaling_model.py) is calibrated with one published run of each chip and software, and validated
+with the other runs of that chip and software; see published.py. The result of one calibration per chip is
+printed too. The same model then predicts N nodes. `--system measured` uses the latest results of this
+project's compute benchmark instead of a published run, on H100 nodes; options replace single figures.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ from cosmoflow_dali.mlperf.published import NVIDIA, ROWS, Row
 from pipelines.errors import ConfigError, UserError
 
 SYSTEMS = {"h100": ("H100", NVIDIA), "a100": ("A100", NVIDIA), "measured": ("H100", NVIDIA)}
-"""The family that is calibrated for each."""
+"""Chip and software whose calibration each system uses."""
 
 _FIGURES = {
-    "compute-ms": "forward and backward of a sample on a GPU, ms; a third of it is an evaluation's",
-    "decode-ms": "processor time of a sample from file to batch, ms",
-    "disk": "what a node's disk gives and takes, GB/s",
-    "file-system": "what the shared file system gives to all nodes, GB/s",
-    "network": "what a GPU sends to other nodes, GB/s",
-    "latency": "what a message to another node waits, us",
-    "price": "of a GPU hour, in any money",
+    "compute-ms": "forward and backward of a sample on a GPU in ms; evaluation takes a third",
+    "decode-ms": "CPU time of a sample from file to batch in ms",
+    "disk": "rate of a node's disk in GB/s",
+    "file-system": "rate of the shared file system to all nodes in GB/s",
+    "network": "rate of a GPU to other nodes in GB/s",
+    "latency": "latency to another node in us",
+    "price": "of a GPU hour, in any currency",
 }
 """Options that replace single figures."""
 
 
 def kept(name: str) -> Iterator[Mapping[str, Any]]:
-    """Rows of benchmark `name` at 128^3 in the reference network, by their names, the newest result first."""
+    """Yield the kept results of benchmark `name` at 128^3 with the reference network, latest first."""
     for path in sorted(harness.RESULTS.glob(f"*_{name}.json"), reverse=True):
         record = json.loads(path.read_text())
         options = record["options"]
@@ -54,28 +53,28 @@ def kept(name: str) -> Iterator[Mapping[str, Any]]:
 
 
 def own_compute() -> Stages:
-    """The fastest of this project's own rows in the newest result of the compute stage."""
+    """Return the stages of the project's fastest row in the latest compute result."""
     for rows in kept("compute_bench"):
         own = [row for name, row in rows.items() if name.startswith(("fp32", "tf32", "fp16", "bf16"))]
         if own:
             best = max(own, key=lambda row: row["samples_per_s"]["median"])
             return Stages(1 / best["samples_per_s"]["median"], best["forward_ms"]["median"] / 1e3)
-    remedy = "no result of compute_bench.py at 128^3 is kept: run it with --output, or give --compute-ms"
+    remedy = "there is no result of compute_bench.py at 128^3: run it with --output, or give --compute-ms"
     raise ConfigError("--system", "measured", remedy)
 
 
 def own_decode() -> float:
-    """Seconds of a processor for a packed sample, in the newest result of the input stage that has it."""
+    """Return the CPU seconds per packed sample in the latest input result that has it."""
     for settings in kept("io_bench"):
         for name, rows in settings.items():
             if name.startswith("batch") and "packed" in rows:
                 return rows["packed"]["figures"]["cpu_ms"]["median"] / 1e3
-    remedy = "no packed row of io_bench.py at 128^3 is kept: run it with --output, or give this option"
+    remedy = "there is no packed row of io_bench.py at 128^3: run it with --output, or give this option"
     raise ConfigError("--decode-ms", None, remedy)
 
 
 def system(options: argparse.Namespace, sent: Gradients) -> tuple[Machine, Stages]:
-    """The machine and the stages that the options ask for."""
+    """Return the machine and the stages of the options."""
     machine, stages = calibrated(calibration(*SYSTEMS[options.system]), sent)
     if options.compute_ms is not None:
         stages = Stages(options.compute_ms / 1e3, (1 - model.BACKWARD) * options.compute_ms / 1e3)
@@ -93,35 +92,35 @@ def system(options: argparse.Namespace, sent: Gradients) -> tuple[Machine, Stage
 
 
 def show_checks(checks: Sequence[Check]) -> None:
-    """Print each row beside its prediction."""
+    """Print each row with the errors of its prediction."""
     print(
-        "errors in %: of samples/s had they stayed as calibrated, and as predicted; of the minutes to train"
+        "errors in %: of samples/s if constant, and as predicted; of the minutes to train with the epochs of"
     )
-    print("with the epochs that the row took, and with MLPerf's mean for its batch; of staging alone")
-    print(f"{'':47} samples/s  stayed   pred.     min     own    mean staging")
+    print("the row, and with MLPerf's mean for its batch; of staging alone")
+    print(f"{'':47} samples/s   const   pred.     min     own    mean staging")
     for each in checks:
         row = each.row
         print(f"{_name(row):47} {row.rate:9.1f}", end=" ")
         if row.calibrates:
             alone = sum((other.chip, other.stack) == (row.chip, row.stack) for other in ROWS) == 1
-            print("calibration" + ", and no other row to check it with" * alone)
+            print("calibration" + ", without another row to validate it" * alone)
             continue
         print(_percent(each.flat_error, each.rate_error), f"{row.minutes:7.2f}", end=" ")
         print(_percent(each.train_error, each.table_error, each.staging_error))
         if row.beyond:
-            print(f"    its minutes are beyond the model: {row.beyond}")
-    said = "met" if all(each.met for each in checks if not each.row.calibrates) else "missed"
-    print("claimed of samples/s, and of minutes with a row's own epochs but for those beyond the model:")
-    print(f"off by at most {TOLERANCE:.0%}, which is {said}")
+            print(f"    the model does not apply to its minutes: {row.beyond}")
+    verdict = "met" if all(each.met for each in checks if not each.row.calibrates) else "missed"
+    print("target for samples/s, and for minutes with the row's own epochs where the model applies:")
+    print(f"error of at most {TOLERANCE:.0%}: {verdict}")
     show_strict(checks)
 
 
 def show_strict(checks: Sequence[Check]) -> None:
-    """Print what one calibration for each chip, whatever the software, would come to."""
+    """Print the result of one calibration per chip for all software."""
     known = {each.row.chip: calibration(each.row.chip) for each in checks}
     predicted = [each for each in checks if each.row is not known[each.row.chip]]
     missed = [each for each in predicted if not each.met_by_chip]
-    print("with one calibration for each chip, whatever the software, the same is missed by")
+    print("with one calibration per chip for all software, the same target is missed by")
     print(f"{len(missed)} of {len(predicted)} rows; errors in % of samples/s, and of minutes:")
     for chip, row in known.items():
         print(f"{_name(row):47} calibrates {chip}")
@@ -130,8 +129,8 @@ def show_strict(checks: Sequence[Check]) -> None:
 
 
 def show_projections(projections: Sequence[Projection], price: float | None) -> None:
-    """Print what each number of nodes can do."""
-    print("one model, as fast as it goes")
+    """Print the forecasts of each number of nodes."""
+    print("one model, as fast as possible")
     print(" nodes  GPUs batch epochs  step ms all-reduce samples/s stage s  train min   GPU h  bound by")
     for each in projections:
         one, job = each.one, each.one_job
@@ -140,7 +139,7 @@ def show_projections(projections: Sequence[Projection], price: float | None) -> 
             f" {1e3 * one.exposed:10.2f} {one.rate:9.1f} {one.staging:7.0f} {one.train / 60:10.2f}"
             f" {one.gpu_hours:7.1f}  {one.bound}{_cost(one.gpu_hours, price)}"
         )
-    print("models side by side, in batches that take the fewest epochs")
+    print("models side by side, with the batch that takes the fewest epochs")
     print(" nodes models  GPUs stage s  train min   models/h GPU h each")
     for each in projections:
         many, models = each.many, each.many_job.models
@@ -152,12 +151,12 @@ def show_projections(projections: Sequence[Projection], price: float | None) -> 
 
 
 def show_bottlenecks(found: Sequence[Bottleneck], widest: Forecast) -> None:
-    """Print what has ended scaling by as many GPUs as `widest` has, and what comes later."""
+    """Print the limits of scaling below and above the number of GPUs of `widest`."""
     print(
-        f"\none model on {widest.gpus:,} GPUs, did such batches converge: {widest.steps:,} steps an epoch of"
+        f"\none model on {widest.gpus:,} GPUs, if such batches converged: {widest.steps:,} steps per epoch of"
         f" {1e3 * widest.step:.2f} ms, {widest.exposed / widest.step:.0%} of it the all-reduce"
     )
-    print(f"what breaks first on the way to {widest.gpus:,} GPUs:")
+    print(f"limits on the way to {widest.gpus:,} GPUs:")
     for each in found:
         yet = "not yet: " if each.gpus >= widest.gpus else ""
         print(f"  {yet}{each.name}, beyond {each.gpus:,.0f} GPUs: {each.why}")
@@ -172,31 +171,26 @@ def _percent(*errors: float) -> str:
 
 
 def _cost(hours: float, price: float | None) -> str:
-    return "" if price is None else f", {hours * price:,.2f} in money"
+    return "" if price is None else f", cost {hours * price:,.2f}"
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.make_parser(__doc__)
     default = [1, 4, 16, 64, 256, 1250]
     parser.add_argument("--nodes", type=harness.positive, nargs="+", default=default, metavar="N")
     parser.add_argument("--system", choices=SYSTEMS, default="h100")
     for name, text in _FIGURES.items():
         parser.add_argument(f"--{name}", type=float, help=text)
-    parser.add_argument(
-        "--output", type=Path, nargs="?", const=harness.RESULTS, help="write JSON (to benchmarks/results)"
-    )
     options = parser.parse_args(argv)
     for name in _FIGURES:
         value = getattr(options, name.replace("-", "_"))
         if value is not None and not value > 0:
-            raise ConfigError(f"--{name}", value, "must be above 0; leave it out for the system's own figure")
+            raise ConfigError(f"--{name}", value, "must be above 0; omit it for the system's figure")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[list[Check], list[Projection], list[Bottleneck]]:
-    """The command line: how the rows are met, what the nodes can do, and what breaks first."""
+    """Run the command line; return the validation, the projections and the bottlenecks."""
     options = _options(argv)
     sent = gradients()
     checks = [check(row, sent) for row in ROWS]
@@ -205,8 +199,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[list[Check], list[Projectio
     found = model.bottlenecks(machine, stages, sent)
     show_checks(checks)
     print(
-        f"\n{options.system}: a sample takes a GPU {1e3 * stages.compute:.2f} ms to train on and"
-        f" {1e3 * stages.forward:.2f} ms to evaluate, and a processor {1e3 * stages.decode:.1f} ms to decode"
+        f"\n{options.system}: a sample takes {1e3 * stages.compute:.2f} ms of a GPU for training,"
+        f" {1e3 * stages.forward:.2f} ms for evaluation, and {1e3 * stages.decode:.1f} ms of a CPU to decode"
     )
     show_projections(projections, options.price)
     nodes = max(options.nodes)

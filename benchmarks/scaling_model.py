@@ -1,12 +1,12 @@
-"""What a training step, staging and a whole training cost on so many nodes: a model of few parts.
+"""Model of the time of a training step, of staging and of a training on several nodes.
 
-A step is the slowest GPU's forward and backward pass, or its input where that takes longer, and then
-as much of the all-reduce as the backward pass did not hide. The all-reduce is that of NCCL: a
-reduce-scatter and an all-gather over a node's NVLink, and between them each GPU's share over the
-network, by a ring or by a tree, whichever is faster; a message costs its latency and its bytes. All
-wait for the slowest GPU of each step, so steps get longer with the GPUs even where the network is
-free. An epoch ends with an evaluation of all validation samples, forward only. How many epochs it
-takes is no matter of speed: `EPOCHS` has what MLPerf publishes, and nothing beyond.
+A step takes the forward and backward pass of the slowest GPU, or its input if that takes longer, and the
+part of the all-reduce that the backward pass does not hide. The all-reduce follows NCCL: a reduce-scatter
+and an all-gather over a node's NVLink, and between them each GPU's share over the network, by a ring or a
+tree, whichever is faster; a message costs its latency and its bytes. All GPUs wait for the slowest one in
+each step, so steps take longer with more GPUs even without network cost. An epoch ends with an evaluation of
+all validation samples, forward only. The number of epochs does not depend on speed: `EPOCHS` has MLPerf's
+published values.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ from statistics import NormalDist
 
 TRAIN, VALIDATION = 524_288, 65_536
 RAW = 128**3 * 4 * 2
-"""Bytes of a sample's counts, 128^3 voxels at four redshifts in int16."""
+"""Bytes of a sample's counts: 128^3 voxels at four redshifts in int16."""
 
 PUBLISHED = RAW / 5.72
-"""Bytes of a sample as published, in gzip; see the benchmark of codings."""
+"""Bytes of a published sample, in gzip; see codec_bench.py."""
 
 PACKED = RAW / 7.03
-"""The same in this project's packed format."""
+"""Bytes of a sample in the packed format."""
 
 EPOCHS = {32: 7.85, 64: 18.3, 128: 17.85, 512: 22.8, 1024: 40.0}
-"""Mean epochs to the target by global batch, MLPerf HPC's reference convergence points (v3.0)."""
+"""Mean epochs to the target by global batch, from MLPerf HPC's reference convergence points (v3.0)."""
 
 BACKWARD = 2 / 3
-"""The backward pass's share of a step: two products of matrices for the forward pass's one."""
+"""Share of the backward pass in a step: two matrix products to one of the forward pass."""
 
 NOISE = 0.05
-"""How much a GPU's steps vary, as a standard deviation over their mean. Assumed: nobody publishes it."""
+"""Standard deviation of a GPU's step times relative to their mean. Assumed; no values are published."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """A cluster of equal nodes; rates in bytes/s, latencies in seconds.
 
-    gpus, cores: of a node, the latter its processors'.
-    nvlink, nvlink_latency: what a GPU sends to those of its node, and what a message waits.
-    network, latency: the same to other nodes.
-    disk: what a node's own disk gives and takes; the default is assumed.
-    staging: what a node takes from the shared file system. file_system: what that gives to all.
+    Attributes:
+        gpus, cores: GPUs and CPU cores of a node.
+        nvlink, nvlink_latency: Rate and latency from a GPU to others of its node.
+        network, latency: Rate and latency to other nodes.
+        disk: Rate of a node's local disk; the default is assumed.
+        staging: Rate of a node from the shared file system.
+        file_system: Rate of the shared file system to all nodes.
     """
 
     gpus: int
@@ -59,11 +61,13 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What a sample costs each stage where nothing else is in its way.
+    """Cost of a sample in each stage alone.
 
-    compute: seconds of a training step, forward and backward, on one GPU.
-    forward: seconds of its evaluation.
-    decode: seconds of a processor from the file's bytes to a batch. read: bytes from the disk.
+    Attributes:
+        compute: Seconds of a training step, forward and backward, on one GPU.
+        forward: Seconds of its evaluation.
+        decode: CPU seconds from the file's bytes to a batch.
+        read: Bytes from the disk.
     """
 
     compute: float
@@ -74,9 +78,11 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """Bytes of the gradients, in float32.
+    """Bytes of the float32 gradients.
 
-    last: of those that are ready last, the convolutions', whose all-reduce nothing is left to hide.
+    Attributes:
+        total: Of all gradients.
+        last: Of those that are ready last, the convolutions', whose all-reduce cannot be hidden.
     """
 
     total: float
@@ -85,10 +91,14 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Trainings that are alike and run side by side.
+    """Equal trainings side by side.
 
-    nodes: of each. batch: samples of a step, over all GPUs of a training. epochs: to the target.
-    models: how many trainings. staged: bytes that each brings to its nodes' disks, all copies together.
+    Attributes:
+        nodes: Nodes of each training.
+        batch: Samples of a step over all GPUs of a training.
+        epochs: Epochs to the target.
+        models: Number of trainings.
+        staged: Bytes that each training stages to its nodes' disks, including copies.
     """
 
     nodes: int
@@ -100,12 +110,17 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a job takes; times in seconds.
+    """Predicted times of a job in seconds.
 
-    step: of which exposed is the all-reduce that nothing hides. bound: the longest part of a step.
-    rate: samples a second of each GPU while it trains. steps: of an epoch.
-    train: from the first step to the target. staging: before that.
-    gpu_hours: of one training, staging included.
+    Attributes:
+        step: Time of a step.
+        exposed: Its part for the all-reduce that is not hidden.
+        bound: Longest part of a step.
+        rate: Samples per second of each GPU during training.
+        steps: Steps of an epoch.
+        staging: Time of staging, before training.
+        train: Time from the first step to the target.
+        gpu_hours: GPU hours of one training, including staging.
     """
 
     gpus: int
@@ -121,7 +136,7 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """What can be done with so many nodes: one model as fast as it goes, or many models at once."""
+    """Forecasts for a number of nodes: one model as fast as possible, or many models at once."""
 
     nodes: int
     one: Forecast
@@ -132,7 +147,7 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """Something that ends scaling: its name, beyond how many GPUs, and why."""
+    """A limit of scaling: its name, the number of GPUs up to which it allows scaling, and the reason."""
 
     name: str
     gpus: float
@@ -140,55 +155,55 @@ class Bottleneck:
 
 
 def ring_bytes(ranks: int, size: float) -> float:
-    """Bytes that each of `ranks` sends in a ring all-reduce of `size` bytes."""
+    """Return the bytes that each rank sends in a ring all-reduce of `size` bytes."""
     return 2 * (ranks - 1) / ranks * size
 
 
 def ring(ranks: int, size: float, rate: float, latency: float) -> float:
-    """Seconds of a ring all-reduce: twice around, a piece at a time."""
+    """Return the seconds of a ring all-reduce: two rounds of the ring in pieces."""
     return ring_bytes(ranks, size) / rate + 2 * (ranks - 1) * latency
 
 
 def tree(ranks: int, size: float, rate: float, latency: float) -> float:
-    """Seconds of NCCL's double binary tree: all bytes once up and once down, and so the latencies."""
+    """Return the seconds of NCCL's double binary tree: bytes and latencies once up and once down."""
     return (2 * size / rate + 2 * math.ceil(math.log2(ranks)) * latency) if ranks > 1 else 0.0
 
 
 def allreduce(machine: Machine, nodes: int, size: float) -> float:
-    """Seconds of an all-reduce of `size` bytes over all GPUs of `nodes` nodes."""
+    """Return the seconds of an all-reduce of `size` bytes over all GPUs of `nodes` nodes."""
     inside = ring(machine.gpus, size, machine.nvlink, machine.nvlink_latency)
     share = size / machine.gpus
-    between = (way(nodes, share, machine.network, machine.latency) for way in (ring, tree))
+    between = (algorithm(nodes, share, machine.network, machine.latency) for algorithm in (ring, tree))
     return inside + min(between)
 
 
 def exposed(machine: Machine, nodes: int, gradients: Gradients, compute: float) -> float:
-    """Seconds of the all-reduce that a step waits for, of which `compute` are its forward and backward."""
+    """Return the seconds of the all-reduce that are not hidden by `compute` seconds of compute."""
     whole = allreduce(machine, nodes, gradients.total)
     return max(whole - BACKWARD * compute, allreduce(machine, nodes, gradients.last))
 
 
 def slowest(gpus: int) -> float:
-    """The slowest of `gpus` GPUs over their mean: Blom's estimate of the largest of so many normal values."""
+    """Return the slowest of `gpus` GPUs relative to their mean, by Blom's estimate for normal values."""
     return 1 + NOISE * NormalDist().inv_cdf((gpus - 0.375) / (gpus + 0.25))
 
 
 def compute_of(machine: Machine, nodes: int, gradients: Gradients, step: float) -> float:
-    """The inverse of a step of one sample a GPU: its forward and backward, where that takes longest."""
+    """Return the compute time that gives a `step` of one sample per GPU, if compute bounds it."""
     waits = slowest(nodes * machine.gpus)
-    # What of the all-reduce is exposed is one of two, and the step has the longer.
+    # The exposed part of the all-reduce is the larger of two terms.
     whole, last = (allreduce(machine, nodes, size) for size in (gradients.total, gradients.last))
     return min((step - last) / waits, (step - whole) / (waits - BACKWARD))
 
 
 def staging(machine: Machine, job: Job) -> float:
-    """Seconds until all samples are where they are read: a node's own share, or what all nodes ask for."""
+    """Return the seconds of staging, bounded by a node's share or by the load of all nodes."""
     own = job.staged / job.nodes / min(machine.staging, machine.disk)
     return max(own, job.models * job.staged / machine.file_system)
 
 
 def forecast(machine: Machine, stages: Stages, gradients: Gradients, job: Job) -> Forecast:
-    """What `job` takes."""
+    """Predict the times of `job`."""
     gpus = job.nodes * machine.gpus
     local = job.batch / gpus
     reading = stages.read * machine.gpus / machine.disk
@@ -219,7 +234,7 @@ def forecast(machine: Machine, stages: Stages, gradients: Gradients, job: Job) -
 
 
 def jobs(machine: Machine, nodes: int) -> list[Job]:
-    """A training for each global batch known to converge, on as many of `nodes` as can share it."""
+    """Return a job for each batch that is known to converge, on as many of `nodes` as divide it evenly."""
     found = []
     for batch, epochs in EPOCHS.items():
         fitting = [count for count in range(1, nodes + 1) if batch % (count * machine.gpus) == 0]
@@ -229,7 +244,7 @@ def jobs(machine: Machine, nodes: int) -> list[Job]:
 
 
 def project(machine: Machine, stages: Stages, gradients: Gradients, nodes: int) -> Projection:
-    """What `nodes` nodes can do."""
+    """Return the forecasts for `nodes` nodes."""
     trainings = [(forecast(machine, stages, gradients, job), job) for job in jobs(machine, nodes)]
     one, one_job = min(trainings, key=lambda pair: pair[0].staging + pair[0].train)
     # The smallest batch takes the fewest epochs.
@@ -239,34 +254,36 @@ def project(machine: Machine, stages: Stages, gradients: Gradients, nodes: int) 
 
 
 def bottlenecks(machine: Machine, stages: Stages, gradients: Gradients) -> list[Bottleneck]:
-    """What ends scaling, first the first; a part breaks where it costs as much as what it serves."""
+    """Return the limits of scaling in order; a part is one once it costs as much as the compute."""
     most = max(EPOCHS)
     small = jobs(machine, min(EPOCHS) // machine.gpus)[0]
     alone = forecast(machine, stages, gradients, small)
     models = 1.0 if alone.staging >= alone.train else alone.train * machine.file_system / small.staged
     doublings = (1 << power for power in range(24))
-    spoilt = next((nodes for nodes in doublings if _spoilt(machine, stages, gradients, nodes)), None)
+    nodes_bound = next(
+        (nodes for nodes in doublings if _is_bound_by_allreduce(machine, stages, gradients, nodes)), None
+    )
     found = [
         Bottleneck(
             "convergence",
             most,
-            f"no global batch above {most} has been published to reach the target: with a sample each, more"
-            " GPUs have to share samples or to train several models",
+            f"no global batch above {most} is known to reach the target: with one sample each, more GPUs have"
+            " to share samples or train several models",
         ),
         Bottleneck(
             "shared file system",
             models * alone.gpus,
-            f"models of {alone.gpus} GPUs side by side stage for as long as they train,"
-            f" {alone.train / 60:.1f} min: it gives {machine.file_system / 1e9:.0f} GB/s to all; read once"
-            f" and passed on, the data set would take {small.staged / machine.file_system:.0f} s of it",
+            f"models of {alone.gpus} GPUs side by side stage as long as they train,"
+            f" {alone.train / 60:.1f} min, at {machine.file_system / 1e9:.0f} GB/s for all; read once and"
+            f" broadcast, the data set would take {small.staged / machine.file_system:.0f} s",
         ),
         Bottleneck("sample count", TRAIN, f"an epoch of {TRAIN:,} samples is a single step"),
     ]
-    if spoilt is not None:
-        why = "what the backward pass does not hide of it takes as long as forward and backward"
-        found.append(Bottleneck("all-reduce", spoilt * machine.gpus, why))
+    if nodes_bound is not None:
+        why = "its part that the backward pass does not hide takes as long as forward and backward"
+        found.append(Bottleneck("all-reduce", nodes_bound * machine.gpus, why))
     return sorted(found, key=lambda each: each.gpus)
 
 
-def _spoilt(machine: Machine, stages: Stages, gradients: Gradients, nodes: int) -> bool:
+def _is_bound_by_allreduce(machine: Machine, stages: Stages, gradients: Gradients, nodes: int) -> bool:
     return exposed(machine, nodes, gradients, stages.compute) >= stages.compute

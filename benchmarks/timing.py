@@ -1,4 +1,4 @@
-"""What a call takes, on whatever device it computes."""
+"""Wall and CPU time of calls on any device."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 
 def timed(act: Callable[[], object], times: int, device: torch.device) -> tuple[float, float]:
-    """Seconds on the clock and of processors for `times` calls."""
-    settle(device)
+    """Return the seconds of wall and CPU time for `times` calls."""
+    synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(times):
         act()
-    settle(device)
+    synchronize(device)
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def settle(device: torch.device) -> None:
-    """Wait until `device` has done what it was asked to."""
+def synchronize(device: torch.device) -> None:
+    """Wait for all work on `device`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The benchmark of codings: every candidate is lossless, and the packed format is one of them."""
+"""codec_bench: all candidates are lossless, and the packed format is one of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks import codec_bench, samples
 from pipelines.formats.packed.encode import encode
 
 
-def test_every_candidate_is_measured_and_the_format_is_as_small_as_its_candidate(
+def test_all_candidates_are_measured_and_one_is_the_packed_format(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--samples", "2", "--size", "32", "--rounds", "1", "--output", str(tmp_path)]
@@ -23,13 +23,13 @@ def test_every_candidate_is_measured_and_the_format_is_as_small_as_its_candidate
     for result in results.values():
         assert result.total_ms >= result.inflate_ms and result.pack_ms > 0
     packed = sum(len(b"".join(encode(samples.simulated(index, 32)))) for index in range(2))
-    # The header, the directory and the alignment come on top.
+    # The packed format adds header, directory and alignment.
     ratio = 2 * 8 * 32**3 / packed
     assert ratio == pytest.approx(results["planes 64 KiB, lz4hc-9"].ratio, rel=0.02)
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text())["results"].keys() == results.keys()
 
 
-def test_it_takes_any_folder_of_samples(tmp_path: Path) -> None:
+def test_samples_of_a_folder(tmp_path: Path) -> None:
     data = write_tiny(tmp_path, train=1, validation=1, format_name="tfrecord_gzip", size=16)
     assert codec_bench.main(["--data", str(data / "train"), "--rounds", "1"])["bytes, lz4"].ratio > 1

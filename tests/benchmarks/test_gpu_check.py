@@ -1,4 +1,4 @@
-"""The check for GPUs: what runs on a Python that has torch and little else, and what is said of the rest."""
+"""gpu_check: parts that run with torch and little else, and reasons for the others."""
 
 from __future__ import annotations
 
@@ -33,82 +33,73 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 
 def bare(program: str) -> subprocess.CompletedProcess[str]:
-    """`program` in a Python that has torch, numpy, pytest and Triton, and nothing else of the project's."""
+    """Run `program` with torch, numpy, pytest and Triton, but no other dependency of the project."""
     line = [sys.executable, "-c", BARE + program]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
 
 
-def test_the_compute_benchmark_takes_its_steps_on_a_bare_python() -> None:
+def test_bare_python_runs_steps_and_collects_tests() -> None:
     flags = ["--size", "16", "--batch-size", "2", "--device", "cpu"]
+    bare_parts = [
+        part
+        for part in gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
+        if part.name.startswith("tests") and {*part.needs} <= {"pytest", "triton"}
+    ]
+    assert len(bare_parts) == 3
+    collected = [[*part.arguments[2:], "--collect-only"] for part in bare_parts]
     done = bare(f"""
-import contextlib, pathlib, torch
+import contextlib, pathlib, pytest, torch
 from benchmarks import compute_bench, picture, recipes
 for recipe in compute_bench.recipes(compute_bench._options({flags}), torch.device("cpu")):
     step, forward, *_ = recipes._prepare(recipe, "reference", 16, torch.device("cpu"), contextlib.ExitStack())
     step()
     print(recipe.name, forward().shape)
 picture.draw({{}}, pathlib.Path("nowhere.png"))
+sys.exit(any([pytest.main(each) for each in {collected}]))
 """)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     shape = "torch.Size([2, 4])"
-    assert done.stdout.splitlines() == [
+    assert done.stdout.splitlines()[:3] == [
         f"plain PyTorch, batch 2 {shape}",
         f"fp32 eager auto, batch 2 {shape}",
         "not drawn: matplotlib is not installed",
     ]
-
-
-def test_its_tests_are_collected_on_a_bare_python() -> None:
-    bare_ones = [
-        part
-        for part in gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
-        if part.name.startswith("tests") and {*part.needs} <= {"pytest", "triton"}
-    ]
-    assert len(bare_ones) == 3
-    collected = [[*part.arguments[2:], "--collect-only"] for part in bare_ones]
-    done = bare(f"import pytest\nsys.exit(any([pytest.main(each) for each in {collected}]))")
-    assert done.returncode == 0, done.stdout + done.stderr
     assert "test_graph_has_the_losses_and_gradients_of_eager" in done.stdout
     assert "test_engines_and_precisions_match_keras[cuda-graph-bf16]" in done.stdout
     assert "float32" in done.stdout and "bfloat16" in done.stdout and "test_nan" in done.stdout
 
 
-def test_what_a_part_lacks_is_named_and_it_is_left_out(tmp_path: Path) -> None:
+def test_part_with_missing_packages_is_left_out(tmp_path: Path) -> None:
     part = Part("a part", ("numpy", "no_such_package", "no.such"), ["-c", "1 / 0"], 9)
     found = gpu_check.run(part, tmp_path, 100)
-    assert (found.outcome, found.reason) == ("left out", "this Python lacks no_such_package, no.such")
+    assert (found.outcome, found.reason) == ("left out", "missing packages: no_such_package, no.such")
 
 
-@pytest.mark.parametrize(
-    ("program", "outcome", "words"),
-    [
+def test_output_of_a_part_is_saved(tmp_path: Path) -> None:
+    for program, outcome, text in (
         ("print('well')", "passed", "well"),
         ("1 / 0", "failed", "ZeroDivisionError"),
         ("input()", "failed", "EOF"),
-    ],
-)
-def test_what_a_part_says_is_kept(program: str, outcome: str, words: str, tmp_path: Path) -> None:
-    found = gpu_check.run(Part("a part", ("numpy",), ["-c", program], 30), tmp_path, 100)
-    assert found.outcome == outcome and words in (tmp_path / "a_part.txt").read_text()
+    ):
+        found = gpu_check.run(Part("a part", ("numpy",), ["-c", program], 30), tmp_path, 100)
+        assert found.outcome == outcome and text in (tmp_path / "a_part.txt").read_text()
 
 
-@pytest.mark.parametrize(("seconds", "left"), [(1, 100.0), (100, 1.0)])
-def test_a_part_that_hangs_is_stopped(
-    seconds: int, left: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hanging_part_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "_LEAST", 0)
-    part = Part("a part", (), ["-c", "import time; time.sleep(60)"], seconds)
-    found = gpu_check.run(part, tmp_path, left)
-    assert (found.outcome, found.reason) == ("timed out", "after 1 s") and found.seconds < 30
+    for seconds, left in ((1, 100.0), (100, 1.0)):
+        part = Part("a part", (), ["-c", "import time; time.sleep(60)"], seconds)
+        found = gpu_check.run(part, tmp_path, left)
+        assert (found.outcome, found.reason) == ("timed out", "after 1 s") and found.seconds < 30
 
 
-def test_all_parts_together_take_eight_minutes(tmp_path: Path) -> None:
+def test_total_time_is_limited_to_eight_minutes(tmp_path: Path) -> None:
     assert gpu_check.SECONDS < 480
     found = gpu_check.run(Part("a part", (), ["-c", "1 / 0"], 100), tmp_path, 3.0)
-    assert (found.outcome, found.reason) == ("left out", "the eight minutes are over")
+    assert (found.outcome, found.reason) == ("left out", "the time limit is reached")
 
 
-def test_every_test_for_a_gpu_is_in_a_part() -> None:
+def test_all_gpu_tests_are_in_a_part() -> None:
     tests = ROOT / "tests"
     marked = {path for path in tests.rglob("test_*.py") if "mark." + "gpu" in path.read_text()}
     parts = gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
@@ -117,12 +108,12 @@ def test_every_test_for_a_gpu_is_in_a_part() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main(["--output", str(tmp_path)]) == 1
     assert "no CUDA GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_the_training_is_one_that_the_program_takes(tmp_path: Path) -> None:
+def test_training_configuration_is_valid(tmp_path: Path) -> None:
     from cosmoflow_dali.config import read_yaml, resolve
 
     gpu_check.write_config(tmp_path)

@@ -1,4 +1,4 @@
-"""What the device's way of packed samples must reach, where there is a device."""
+"""inflate_bench, and the speed of decoding packed samples on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.plan import RankSlice
 
 
 @pytest.mark.gpu
-def test_every_chunk_and_batch_is_measured(tmp_path: Path) -> None:
+def test_chunks_and_batches_are_measured(tmp_path: Path) -> None:
     flags = ["--size", "32", "--samples", "2", "--chunk-kib", "1,8,32", "--batch-size", "1,4"]
     results = inflate_bench.main([*flags, "--steps", "3", "--rounds", "2", "--output", str(tmp_path)])
     assert list(results) == [f"{kib} KiB, batch {batch}" for kib in (1, 8, 32) for batch in (1, 4)]
@@ -26,14 +26,14 @@ def test_every_chunk_and_batch_is_measured(tmp_path: Path) -> None:
 
 
 def event() -> torch.cuda.Event:
-    """One that the GPU has come to when all it was asked for so far is done."""
+    """Return an event that is recorded after all work so far."""
     made = torch.cuda.Event(enable_timing=True)
     made.record()
     return made
 
 
 @pytest.mark.gpu
-def test_a_step_of_a_thousand_samples_a_second_never_waits(
+def test_steps_of_a_thousand_samples_per_second_do_not_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (split,) = samples.make_splits(tmp_path, ["packed"], samples=4, size=128).values()
@@ -67,13 +67,13 @@ def test_a_step_of_a_thousand_samples_a_second_never_waits(
             done.append(event())
     torch.cuda.synchronize()
     loader.close()
-    # How long the GPU had nothing to do between a step and its next one's data; the first ones warm up.
+    # Idle time of the GPU between a step and the data of the next one, after warm-up.
     idle = sum(before.elapsed_time(there) for before, there in zip(done[19:-1], ready[20:], strict=True))
     assert idle < 0.02 * done[19].elapsed_time(done[-1])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         inflate_bench.main([])
     assert "no CUDA GPU" in capsys.readouterr().err
