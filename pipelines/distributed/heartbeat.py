@@ -175,14 +175,9 @@ class HeartbeatServer(FailureDetector):
     def report_failure(self, reason: str, *, seen_by_all_ranks: bool) -> None:
         """See `FailureDetector`; return when all ranks have read it, or a few seconds later."""
         super().report_failure(reason, seen_by_all_ranks=seen_by_all_ranks)
-        self._wait_for_others()
-
-    def _wait_for_others(self, failed: int = 0) -> None:
-        """Wait until all connected ranks but `failed` have read that the run ends."""
         deadline = time.monotonic() + _LATE_BEATS * self._timing.interval
         while time.monotonic() < deadline:
-            records = dict(zip(self._ranks, self._store.multi_get(self._keys), strict=True))
-            if all(json.loads(text)["ended"] for rank, text in records.items() if text and rank != failed):
+            if all(json.loads(text)["ended"] for text in self._store.multi_get(self._keys) if text):
                 return
             time.sleep(0.1)
 
@@ -191,49 +186,49 @@ class HeartbeatServer(FailureDetector):
         if stuck := self._stuck():
             self._abort(f"{self._name}: {stuck}")
         probes = True
-        for (rank, state), text in zip(self._ranks.items(), self._store.multi_get(self._keys), strict=True):
+        for state, text in zip(self._ranks.values(), self._store.multi_get(self._keys), strict=True):
             state.missed = state.missed + 1 if text == state.record else 0
             state.record = text
             if text:
-                probes = self._check_rank(rank, state, json.loads(text), probes)
+                probes = self._check_rank(state, json.loads(text), probes)
         missing = [str(rank) for rank, state in self._ranks.items() if not state.record]
         if missing and self._waited >= self._connect_timeout:
             named = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
             count = f"{len(missing)} of {len(self._ranks) + 1} ranks did not connect ({named})"
             self._abort(f"{count}, and none in the last {self._connect_timeout:g} s")
 
-    def _check_rank(self, rank: int, state: _RankState, record: dict[str, Any], probes: bool) -> bool:
-        """End the run if `rank` has failed; return False if `probes`, but its host does not answer."""
+    def _check_rank(self, state: _RankState, record: dict[str, Any], probes: bool) -> bool:
+        """End the run if a rank has failed; return False if `probes` is, or its host does not answer."""
         if not state.name:
             state.name, self._waited = record["name"], 0.0
         silent = state.missed * self._timing.interval
         if record["failure"]:
             reason, seen_by_all_ranks = record["failure"]
             if not seen_by_all_ranks or state.missed >= _LATE_BEATS:
-                self._abort(f"{state.name}: exited: {reason}", rank, printed=not seen_by_all_ranks)
+                self._abort(f"{state.name}: exited: {reason}", printed=not seen_by_all_ranks)
         elif record["problem"]:
-            self._abort(f"{state.name}: {record['problem']}", rank)
+            self._abort(f"{state.name}: {record['problem']}")
         elif silent >= self._timing.timeout:
-            self._abort(f"{state.name}: {self._no_heartbeat()}", rank)
+            self._abort(f"{state.name}: {self._no_heartbeat()}")
         elif state.missed == _LATE_BEATS and probes:
             try:
                 socket.create_connection(record["address"], _PROBE_TIMEOUT).close()
             except ConnectionRefusedError:
-                self._abort(f"{state.name}: {_CONNECTION_LOST}", rank)
+                self._abort(f"{state.name}: {_CONNECTION_LOST}")
             except OSError:
                 return False
         return probes
 
-    def _abort(self, message: str, failed: int = 0, *, printed: bool = False) -> NoReturn:
-        """Print `message` unless the rank `failed` has `printed` it, publish it, and end this process."""
+    def _abort(self, message: str, *, printed: bool = False) -> NoReturn:
+        """Print `message` unless the failed rank has `printed` it, publish it, and end this process."""
         # First of all: a launcher may end this process as soon as another one has exited.
         if not printed:
             self._print(message)
         self._failure = message, False
         self._ended.set()
         self._post()
-        time.sleep(self._timing.interval)
-        self._wait_for_others(failed)
+        # Other ranks read it with their next heartbeat.
+        time.sleep(2 * self._timing.interval)
         os._exit(1)
 
 

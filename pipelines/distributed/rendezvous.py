@@ -93,7 +93,7 @@ def serve_store(endpoint: Endpoint, size: int) -> TCPStore:
             listener.close()
             fault = str(error)
         else:
-            return _store(endpoint.address, port, serves=True, listener=listener.detach())
+            return open_store(endpoint.address, port, listener)
     raise UserError(
         f"rank 0 cannot listen at port {endpoint.ports[-1]} ({fault}); does another run use it? "
         "Set MASTER_PORT to another"
@@ -125,27 +125,30 @@ def join_store(endpoint: Endpoint) -> tuple[TCPStore, socket.socket]:
     )
 
 
-def open_store(address: str, port: int) -> TCPStore:
-    """Connect to the store at `address` and `port`; RuntimeError or NoAnswerError if there is none."""
+def open_store(address: str, port: int, listener: socket.socket | None = None) -> TCPStore:
+    """Connect to the store at `address` and `port`, or host it there, with `listener`.
+
+    Raises:
+        RuntimeError: Nothing listens there, or it is no store.
+        NoAnswerError: The program there does not answer.
+    """
+    import torch.distributed as dist
+
     opened: Future[TCPStore] = Future()
 
     def connect() -> None:
         try:
-            opened.set_result(_store(address, port))
+            file = None if listener is None else listener.detach()
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                address, port, is_master=file is not None, wait_for_workers=False, master_listen_fd=file
+            )
+            opened.set_result(store)
         except RuntimeError as error:
             opened.set_exception(error)
 
     # The constructor waits without a limit for the answer of a program that is no store.
     threading.Thread(target=connect, daemon=True).start()
     return opened.result(_ANSWER_TIMEOUT)
-
-
-def _store(address: str, port: int, *, serves: bool = False, listener: int | None = None) -> TCPStore:
-    import torch.distributed as dist
-
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        address, port, is_master=serves, wait_for_workers=False, master_listen_fd=listener
-    )
 
 
 def _ports(key: str) -> tuple[int, ...]:

@@ -69,13 +69,16 @@ def test_killed_and_frozen_ranks_are_named() -> None:
             assert job.end(30)[0] <= {1, -signal.SIGKILL}
 
 
-def test_missing_ranks_are_named_by_number() -> None:
+def test_ranks_that_do_not_connect_are_named() -> None:
     with (
         start(ranks=(0, 1), RENDEZVOUS_TIMEOUT="4") as without_2,
         start(ranks=(1, 2), RENDEZVOUS_TIMEOUT="4") as without_0,
         start(ranks=(0, 1)) as twice,
         start(ranks=(1,), MASTER_PORT=str(twice.port)) as double,
+        start(ranks=(0, 1)) as dying,
     ):
+        time.sleep(2)
+        dying.processes[1].kill()
         statuses, words = without_2.end(30)
         assert statuses == {1} and words.count("error: ") == 1
         assert "1 of 3 ranks did not connect (2), and none in the last 4 s" in words
@@ -89,14 +92,8 @@ def test_missing_ranks_are_named_by_number() -> None:
         for job in (twice, double):
             assert f"rank 1 (process {job.processes[1].pid}" in words
         assert double.end(20)[0] == {1}
-
-
-def test_rank_that_dies_while_others_connect_is_named() -> None:
-    with start(ranks=(0, 1)) as job:
-        time.sleep(2)
-        job.processes[1].kill()
-        statuses, words = job.end(30, 1)
-    assert statuses == {1} and f"rank 1 (process {job.processes[1].pid} on " in words
+        statuses, words = dying.end(30, 1)
+        assert statuses == {1} and f"rank 1 (process {dying.processes[1].pid} on " in words
 
 
 def test_reported_failures_end_all_ranks_with_one_message() -> None:
@@ -120,7 +117,7 @@ def test_reported_failures_end_all_ranks_with_one_message() -> None:
 
 
 def test_ranks_that_finish_at_different_times_finish_in_peace() -> None:
-    with start("time.sleep(8)") as job, start("pass", HEARTBEAT_INTERVAL="4") as fast:
+    with start("time.sleep(5)") as job, start("pass", HEARTBEAT_INTERVAL="4") as fast:
         for ranks in (job, fast):
             statuses, words = ranks.end(40)
             assert statuses == {0} and words.count("finished") == 3 and "error" not in words
