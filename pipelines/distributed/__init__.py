@@ -1,5 +1,5 @@
-"""Ranks of one job: who they are, how they connect, and how a failed one ends the run.
+"""Ranks of one job: rank arithmetic, rendezvous, collectives, failure detection and exit statuses.
 
-In: the environment variables of a launcher (mpirun, torchrun, srun). Out: a `World` with collectives, a
-failure detector that names the rank that is gone, and exit statuses that all ranks share.
+In: the environment variables of a launcher (mpirun, torchrun, srun). Out: a `World` (this process's rank), a
+`Session` (process group with collectives), and one message that names a rank if it fails.
 """

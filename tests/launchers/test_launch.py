@@ -115,7 +115,7 @@ def test_first_hosts_get_a_rank_per_gpu(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("variable", ["LOCAL=1", "HOSTFILE={hosts}"])
-def test_ranks_are_started(variable: str, tmp_path: Path) -> None:
+def test_make_train_starts_ranks(variable: str, tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=4, validation=2)
     config = config_file(tmp_path / "config.yaml", data, loader={"batch_size": 1}, epochs=1)
     hosts = tmp_path / "hosts"

@@ -42,11 +42,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def submit(cluster: Cluster, folder: Path, nodes: int, *arguments: str, **variables: str) -> int:
-    """Submit run.sub on `nodes` nodes; what it says is in `folder`/job.log."""
+    """Submit run.sub on `nodes` nodes, with its output in `folder`/job.log; return the job's id."""
     given = {
         "PYTHON": sys.executable,
         "LOGDIR": str(folder / "logs"),
-        # The nodes' names are SLURM's alone, and no system resolves them.
+        # Only SLURM resolves the nodes' names.
         "RENDEZVOUS_ADDR": "127.0.0.1",
         "RENDEZVOUS_TIMEOUT": "50",
         "DGXNGPU": "1",
@@ -68,26 +68,26 @@ def lines_of(run: Path) -> list[str]:
 
 
 def train_alone(config: Path, run: Path, seed: int) -> None:
-    """The run of `config` on two ranks that are each alone on a node, so with a node's number of threads."""
+    """Train `config` on two ranks, each alone on its node and so with all of a node's threads."""
     line = [sys.executable, "-m", TRAIN, "--config", str(config), "--run-dir", str(run), "--seed", str(seed)]
     with Ranks(line, range(2), 2, LOCAL_RANK="0", LOCAL_WORLD_SIZE="1") as ranks:
         statuses, words = ranks.end(240)
     assert statuses == {0}, words
 
 
-def told(folder: Path) -> str:
-    """What a job and its runs have said, for a failed assertion."""
+def logs_for_a_failure(folder: Path) -> str:
+    """Return the ends of all logs of a job, for a failed assertion."""
     return "\n".join(f"== {path}\n{path.read_text()[-3000:]}" for path in sorted(folder.rglob("*.log")))
 
 
 def wait_for_checkpoint(run: Path, epoch: int) -> None:
     deadline = time.monotonic() + 120
     while not any((run / "checkpoints").glob(f"epoch{epoch:05d}_*.pt")):
-        assert time.monotonic() < deadline, told(run.parent)
+        assert time.monotonic() < deadline, logs_for_a_failure(run.parent)
         time.sleep(0.02)
 
 
-def test_four_nodes_train_and_every_variable_arrives(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+def test_four_nodes_train_with_every_variable_set(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 1}, epochs=2)
     job = submit(
         cluster,
@@ -108,7 +108,7 @@ def test_four_nodes_train_and_every_variable_arrives(cluster: Cluster, data: Pat
         DROPCACHE_CMD=f"touch {tmp_path}/dropped.$SLURMD_NODENAME",
         BIND="env PLACE={}",
     )
-    assert cluster.wait_for(job, seconds=400) == "COMPLETED", told(tmp_path)
+    assert cluster.wait_for(job, seconds=400) == "COMPLETED", logs_for_a_failure(tmp_path)
     said = (tmp_path / "job.log").read_text()
     assert "4 ranks on 4 nodes, cpu" in said and "GB/s" in said
     for number, seed in (("1", 17), ("2", 18)):
@@ -121,11 +121,11 @@ def test_four_nodes_train_and_every_variable_arrives(cluster: Cluster, data: Pat
         assert values["cache_clear"] is True and "staging_stop" in values
         assert "RESULT,COSMOFLOW_HPC,," in run.with_suffix(".log").read_text()
     assert len(list(tmp_path.glob("dropped.n*"))) == len(list(tmp_path.glob("node.n*"))) == 4
-    # The official checker's verdict, told by cosmoflow_dali.results.
+    # The official checker's verdict, printed by cosmoflow_dali.results.
     assert f"{run.name}/mlperf.log" in said
 
 
-def test_two_models_of_two_nodes_are_two_runs_of_two_ranks(
+def test_two_instances_of_two_nodes_train_as_two_runs_of_two_ranks(
     cluster: Cluster, data: Path, tmp_path: Path
 ) -> None:
     config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 2})
@@ -133,7 +133,7 @@ def test_two_models_of_two_nodes_are_two_runs_of_two_ranks(
         cluster, tmp_path, 4, "+instances=2", CONFIG_FILE=str(config), DATADIR=str(data), SEED="31",
         STAGING_DIR=f"{tmp_path}/node.$SLURMD_NODENAME",
     )  # fmt: skip
-    assert cluster.wait_for(job, seconds=300) == "COMPLETED", told(tmp_path)
+    assert cluster.wait_for(job, seconds=300) == "COMPLETED", logs_for_a_failure(tmp_path)
     for number, seed in (("1", 31), ("2", 32)):
         lone = tmp_path / f"lone{number}"
         train_alone(config, lone, seed)
@@ -143,7 +143,7 @@ def test_two_models_of_two_nodes_are_two_runs_of_two_ranks(
         assert len(staging) == 2
 
 
-def test_a_model_that_fails_stops_no_other(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+def test_failing_instance_does_not_stop_the_other(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 2}, epochs=2)
     folder = tmp_path / "logs" / "both"
     folder.mkdir(parents=True)
@@ -151,21 +151,21 @@ def test_a_model_that_fails_stops_no_other(cluster: Cluster, data: Path, tmp_pat
     job = submit(
         cluster, tmp_path, 4, CONFIG_FILE=str(config), NUM_INSTANCES="2", SEED="31", DATESTAMP="both"
     )
-    assert cluster.wait_for(job, seconds=300) == "FAILED", told(tmp_path)
+    assert cluster.wait_for(job, seconds=300) == "FAILED", logs_for_a_failure(tmp_path)
     assert (folder / "1" / "summary.json").exists()
     assert "1 of 2 runs failed: 2" in (tmp_path / "job.log").read_text()
 
 
 @pytest.fixture(scope="module")
 def long_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A configuration of a few dozen epochs, and the run that nobody has disturbed."""
+    """A configuration of a few dozen epochs, and its undisturbed run."""
     folder = tmp_path_factory.mktemp("long")
     config = config_file(folder / "long.yaml", data, loader={"batch_size": 2}, epochs=60)
     train_alone(config, folder / "run", 9)
     return config, folder / "run"
 
 
-def test_asked_to_stop_a_job_is_requeued_and_goes_on_exactly(
+def test_stopped_job_is_requeued_and_resumes_exactly(
     cluster: Cluster, long_run: tuple[Path, Path], tmp_path: Path
 ) -> None:
     config, whole = long_run
@@ -175,14 +175,14 @@ def test_asked_to_stop_a_job_is_requeued_and_goes_on_exactly(
     cluster.run("scancel", "--signal=TERM", str(job))
     deadline = time.monotonic() + 60
     while "the job is requeued" not in (tmp_path / "job.log").read_text():
-        assert time.monotonic() < deadline, told(tmp_path)
+        assert time.monotonic() < deadline, logs_for_a_failure(tmp_path)
         time.sleep(0.1)
-    assert cluster.wait_for(job, seconds=300) == "COMPLETED", told(tmp_path)
+    assert cluster.wait_for(job, seconds=300) == "COMPLETED", logs_for_a_failure(tmp_path)
     assert "Restarts=1" in cluster.run("scontrol", "show", "job", str(job))
     assert metrics(run) == metrics(whole) and same_weights(run, whole)
 
 
-def test_a_job_whose_node_goes_down_goes_on_exactly(
+def test_job_whose_node_goes_down_resumes_exactly(
     cluster: Cluster, long_run: tuple[Path, Path], tmp_path: Path
 ) -> None:
     config, whole = long_run
@@ -194,7 +194,7 @@ def test_a_job_whose_node_goes_down_goes_on_exactly(
     victim = next(name for name in reversed(cluster.nodes) if name.removeprefix("n") in node)
     cluster.kill_node(victim)
     try:
-        assert cluster.wait_for(job, seconds=300) == "COMPLETED", told(tmp_path)
+        assert cluster.wait_for(job, seconds=300) == "COMPLETED", logs_for_a_failure(tmp_path)
     finally:
         cluster.start_node(victim)
     assert "Restarts=1" in cluster.run("scontrol", "show", "job", str(job))
@@ -210,7 +210,7 @@ def test_init_datasets_converts_both_splits(cluster: Cluster, data: Path, tmp_pa
         DATA_DST_DIR=str(tmp_path / "npy"),
         RENDEZVOUS_ADDR="127.0.0.1",
     )
-    assert cluster.wait_for(job, seconds=200) == "COMPLETED", told(tmp_path)
+    assert cluster.wait_for(job, seconds=200) == "COMPLETED", logs_for_a_failure(tmp_path)
     assert [len(open_split(tmp_path / "npy", name)) for name in ("train", "validation")] == [12, 4]
     assert (tmp_path / "npy" / "train" / "files_label.lst").exists()
 
@@ -219,7 +219,7 @@ def test_init_datasets_converts_both_splits(cluster: Cluster, data: Path, tmp_pa
     ("number", "words"),
     [(signal.SIGKILL, "connection lost"), (signal.SIGSTOP, "no heartbeat for 40 s")],
 )
-def test_a_rank_that_goes_under_srun_is_missed_by_the_others(
+def test_killed_or_frozen_rank_under_srun_is_named(
     number: signal.Signals, words: str, cluster: Cluster, data: Path, tmp_path: Path
 ) -> None:
     config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 1}, epochs=500)
@@ -236,37 +236,35 @@ def test_a_rank_that_goes_under_srun_is_missed_by_the_others(
     wait_for_checkpoint(tmp_path / "run", 1)
     cluster.kill_rank(2, number)
     began = time.monotonic()
-    assert cluster.wait_for(job, seconds=60) == "FAILED", told(tmp_path)
+    assert cluster.wait_for(job, seconds=60) == "FAILED", logs_for_a_failure(tmp_path)
     assert time.monotonic() - began < 60
     said = (tmp_path / "job.log").read_text()
     assert said.count("rank 2 (process ") == 1 and words in said
     shutil.rmtree(tmp_path / "run")
 
 
-def test_a_job_with_a_frozen_rank_ends(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+def test_job_with_a_frozen_rank_ends(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 1}, epochs=5000)
     job = submit(cluster, tmp_path, 4, CONFIG_FILE=str(config), RENDEZVOUS_TIMEOUT="20")
     run = logs_of(tmp_path, job) / "1"
     wait_for_checkpoint(run, 1)
     cluster.kill_rank(2, signal.SIGSTOP)
-    # It is missed after 40 s, and ended 80 s after the others have left.
-    assert cluster.wait_for(job, seconds=180) == "FAILED", told(tmp_path)
+    # It is reported after 40 s, and killed 80 s after the others have exited.
+    assert cluster.wait_for(job, seconds=180) == "FAILED", logs_for_a_failure(tmp_path)
     said = run.with_suffix(".log").read_text()
     assert said.count("rank 2 (process ") == 1 and "no heartbeat for 40 s" in said
     assert "error: 1 of 1 runs failed: 1" in (tmp_path / "job.log").read_text()
 
 
-def test_asked_to_stop_before_it_trains_a_job_is_requeued(
-    cluster: Cluster, data: Path, tmp_path: Path
-) -> None:
+def test_job_stopped_before_training_is_requeued(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 2}, epochs=2)
     job = submit(cluster, tmp_path, 2, CONFIG_FILE=str(config))
     deadline = time.monotonic() + 60
     # A signal goes to steps, and is lost before there is one: the batch script, which has a name, is none.
     steps = ["squeue", "--steps", "--noheader", "--jobs", str(job), "--format", "%i"]
     while not re.search(rf"\b{job}\.\d", cluster.run(*steps)):
-        assert time.monotonic() < deadline, told(tmp_path)
+        assert time.monotonic() < deadline, logs_for_a_failure(tmp_path)
         time.sleep(0.05)
     cluster.run("scancel", "--signal=TERM", str(job))
-    assert cluster.wait_for(job, seconds=300) == "COMPLETED", told(tmp_path)
+    assert cluster.wait_for(job, seconds=300) == "COMPLETED", logs_for_a_failure(tmp_path)
     assert "Restarts=1" in cluster.run("scontrol", "show", "job", str(job))

@@ -1,4 +1,4 @@
-"""What it costs to start many ranks on one machine."""
+"""Time and memory of sixteen ranks on one machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers import ROOT, command, config_file, environment, started_by, write_t
 
 
 def proportional_set_size(pids: list[int]) -> int:
-    """Bytes of memory of the processes `pids`, each page that several share counted once."""
+    """Return the bytes of memory of the processes `pids`; shared pages count once."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -23,7 +23,7 @@ def proportional_set_size(pids: list[int]) -> int:
 
 
 @pytest.mark.slow
-def test_sixteen_ranks_train_a_step_in_12_gb_and_3_minutes(tmp_path: Path) -> None:
+def test_sixteen_ranks_train_a_step_within_12_gb_and_3_minutes(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=16, validation=16)
     config = config_file(tmp_path / "config.yaml", data, loader={"batch_size": 1}, epochs=1)
     arguments = ["--config", config, "--run-dir", tmp_path / "run"]

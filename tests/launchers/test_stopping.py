@@ -1,4 +1,4 @@
-"""Being asked to stop, and faults, where the trainer is not training."""
+"""Stop signals and errors before training begins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipelines.distributed.world import World
 from pipelines.errors import UserError
 
 
-def test_asked_to_stop_before_it_trains_a_run_leaves_with_75(tmp_path: Path) -> None:
+def test_stop_signal_before_training_exits_with_75(tmp_path: Path) -> None:
     made = {"dir": str(tmp_path / "data"), "simulate": {"size": 32, "train": 4096}}
     model = {"size": 32, "blocks": 3, "filters": 2, "dense": [16, 8], "dropout": 0.0}
     config = config_file(tmp_path / "c.yaml", tmp_path, data=made, model=model)
@@ -36,7 +36,7 @@ def test_asked_to_stop_before_it_trains_a_run_leaves_with_75(tmp_path: Path) -> 
         wait_until_gone(children)
 
 
-def test_what_a_models_ranks_know_is_told_by_its_own_rank_0(
+def test_error_of_an_instance_is_printed_by_its_own_rank_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_tiny(tmp_path / "data", train=4, validation=2)
@@ -52,7 +52,7 @@ def test_what_a_models_ranks_know_is_told_by_its_own_rank_0(
     assert f"error: {tmp_path}/runs/2: is not empty" in capsys.readouterr().err
 
 
-def test_a_file_system_that_hangs_while_the_data_is_opened_is_told_of(
+def test_opening_the_data_set_is_guarded_against_stalls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     about: list[str] = []
@@ -71,15 +71,3 @@ def test_a_file_system_that_hangs_while_the_data_is_opened_is_told_of(
     arguments = parse(["--config", str(config_file(tmp_path / "c.yaml", tmp_path))])
     with pytest.raises(UserError, match=r"hangs while .'opening the data set'"):
         train._prepare_run(arguments, Guarded(World()))
-
-
-def test_launchers_that_contradict_each_other_are_told_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def contradict() -> World:
-        raise UserError("RANK is stale")
-
-    monkeypatch.setattr(World, "detect", contradict)
-    with pytest.raises(SystemExit):
-        train.main([])
-    assert capsys.readouterr().err == "error: RANK is stale\n"
