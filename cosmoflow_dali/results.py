@@ -86,15 +86,15 @@ def _submit(folder: Path, scores: Sequence[Score]) -> int:
     # Imported here because the convergence checker imports scipy, which is slow.
     from cosmoflow_dali.mlperf.submission import write_submission
 
-    submission = write_submission(folder, scores)
+    verdicts, notes = write_submission(folder, scores)
     print(f"\nwrote {folder}")
-    for verdict in submission.verdicts:
+    for verdict in verdicts:
         print(f"{verdict.checker}, {verdict.subject}: {'passes' if verdict.passed else 'fails'}")
         for message in verdict.messages:
             print(f"  {message}")
-    for note in submission.notes:
+    for note in notes:
         print(f"note: {note}")
-    return sum(not verdict.passed for verdict in submission.verdicts)
+    return sum(not verdict.passed for verdict in verdicts)
 
 
 def _log_rows(runs: Sequence[Run]) -> list[list[str]]:
@@ -120,38 +120,25 @@ def _score_rows(scores: Sequence[Score]) -> list[list[str]]:
         ]
     ]  # fmt: skip
     for score in scores:
-        each = score.system.accelerators
+        each, title = score.system.accelerators, f"{score.system.org}, {score.system.platform}"
         models = f"{score.at_once} x {each} = {score.at_once * each}" if each and score.at_once > 1 else ""
-        rows.append(
-            [
-                f"{score.system.org}, {score.system.platform}",
-                score.scaling,
-                f"{len(score.valid_runs)} of {len(score.runs)}",
-                models or _text(each),
-                _text(score.mean("rate"), 1),
-                _text(score.time_to_train, 2),
-                _text(score.mean("staging"), 1),
-                _text(score.mean("epochs"), 1),
-                _text(score.time_to_train_all, 2),
-                _text(score.models_per_minute, 2),
-            ]
-        )
-    rows += [
-        [
-            f"published: {row.submission}",
-            row.scaling,
-            "",
-            row.accelerators,
-            _text(row.rate, 1),
-            _text(row.minutes, 2),
-            "included" if row.counted else _text(row.staging, 1),
-            _text(row.epochs, 1),
-            _text(row.whole, 2),
-            _text(row.models_per_minute, 2),
-        ]
-        for row in _PUBLISHED
-    ]
+        rate, staging, epochs = (score.mean(figure) for figure in ("rate", "staging", "epochs"))
+        last = score.time_to_train_all, score.models_per_minute
+        figures = _score_figures(rate, score.time_to_train, staging, epochs, *last)
+        valid = f"{len(score.valid_runs)} of {len(score.runs)}"
+        rows.append([title, score.scaling, valid, models or _text(each), *figures])
+    for row in _PUBLISHED:
+        last = row.whole, row.models_per_minute
+        figures = _score_figures(row.rate, row.minutes, row.staging, row.epochs, *last)
+        if row.counted:
+            figures[2] = "included"
+        rows.append([f"published: {row.submission}", row.scaling, "", row.accelerators, *figures])
     return rows
+
+
+def _score_figures(*values: float | None) -> list[str]:
+    """Format rate, minutes, staging, epochs, TTTa and models per minute."""
+    return [_text(value, digits) for value, digits in zip(values, (1, 2, 1, 1, 2, 2), strict=True)]
 
 
 def _notes(scores: Sequence[Score]) -> list[str]:

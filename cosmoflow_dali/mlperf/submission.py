@@ -10,16 +10,10 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from cosmoflow_dali.mlperf.checkers import (
-    Verdict,
-    check_convergence,
-    check_package,
-    check_seeds,
-    missing_fields,
-)
+from cosmoflow_dali.mlperf import checkers
+from cosmoflow_dali.mlperf.checkers import Verdict
 from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run
 from cosmoflow_dali.mlperf.scoring import Score
 from pipelines.errors import AccessError, DataError, UserError
@@ -32,24 +26,15 @@ _CODE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """A folder that was written.
-
-    Attributes:
-        verdicts: Of the package, seed and reference-convergence checkers.
-        notes: What a person has to complete, and what the checkers did not check.
-    """
-
-    verdicts: tuple[Verdict, ...]
-    notes: tuple[str, ...]
-
-
-def write_submission(folder: Path, scores: Sequence[Score]) -> Submission:
+def write_submission(folder: Path, scores: Sequence[Score]) -> tuple[list[Verdict], list[str]]:
     """Write `scores` to `folder`, which must be empty or missing, and run the checkers on it.
 
     Invalid runs of weak scaling are left out, which the rules call pruning. Strong ones are all included,
     because the rules do not allow a choice among them.
+
+    Returns:
+        The verdicts of the package, seed and reference-convergence checkers, and notes on what a person has
+        to complete and what was not checked.
 
     Raises:
         UserError: `scores` are not one submission, or `folder` cannot be used.
@@ -64,13 +49,13 @@ def write_submission(folder: Path, scores: Sequence[Score]) -> Submission:
         runs = score.runs if score.scaling == "strong" else score.valid_runs
         for number, run in enumerate(runs):
             write_chunks(_made(folder / subject) / f"result_{number}.txt", read_file(run.path))
-        verdicts.append(check_seeds(folder, subject))
+        verdicts.append(checkers.check_seeds(folder, subject))
         if score.system.division == "closed":
-            verdicts.append(check_convergence(folder, subject))
+            verdicts.append(checkers.check_convergence(folder, subject))
         else:
             notes.append(f"{subject}: reference convergence is checked in the closed division only")
     notes.append(_add_code(folder, [run for score in scores for run in score.runs]))
-    return Submission((check_package(folder), *verdicts), tuple(notes))
+    return [checkers.check_package(folder), *verdicts], notes
 
 
 def _check(folder: Path, scores: Sequence[Score]) -> None:
@@ -123,7 +108,7 @@ def _write_system(folder: Path, name: str, scores: Sequence[Score]) -> list[str]
     }
     path = _made(folder / "systems") / f"{name}.json"
     write_chunks(path, json.dumps(description).encode())
-    missing = missing_fields(path)
+    missing = checkers.missing_fields(path)
     write_chunks(path, json.dumps(description | dict.fromkeys(missing, ""), indent=4).encode() + b"\n")
     return missing
 

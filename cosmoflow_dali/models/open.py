@@ -106,11 +106,11 @@ def update_running_stats(
         count: Values per channel on this rank.
     """
     assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    assert norm.num_batches_tracked is not None
     count *= dist.get_world_size() if dist.is_initialized() else 1
     norm.running_mean.lerp_(mean, norm.momentum)
     norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked += 1
+    norm.num_batches_tracked += 1
 
 
 def wrap(volume: torch.Tensor) -> torch.Tensor:

@@ -94,13 +94,12 @@ class CosmoFlow(nn.Module):
         Raises:
             ConfigError: Triton is not installed, or its kernel does not support the number of filters.
         """
-        kernel = self.convs[0].get_parameter("weight")
         try:
-            from cosmoflow_dali.models.triton_block import FILTERS, first_block, fits
+            from cosmoflow_dali.models.triton_block import FILTERS, first_block
         except ImportError as error:
             raise ConfigError("compute.first_block", "triton", "Triton is not installed") from error
-        if not fits(torch.empty(1, len(REDSHIFTS), 2, 2, 2), kernel):
-            reason = f"supports {', '.join(map(str, FILTERS))} filters, not model.filters = {len(kernel)}"
+        if self.config.filters not in FILTERS:
+            reason = f"needs model.filters in {FILTERS}, not {self.config.filters}"
             raise ConfigError("compute.first_block", "triton", reason)
         self._first_block = first_block
 

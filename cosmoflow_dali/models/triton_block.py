@@ -54,13 +54,6 @@ def first_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) 
     return pooled
 
 
-def fits(volume: torch.Tensor, kernel: torch.Tensor) -> bool:
-    """Return True if `first_block` supports these arguments."""
-    filters, channels = kernel.shape[:2]
-    even = all(edge % 2 == 0 for edge in volume.shape[2:])
-    return channels == CHANNELS and filters in FILTERS and even and not volume.requires_grad
-
-
 class _FirstBlock(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from cosmoflow_dali.compute.step import configure_float32, forward_backward
 from cosmoflow_dali.models.blocks import LEAK, plain_max_block
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
-from cosmoflow_dali.models.triton_block import first_block, fits
+from cosmoflow_dali.models.triton_block import first_block
 from pipelines.errors import ConfigError
 from pipelines.sample import Batch
 
@@ -65,7 +65,6 @@ def test_volumes_of_benchmark_size(edge: int, dtype: torch.dtype) -> None:
 def assert_equals_torch(shape: tuple[int, ...], filters: int, dtype: torch.dtype) -> None:
     """Compare values and gradients of `first_block` with torch in float64."""
     volume, kernel, bias = inputs(shape, filters, dtype)
-    assert fits(volume, kernel)
     exact = [each.detach().double().requires_grad_(each.requires_grad) for each in (volume, kernel, bias)]
     fused, truth = first_block(volume, kernel, bias), plain_max_block(*exact)
     assert fused.dtype == dtype and fused.is_contiguous(memory_format=torch.channels_last_3d)
@@ -135,14 +134,8 @@ def test_nan_is_propagated() -> None:
     assert torch.equal(found.isnan(), truth.isnan()) and found.isnan().any()
 
 
-def test_unsupported_arguments_are_refused() -> None:
-    volume, kernel, _ = inputs((1, 4, 4, 4), 16, torch.float32)
-    assert not fits(volume.clone().requires_grad_(), kernel)
-    assert (
-        not fits(volume[:, :, :3], kernel) and not fits(volume, kernel[:12]) and not fits(volume, kernel[:8])
-    )
-    with pytest.raises(ConfigError) as error:
-        CosmoFlow(ReferenceConfig(size=2, blocks=1, filters=8)).fuse_first_block()
-    assert error.value.key == "compute.first_block"
-    assert fits(volume, kernel.repeat(4, 1, 1, 1, 1)) and not fits(volume, kernel.repeat(8, 1, 1, 1, 1))
-    assert not fits(volume[:, :2], kernel[:, :2])
+def test_unsupported_number_of_filters_is_refused() -> None:
+    for filters in (8, 12, 128):
+        with pytest.raises(ConfigError) as error:
+            CosmoFlow(ReferenceConfig(size=2, blocks=1, filters=filters)).fuse_first_block()
+        assert error.value.key == "compute.first_block"
