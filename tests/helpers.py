@@ -183,15 +183,20 @@ def wait_until_gone(pids: Sequence[int], seconds: float = 30) -> None:
 
 
 @contextlib.contextmanager
-def inline_workers() -> Iterator[None]:
-    """While the body runs, this process runs the tasks of programs, which saves the start of workers."""
+def inline_workers(*modules: str) -> Iterator[None]:
+    """While the body runs, this process runs the tasks of `modules`, which saves the start of workers.
+
+    By default those of conversion and verification.
+    """
 
     def run_tasks(task: Callable[[Any], Any], items: Iterable[Any], *_: object) -> Iterator[tuple[Any, Any]]:
         for item in items:
             # As a worker receives and returns it.
             yield item, pickle.loads(pickle.dumps(task(pickle.loads(pickle.dumps(item)))))
 
-    with mock.patch("preprocess.conversion.engine.run_tasks", run_tasks):
+    with contextlib.ExitStack() as stack:
+        for module in modules or ("preprocess.conversion.engine", "preprocess.verify"):
+            stack.enter_context(mock.patch(f"{module}.run_tasks", run_tasks))
         yield
 
 

@@ -1,9 +1,10 @@
-"""Damage of every kind on its way through the converter: read because it is legal, or refused by name."""
+"""Damage of every kind in the source of a conversion: converted if it is legal, or reported by name."""
 
 from __future__ import annotations
 
 import gzip
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from helpers import program, tiny_sample, write_tiny
 
 from pipelines.dataset.manifest import Manifest
-from pipelines.dataset.open import open_folder
+from pipelines.dataset.open import open_folder, read_sample
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.formats.registry import FORMATS
@@ -140,85 +141,104 @@ LABELS: dict[str, tuple[bytes, str | None]] = {
 }
 
 
-def check(folder: Path, target: Path, culprit: Path, said: str | None, legal: Sample | None) -> None:
-    """Convert `folder`, in which the sample STEM is `legal` or refused with a line that says `said`."""
-    order = plan_conversion(folder, target, "npy")
-    done = run_conversion(order, session=Session(World()), workers=1, unit="sample")
-    if said is None:
-        assert (done.written, done.faults) == (3, ())
-        assert legal is not None
-        found = open_folder(target).read(1)
-        np.testing.assert_array_equal(found.counts, legal.counts)
-        np.testing.assert_array_equal(found.target, legal.target)
-        return
-    (line,) = done.faults
-    assert line.startswith(f"{culprit}: ") and said in line and "\n" not in line
-    assert done.written == 2 and not (target / f"{STEM}_data.npy").exists()
+def check(folder: Path, suffix: str, faults: dict[str, str | None], legal: dict[str, Sample]) -> None:
+    """Convert `folder` to npy: each sample with a fault is named with it, and all others are converted.
+
+    faults: text in the line of each sample, by its ID; None for a legal one.
+    suffix: that of the file which the line names.
+    legal: the content of legal samples, if it is not SAMPLE.
+    """
+    target = folder.with_name("npy")
+    plan = plan_conversion(folder, target, "npy")
+    report = run_conversion(plan, session=Session(World()), workers=1, unit="sample")
+    lines = {line.partition(": ")[0]: line for line in report.faults}
+    assert len(lines) == len(report.faults) == sum(fault is not None for fault in faults.values())
+    for sample_id, fault in faults.items():
+        if fault is None:
+            found, expected = read_sample(target / f"{sample_id}_data.npy"), legal.get(sample_id, SAMPLE)
+            np.testing.assert_array_equal(found.counts, expected.counts)
+            np.testing.assert_array_equal(found.target, expected.target)
+        else:
+            line = lines[str(folder / (sample_id + suffix))]
+            assert fault in line and "\n" not in line, sample_id
+            assert not (target / f"{sample_id}_data.npy").exists()
 
 
-def folder_of(tmp_path: Path, format_name: str) -> Path:
-    """Three sound samples in `format_name`."""
-    return write_tiny(tmp_path / "data", train=3, validation=1, format_name=format_name) / "train"
+def named(kinds: Iterable[str]) -> dict[str, str]:
+    """Return a sample ID for each kind of damage; those that `sound_folder` writes come first."""
+    return {kind: f"x_{kind.replace(' ', '_')}" for kind in kinds}
 
 
-@pytest.mark.parametrize("kind", RECORDS)
-def test_records(kind: str, tmp_path: Path) -> None:
-    content, said = RECORDS[kind]
-    folder = folder_of(tmp_path, "tfrecord")
-    (folder / f"{STEM}.tfrecord").write_bytes(content)
-    target = np.array([0, 1.5, 0, 0], np.float32) if kind == "y is beyond its range" else TARGET
-    check(folder, tmp_path / "npy", folder / f"{STEM}.tfrecord", said, Sample(COUNTS, target))
+def sound_folder(tmp_path: Path, format_name: str) -> Path:
+    """Return a folder with one sound sample in `format_name`."""
+    return write_tiny(tmp_path / "data", train=1, validation=1, format_name=format_name) / "train"
 
 
-@pytest.mark.parametrize("kind", STREAMS)
-def test_streams(kind: str, tmp_path: Path) -> None:
-    content, said = STREAMS[kind]
-    folder = folder_of(tmp_path, "tfrecord_gzip")
-    (folder / f"{STEM}.tfrecord").write_bytes(content)
-    check(folder, tmp_path / "npy", folder / f"{STEM}.tfrecord", said, SAMPLE)
+def test_records(tmp_path: Path) -> None:
+    folder, ids = sound_folder(tmp_path, "tfrecord"), named(RECORDS)
+    for kind, (content, _) in RECORDS.items():
+        (folder / f"{ids[kind]}.tfrecord").write_bytes(content)
+    beyond = Sample(COUNTS, np.array([0, 1.5, 0, 0], np.float32))
+    legal = {ids["y is beyond its range"]: beyond}
+    check(folder, ".tfrecord", {ids[kind]: fault for kind, (_, fault) in RECORDS.items()}, legal)
 
 
-@pytest.mark.parametrize("kind", PAIRS)
-def test_pairs(kind: str, tmp_path: Path) -> None:
-    counts, target, said = PAIRS[kind]
-    folder = folder_of(tmp_path, "npy")
-    (folder / f"{STEM}_data.npy").write_bytes(counts)
-    (folder / f"{STEM}_label.npy").write_bytes(target)
-    check(folder, tmp_path / "npy", folder / f"{STEM}_data.npy", said, SAMPLE)
+def test_streams(tmp_path: Path) -> None:
+    folder, ids = sound_folder(tmp_path, "tfrecord_gzip"), named(STREAMS)
+    for kind, (content, _) in STREAMS.items():
+        (folder / f"{ids[kind]}.tfrecord").write_bytes(content)
+    check(folder, ".tfrecord", {ids[kind]: fault for kind, (_, fault) in STREAMS.items()}, {})
+
+
+def test_pairs(tmp_path: Path) -> None:
+    folder, ids = sound_folder(tmp_path, "npy"), named(PAIRS)
+    for kind, (counts, target, _) in PAIRS.items():
+        (folder / f"{ids[kind]}_data.npy").write_bytes(counts)
+        (folder / f"{ids[kind]}_label.npy").write_bytes(target)
+    check(folder, "_data.npy", {ids[kind]: fault for kind, (_, _, fault) in PAIRS.items()}, {})
+
+
+def test_labels(tmp_path: Path) -> None:
+    folder, ids = sound_folder(tmp_path, "npy"), named(LABELS)
+    for kind, (target, _) in LABELS.items():
+        (folder / f"{ids[kind]}_data.npy").write_bytes(npy(COUNTS))
+        (folder / f"{ids[kind]}_label.npy").write_bytes(target)
+    check(folder, "_label.npy", {ids[kind]: fault for kind, (_, fault) in LABELS.items()}, {})
 
 
 def changed_under_a_manifest(tmp_path: Path, part: str) -> tuple[Path, Path, bytes]:
-    """A data set of npy with manifests, a file of which one byte has been changed, and its sound bytes."""
+    """Return a data set of npy with manifests, a file of it with one changed byte, and its sound bytes."""
     raw, data = write_tiny(tmp_path / "raw", train=6, validation=1), tmp_path / "data"
     assert program("preprocess.convert", "-i", raw, "-o", data, "--to", "npy").code == 0
     bad = data / "train" / f"{STEM}_{part}.npy"
     whole = bad.read_bytes()
-    # Counts and target stay what a sample may have: npy alone does not notice.
+    # Counts and target stay valid: the format alone does not show the damage.
     bad.write_bytes(flipped(whole, len(whole) - 4))
     open_folder(data / "train").read(1)
     return data, bad, whole
 
 
-@pytest.mark.parametrize("part", ["data", "label"])
 @pytest.mark.parametrize("to", sorted(FORMATS))
-def test_what_npy_does_not_notice_is_found_by_the_manifest(to: str, part: str, tmp_path: Path) -> None:
-    data, bad, whole = changed_under_a_manifest(tmp_path, part)
-    line = ["-i", data, "-o", tmp_path / "out", "--to", to, "--samples-per-shard", 2, "--workers", 1]
-    done = program("preprocess.convert", *line)
-    assert done.code == 1 and f"error: {bad}: its CRC-32C is not that in manifest.jsonl; " in done.err
-    assert Manifest.load(tmp_path / "out" / "train") is None
-    stems = {open_folder(tmp_path / "out" / "train").sample_id(i) for i in range(4)}
-    assert STEM not in stems
-    bad.write_bytes(whole[:-4])
-    said = f"error: {bad}: has {len(whole) - 4} bytes; manifest.jsonl says {len(whole)}; "
-    assert said in program("preprocess.convert", *line).err
-    bad.write_bytes(whole)
-    assert program("preprocess.convert", *line).code == 0
-    assert program("preprocess.verify", tmp_path / "out").code == 0
+def test_damage_that_only_the_manifest_shows_is_not_converted(to: str, tmp_path: Path) -> None:
+    for part in ("data", "label"):
+        data, bad, sound = changed_under_a_manifest(tmp_path / part, part)
+        target = tmp_path / part / "out"
+        line = ["-i", data, "-o", target, "--to", to, "--samples-per-shard", 2]
+        done = program("preprocess.convert", *line)
+        assert done.code == 1 and f"error: {bad}: its CRC-32C is not that in manifest.jsonl; " in done.err
+        assert Manifest.load(target / "train") is None
+        converted = open_folder(target / "train")
+        assert STEM not in {converted.sample_id(index) for index in range(len(converted))}
+        bad.write_bytes(sound[:-4])
+        fault = f"error: {bad}: has {len(sound) - 4} bytes; manifest.jsonl says {len(sound)}; "
+        assert fault in program("preprocess.convert", *line).err
+        bad.write_bytes(sound)
+        assert program("preprocess.convert", *line).code == 0
+        assert program("preprocess.verify", target).code == 0
 
 
 @pytest.mark.parametrize("direct", [[], ["--direct-io"]])
-def test_what_npy_does_not_notice_is_not_staged(direct: list[str], tmp_path: Path) -> None:
+def test_damage_that_only_the_manifest_shows_is_not_staged(direct: list[str], tmp_path: Path) -> None:
     data, bad, whole = changed_under_a_manifest(tmp_path, "data")
     line = ["-i", data, "-o", tmp_path / "disk", *direct]
     done = program("preprocess.stage", *line)
@@ -228,7 +248,7 @@ def test_what_npy_does_not_notice_is_not_staged(direct: list[str], tmp_path: Pat
     assert program("preprocess.stage", *line).code == 0
 
 
-def test_a_source_that_was_changed_on_purpose_wants_its_manifest_anew(tmp_path: Path) -> None:
+def test_source_that_was_changed_on_purpose_needs_a_new_manifest(tmp_path: Path) -> None:
     data, bad, _ = changed_under_a_manifest(tmp_path, "data")
     line = ["-i", data / "train", "-o", tmp_path / "out", "--to", "tfrecord"]
     done = program("preprocess.convert", *line)
@@ -237,11 +257,3 @@ def test_a_source_that_was_changed_on_purpose_wants_its_manifest_anew(tmp_path: 
     assert program("preprocess.verify", data / "train", "--write").code == 0
     assert program("preprocess.convert", *line).code == 0
     np.testing.assert_array_equal(open_folder(tmp_path / "out").read(1).counts, np.load(bad))
-
-
-@pytest.mark.parametrize("kind", LABELS)
-def test_labels(kind: str, tmp_path: Path) -> None:
-    content, said = LABELS[kind]
-    folder = folder_of(tmp_path, "npy")
-    (folder / f"{STEM}_label.npy").write_bytes(content)
-    check(folder, tmp_path / "npy", folder / f"{STEM}_label.npy", said, SAMPLE)

@@ -1,4 +1,4 @@
-"""The SLURM script, on a stand-in for srun that starts a rank for each of two nodes."""
+"""The SLURM script with a replacement of srun that starts a rank for each of two nodes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from helpers import ROOT, environment, write_tiny
 
 from pipelines.dataset.open import open_split
@@ -57,33 +56,26 @@ def test_both_splits_with_their_lists(tmp_path: Path) -> None:
     assert "--container" not in asked and "--mpi=none" in asked
 
 
-def test_a_container_is_asked_for_with_what_it_must_see(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "src", train=2, validation=1, format_name="tfrecord_gzip")
+def test_container_format_and_options(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "src", train=4, validation=1, format_name="tfrecord_gzip")
     target = tmp_path / "dst"
-    done = submit(
-        tmp_path, DATA_SRC_DIR=str(data), DATA_DST_DIR=str(target), CONT="image", DATA_FORMAT="tfrecord"
-    )
+    variables = {"DATA_SRC_DIR": str(data), "DATA_DST_DIR": str(target), "DATA_FORMAT": "packed"}
+    done = submit(tmp_path, "--samples-per-shard", "2", **variables, CONT="image")
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "srun.log").read_text()
     assert "--container-image=image" in asked and f"{data}:{data}:ro,{target}:{target}" in asked
-    assert open_split(target, "train").format_name == "tfrecord"
+    dataset = open_split(target, "train")
+    assert dataset.format_name == "packed" and len(dataset.entry_names) == 2
 
 
-def test_options_are_passed_on(tmp_path: Path) -> None:
-    data = write_tiny(tmp_path / "src", train=4, validation=1, format_name="tfrecord_gzip")
-    variables = {"DATA_SRC_DIR": str(data), "DATA_DST_DIR": str(tmp_path / "dst"), "DATA_FORMAT": "packed"}
-    assert submit(tmp_path, "--samples-per-shard", "2", **variables).returncode == 0
-    assert len(open_split(tmp_path / "dst", "train").entry_names) == 2
-
-
-@pytest.mark.parametrize("missing", ["DATA_SRC_DIR", "DATA_DST_DIR"])
-def test_a_missing_variable_is_named(missing: str, tmp_path: Path) -> None:
+def test_missing_variable_is_named(tmp_path: Path) -> None:
     variables = {"DATA_SRC_DIR": str(tmp_path), "DATA_DST_DIR": str(tmp_path / "dst")}
-    del variables[missing]
-    done = submit(tmp_path, **variables)
-    assert done.returncode != 0 and missing in done.stderr
+    for missing in variables:
+        given = {name: value for name, value in variables.items() if name != missing}
+        done = submit(tmp_path, **given)
+        assert done.returncode != 0 and missing in done.stderr
 
 
-def test_a_rank_that_fails_fails_the_job(tmp_path: Path) -> None:
+def test_failed_rank_fails_the_job(tmp_path: Path) -> None:
     done = submit(tmp_path, DATA_SRC_DIR=str(tmp_path / "none"), DATA_DST_DIR=str(tmp_path / "dst"))
     assert done.returncode != 0 and "cannot be listed" in done.stderr

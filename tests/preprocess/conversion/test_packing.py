@@ -1,4 +1,4 @@
-"""Conversion to shards and from them, and staging of them."""
+"""Conversion to and from shards, and staging of them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from pipelines.io import LOCK_FILE
 
 CONVERT = "preprocess.convert"
 
+pytestmark = pytest.mark.usefixtures("inline_workers")
+
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` but manifests, which have times in them."""
+    """Return every file below `folder` except manifests, whose fingerprints contain times."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.jsonl")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -51,7 +53,7 @@ def test_there_and_back(format_name: str, ranks: int, tmp_path: Path) -> None:
     assert "0 samples converted" in again.out and "13 up to date" in again.out
 
 
-def test_a_change_of_one_sample_makes_its_shard_anew(tmp_path: Path) -> None:
+def test_changed_sample_converts_its_shard_again(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=9, validation=1)
     line = ["-i", data / "train", "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 4]
     assert program(CONVERT, *line).code == 0
@@ -64,7 +66,7 @@ def test_a_change_of_one_sample_makes_its_shard_anew(tmp_path: Path) -> None:
     np.testing.assert_array_equal(open_folder(tmp_path / "packed").read(5).counts, tiny_sample(77).counts)
 
 
-def test_every_damaged_sample_is_named_and_the_other_shards_are_made(tmp_path: Path) -> None:
+def test_damaged_samples_are_named_and_other_shards_converted(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=9, validation=1, format_name="tfrecord_gzip")
     line = ["-i", data / "train", "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 3]
     bad = [data / "train" / f"universe_000{number}_000.tfrecord" for number in (3, 5)]
@@ -102,12 +104,12 @@ def test_verify_names_a_damaged_sample_in_its_shard(tmp_path: Path) -> None:
     assert done.code == 1 and f"content: {split.path(4)}: the CRC of plane" in done.err
 
 
-def test_a_shard_of_no_samples_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_shard_size_of_zero_is_refused(tiny: Path, tmp_path: Path) -> None:
     done = program(CONVERT, "-i", tiny, "-o", tmp_path, "--to", "packed", "--samples-per-shard", 0)
     assert done.code == 1 and "--samples-per-shard = 0: expected at least one" in done.err
 
 
-def test_packed_samples_are_staged_as_they_are(tmp_path: Path) -> None:
+def test_packed_samples_are_staged_unchanged(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=7, validation=2)
     line = ["-i", data, "-o", tmp_path / "packed", "--to", "packed", "--samples-per-shard", 3]
     assert program(CONVERT, *line).code == 0

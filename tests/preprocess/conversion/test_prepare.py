@@ -1,4 +1,4 @@
-"""Universes in, samples out: every voxel once, no universe in both splits."""
+"""Preparation of HDF5 universes: every voxel in one sample, no universe in both splits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ import pytest
 from helpers import program
 
 from pipelines.dataset.open import open_split
+from pipelines.errors import DataError
 from preprocess.conversion.hdf5_task import crops
 from preprocess.prepare import find_universes, main, split_universes
 from preprocess.verify import main as verify
+
+pytestmark = pytest.mark.usefixtures("inline_workers")
 
 EDGE, SIZE = 8, 4
 
 
 def write_universe(path: Path, seed: int, **changes: object) -> None:
-    """A universe of 8^3 in the published layout; `changes` replace its parts."""
+    """Write a universe of 8^3 in the published layout; `changes` replace its data sets."""
     rng = np.random.default_rng(seed)
     parts: dict[str, object] = {
         "full": rng.poisson(1.0, (EDGE, EDGE, EDGE, 4)).astype(np.int16),
@@ -35,7 +38,7 @@ def write_universe(path: Path, seed: int, **changes: object) -> None:
 
 @pytest.fixture
 def universes(tmp_path: Path) -> Path:
-    """Nine universes in three folders, as the published ones lie."""
+    """Return a folder with nine universes in three folders, as they are published."""
     for index in range(9):
         write_universe(tmp_path / "in" / f"2169{index % 3}" / f"univ_ics_{index}.hdf5", index)
     return tmp_path / "in"
@@ -65,7 +68,7 @@ def test_names_crops_and_splits(universes: Path, tmp_path: Path) -> None:
     assert verify([str(tmp_path / "out")]) == 0
 
 
-def test_crops_are_those_of_numpy_split(tmp_path: Path) -> None:
+def test_crops_equal_those_of_numpy_split(tmp_path: Path) -> None:
     # The reference cuts with three nested numpy.split.
     write_universe(tmp_path / "u.hdf5", 3)
     with h5py.File(tmp_path / "u.hdf5") as file:
@@ -78,7 +81,7 @@ def test_crops_are_those_of_numpy_split(tmp_path: Path) -> None:
         np.testing.assert_array_equal(sample.target, target.astype(np.float32))
 
 
-def test_a_rerun_and_other_ranks_change_nothing(universes: Path, tmp_path: Path) -> None:
+def test_rerun_and_number_of_ranks_change_nothing(universes: Path, tmp_path: Path) -> None:
     def content(root: Path) -> dict[str, str]:
         files = (path for path in sorted(root.rglob("*")) if path.is_file())
         return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -94,7 +97,7 @@ def test_a_rerun_and_other_ranks_change_nothing(universes: Path, tmp_path: Path)
     assert content(tmp_path / "two") == once
 
 
-def test_the_draw_depends_on_names_and_seed_alone() -> None:
+def test_split_depends_on_names_and_seed_alone() -> None:
     names = [f"u_{index}" for index in range(90)]
     train, validation = split_universes(names, 1 / 9, seed=0)
     assert len(validation) == 10 and not set(train) & set(validation)
@@ -104,7 +107,7 @@ def test_the_draw_depends_on_names_and_seed_alone() -> None:
 
 
 def write_times(path: Path) -> None:
-    """A universe whose counts are of a type that HDF5 has and numpy has not."""
+    """Write a universe whose counts are of a type of HDF5 that NumPy does not have."""
     write_universe(path, 1, full=None)
     with h5py.File(path, "a") as file:
         space = h5py.h5s.create_simple((EDGE, EDGE, EDGE, 4))
@@ -112,7 +115,7 @@ def write_times(path: Path) -> None:
 
 
 def lose(path: Path) -> None:
-    """Leave the name of a universe that cannot be read."""
+    """Replace a universe by a link to nothing."""
     path.unlink()
     path.symlink_to("nowhere")
 
@@ -149,34 +152,35 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-# One that is sound by itself makes the shape, if it is the first.
-EVERYWHERE = [(fault, 4) for fault in BAD] + [(fault, 0) for fault in BAD if fault != "another shape"]
+def test_bad_universe_does_not_stop_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The first universe gives the shape, if it is sound by itself.
+    everywhere = [(kind, 1) for kind in BAD] + [(kind, 0) for kind in BAD if kind != "another shape"]
+    for kind, number in everywhere:
+        folder = tmp_path / f"{kind} {number}"
+        for index in range(3):
+            write_universe(folder / "in" / "u" / f"v{index}.hdf5", index)
+        bad = folder / "in" / "u" / f"v{number}.hdf5"
+        damage, fault = BAD[kind]
+        damage(bad)
+        line = ["-i", str(folder / "in"), "-o", str(folder / "out"), "--validation", "0.4"]
+        line += ["--sample-size", "8"]
+        assert main(line) == 1
+        lines = [line for line in capsys.readouterr().err.splitlines() if str(bad) in line]
+        assert len(lines) == 1 and lines[0].startswith("error: ") and fault in lines[0]
+        assert len(list((folder / "out").rglob("*.tfrecord"))) == 2
+        bad.unlink()
+        write_universe(bad, number)
+        assert main(line) == 0
 
 
-@pytest.mark.parametrize(("fault", "number"), EVERYWHERE)
-def test_a_bad_universe_keeps_no_other_from_being_cut(
-    fault: str, number: int, universes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    damage, said = BAD[fault]
-    bad = universes / f"2169{number % 3}" / f"univ_ics_{number}.hdf5"
-    damage(bad)
-    assert main(["-i", str(universes), "-o", str(tmp_path / "out"), "--sample-size", "4"]) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if str(bad) in line]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
-    assert len(list((tmp_path / "out").rglob("*.tfrecord"))) == 64
-    bad.unlink()
-    write_universe(bad, number)
-    assert main(["-i", str(universes), "-o", str(tmp_path / "out"), "--sample-size", "4"]) == 0
-
-
-def test_where_no_universe_is_sound_the_first_is_named(universes: Path, tmp_path: Path) -> None:
+def test_first_universe_is_named_if_none_is_sound(universes: Path, tmp_path: Path) -> None:
     for path in universes.rglob("*.hdf5"):
         path.write_bytes(b"no")
     done = program("preprocess.prepare", "-i", universes, "-o", tmp_path / "out", "--sample-size", "4")
     assert done.code == 1 and done.err.startswith(f"error: {universes}/21690/univ_ics_0.hdf5: cannot be read")
 
 
-def test_what_does_not_fit_is_one_line(universes: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_one_line(universes: Path, tmp_path: Path) -> None:
     for arguments, said in (
         (["-i", universes, "--sample-size", "3"], "--sample-size = 3: does not divide"),
         (["-i", universes, "--sample-size", "4", "--validation", "1.5"], "--validation = 1.5"),
@@ -187,5 +191,6 @@ def test_what_does_not_fit_is_one_line(universes: Path, tmp_path: Path) -> None:
         assert done.code == 1
         assert said in done.err and "Traceback" not in done.err
     write_universe(tmp_path / "in" / "more" / "21690" / "univ_ics_0.hdf5", 1)
-    with pytest.raises(Exception, match="same names"):
+    with pytest.raises(DataError) as error:
         find_universes(universes)
+    assert "same names" in error.value.fault

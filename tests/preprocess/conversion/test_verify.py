@@ -1,4 +1,4 @@
-"""Verification finds every fault that is put into a folder, under its right name."""
+"""Verification finds every kind of fault, and names its check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import program, tiny_sample, write_tiny
+from helpers import inline_workers, program, tiny_sample, write_tiny
 
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.dataset.open import open_folder
@@ -16,19 +16,22 @@ from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample
 from preprocess.verify import CHECKS, main, verify_folder
 
+pytestmark = pytest.mark.usefixtures("inline_workers")
+
 
 @pytest.fixture(scope="module", params=sorted(FORMATS))
 def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five training and two validation samples with manifests and lists, as the converter leaves them."""
+    """Return five training and two validation samples with manifests and lists, as converted."""
     folder = tmp_path_factory.mktemp(request.param)
     source = write_tiny(folder / "source", train=5, validation=2, format_name="npy")
     to = ["--to", request.param, "--samples-per-shard", 1]
-    done = program("preprocess.convert", "-i", source, "-o", folder / "data", *to)
+    with inline_workers():
+        done = program("preprocess.convert", "-i", source, "-o", folder / "data", *to)
     assert done.code == 0, done.err
     return folder / "data"
 
 
-def test_what_the_converter_makes_is_sound(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_converted_folder_has_no_faults(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(sound)]) == 0
     out, err = capsys.readouterr()
     for check in CHECKS:
@@ -48,7 +51,7 @@ def _data(folder: Path, index: int = 2) -> Path:
 
 
 def _rewrite(folder: Path, sample: Sample, *, index: int = 2) -> None:
-    """Put `sample` in, where no manifest or list says anything else, so that only its content can tell."""
+    """Replace a sample by `sample`, and remove manifest and lists, so that only the content shows it."""
     split, manifest = open_folder(folder), Manifest.load(folder)
     assert manifest is not None
     split.format.write(folder, _data(folder, index).name.removesuffix(split.format.suffix), sample)
@@ -92,21 +95,22 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_found(fault: str, sound: Path, tmp_path: Path) -> None:
-    check, make = FAULTS[fault]
-    folder = tmp_path / "train"
-    shutil.copytree(sound / "train", folder)
-    make(folder)
-    report = verify_folder(folder, workers=1, shown=False)
-    found = {name for name, lines in report.faults.items() if lines}
-    # The list of gzip files has their lengths too.
-    assert found == {check} or (fault == "a byte too few" and found == {check, "lists"})
-    lines = report.faults[check]
-    assert all(str(folder) in line and "\n" not in line for line in lines)
+def test_each_fault_is_found(sound: Path, tmp_path: Path) -> None:
+    for fault, (check, make) in FAULTS.items():
+        folder = tmp_path / fault
+        shutil.copytree(sound / "train", folder)
+        make(folder)
+        report = verify_folder(folder, workers=1, shown=False)
+        found = {name for name, lines in report.faults.items() if lines}
+        # The list of gzip files has their lengths too.
+        assert found == {check} or (fault == "a byte too few" and found == {check, "lists"}), fault
+        lines = report.faults[check]
+        assert all(str(folder) in line and "\n" not in line for line in lines)
 
 
-def test_a_universe_in_both_splits(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_universe_in_both_splits_is_found(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "data"
     shutil.copytree(sound, data)
     other = Sample(tiny_sample(50).counts, tiny_sample(3).target)
@@ -115,7 +119,7 @@ def test_a_universe_in_both_splits(sound: Path, tmp_path: Path, capsys: pytest.C
     assert "in" in (err := capsys.readouterr().err) and str(data / "train") in err
 
 
-def test_a_sound_folder_is_given_a_manifest(sound: Path, tmp_path: Path) -> None:
+def test_folder_without_faults_gets_a_manifest(sound: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(sound, data)
     expected = Manifest.load(data / "train")
@@ -133,7 +137,7 @@ def test_a_sound_folder_is_given_a_manifest(sound: Path, tmp_path: Path) -> None
     assert main([str(data)]) == 0
 
 
-def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_missing_folder_is_one_line(tmp_path: Path) -> None:
     done = program("preprocess.verify", tmp_path / "none")
     assert done.code == 1
     assert done.err.startswith("error:") and "Traceback" not in done.err and "none" in done.err
