@@ -1,4 +1,4 @@
-"""Flat LambdaCDM in linear theory: the power spectrum that a universe starts from, and its growth.
+"""Flat LambdaCDM in linear theory: the initial power spectrum of a universe, and its growth.
 
 Lengths are in Mpc/h and wave numbers in h/Mpc unless a name or a comment says otherwise. EH98 is
 Eisenstein & Hu 1998 (ApJ 496, 605, astro-ph/9709112), whose equation numbers the comments give.
@@ -25,12 +25,12 @@ T_CMB = 2.7255
 """Temperature of the microwave background in K (Fixsen 2009, ApJ 707, 916)."""
 
 SIGMA_RADIUS = 8.0
-"""Radius, in Mpc/h, of the sphere that sigma_8 is the rms overdensity of."""
+"""Radius in Mpc/h of the spheres whose rms overdensity is sigma_8."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cosmology:
-    """The four parameters of a universe; H_0 in km/s/Mpc."""
+    """Four parameters of a universe; H_0 in km/s/Mpc."""
 
     omega_m: float
     sigma_8: float
@@ -38,8 +38,8 @@ class Cosmology:
     H_0: float
 
     @classmethod
-    def of_target(cls, target: npt.ArrayLike) -> Cosmology:
-        """The universe of a sample's target, (4,) in [-1, 1] (see `pipelines.sample`)."""
+    def from_target(cls, target: npt.ArrayLike) -> Cosmology:
+        """Return the parameters of a sample's target, (4,) in [-1, 1] (see `pipelines.sample`)."""
         return cls(*(float(value) for value in to_physical(target)))
 
     @property
@@ -49,12 +49,12 @@ class Cosmology:
 
 
 def draw_target(rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """A target (4,), each component uniform in [-1, 1], as the published set draws them."""
+    """Draw a target (4,), each component uniform in [-1, 1], as in the published set."""
     return rng.uniform(-1.0, 1.0, 4).astype(np.float32)
 
 
 class Scales(NamedTuple):
-    """Scales of the early universe that shape the transfer function, in Mpc (without h)."""
+    """Scales of the early universe in the transfer function, in Mpc (without h)."""
 
     k_equality: float  # 1/Mpc
     z_equality: float
@@ -66,7 +66,7 @@ class Scales(NamedTuple):
 
 
 def early_scales(cosmology: Cosmology) -> Scales:
-    """The scales of EH98, equations 2 to 7."""
+    """Return the scales of EH98, equations 2 to 7."""
     om, ob = cosmology.omega_m * cosmology.h**2, OMEGA_B * cosmology.h**2
     theta = T_CMB / 2.7
     z_equality = 2.50e4 * om * theta**-4  # 2
@@ -82,7 +82,7 @@ def early_scales(cosmology: Cosmology) -> Scales:
 
 
 def transfer(cosmology: Cosmology, k: npt.ArrayLike) -> Array:
-    """Matter transfer function, baryon oscillations included, at wave numbers k > 0 in h/Mpc."""
+    """Return the matter transfer function with baryon oscillations, at wave numbers k > 0 in h/Mpc."""
     scales = early_scales(cosmology)
     om = cosmology.omega_m * cosmology.h**2
     baryons = OMEGA_B / cosmology.omega_m
@@ -118,16 +118,16 @@ def transfer(cosmology: Cosmology, k: npt.ArrayLike) -> Array:
 
 
 def top_hat(x: npt.ArrayLike) -> Array:
-    """Fourier transform of a sphere of unit volume at x = k R > 0."""
+    """Return the Fourier transform of a sphere of unit volume at x = k R > 0."""
     x = np.asarray(x, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         exact = 3.0 * (np.sin(x) - x * np.cos(x)) / x**3
-    # The difference of two nearly equal numbers: below 0.01 the series is the more exact one.
+    # A difference of two nearly equal numbers: below 0.01 the series is more accurate.
     return np.asarray(np.where(x < 1e-2, 1.0 - x**2 / 10.0, exact))
 
 
 class PowerSpectrum:
-    """Linear matter power spectrum today, A k^n_s T(k)^2 with A such that sigma_8 comes out."""
+    """Linear matter power spectrum today, A k^n_s T(k)^2, with the amplitude A set by sigma_8."""
 
     def __init__(self, cosmology: Cosmology) -> None:
         self._cosmology, self._amplitude = cosmology, 1.0
@@ -139,7 +139,7 @@ class PowerSpectrum:
         self._amplitude = cosmology.sigma_8**2 / variance
 
     def __call__(self, k: npt.ArrayLike) -> Array:
-        """P(k) in (Mpc/h)^3 at wave numbers k > 0 in h/Mpc."""
+        """Return P(k) in (Mpc/h)^3 at wave numbers k > 0 in h/Mpc."""
         k = np.asarray(k, dtype=np.float64)
         return np.asarray(self._amplitude * k**self._cosmology.n_s * transfer(self._cosmology, k) ** 2)
 
@@ -147,26 +147,29 @@ class PowerSpectrum:
 class Growth(NamedTuple):
     """Growth of a displacement field at one redshift, in Lagrangian perturbation theory.
 
-    A particle that starts at q is at q + first * psi1 + second * psi2; `first` is the linear growth
-    factor D, 1 today.
+    A particle with initial position q is at q + first * psi1 + second * psi2.
+
+    first: Linear growth factor D, 1 today.
+    second: Growth factor of second order.
+    slope: d second / d first.
     """
 
     first: float
     second: float
-    slope: float  # d second / d first
+    slope: float
 
 
 def growth(omega_m: float, redshifts: Sequence[float]) -> tuple[Growth, ...]:
-    """Growth at redshifts in falling order, each between 99 and 0, in a flat universe.
+    """Return the growth at redshifts in falling order, each between 99 and 0, in a flat universe.
 
     First order is the equation of linear growth, d2D/dN2 + (2 + dlnE/dN) dD/dN = 3/2 Omega_m(a) D
     with N = ln a; second order has -3/2 Omega_m(a) D^2 as a further source (Bouchet et al. 1995,
-    A&A 296, 575). Radiation is neglected, as is usual for simulations that start after equality:
-    with it, D(3) / D(0) would be 0.1% or so smaller.
+    A&A 296, 575). Radiation is neglected, as usual for simulations that start after equality: with it,
+    D(3) / D(0) would be about 0.1% smaller.
     """
     log_a = -math.log(1e2)
     a = math.exp(log_a)
-    # Lambda is 2e-6 of the matter there, so D = a and second = -3/7 a^2.
+    # Lambda is 2e-6 of the matter at that time, so D = a and second = -3/7 a^2.
     state = np.array([a, a, -3.0 / 7.0 * a**2, -6.0 / 7.0 * a**2])
 
     def derivative(log_a: float, state: Array) -> Array:

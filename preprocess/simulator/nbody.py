@@ -1,16 +1,16 @@
 """A particle-mesh N-body simulation: one Gaussian field, evolved through the published redshifts.
 
-One particle a mesh cell starts on a lattice, moves straight to the first redshift by second-order
-Lagrangian perturbation theory (2LPT), and goes on in drift-kick-drift steps of the BullFrog scheme
-(Rampf, List & Hahn 2024, arXiv:2409.19049): time is the linear growth factor D, and a kick is
+One particle for each mesh cell starts on a lattice and moves to the first redshift by second-order
+Lagrangian perturbation theory (2LPT), then in drift-kick-drift steps of the BullFrog scheme
+(Rampf, List & Hahn 2024, arXiv:2409.19049). Time is the linear growth factor D, and a kick is
 
     V <- alpha V + (1 - alpha) / D_half A,    A = -grad (inverse Laplacian of the overdensity),
 
-with alpha such that a step follows 2LPT exactly where that theory holds, so that few steps do. The
-forces come from a mesh of the lattice's own size.
+with alpha such that a step follows 2LPT exactly where that theory holds, so that few steps are enough.
+The mesh of the forces has the size of the lattice.
 
-Lengths are in mesh cells, fields live on (size, size, size), and all arithmetic is float32. Give
-PyTorch one thread for results that are the same on every run.
+Lengths are in mesh cells, fields have shape (size, size, size), and all arithmetic is float32. Results are
+the same on every run if PyTorch has one thread.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ import torch
 from preprocess.simulator.cosmology import Growth, PowerSpectrum
 
 _BLOCK = 1 << 15
-"""Particles that are taken to or from the mesh at a time: their corners then stay in the cache."""
+"""Particles that are processed at a time, so that their mesh points stay in the cache."""
 
 
 _LATTICE_OFFSET = 0.25
-"""Of the lattice from the centres of the voxels that particles are counted in; see `Mesh.count`."""
+"""Offset of the lattice from the centres of the voxels in which particles are counted; see `Mesh.count`."""
 
 
 class Mesh:
-    """A periodic mesh of size^3 cells and the operations that need its wave numbers."""
+    """A periodic mesh of size^3 cells, and the operations that need its wave numbers."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -44,25 +44,25 @@ class Mesh:
         waves = [axis.reshape(shape) for axis, shape in zip(axes, shapes, strict=True)]
         self.square: torch.Tensor = sum(wave**2 for wave in waves).to(torch.int64)
         """|n|^2 of each mode, whose wave number is 2 pi |n| / size; (size, size, size // 2 + 1)."""
-        # The derivative of the mode at the edge of the mesh is not a real field: it counts as 0.
+        # The derivative of the Nyquist mode is not a real field, so it is set to 0.
         self._waves = [
             (torch.where(wave.abs() == size // 2, 0.0, wave) * (2.0 * torch.pi / size)).float()
             for wave in waves
         ]
         square = self.square.clamp(min=1) * (2.0 * torch.pi / size) ** 2
         self._inverse_square = torch.where(self.square == 0, 0.0, 1.0 / square).float()
-        # A cloud in a cell is a top hat twice convolved, once on the way to the mesh and once back.
+        # Cloud-in-cell convolves twice with a top hat, once on the way to the mesh and once back.
         window = torch.ones((), dtype=torch.float64)
         for wave in waves:
             window = window * torch.sinc(wave / size) ** 4
         self._force = (self._inverse_square / window).float()
 
     def displacement(self, modes: torch.Tensor) -> torch.Tensor:
-        """The curl-free (3, size, size, size) whose divergence is minus the field of `modes`."""
+        """Return the curl-free field (3, size, size, size) whose divergence is minus the field of `modes`."""
         return self._gradient(modes * self._inverse_square)
 
     def second_order(self, modes: torch.Tensor) -> torch.Tensor:
-        """psi2 of 2LPT (3, size, size, size) for the linear overdensity of `modes`.
+        """Return psi2 of 2LPT (3, size, size, size) for the linear overdensity of `modes`.
 
         div psi2 = sum over i < j of (f_ii f_jj - f_ij^2), f_ij the second derivatives of the
         potential (Bouchet et al. 1995, A&A 296, 575).
@@ -78,27 +78,27 @@ class Mesh:
         return -self.displacement(torch.fft.rfftn(source))
 
     def acceleration(self, positions: torch.Tensor) -> torch.Tensor:
-        """A of the module's docstring at the particles; positions and result (3, particles)."""
-        # A particle leaves its mass where it takes its force, so its corners are found once.
+        """Return A of the module's docstring at the particles; positions and result (3, particles)."""
+        # Mass is assigned to the points at which the force is interpolated, so they are computed once.
         corners = [self._corners(block) for block in positions.split(_BLOCK, dim=1)]
         density = torch.zeros(self.size**3)
-        for points, shares in corners:
-            density.index_add_(0, points.flatten(), shares.flatten())
+        for points, weights in corners:
+            density.index_add_(0, points.flatten(), weights.flatten())
         modes = torch.fft.rfftn(density.reshape(self._shape))
         field = self._gradient(modes * self._force).reshape(3, -1).T.contiguous()
         forces = [
-            torch.nn.functional.embedding_bag(points, field, per_sample_weights=shares, mode="sum")
-            for points, shares in corners
+            torch.nn.functional.embedding_bag(points, field, per_sample_weights=weights, mode="sum")
+            for points, weights in corners
         ]
         return torch.cat(forces).T.contiguous()
 
     def count(self, positions: torch.Tensor) -> npt.NDArray[np.int16]:
-        """Particles in each voxel, (size, size, size), of positions (3, particles).
+        """Return the number of particles in each voxel, (size, size, size), for positions (3, particles).
 
-        Voxels lie so that the lattice stands a quarter off their centres. A particle at the centre
-        would have to move half a voxel before anybody saw it: counts at z = 3, where it has moved
-        0.4 of 4 Mpc/h, would show 8% too little of the largest scales. A quarter off, what the
-        voxels' edges do to the mean count cancels to the first order of their Fourier series.
+        The lattice has an offset of a quarter voxel from the centres. A particle at a centre would have to
+        move half a voxel before a count changes: at z = 3, where it has moved 0.4 of 4 Mpc/h, counts would
+        show 8% too little of the largest scales. With the offset the effect of the voxels' edges on the mean
+        count cancels to first order of their Fourier series.
         """
         x, y, z = self._wrap((positions + _LATTICE_OFFSET).round()).to(torch.int32)
         cells = (x * self.size + y) * self.size + z
@@ -115,32 +115,32 @@ class Mesh:
         return torch.stack([torch.fft.irfftn(wave * rotated, s=self._shape) for wave in self._waves])
 
     def _wrap(self, whole: torch.Tensor) -> torch.Tensor:
-        """Whole numbers, as floats, brought into 0 to size - 1; much faster than an integer modulo."""
+        """Map whole numbers, as floats, into 0 to size - 1; much faster than an integer modulo."""
         return whole - (whole / self.size).floor_().mul_(self.size)
 
     def _corners(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The eight mesh points around each particle and their shares of it, both (particles, 8)."""
+        """Return the eight mesh points around each particle and their weights, both (particles, 8)."""
         floor = positions.floor()
         upper = positions - floor
-        share = (1.0 - upper, upper)
-        place = tuple(self._wrap(floor + side).to(torch.int32) for side in (0, 1))
+        weight = (1.0 - upper, upper)
+        index = tuple(self._wrap(floor + side).to(torch.int32) for side in (0, 1))
         points = torch.empty(positions.shape[1], 8, dtype=torch.int32)
-        shares = torch.empty(positions.shape[1], 8)
+        weights = torch.empty(positions.shape[1], 8)
         for corner, (i, j, k) in enumerate(itertools.product((0, 1), repeat=3)):
-            plane = (place[i][0] * self.size + place[j][1]) * self.size
-            torch.add(plane, place[k][2], out=points[:, corner])
-            torch.mul(share[i][0] * share[j][1], share[k][2], out=shares[:, corner])
-        return points, shares
+            plane = (index[i][0] * self.size + index[j][1]) * self.size
+            torch.add(plane, index[k][2], out=points[:, corner])
+            torch.mul(weight[i][0] * weight[j][1], weight[k][2], out=weights[:, corner])
+        return points, weights
 
 
 @functools.lru_cache(maxsize=1)
 def mesh(size: int) -> Mesh:
-    """The mesh of this size; a process works on one size at a time, so one is kept."""
+    """Return the mesh of this size; a process works on one size at a time, so one is cached."""
     return Mesh(size)
 
 
 def linear_modes(spectrum: PowerSpectrum, size: int, box: float, rng: np.random.Generator) -> torch.Tensor:
-    """A realisation of today's linear overdensity in a box of `box` Mpc/h, as its Fourier modes.
+    """Draw a realisation of today's linear overdensity in a box of `box` Mpc/h, as its Fourier modes.
 
     complex64 (size, size, size // 2 + 1), in the convention of torch.fft.rfftn; the mean is 0.
     """
@@ -152,11 +152,11 @@ def linear_modes(spectrum: PowerSpectrum, size: int, box: float, rng: np.random.
 
 
 def kick_weight(start: Growth, end: Growth) -> float:
-    """What a drift-kick-drift step leaves of the velocity: alpha.
+    """Return alpha, the factor of the velocity in a drift-kick-drift step.
 
     With x = q + D psi1 + E psi2 and V = psi1 + E' psi2 at the start, the acceleration at D_half is
-    D_half psi1 + (E_half - D_half^2) psi2, E_half = E + (dD / 2) E'; alpha makes the velocity at
-    the end psi1 + E' psi2 again.
+    D_half psi1 + (E_half - D_half^2) psi2, where E_half = E + (dD / 2) E'. With alpha the velocity at the end
+    is again psi1 + E' psi2.
     """
     length = end.first - start.first
     half = start.first + length / 2.0
@@ -167,7 +167,7 @@ def kick_weight(start: Growth, end: Growth) -> float:
 def evolve(
     modes: torch.Tensor, times: Sequence[Growth], record: Sequence[bool]
 ) -> Iterator[npt.NDArray[np.int16]]:
-    """Counts (size, size, size) at those of the `times` that `record` marks, in order.
+    """Yield counts (size, size, size) at those of the `times` that `record` marks, in order.
 
     The first time is reached by 2LPT, each later one by one step.
     """
@@ -195,11 +195,11 @@ def evolve(
 
 
 def step_redshifts(redshifts: Sequence[float], steps: int) -> tuple[tuple[float, ...], tuple[bool, ...]]:
-    """Where `steps` steps end that stop at all of `redshifts` (in falling order), and which of them do.
+    """Return the end of each of `steps` steps, and whether it is one of `redshifts` (in falling order).
 
-    The first step goes straight to the first redshift: before shell crossing 2LPT beats a mesh no
-    finer than the lattice, whose forces on a barely disturbed lattice are mostly noise. The others
-    halve, third, ... the way between redshifts so that the longest, in scale factor, is shortest.
+    The first step goes directly to the first redshift: before shell crossing 2LPT is more accurate than a
+    mesh no finer than the lattice, whose forces on a barely disturbed lattice are mostly noise. The others
+    divide the intervals between redshifts so that the longest step, in scale factor, is as short as possible.
     """
     ends = [1.0 / (1.0 + z) for z in redshifts]
     parts = [1] * (len(ends) - 1)

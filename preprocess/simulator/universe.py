@@ -92,7 +92,7 @@ def simulate_universe(
     """
     rng = np.random.default_rng(derive_seed(config.seed, "universe", split, universe))
     target = draw_target(rng)
-    cosmology = Cosmology.of_target(target)
+    cosmology = Cosmology.from_target(target)
     mesh = config.size * config.crops
     box = mesh * config.voxel * cosmology.H_0 / PARAMETERS[3].mean
     modes = linear_modes(PowerSpectrum(cosmology), mesh, box, rng)

@@ -22,6 +22,8 @@ from pipelines.errors import DataError
 from preprocess.download import main, unpack
 from preprocess.fetch import fetch
 
+pytestmark = pytest.mark.usefixtures("inline_workers")
+
 Answer = Callable[["Handler"], None]
 
 

@@ -1,4 +1,4 @@
-"""Conversion: nothing lost, nothing made twice, whatever happens on the way."""
+"""Conversion: round trips, faults of files and disks, and resume after a kill at any moment."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 from helpers import (
     DATA,
     ROOT,
+    Ranks,
     can_mount,
     command,
     environment,
@@ -37,9 +38,9 @@ from hypothesis import strategies as st
 
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.dataset.open import open_folder
-from pipelines.distributed.session import Session
+from pipelines.distributed.session import RankError, Session
 from pipelines.distributed.world import World
-from pipelines.errors import UserError
+from pipelines.errors import AccessError
 from pipelines.formats.registry import FORMATS
 from pipelines.io import LOCK_FILE
 from pipelines.sample import Sample
@@ -48,18 +49,20 @@ from preprocess.conversion.progress import STOPPED
 from preprocess.convert import plan_conversion
 
 CONVERT = "preprocess.convert"
+inline = pytest.mark.usefixtures("inline_workers")
+
 KILLS = int(os.environ.get("KILLS", "3"))
 """Random kills of each kind of conversion."""
 
 
 def converted(source: Path, target: Path, to: str) -> ConversionReport:
-    """The samples in `source` as `to` in `target`, by this process alone."""
-    order = plan_conversion(source, target, to, samples_per_shard=2)
-    return run_conversion(order, session=Session(World()), workers=1, unit="sample")
+    """Convert the samples in `source` to `to` in `target`, with one worker."""
+    plan = plan_conversion(source, target, to, samples_per_shard=2)
+    return run_conversion(plan, session=Session(World()), workers=1, unit="sample")
 
 
 def content(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in `folder`, hidden ones too, by name."""
+    """Return the SHA-256 of every file in `folder`, hidden ones too, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
@@ -72,13 +75,13 @@ def content(folder: Path) -> dict[str, str]:
     most=st.sampled_from([1, 255, 256, 32767]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_there_and_back_is_the_identity(
+def test_round_trip_is_the_identity(
     start: str, via: str, samples: int, size: int, most: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     with inline_workers(), tempfile.TemporaryDirectory() as name:
         source, middle, back = (Path(name, folder) for folder in ("source", "middle", "back"))
-        # Shards of several samples have no other writer than the converter.
+        # Only the converter writes shards of several samples.
         written = Path(name, "npy") if start == "packed" else source
         written.mkdir()
         for index in range(samples):
@@ -92,7 +95,7 @@ def test_there_and_back_is_the_identity(
         assert converted(source, middle, via).written == samples
         assert converted(middle, back, start).written == samples
         assert content(source) == before
-        # Byte for byte; beside the samples are the manifest and the lists.
+        # Byte for byte; `back` also has the manifest and the lists.
         assert {file: digest for file, digest in content(back).items() if file in before} == before
         first, second = open_folder(source), open_folder(middle)
         assert [first.sample_id(i) for i in range(samples)] == [second.sample_id(i) for i in range(samples)]
@@ -101,8 +104,9 @@ def test_there_and_back_is_the_identity(
             np.testing.assert_array_equal(first.read(index).target, second.read(index).target)
 
 
+@inline
 @pytest.mark.parametrize("folder", ["tfrecord_gzip", "tfrecord_plain"])
-def test_what_tensorflow_wrote_as_npy(folder: str, tmp_path: Path) -> None:
+def test_tensorflow_records_as_npy(folder: str, tmp_path: Path) -> None:
     converted(DATA / folder, tmp_path, "npy")
     with np.load(DATA / "keras_small.npz") as keras:
         for stem, counts, target in zip(
@@ -131,7 +135,7 @@ def test_both_splits_and_the_lists_of_the_original(tmp_path: Path) -> None:
     assert lines == [f"{stem}.tfrecord {(gzip / f'{stem}.tfrecord').stat().st_size}" for stem in stems]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_no_tail_is_dropped(ranks: int, tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=7, validation=1, format_name="tfrecord_gzip") / "train"
     done = program(
@@ -143,7 +147,8 @@ def test_no_tail_is_dropped(ranks: int, tmp_path: Path) -> None:
     assert content(tmp_path / "npy") == content(tmp_path / "alone")
 
 
-def test_a_rerun_makes_only_what_is_missing_or_does_not_match(tmp_path: Path) -> None:
+@inline
+def test_rerun_converts_only_missing_and_stale_samples(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=6, validation=1, format_name="tfrecord") / "train"
     target = tmp_path / "npy"
     assert converted(data, target, "npy") == ConversionReport(written=6)
@@ -155,13 +160,14 @@ def test_a_rerun_makes_only_what_is_missing_or_does_not_match(tmp_path: Path) ->
     (target / "universe_0002_000_label.npy").write_bytes(b"short")
     assert converted(data, target, "npy") == ConversionReport(written=2, up_to_date=4)
     assert content(target) == before
-    # A source that has changed is another sample.
+    # A changed source is another sample.
     FORMATS["tfrecord"].write(data, "universe_0004_000", tiny_sample(99))
     assert converted(data, target, "npy") == ConversionReport(written=1, up_to_date=5)
     np.testing.assert_array_equal(open_folder(target).read(4).counts, tiny_sample(99).counts)
 
 
-def test_a_damaged_sample_keeps_no_other_from_being_converted(tmp_path: Path) -> None:
+@inline
+def test_damaged_sample_does_not_stop_others(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=5, validation=1, format_name="tfrecord") / "train"
     path = data / "universe_0002_000.tfrecord"
     whole = path.read_bytes()
@@ -176,7 +182,8 @@ def test_a_damaged_sample_keeps_no_other_from_being_converted(tmp_path: Path) ->
     assert converted(data, target, "npy") == ConversionReport(written=1, up_to_date=4)
 
 
-def test_the_order_of_a_list_is_kept(tmp_path: Path) -> None:
+@inline
+def test_order_of_a_list_is_kept(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=3, validation=1) / "train"
     order = [f"universe_{index:04d}_000" for index in (2, 0, 1)]
     for kind in ("data", "label"):
@@ -186,7 +193,8 @@ def test_the_order_of_a_list_is_kept(tmp_path: Path) -> None:
     assert [split.sample_id(index) for index in range(3)] == order
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+@inline
+def test_folder_with_foreign_files_is_unchanged(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=2, validation=1) / "train"
     for name in ("thesis.tex", "other_000.tfrecord", "universe_0000_000_data.npy"):
         target = tmp_path / name / "target"
@@ -198,38 +206,33 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
         assert (target / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["-i", "{data}", "-o", "{data}", "--to", "npy"], "is the source itself"),
-        (["-i", "{data}", "-o", "{out}", "--to", "npz"], "--to = 'npz': expected one of npy"),
-        (["-i", "{data}/none", "-o", "{out}", "--to", "npy"], "cannot be listed (No such file"),
-        (["-i", "{data}", "-o", "{out}", "--to", "npy", "--workers", "0"], "--workers = 0"),
-        (["-i", "{data}", "-o", "/proc/x", "--to", "npy"], "/proc/x: cannot be written"),
-    ],
-)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_what_does_not_fit_is_one_line(
-    ranks: int, arguments: list[str], said: str, tiny: Path, tmp_path: Path
-) -> None:
+@inline
+def test_invalid_arguments_are_one_line(tiny: Path, tmp_path: Path) -> None:
     data, out = tiny / "train", tmp_path / "out"
-    filled = [argument.format(data=data, out=out) for argument in arguments]
-    done = program(CONVERT, *filled, ranks=ranks)
-    assert done.code == 1
-    lines = [line for line in done.err.splitlines() if line.startswith("error")]
-    assert len(lines) == 1 and said in lines[0] and "Traceback" not in done.err
+    for ranks, arguments, message in (
+        (1, ["-i", data, "-o", data, "--to", "npy"], "is the source itself"),
+        (1, ["-i", data, "-o", out, "--to", "npz"], "--to = 'npz': expected one of npy"),
+        (1, ["-i", data, "-o", out, "--to", "npy", "--workers", "0"], "--workers = 0"),
+        (1, ["-i", data / "none", "-o", out, "--to", "npy"], "cannot be listed (No such file"),
+        (2, ["-i", data / "none", "-o", out, "--to", "npy"], "cannot be listed (No such file"),
+        (2, ["-i", data, "-o", "/proc/x", "--to", "npy"], "/proc/x: cannot be written"),
+    ):
+        done = program(CONVERT, *arguments, ranks=ranks)
+        assert done.code == 1
+        lines = [line for line in done.err.splitlines() if line.startswith("error")]
+        assert len(lines) == 1 and message in lines[0] and "Traceback" not in done.err
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty samples of 32^3, enough to be interrupted."""
+    """Return a folder of sixty samples of 32^3, enough to be interrupted."""
     folder = tmp_path_factory.mktemp("many")
     write_tiny(folder, train=60, validation=1, format_name="tfrecord_gzip", size=32)
     return folder / "train"
 
 
-def whole_files(folder: Path) -> int:
-    """How many files of samples `folder` has; fails if one is not whole."""
+def count_complete(folder: Path) -> int:
+    """Return the number of files of samples in `folder`; fail if one is not complete."""
     found = list(folder.glob("*.npy"))
     for path in found:
         np.load(path)
@@ -237,10 +240,12 @@ def whole_files(folder: Path) -> int:
 
 
 @pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [("size=3m", "cannot be written (No space left on device)"), ("ro", "cannot be written (Read-only file")],
+    ("options", "said", "ranks"),
+    [
+        ("size=3m", "cannot be written (No space left on device)", 2),
+        ("ro", "cannot be written (Read-only file", 1),
+    ],
 )
 def test_a_full_or_read_only_disk_is_one_line(
     options: str, said: str, ranks: int, many: Path, tmp_path: Path
@@ -250,7 +255,7 @@ def test_a_full_or_read_only_disk_is_one_line(
     done = run(mounted(options, tmp_path, line))
     assert done.code == 1, done.err
     assert said in done.err and "Traceback" not in done.err
-    # Nothing half under a final name.
+    # No incomplete file has its final name.
     assert set(done.out.split()) <= {str(128 + 2 * 4 * 32**3)}
     assert time.monotonic() - start < 60
 
@@ -282,7 +287,7 @@ for name, main, source, options in (
 
 
 @pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
-def test_a_disk_that_is_full_in_the_middle_of_a_large_file(tmp_path: Path) -> None:
+def test_disk_that_fills_during_a_large_file(tmp_path: Path) -> None:
     data, disk = tmp_path / "data", tmp_path / "disk"
     counts = np.random.default_rng(1).integers(0, 32767, (64, 64, 64, 4), dtype=np.int16)
     for folder in (data / "npy" / "train", data / "npy" / "validation", data / "hdf5", disk):
@@ -310,22 +315,29 @@ def test_a_disk_that_is_full_in_the_middle_of_a_large_file(tmp_path: Path) -> No
 
 
 def lose(path: Path) -> None:
-    """Have `path` in its folder's list, and refuse to be read, as a file whose storage target is lost."""
+    """Make `path` unreadable and keep it in its folder's listing, as with a lost storage target."""
     path.rename(path.with_name(f"{path.name}.lost"))
     path.symlink_to("nowhere")
 
 
 def find(path: Path) -> None:
-    """The inverse."""
+    """Undo `lose`."""
     path.unlink()
     path.with_name(f"{path.name}.lost").rename(path)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("to", "others"), [("npy", 10), ("packed", 8)])
-@pytest.mark.parametrize("first", [0, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_file_that_cannot_be_read_keeps_no_other_from_being_converted(
-    first: int, to: str, others: int, ranks: int, tmp_path: Path
+@inline
+@pytest.mark.parametrize(
+    ("ranks", "to", "others", "first"),
+    [
+        (1, "npy", 10, 0),
+        (2, "packed", 8, 0),
+        pytest.param(2, "npy", 10, 5, marks=pytest.mark.slow),
+        pytest.param(1, "packed", 8, 5, marks=pytest.mark.slow),
+    ],
+)
+def test_unreadable_file_does_not_stop_others(
+    ranks: int, to: str, others: int, first: int, tmp_path: Path
 ) -> None:
     data = write_tiny(tmp_path / "data", train=12, validation=1, format_name="tfrecord_gzip") / "train"
     target = tmp_path / "out"
@@ -345,7 +357,7 @@ def test_a_file_that_cannot_be_read_keeps_no_other_from_being_converted(
     for path in bad:
         find(path)
     assert converted(data, target, to) == ConversionReport(written=12 - others, up_to_date=others)
-    # What was made of one before stays: it is of what may come back, or of all that is left.
+    # Its entry from before stays.
     lose(bad[0])
     done = program(CONVERT, *line)
     assert done.code == 1 and f"error: {bad[0]}: cannot be read" in done.err
@@ -354,10 +366,11 @@ def test_a_file_that_cannot_be_read_keeps_no_other_from_being_converted(
     assert converted(data, target, to) == ConversionReport(up_to_date=12)
 
 
-def test_a_shard_that_is_lost_keeps_no_other_from_being_converted(tmp_path: Path) -> None:
+@inline
+def test_lost_shard_does_not_stop_others(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=60, validation=1, format_name="tfrecord") / "train"
-    order = plan_conversion(data, tmp_path / "packed", "packed", samples_per_shard=20)
-    run_conversion(order, session=Session(World()), workers=2, unit="file")
+    plan = plan_conversion(data, tmp_path / "packed", "packed", samples_per_shard=20)
+    run_conversion(plan, session=Session(World()), workers=2, unit="file")
     shard = tmp_path / "packed" / "shard_000001.tar"
     shard.rename(tmp_path / "shard")
     done = program(CONVERT, "-i", tmp_path / "packed", "-o", tmp_path / "npy", "--to", "npy")
@@ -368,9 +381,9 @@ def test_a_shard_that_is_lost_keeps_no_other_from_being_converted(tmp_path: Path
     assert done.code == 0 and "20 samples converted" in done.out and "40 up to date" in done.out
 
 
-@pytest.mark.parametrize("to", ["npy", "packed"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_many_in_a_row_that_cannot_be_read_end_the_run(ranks: int, to: str, tmp_path: Path) -> None:
+@inline
+@pytest.mark.parametrize(("ranks", "to"), [(1, "npy"), (2, "packed")])
+def test_many_unreadable_files_in_a_row_end_the_run(ranks: int, to: str, tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=80, validation=1, format_name="tfrecord_gzip") / "train"
     line = ["-i", data, "-o", tmp_path / "out", "--to", to, "--samples-per-shard", 20, "--workers", 1]
     assert program(CONVERT, *line).code == 0
@@ -387,31 +400,32 @@ def test_many_in_a_row_that_cannot_be_read_end_the_run(ranks: int, to: str, tmp_
     assert program(CONVERT, *line).code == 0 and content(tmp_path / "out") == before
 
 
-def test_nothing_is_removed_for_a_source_that_is_not_there_at_all(tmp_path: Path) -> None:
+@inline
+def test_missing_source_removes_nothing(tmp_path: Path) -> None:
     data, target = write_tiny(tmp_path / "data", train=4, validation=1) / "train", tmp_path / "out"
     converted(data, target, "packed")
-    order = plan_conversion(data, target, "packed", samples_per_shard=2)
+    plan = plan_conversion(data, target, "packed", samples_per_shard=2)
     data.rename(tmp_path / "gone")
-    with pytest.raises(UserError, match=f"{data}: cannot be read"):
-        run_conversion(order, session=Session(World()), workers=1, unit="file")
+    with pytest.raises(RankError) as error:
+        run_conversion(plan, session=Session(World()), workers=1, unit="file")
+    assert isinstance(error.value.error, AccessError) and error.value.error.path == str(data)
     assert len(list(target.glob("*.tar"))) == 2
 
 
+@inline
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_source_that_vanishes_is_one_line(ranks: int, many: Path, tmp_path: Path) -> None:
+def test_source_that_vanishes_is_one_line(ranks: int, many: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "npy"
     shutil.copytree(many, source)
-    line = command(CONVERT, ["-i", source, "-o", target, "--to", "npy"], ranks=ranks)
-    running = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    while len(list(target.glob("*_data.npy"))) < 3 and running.poll() is None:
-        pass
-    source.rename(tmp_path / "gone")
-    gone = time.monotonic()
-    _, err = running.communicate(timeout=60)
-    assert time.monotonic() - gone < 30
-    assert running.returncode == 1
-    assert "cannot be read (No such file or directory)" in err and "Traceback" not in err
-    assert whole_files(target) > 0 and not (target / MANIFEST).exists()
+    line = command(CONVERT, ["-i", source, "-o", target, "--to", "npy", "--workers", 1])
+    with Ranks(line, range(ranks), ranks) as running:
+        while len(list(target.glob("*_data.npy"))) < 3 and running.processes[0].poll() is None:
+            pass
+        source.rename(tmp_path / "gone")
+        codes, output = running.end(30)
+    assert codes == {1} and "Traceback" not in output
+    assert "cannot be read (No such file or directory)" in output
+    assert count_complete(target) > 0 and not (target / MANIFEST).exists()
     (tmp_path / "gone").rename(source)
     converted(source, target, "npy")
     converted(source, tmp_path / "undisturbed", "npy")
@@ -432,12 +446,12 @@ def test_killed_at_any_moment(format_name: str, pattern: str, count: int, many: 
         shutil.rmtree(target, ignore_errors=True)
         line, quiet = command(CONVERT, arguments, ranks=3), subprocess.DEVNULL
         running = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=quiet, stderr=quiet)
-        # From before the first file on, somewhere between one file and the next; more come before it hits.
+        # At a random number of files, somewhere between one file and the next.
         files = chance.randrange(0, count * 3 // 4)
         while len(list(target.glob(pattern))) < files and running.poll() is None:
             pass
         time.sleep(chance.uniform(0, 0.01))
-        # mpirun and its ranks, or one of them, of which the others then hear.
+        # mpirun and its ranks, or one of these processes.
         processes = [running.pid, *started_by(running.pid)]
         kill(chance.choice([processes, [chance.choice(processes)]]))
         running.wait(timeout=30)
@@ -450,15 +464,13 @@ def test_killed_at_any_moment(format_name: str, pattern: str, count: int, many: 
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_a_conversion_that_is_stopped_while_it_reads_leaves_no_worker_and_goes_on(
-    stop: signal.Signals, tmp_path: Path
-) -> None:
+def test_stopped_conversion_leaves_no_worker_and_resumes(stop: signal.Signals, tmp_path: Path) -> None:
     data, target = write_tiny(tmp_path / "data", train=6, validation=1) / "train", tmp_path / "out"
     converted(data, tmp_path / "undisturbed", "tfrecord")
     last = data / "universe_0005_000_label.npy"
     whole = (last.read_bytes(), last.stat().st_mtime_ns)
     last.unlink()
-    os.mkfifo(last)  # Whoever reads it waits.
+    os.mkfifo(last)  # Reading it blocks.
     line = command(CONVERT, ["-i", data, "-o", target, "--to", "tfrecord", "--workers", "1"])
     process = subprocess.Popen(
         line,
@@ -466,7 +478,7 @@ def test_a_conversion_that_is_stopped_while_it_reads_leaves_no_worker_and_goes_o
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
-        # Whoever runs the tests in the background has Ctrl-C ignored, and so would their children.
+        # Tests in the background ignore Ctrl-C, which children inherit.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
@@ -480,7 +492,7 @@ def test_a_conversion_that_is_stopped_while_it_reads_leaves_no_worker_and_goes_o
     _, err = process.communicate(timeout=30)
     if stop == signal.SIGINT:
         assert (process.returncode, err) == (130, f"{STOPPED}\n")
-    # What it was about to write may be another run's by now.
+    # The folder may belong to another run by now.
     wait_until_gone(workers)
     last.unlink()
     last.write_bytes(whole[0])

@@ -1,4 +1,4 @@
-"""Linear theory against textbook formulas and against integrals taken by somebody else."""
+"""Linear theory compared with textbook formulas and independent integrals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EDGES = [Cosmology(om, s8, ns, h0) for om, s8, ns, h0 in [(0.27, 0.72, 0.864, 63
 
 
 @pytest.mark.parametrize("cosmology", [MEAN, *EDGES])
-def test_the_spectrum_has_the_sigma_8_it_was_asked_for(cosmology: Cosmology) -> None:
+def test_spectrum_has_the_requested_sigma_8(cosmology: Cosmology) -> None:
     spectrum = PowerSpectrum(cosmology)
 
     def integrand(log_k: float) -> float:
@@ -38,14 +38,14 @@ def test_the_spectrum_has_the_sigma_8_it_was_asked_for(cosmology: Cosmology) -> 
     assert math.sqrt(variance) == pytest.approx(cosmology.sigma_8, rel=1e-3)
 
 
-def test_the_spectrum_is_primordial_on_the_largest_scales() -> None:
+def test_spectrum_is_primordial_on_the_largest_scales() -> None:
     k = np.array([1e-5, 2e-5])
     np.testing.assert_allclose(transfer(MEAN, k), 1.0, rtol=1e-3)
     low, high = PowerSpectrum(MEAN)(k)
     assert math.log2(high / low) == pytest.approx(0.96, abs=2e-3)
 
 
-def test_small_scales_fall_as_the_logarithm_over_the_square() -> None:
+def test_transfer_falls_as_log_k_over_k_squared() -> None:
     # Growth in the radiation era leaves T ~ ln k / k^2.
     k = np.array([20.0, 200.0])
     low, high = transfer(MEAN, k)
@@ -54,14 +54,14 @@ def test_small_scales_fall_as_the_logarithm_over_the_square() -> None:
 
 
 @pytest.mark.parametrize("cosmology", [MEAN, *EDGES])
-def test_the_sound_horizon_follows_the_fitting_formula(cosmology: Cosmology) -> None:
-    # EH98 equation 26, which its authors give to 2%.
+def test_sound_horizon_follows_the_fitting_formula(cosmology: Cosmology) -> None:
+    # EH98 equation 26, accurate to 2% by its authors.
     om, ob = cosmology.omega_m * cosmology.h**2, OMEGA_B * cosmology.h**2
     fit = 44.5 * math.log(9.83 / om) / math.sqrt(1.0 + 10.0 * ob**0.75)
     assert early_scales(cosmology).sound_horizon == pytest.approx(fit, rel=0.02)
 
 
-def test_baryons_leave_waves_of_the_sound_horizons_length() -> None:
+def test_acoustic_oscillations_have_the_sound_horizon_as_period() -> None:
     k = np.linspace(0.05, 0.35, 600)  # h/Mpc
     power = np.log(PowerSpectrum(MEAN)(k))
     smooth = np.polynomial.Polynomial.fit(np.log(k), power, 5)(np.log(k))
@@ -84,7 +84,7 @@ def test_linear_growth_is_the_hypergeometric_function(omega_m: float) -> None:
         assert found.first == pytest.approx(exact(z) / exact(0.0), rel=2e-4)
 
 
-def test_without_lambda_growth_is_the_scale_factor() -> None:
+def test_growth_without_lambda_is_the_scale_factor() -> None:
     for z, found in zip((9.0, 3.0, 0.0), growth(1.0, (9.0, 3.0, 0.0)), strict=True):
         assert found.first == pytest.approx(1.0 / (1.0 + z), rel=1e-4)
         assert found.second == pytest.approx(-3.0 / 7.0 * found.first**2, rel=2e-4)
@@ -102,10 +102,10 @@ def test_targets_fill_the_published_ranges() -> None:
     rng = np.random.default_rng(0)
     targets = np.stack([draw_target(rng) for _ in range(4000)])
     assert targets.dtype == np.float32 and np.abs(targets).max() <= 1.0
-    # Uniform in [-1, 1]: mean 0, standard deviation 1 / sqrt(3), nothing shared between parameters.
+    # Uniform in [-1, 1]: mean 0, standard deviation 1 / sqrt(3), parameters uncorrelated.
     np.testing.assert_allclose(targets.mean(axis=0), 0.0, atol=0.04)
     np.testing.assert_allclose(targets.std(axis=0), 1 / math.sqrt(3), rtol=0.04)
     correlation = np.corrcoef(targets.T) - np.eye(4)
     assert np.abs(correlation).max() < 0.06
-    edge = Cosmology.of_target([-1, 1, 0, 0.5])
+    edge = Cosmology.from_target([-1, 1, 0, 0.5])
     assert (edge.omega_m, edge.sigma_8, edge.n_s, edge.H_0) == pytest.approx((0.27, 0.88, 0.96, 73.5))

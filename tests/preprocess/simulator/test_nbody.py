@@ -1,4 +1,4 @@
-"""Universes against physics: the field they start from, its growth, and how steps converge."""
+"""Physics of universes: the initial field, its growth, and convergence with the number of steps."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def linear_field(size: int, box: float, seed: int) -> Array:
 
 
 def universe(size: int, box: float, seed: int, steps: int) -> dict[float, Array]:
-    """Counts (size, size, size) by redshift."""
+    """Return counts (size, size, size) by redshift."""
     modes = linear_modes(PowerSpectrum(MEAN), size, box, np.random.default_rng(seed))
     stops, recorded = step_redshifts(FALLING, steps)
     return dict(zip(FALLING, evolve(modes, growth(MEAN.omega_m, stops), recorded), strict=True))
 
 
 def power(field: Array, box: float) -> tuple[Array, Array]:
-    """|n| and P(k), (Mpc/h)^3, of every mode of `field`, by numpy's transform."""
+    """Return |n| and P(k) in (Mpc/h)^3 of every mode of `field`, by NumPy's transform."""
     size = len(field)
     n = np.fft.fftfreq(size, 1.0 / size)
     radius = np.sqrt(n[:, None, None] ** 2 + n[None, :, None] ** 2 + n[None, None, :] ** 2)
     return radius, np.abs(np.fft.fftn(field)) ** 2 * box**3 / size**6
 
 
-def test_the_first_field_has_the_power_it_should() -> None:
+def test_initial_field_has_the_input_spectrum() -> None:
     size, box, seeds = 64, 256.0, 16
     measured = np.mean([power(linear_field(size, box, seed), box)[1] for seed in range(seeds)], axis=0)
     radius, _ = power(np.zeros((size,) * 3), box)
@@ -57,7 +57,7 @@ def test_the_first_field_has_the_power_it_should() -> None:
     bins = 0
     for low in range(1, size // 2, 2):
         chosen = (radius >= low) & (radius < low + 2)
-        # A mode and its mirror image are one draw, whose power scatters by its own size.
+        # A mode and its mirror image are one draw; its power has a relative standard deviation of 1.
         scatter = 1.0 / np.sqrt(seeds * chosen.sum() / 2)
         if 3 * scatter > 0.05:
             continue
@@ -66,7 +66,7 @@ def test_the_first_field_has_the_power_it_should() -> None:
     assert bins >= 14
 
 
-def test_the_first_field_has_its_sigma_8() -> None:
+def test_initial_field_has_the_requested_sigma_8() -> None:
     size, box = 64, 256.0
     radius, _ = power(np.zeros((size,) * 3), box)
     x = np.maximum(8.0 * 2 * np.pi / box * radius, 1e-6)
@@ -78,8 +78,8 @@ def test_the_first_field_has_its_sigma_8() -> None:
 
 
 @pytest.mark.parametrize("voxel", [2.0, 4.0, 8.0])
-def test_the_largest_scales_grow_as_linear_theory_says(voxel: float) -> None:
-    # Coarse voxels are the hard case: there a particle has hardly moved by z = 3.
+def test_largest_scales_follow_linear_growth(voxel: float) -> None:
+    # Coarse voxels are the difficult case: particles have hardly moved by z = 3.
     size, box = 64, 64 * voxel
     ratios: dict[float, list[float]] = {z: [] for z in FALLING}
     for seed in range(4):
@@ -94,25 +94,25 @@ def test_the_largest_scales_grow_as_linear_theory_says(voxel: float) -> None:
         assert np.sqrt(np.mean(ratios[z])) == pytest.approx(linear.first, rel=0.05), z
 
 
-def test_no_particle_is_lost() -> None:
+def test_number_of_particles_is_constant() -> None:
     for z, counts in universe(32, 128.0, 5, steps=4).items():
         assert counts.dtype == np.int16 and counts.min() >= 0
         assert counts.sum() == 32**3, z
 
 
-def test_matter_clusters_with_time_and_with_sigma_8() -> None:
+def test_clustering_grows_with_time_and_sigma_8() -> None:
     by_time = [counts.var() for counts in universe(32, 128.0, 2, steps=4).values()]
     assert by_time == sorted(by_time)
 
 
 def one_point(counts: Array) -> Array:
-    """Share of empty voxels, variance, and share of voxels with more than 5 particles."""
+    """Return the fraction of empty voxels, the variance, and the fraction with more than 5 particles."""
     return np.array([(counts == 0).mean(), counts.var(), (counts > 5).mean()])
 
 
-def test_four_steps_have_nearly_the_counts_of_many() -> None:
-    # What docs/simulator.md states of the default of 4 steps beside 32: empty voxels within 0.5%, the
-    # variance within 5%, the tail within 3%. (z = 3 is one 2LPT step in both.)
+def test_four_steps_agree_with_many() -> None:
+    # The bounds of docs/simulator.md for 4 steps compared with 32: empty voxels within 0.5%, the variance
+    # within 5%, the tail within 3%. (z = 3 is one 2LPT step in both.)
     few, many = (
         {z: np.mean([one_point(universes[z]) for universes in runs], axis=0) for z in FALLING}
         for runs in ([universe(32, 128.0, seed, steps) for seed in range(6)] for steps in (4, 32))

@@ -1,4 +1,4 @@
-"""The simulator as a program: the same bytes whatever happens on the way, and refusals in one line."""
+"""The simulator as a program: reproducible bytes, and errors in one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, environment, program, run
+from helpers import ROOT, environment, inline_workers, program, run
 
 from pipelines.dataset.open import open_split
 from pipelines.errors import DataError
@@ -29,49 +29,50 @@ SMALL_FLAGS = ["--train", "3", "--validation", "2"]
 
 
 def digests(root: Path) -> dict[str, str]:
-    """The SHA-256 of every file below `root`, by name."""
+    """Return the SHA-256 of every file below `root`, by name."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three and two universes, made by one worker."""
+    """Return a data set of three and two universes, made by one worker."""
     root = tmp_path_factory.mktemp("made")
     make_dataset(SMALL, root, workers=1, shown=False)
     return root
 
 
-def test_the_published_format_and_names(made: Path) -> None:
+def test_published_format_and_names(made: Path) -> None:
     for split, count in (("train", 3), ("validation", 2)):
         found = open_split(made, split)
         assert (found.format_name, len(found), found.spec.shape) == ("tfrecord_gzip", count, (32, 32, 32, 4))
         for index in range(count):
             sample = found.read(index)
             assert np.abs(sample.target).max() <= 1
-            # Every particle is in some voxel, at every redshift.
+            # Each particle is in one voxel, at every redshift.
             assert (sample.counts.sum(axis=(0, 1, 2), dtype=np.int64) == 32**3).all()
-            # z = 0 comes first, and matter clusters with time.
+            # z = 0 comes first, and clustering grows with time.
             assert (np.diff(sample.counts.var(axis=(0, 1, 2))) < 0).all()
 
 
-def test_the_number_of_workers_changes_no_byte(made: Path, tmp_path: Path) -> None:
+def test_number_of_workers_changes_no_byte(made: Path, tmp_path: Path) -> None:
     make_dataset(SMALL, tmp_path / "three", workers=3, shown=False)
     assert digests(tmp_path / "three") == digests(made)
 
 
-def test_what_is_missing_is_made_again_and_a_folder_can_grow(made: Path, tmp_path: Path) -> None:
+def test_missing_samples_are_made_and_a_folder_can_grow(made: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
-    make_dataset(SimulateConfig(train=1, validation=2), root, workers=2, shown=False)
-    make_dataset(SMALL, root, workers=2, shown=False)
-    next((root / "train").glob("*.tfrecord")).unlink()
-    (root / "train" / ".univ_a0000000_000.tfrecord.1.tmp").write_bytes(b"half")
-    make_dataset(SMALL, root, workers=2, shown=False)
+    with inline_workers("preprocess.simulate"):
+        make_dataset(SimulateConfig(train=1, validation=2), root, workers=2, shown=False)
+        make_dataset(SMALL, root, workers=2, shown=False)
+        next((root / "train").glob("*.tfrecord")).unlink()
+        (root / "train" / ".univ_a0000000_000.tfrecord.1.tmp").write_bytes(b"half")
+        make_dataset(SMALL, root, workers=2, shown=False)
     assert digests(root) == digests(made)
 
 
 @pytest.mark.slow
-def test_kill_9_leaves_nothing_that_a_rerun_does_not_mend(tmp_path: Path) -> None:
+def test_rerun_completes_a_killed_simulation(tmp_path: Path) -> None:
     def line(root: Path) -> list[str]:
         options = ["--train", "40", "--validation", "4", "--workers", "2", "-o", str(root)]
         return [sys.executable, "-m", SIMULATE, *options]
@@ -92,19 +93,19 @@ def test_kill_9_leaves_nothing_that_a_rerun_does_not_mend(tmp_path: Path) -> Non
     assert digests(killed) == digests(whole)
 
 
-def test_no_universe_is_in_both_splits_nor_twice(made: Path) -> None:
+def test_universes_are_distinct(made: Path) -> None:
     samples = [open_split(made, split) for split in ("train", "validation")]
     every = [split.read(index) for split in samples for index in range(len(split))]
     for one, other in itertools.combinations(every, 2):
         assert not np.allclose(one.target, other.target, atol=1e-4)
-        # Two fields that share their initial conditions correlate; these do so by chance alone.
+        # Fields with the same initial conditions would correlate.
         first, second = (np.log1p(sample.counts[..., 0].astype(float)).ravel() for sample in (one, other))
         assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
     stems = [split.sample_id(index) for split in samples for index in range(len(split))]
     assert len(set(stems)) == len(stems)
 
 
-def test_crops_are_the_whole_box_cut_in_c_order() -> None:
+def test_crops_are_the_box_cut_in_c_order() -> None:
     config = SimulateConfig(train=1, validation=0, size=32, crops=2)
     crops = dict(simulate_universe(config, "train", 0))
     assert [stem[-3:] for stem in crops] == [f"{crop:03d}" for crop in range(8)]
@@ -114,16 +115,15 @@ def test_crops_are_the_whole_box_cut_in_c_order() -> None:
         box[i : i + 32, j : j + 32, k : k + 32] = sample.counts
     assert (box.sum(axis=(0, 1, 2), dtype=np.int64) == 64**3).all()
     assert len({sample.target.tobytes() for sample in crops.values()}) == 1
-    # A crop's edge is not the box's: neighbours go on across the seam more smoothly than across the box.
+    # A crop's edge is not the box's edge: neighbours across the seam correlate.
     field = np.log1p(box[..., 0].astype(float))
     seam = np.corrcoef(field[31].ravel(), field[32].ravel())[0, 1]
     apart = np.corrcoef(field[0].ravel(), field[31].ravel())[0, 1]
     assert seam > 0.2 > abs(apart)
 
 
-def test_the_box_grows_with_h_0() -> None:
-    # In the published set the box is 512 H_0 / 70 Mpc/h wide, so a voxel holds H_0's imprint; a larger
-    # voxel smooths more, which the same spectrum shows as a smaller variance.
+def test_box_grows_with_h_0() -> None:
+    # In the published set the box is 512 H_0 / 70 Mpc/h wide.
     boxes = []
 
     def spy(spectrum: PowerSpectrum, size: int, box: float, rng: np.random.Generator) -> torch.Tensor:
@@ -139,13 +139,15 @@ def test_the_box_grows_with_h_0() -> None:
 
 @pytest.mark.parametrize("format_name", sorted(FORMATS))
 def test_any_format_holds_the_same_universes(format_name: str, made: Path, tmp_path: Path) -> None:
-    make_dataset(SimulateConfig(train=1, validation=1, format=format_name), tmp_path, workers=1, shown=False)
+    with inline_workers("preprocess.simulate"):
+        config = SimulateConfig(train=1, validation=1, format=format_name)
+        make_dataset(config, tmp_path, workers=1, shown=False)
     found, published = open_split(tmp_path, "train"), open_split(made, "train")
     assert found.format_name == format_name
     np.testing.assert_array_equal(found.read(0).counts, published.read(0).counts)
 
 
-def test_a_complete_folder_is_left_alone(made: Path) -> None:
+def test_complete_folder_is_unchanged(made: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     done = program(SIMULATE, "--train", 3, "--validation", 2, "-o", made)
     assert done.code == 0 and "complete" in done.out
@@ -187,7 +189,7 @@ def test_other_settings_in_the_same_folder_are_refused(
         (["--workers", "0"], "workers = 0"),
     ],
 )
-def test_settings_that_make_no_universe_are_refused(
+def test_invalid_settings_are_refused(
     flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -198,17 +200,19 @@ def test_settings_that_make_no_universe_are_refused(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path) -> None:
+def test_folder_with_other_content_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "precious.tfrecord").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"simulation\.json"):
+    with pytest.raises(DataError) as error:
         make_dataset(SMALL, tmp_path, workers=1, shown=False)
+    assert error.value.path == str(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train"]
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match="file"):
+    with pytest.raises(DataError) as error:
         make_dataset(SMALL, tmp_path / "file", workers=1, shown=False)
+    assert error.value.path == str(tmp_path / "file" / "simulation.json")
 
 
-def test_the_record_says_what_the_folder_was_made_with(made: Path) -> None:
+def test_record_holds_the_settings(made: Path) -> None:
     record = json.loads((made / "simulation.json").read_text())
     assert (record["train"], record["seed"], record["voxel"]) == (3, 0, 4.0)

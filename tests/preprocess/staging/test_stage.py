@@ -1,4 +1,4 @@
-"""Staging: every sample on every node, each file read once."""
+"""Staging: which node gets which samples, what is read and written, and faults."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STAGE = "preprocess.stage"
 
 
 def on_nodes(nodes: int, ranks: int, source: Path, target: Path, *options: str) -> list[tuple[int, str, str]]:
-    """Stage `source` on `nodes` nodes of `ranks` each, node n's disk being `target`/n."""
+    """Stage `source` on `nodes` nodes of `ranks` ranks each; the disk of node n is `target`/n."""
 
     def line(node: int) -> list[object]:
         return [STAGE, "-i", source, "-o", target / str(node), *options]
@@ -79,14 +79,14 @@ def as_srun(nodes: int, ranks: int, line: Callable[[int], list[object]]) -> list
 
 
 def content(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file below `folder`, by name."""
+    """Return the SHA-256 of every file below `folder`, by name."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize(("nodes", "ranks"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), (3, 2)])
 @pytest.mark.parametrize("format_name", ["tfrecord_gzip", "npy"])
-def test_every_node_has_everything_and_each_file_was_read_once(
+def test_every_node_has_all_samples_and_each_file_is_read_once(
     format_name: str, nodes: int, ranks: int, tmp_path: Path
 ) -> None:
     data = write_tiny(tmp_path / "data", train=7, validation=2, format_name=format_name)
@@ -107,7 +107,7 @@ def test_every_node_has_everything_and_each_file_was_read_once(
     assert content(data) == before
 
 
-def test_a_second_run_stages_nothing_and_a_node_that_lost_something_gets_it_back(tmp_path: Path) -> None:
+def test_second_run_stages_only_what_a_node_lost(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=6, validation=1, format_name="tfrecord_gzip")
     on_nodes(2, 1, data, tmp_path / "disk")
     first = content(tmp_path / "disk" / "0")
@@ -118,7 +118,7 @@ def test_a_second_run_stages_nothing_and_a_node_that_lost_something_gets_it_back
     FORMATS["tfrecord_gzip"].write(data / "train", "universe_0004_000", tiny_sample(77))
     done = on_nodes(2, 1, data, tmp_path / "disk")
     assert "staged 2 of 6 samples" in done[0][1]
-    # The node that had it still has the very file.
+    # The node that had it keeps its file.
     assert (tmp_path / "disk" / "0" / "train" / "universe_0003_000_data.npy").stat() == up_to_date
     again = content(tmp_path / "disk" / "1")
     assert again == content(tmp_path / "disk" / "0") and again.keys() == first.keys()
@@ -127,7 +127,7 @@ def test_a_second_run_stages_nothing_and_a_node_that_lost_something_gets_it_back
     )
 
 
-def test_a_damaged_sample_is_named_and_the_others_are_staged(tmp_path: Path) -> None:
+def test_damaged_sample_is_named_and_others_are_staged(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=5, validation=1, format_name="tfrecord_gzip")
     bad = data / "train" / "universe_0002_000.tfrecord"
     bad.write_bytes(bad.read_bytes()[:-9])
@@ -141,7 +141,7 @@ def test_a_damaged_sample_is_named_and_the_others_are_staged(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("first", [0, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_file_that_cannot_be_read_keeps_no_other_from_being_staged(first: int, tmp_path: Path) -> None:
+def test_unreadable_file_does_not_stop_others(first: int, tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=12, validation=1, format_name="tfrecord_gzip")
     bad = data / "train" / f"universe_{first:04d}_000.tfrecord"
     bad.rename(tmp_path / "lost")
@@ -160,7 +160,7 @@ def test_a_file_that_cannot_be_read_keeps_no_other_from_being_staged(first: int,
     assert [len(open_split(tmp_path / "disk" / node, "train")) for node in "01"] == [12, 12]
 
 
-def test_a_source_that_is_lost_whole_ends_staging_and_nothing_is_removed(tmp_path: Path) -> None:
+def test_missing_source_ends_staging_and_removes_nothing(tmp_path: Path) -> None:
     data, disk = write_tiny(tmp_path / "data", train=20, validation=1), tmp_path / "disk"
     staged(data, disk)
     before = content(disk)
@@ -169,7 +169,7 @@ def test_a_source_that_is_lost_whole_ends_staging_and_nothing_is_removed(tmp_pat
     with pytest.raises(AccessError) as error:
         stage(splits, disk, StageConfig(str(disk)), Session(World()))
     assert error.value.path == str(data / "train")
-    # The folder is there, and no file in it.
+    # The folder exists without files.
     (data / "train").mkdir()
     with pytest.raises(AccessError) as error:
         stage(splits, disk, StageConfig(str(disk)), Session(World()))
@@ -177,9 +177,7 @@ def test_a_source_that_is_lost_whole_ends_staging_and_nothing_is_removed(tmp_pat
     assert content(disk) == before
 
 
-def test_files_that_are_lost_while_staging_end_it_if_they_are_many(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_unreadable_files_end_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, disk = write_tiny(tmp_path / "data", train=40, validation=1), tmp_path / "disk"
 
     def lost(path: Path, *, direct: bool = False) -> bytes:
@@ -194,7 +192,7 @@ def test_files_that_are_lost_while_staging_end_it_if_they_are_many(
     assert len(open_split(disk, "train")) == 40
 
 
-def test_training_goes_on_without_a_file_that_cannot_be_staged(tmp_path: Path) -> None:
+def test_training_continues_without_an_unreadable_sample(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=8, validation=2, format_name="tfrecord_gzip")
     bad = data / "train" / "universe_0002_000.tfrecord"
     bad.unlink()
@@ -210,7 +208,7 @@ def test_training_goes_on_without_a_file_that_cannot_be_staged(tmp_path: Path) -
     assert '"samples": 9' in stop
 
 
-def test_a_node_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_node_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=3, validation=1)
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "1").write_text("a file where the folder should be")
@@ -224,7 +222,7 @@ def test_a_node_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def staged(
     data: Path, disk: Path, *, beside: int = 0, skip_source_check: bool = False
 ) -> list[StagingReport]:
-    """Stage `data` to `disk` with this process alone, `beside` others on its node for another model."""
+    """Stage `data` to `disk` with one rank; `beside` is the number of its node's ranks of another model."""
     splits = {name: open_split(data, name) for name in ("train", "validation")}
     done = stage(
         splits,
@@ -238,7 +236,7 @@ def staged(
     return [staged for _, staged in done]
 
 
-def test_what_has_become_of_the_source_since_it_was_staged(tmp_path: Path) -> None:
+def test_changed_source_is_staged_again(tmp_path: Path) -> None:
     data, disk = (
         write_tiny(tmp_path / "data", train=4, validation=1, format_name="tfrecord"),
         tmp_path / "disk",
@@ -247,7 +245,7 @@ def test_what_has_become_of_the_source_since_it_was_staged(tmp_path: Path) -> No
     bad = data / "train" / "universe_0002_000.tfrecord"
     bad.write_bytes(bad.read_bytes()[:-9])
     assert staged(data, disk)[0].faults[0].startswith(f"{bad}: is cut off")
-    # Neither the manifest nor the folder has the sample that was staged before.
+    # The sample that was staged before is gone from the manifest and the folder.
     left = open_split(disk, "train")
     assert [left.sample_id(index) for index in range(len(left))] == [
         f"universe_000{n}_000" for n in (0, 1, 3)
@@ -256,7 +254,7 @@ def test_what_has_become_of_the_source_since_it_was_staged(tmp_path: Path) -> No
     FORMATS["tfrecord"].write(data / "train", "universe_0002_000", tiny_sample(2))
     assert [one.samples for one in staged(data, disk)] == [1, 0]
     assert len(open_split(disk, "train")) == 4
-    # Just staged, the folders are taken for what they are; without that word the sources are asked.
+    # With skip_source_check complete folders are not compared with the source files.
     (data / "train" / "universe_0000_000.tfrecord").unlink()
     splits = {name: open_split(data, name) for name in ("train", "validation")}
     assert len(splits["train"]) == 3
@@ -268,7 +266,7 @@ def test_what_has_become_of_the_source_since_it_was_staged(tmp_path: Path) -> No
     assert [one.samples for one in staged(data, disk)] == [3, 0]
 
 
-def test_a_shard_that_is_cut_off_keeps_no_other_from_being_staged(tmp_path: Path) -> None:
+def test_truncated_shard_does_not_stop_others(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=6, validation=1)
     for name in ("train", "validation"):
         assert convert(data / name, tmp_path / "packed" / name, "packed", workers=1, samples_per_shard=3) == 0
@@ -281,7 +279,7 @@ def test_a_shard_that_is_cut_off_keeps_no_other_from_being_staged(tmp_path: Path
     assert validation.faults == () and len(open_split(tmp_path / "disk", "train")) == 3
 
 
-def test_samples_of_a_shard_that_is_lost_are_counted_and_it_is_named_once(tmp_path: Path) -> None:
+def test_missing_shard_is_named_once(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=6, validation=1)
     for name in ("train", "validation"):
         assert convert(data / name, tmp_path / "packed" / name, "packed", workers=1, samples_per_shard=3) == 0
@@ -292,13 +290,13 @@ def test_samples_of_a_shard_that_is_lost_are_counted_and_it_is_named_once(tmp_pa
     assert done.err.count(f"error: {shard}: cannot be read") == 1
 
 
-def test_the_room_for_both_splits_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_for_both_splits_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, disk = (
         write_tiny(tmp_path / "data", train=2, validation=2, format_name="tfrecord"),
         tmp_path / "disk",
     )
     usage = shutil.disk_usage(tmp_path)
-    # Enough for the counts, and not for what goes with them.
+    # Enough for the counts, but not for headers and labels.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * 2 * 4 * 16**3))
     with pytest.raises(DataError) as error:
         staged(data, disk)
@@ -306,7 +304,7 @@ def test_the_room_for_both_splits_comes_first(tmp_path: Path, monkeypatch: pytes
     assert not list(disk.rglob("*.npy"))
 
 
-def test_two_models_on_a_node_stage_one_after_the_other(tmp_path: Path) -> None:
+def test_two_models_on_one_node_stage_one_after_the_other(tmp_path: Path) -> None:
     data, disk = write_tiny(tmp_path / "data", train=2, validation=1), tmp_path / "disk"
     (disk / "train").mkdir(parents=True)
     with ThreadPoolExecutor(1) as other:
@@ -337,7 +335,7 @@ def test_two_models_on_a_node_stage_one_after_the_other(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("samples", [0, 1, 1000, 4097])
-def test_any_number_of_ranks_reads_each_sample_once_and_writes_it_once_a_node(
+def test_each_sample_is_read_once_and_written_once_a_node(
     samples: int, a_node: int, nodes: int, models: int, multiplier: int
 ) -> None:
     config = StageConfig("x", "local", multiplier, preshuffle=True, seed=5)
@@ -345,7 +343,7 @@ def test_any_number_of_ranks_reads_each_sample_once_and_writes_it_once_a_node(
     read, written = np.zeros(samples, int), np.zeros((models, samples), int)
     for number, team in enumerate(teams):
         share = partition_indices(samples, number, len(teams), config.seed)
-        # A model that stages for itself finds on its nodes what was staged for all of them.
+        # A model that stages alone needs the same samples on its nodes.
         for place, node in enumerate(team):
             assert node % (nodes // models) in alone[number]
             for local_rank in range(a_node):
@@ -354,15 +352,15 @@ def test_any_number_of_ranks_reads_each_sample_once_and_writes_it_once_a_node(
                 written[node // (nodes // models), mine] += 1
                 own = indices_to_read(mine.tolist(), place, len(team))
                 read[own] += 1
-                # What it reads is what its peers expect of it: its turns.
+                # A rank reads exactly what its peers expect from it.
                 assert own == [index for turn, index in enumerate(mine.tolist()) if turn % len(team) == place]
     assert sorted(node for team in teams for node in team) == list(range(nodes))
-    # The bytes read are the data set's, whatever the number of copies, which is that of nodes in a team.
+    # Each sample is read once, for any number of copies.
     assert (read == 1).all()
     assert (written == multiplier).all()
 
 
-def test_models_side_by_side_share_one_staging(tmp_path: Path) -> None:
+def test_models_side_by_side_share_one_staging_step(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=7, validation=3, format_name="tfrecord_gzip")
     options = ["--shard-type", "local", "--preshuffle", "--seed", "4"]
     done = on_nodes(4, 1, data, tmp_path / "disk", *options, "--models", "2")
@@ -371,13 +369,13 @@ def test_models_side_by_side_share_one_staging(tmp_path: Path) -> None:
     assert "staged 7 of 7 samples on 4 nodes" in done[0][1] and f"{size:,} bytes read" in done[0][1]
     disks = [content(tmp_path / "disk" / str(node)) for node in range(4)]
     assert disks[0] == disks[2] and disks[1] == disks[3] and disks[0] != disks[1]
-    # The second model, alone on its nodes, has nothing left to stage.
+    # The second model alone has nothing left to stage.
     alone = as_srun(2, 1, lambda n: [STAGE, "-i", data, "-o", tmp_path / "disk" / str(n + 2), *options])
     assert "staged 0 of 7" in alone[0][1], alone
 
 
 @pytest.mark.parametrize(("samples", "teams"), [(7, 2), (8, 4), (65536, 512), (524288, 100)])
-def test_shares_are_as_equal_as_can_be_and_the_draw_is_the_same_for_all(samples: int, teams: int) -> None:
+def test_partitions_are_almost_equal_and_disjoint(samples: int, teams: int) -> None:
     for seed in (None, 3):
         shares = [partition_indices(samples, team, teams, seed) for team in range(teams)]
         assert {len(share) for share in shares} <= {samples // teams, -(-samples // teams)}
@@ -390,7 +388,7 @@ def test_shares_are_as_equal_as_can_be_and_the_draw_is_the_same_for_all(samples:
 @pytest.mark.parametrize(
     "options", [pytest.param([], marks=pytest.mark.slow), ["--preshuffle", "--seed", "3"]]
 )
-def test_teams_have_shares_and_each_file_is_read_once(options: list[str], tmp_path: Path) -> None:
+def test_teams_get_partitions_and_each_file_is_read_once(options: list[str], tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=7, validation=3, format_name="tfrecord_gzip")
     shards = ["--shard-type", "local", "--shard-multiplier", "2", *options]
     done = on_nodes(4, 1, data, tmp_path / "disk", *shards)
@@ -414,7 +412,9 @@ def test_teams_have_shares_and_each_file_is_read_once(options: list[str], tmp_pa
         ("npy", True),
     ],
 )
-def test_nodes_in_another_order_change_their_shares(format_name: str, killed: bool, tmp_path: Path) -> None:
+def test_nodes_in_another_order_exchange_their_partitions(
+    format_name: str, killed: bool, tmp_path: Path
+) -> None:
     data = write_tiny(tmp_path / "data", train=7, validation=2, format_name=format_name)
 
     def staged_as(order: Sequence[int]) -> None:
@@ -427,14 +427,14 @@ def test_nodes_in_another_order_change_their_shares(format_name: str, killed: bo
     shares = [content(tmp_path / str(disk)) for disk in (0, 1)]
     assert shares[0] != shares[1]
     if killed:
-        # In the middle of the first node's staging, before it could note anything.
+        # As if the first node was killed before it recorded anything.
         (tmp_path / "0" / "train" / MANIFEST).unlink()
     staged_as([1, 0])
     assert [content(tmp_path / str(disk)) for disk in (1, 0)] == shares
 
 
 @pytest.mark.slow
-def test_training_on_shares_scores_every_sample_and_resumes_on_as_many_nodes(tmp_path: Path) -> None:
+def test_training_on_partitions_scores_every_sample_and_resumes(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=13, validation=5, format_name="tfrecord_gzip")
     stage = {"dir": str(tmp_path / "disk" / "$NODE"), "shard_type": "local", "preshuffle": True}
     where = {"dir": str(data), "stage": stage}
@@ -453,11 +453,11 @@ def test_training_on_shares_scores_every_sample_and_resumes_on_as_many_nodes(tmp
     assert summary["baseline"]["mae"] == pytest.approx(ridge.mae)
     rows = (tmp_path / "run" / "predictions.csv").read_text().splitlines()[1:]
     assert [int(row.split(",")[0]) for row in rows] == list(range(5))
-    # The score is that of the whole split, however it was shared out.
+    # The score covers the whole split.
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     alone = program("cosmoflow_dali.evaluate", "--data-dir", data, "--weights", newest)
     assert json.loads(alone.out)["mae"] == pytest.approx(summary["mae"], abs=1e-6)
-    # The same two nodes go on; one node would train in another order.
+    # Two nodes resume; one node would train in another order.
     done = as_srun(2, 1, line(3, 2, "--resume"))
     assert [code for code, _, _ in done] == [0, 0], done
     shutil.rmtree(tmp_path / "disk")
@@ -467,9 +467,7 @@ def test_training_on_shares_scores_every_sample_and_resumes_on_as_many_nodes(tmp
     assert "Traceback" not in err
 
 
-def test_nodes_that_share_a_folder_are_told_and_do_not_wait_for_each_other(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_nodes_that_share_a_folder_are_refused(tiny: Path, tmp_path: Path) -> None:
     done = as_srun(2, 1, lambda _: [STAGE, "-i", tiny, "-o", tmp_path / "disk"])
     assert [code for code, _, _ in done] == [1, 1]
     assert "stage to each node's own disk" in done[0][2] and "Traceback" not in done[0][2] + done[1][2]
@@ -492,7 +490,7 @@ def test_partitions_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
-def test_a_node_without_room_is_told_before_anything_is_copied(tmp_path: Path) -> None:
+def test_full_node_is_reported_before_anything_is_copied(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=9, validation=1, format_name="tfrecord_gzip")
     (tmp_path / "disk").mkdir()
     line = command(STAGE, ["-i", data, "-o", tmp_path / "disk"])
@@ -525,7 +523,7 @@ def test_direct_reads_give_the_same_bytes(tmp_path: Path) -> None:
     ("arguments", "said"),
     [(["-i", "{tiny}/none"], "cannot be listed"), (["-i", "{tiny}", "--threads", "0"], "threads = 0")],
 )
-def test_what_does_not_fit_is_one_line(arguments: list[str], said: str, tiny: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_one_line(arguments: list[str], said: str, tiny: Path, tmp_path: Path) -> None:
     filled = [argument.format(tiny=tiny) for argument in arguments]
     done = program(STAGE, *filled, "-o", tmp_path / "x")
     assert done.code == 1
