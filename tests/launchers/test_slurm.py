@@ -216,18 +216,18 @@ def test_init_datasets_converts_both_splits(cluster: Cluster, data: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
-    [(signal.SIGKILL, "connection lost"), (signal.SIGSTOP, "no heartbeat for 40 s")],
+    ("number", "wait", "words"),
+    [(signal.SIGKILL, 20, "connection lost"), (signal.SIGSTOP, 5, "no heartbeat for 40 s")],
 )
 def test_killed_or_frozen_rank_under_srun_is_named(
-    number: signal.Signals, words: str, cluster: Cluster, data: Path, tmp_path: Path
+    number: signal.Signals, wait: int, words: str, cluster: Cluster, data: Path, tmp_path: Path
 ) -> None:
     config = config_file(tmp_path / "tiny.yaml", data, loader={"batch_size": 1}, epochs=500)
     script = tmp_path / "job.sh"
     script.write_text(
         "#!/bin/bash\n"
         f"cd {ROOT}\n"
-        f"srun --kill-on-bad-exit=0 --wait=5 -N4 {sys.executable} -m {TRAIN} "
+        f"srun --kill-on-bad-exit=0 --wait={wait} -N4 {sys.executable} -m {TRAIN} "
         f"--config {config} --run-dir {tmp_path}/run\n"
     )
     variables = environment() | {"RENDEZVOUS_ADDR": "127.0.0.1"}
