@@ -40,7 +40,7 @@ CPU and wall time to the project's."""
 
 PROJECT, PLAIN = "preprocess.convert", "plain Python"
 
-_UNLIKE = 8
+_DIFFERENT = 8
 """Number of different samples; the others are copies, which cost the same."""
 
 
@@ -69,10 +69,10 @@ def make_source(folder: Path, files: int, size: int) -> Path:
     folder.mkdir(parents=True)
     for index in range(files):
         path = folder / f"universe_{index:05d}.tfrecord"
-        if index < _UNLIKE:
+        if index < _DIFFERENT:
             path.write_bytes(compressed(simulated(index, size)))
         else:
-            shutil.copyfile(folder / f"universe_{index % _UNLIKE:05d}.tfrecord", path)
+            shutil.copyfile(folder / f"universe_{index % _DIFFERENT:05d}.tfrecord", path)
     return folder
 
 

@@ -106,9 +106,9 @@ class Result:
 
 
 def run(
-    splits: dict[str, SampleDataset], forms: Sequence[str], setting: Setting, steps: int, rounds: int
+    splits: dict[str, SampleDataset], formats: Sequence[str], setting: Setting, steps: int, rounds: int
 ) -> dict[str, Result]:
-    """Compare `forms` at `setting` in `rounds` rounds of `steps` batches."""
+    """Compare `formats` at `setting` in `rounds` rounds of `steps` batches."""
     batch_size, threads, direct = setting.batch_size, setting.threads, setting.config.direct_io
     with contextlib.ExitStack() as stack:
         plain = {
@@ -121,7 +121,7 @@ def run(
             next(batches)
         of = {NPY_PLAIN: "npy", GZIP_PLAIN: PUBLISHED, FLOOR: "npy"}
         candidates = {}
-        for format_name, device in itertools.product(forms, _devices()):
+        for format_name, device in itertools.product(formats, _devices()):
             name = _on(format_name, device)
             candidates[name] = stack.enter_context(
                 project_loader(splits[format_name], setting.config, device)

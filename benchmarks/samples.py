@@ -56,10 +56,10 @@ def compressed(sample: Sample) -> bytes:
     return gzip.compress(frame(encode_example(sample)), _PUBLISHED_LEVEL, mtime=0)
 
 
-def make_splits(root: Path, forms: Sequence[str], samples: int, size: int) -> dict[str, SampleDataset]:
-    """`samples` simulated samples of `size`^3 in each of `forms`, in the page cache; made if missing."""
+def make_splits(root: Path, formats: Sequence[str], samples: int, size: int) -> dict[str, SampleDataset]:
+    """Return `samples` simulated samples of `size`^3 in each format, in the page cache; make missing ones."""
     splits = {}
-    for format_name in forms:
+    for format_name in formats:
         folder = root / f"{samples}x{size}" / format_name
         if not folder.exists():
             # Written under another name, so that an interrupted set does not look complete.

@@ -21,15 +21,9 @@ from pipelines.errors import ConfigError, DataError, UserError
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _FORWARDED = (
-    "PATH",
-    "LD_LIBRARY_PATH",
-    "PYTHONPATH",
-    "OMP_NUM_THREADS",
-    "RENDEZVOUS_TIMEOUT",
-    "HEARTBEAT_",
-    "STALL_TIMEOUT",
-    "NCCL_",
-)
+    "PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "RENDEZVOUS_TIMEOUT", "HEARTBEAT_",
+    "STALL_TIMEOUT", "NCCL_",
+)  # fmt: skip
 """Variables, or their prefixes, that mpirun passes to ranks on other hosts."""
 
 
