@@ -20,7 +20,7 @@ from cosmoflow_dali.training.pretrained import LoadedModel, load_model
 from pipelines.dataset.open import read_sample
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
-from pipelines.errors import AccessError
+from pipelines.errors import writing
 from pipelines.loading.transforms import transform
 from pipelines.sample import HALF_RANGE, PARAMETERS, to_physical
 
@@ -46,11 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.output is None:
             csv.writer(sys.stdout).writerows(rows)
             return 0
-        try:
-            with open(arguments.output, "w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows(rows)
-        except OSError as error:
-            raise AccessError.writing(arguments.output, error) from error
+        path = arguments.output
+        with writing(path), open(path, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(rows)
     return 0
 
 

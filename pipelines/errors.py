@@ -6,7 +6,9 @@ exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 MAX_CONSECUTIVE_BAD = 16
 """Consecutive damaged or unreadable files after which a program stops: so many are no accident."""
@@ -44,6 +46,24 @@ class AccessError(DataError):
 
 class UnreadableError(AccessError):
     """A file or folder that cannot be read; others in the same place may still be readable."""
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
+    """Raise UnreadableError of `path`, or of the path that the error names, for an OSError in the body."""
+    try:
+        yield
+    except OSError as error:
+        raise AccessError.reading(path or error.filename, error) from error
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise AccessError of `path` for an OSError in the body."""
+    try:
+        yield
+    except OSError as error:
+        raise AccessError.writing(path, error) from error
 
 
 class ConfigError(UserError):

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import crc32c
 
-from pipelines.errors import AccessError
+from pipelines.errors import AccessError, reading, writing
 
 TEMPORARY_SUFFIX = ".tmp"
 """Suffix of a file that is being written; a leftover one can be removed safely."""
@@ -69,24 +69,23 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         AccessError: the file system reports an error. No temporary file is left.
     """
     temporary = path.with_name(f".{path.name}.{secrets.randbits(48)}{TEMPORARY_SUFFIX}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        # The rename is stored in the directory, which must be synced as well.
-        directory = os.open(path.parent, os.O_RDONLY)
+    with writing(path):
         try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise AccessError.writing(path, error) from error
-        raise
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            # The rename is stored in the directory, which must be synced as well.
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def write_chunks(path: Path, *chunks: bytes | memoryview) -> WrittenFile:
@@ -217,19 +216,17 @@ def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
 
 def _open_lock(path: Path) -> int:
     """Open the lock file at `path`, creating it if needed."""
-    try:
-        # Open for writing, which NFS requires, and with the folder's own permissions.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with writing(path):
+        try:
+            # Open for writing, which NFS requires, and with the folder's own permissions.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            with contextlib.suppress(OSError):
+                return os.open(path, os.O_RDONLY)
+            raise
         with contextlib.suppress(PermissionError):
             os.fchmod(descriptor, os.stat(path.parent).st_mode & 0o666)
         return descriptor
-    except PermissionError as refused:
-        try:
-            return os.open(path, os.O_RDONLY)
-        except OSError:
-            raise AccessError.writing(path, refused) from refused
-    except OSError as error:
-        raise AccessError.writing(path, error) from error
 
 
 def read_file(path: Path, *, direct: bool = False) -> bytes:
@@ -238,11 +235,9 @@ def read_file(path: Path, *, direct: bool = False) -> bytes:
     Args:
         direct: bypass the page cache, where the file system supports it.
     """
-    try:
+    with reading(path):
         content = read_direct(path) if direct else None
         return path.read_bytes() if content is None else content
-    except OSError as error:
-        raise AccessError.reading(path, error) from error
 
 
 def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes | None:

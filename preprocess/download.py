@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import AccessError, ConfigError, DataError
+from pipelines.errors import AccessError, ConfigError, DataError, writing
 from pipelines.formats.tfrecord import TFRECORD_SUFFIX
 from pipelines.sample import SPLITS
 from preprocess.conversion.progress import STOPPED
@@ -95,10 +95,8 @@ def download(url: str, root: Path, sha256: str | None) -> int:
     if all((root / split / MANIFEST).exists() for split in SPLITS):
         print(f"{root}: complete")
         return 0
-    try:
+    with writing(root):
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AccessError.writing(root, error) from error
     if not all((root / split).is_dir() for split in SPLITS):
         archive = root / PurePosixPath(url).name
         fetch(url, archive, sha256=sha256, shown=True)

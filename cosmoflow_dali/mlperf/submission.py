@@ -16,7 +16,7 @@ from cosmoflow_dali.mlperf import checkers
 from cosmoflow_dali.mlperf.checkers import Verdict
 from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run
 from cosmoflow_dali.mlperf.scoring import Score
-from pipelines.errors import AccessError, DataError, UserError
+from pipelines.errors import DataError, UserError, writing
 from pipelines.io import read_file, write_chunks
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -75,11 +75,9 @@ def _check(folder: Path, scores: Sequence[Score]) -> None:
                 f"submission_platform = {name!r}: its {scaling} runs differ in nodes, status or batch; "
                 "give the folder of one kind of run at a time"
             )
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         empty = not any(folder.iterdir())
-    except OSError as error:
-        raise AccessError.writing(folder, error) from error
     if not empty:
         raise DataError(folder, "is not empty", "name a new folder for the submission")
 

@@ -20,7 +20,7 @@ from mlperf_logging.mllog.mllog import MLLogger
 from tqdm import tqdm
 
 from pipelines.distributed.world import World
-from pipelines.errors import AccessError
+from pipelines.errors import AccessError, writing
 
 METRICS = "metrics.jsonl"
 MLPERF = "mlperf.log"
@@ -55,12 +55,10 @@ class RunLogs:
     def metric(self, record: dict[str, Any]) -> None:
         """Append `record` to metrics.jsonl as one line; raise AccessError if that fails."""
         if self._metrics is not None:
-            try:
+            with writing(self._paths[METRICS]):
                 # Flush, so that a program that follows the file sees whole lines.
                 self._metrics.write(json.dumps(record) + "\n")
                 self._metrics.flush()
-            except OSError as error:
-                raise AccessError.writing(self._paths[METRICS], error) from error
 
     def lengths(self) -> dict[str, int]:
         """Return the bytes in each file so far, by name."""

@@ -15,6 +15,7 @@ half a million files on a parallel file system.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import DataError, reading
 from pipelines.io import TarMember, WrittenFile, read_file, write_chunks
 from pipelines.sample import SampleSpec
 
@@ -74,10 +75,8 @@ class SourceFingerprint(NamedTuple):
         Raises:
             AccessError: `stat` fails for one of them.
         """
-        try:
+        with reading():
             found = [(path.name, stat(path)) for path in paths]
-        except OSError as error:
-            raise AccessError.reading(error.filename, error) from error
         state = [list(names), [(name, file.st_size, file.st_mtime_ns) for name, file in found]]
         digest = hashlib.blake2b(json.dumps(state).encode(), digest_size=8).hexdigest()
         return SourceFingerprint(sum(file.st_size for _, file in found), digest)
@@ -134,13 +133,10 @@ class Entry(NamedTuple):
 
     def is_complete_in(self, folder: Path) -> bool:
         """Return True if all its files are in `folder` with the recorded lengths."""
-        try:
+        with reading(folder / self.name), contextlib.suppress(FileNotFoundError):
             complete = all(path.stat().st_size == file.bytes for path, file in self.files_in(folder))
             return complete and bool(self.files)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise AccessError.reading(folder / self.name, error) from error
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import DataError, reading
 from pipelines.formats.base import Format
 from pipelines.formats.payload import CountsPayload
 from pipelines.io import WrittenFile, read_file, write_chunks
@@ -58,13 +58,10 @@ def map_sample(path: Path, spec: SampleSpec) -> CountsPayload:
     Raises:
         DataError: a header or the target is damaged, or the shape is not that of `spec`.
     """
-    try:
-        with open(path, "rb") as file:
-            # An empty file cannot be mapped.
-            size = os.fstat(file.fileno()).st_size
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
-    except OSError as error:
-        raise AccessError.reading(path, error) from error
+    with reading(path), open(path, "rb") as file:
+        # An empty file cannot be mapped.
+        size = os.fstat(file.fileno()).st_size
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
     counts = parse_npy(path, mapped)
     if counts.shape != spec.shape or counts.dtype != np.int16:
         check_counts(path, counts, spec)

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipelines.dataset.manifest import Entry
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.session import Session
-from pipelines.errors import AccessError, ConfigError
+from pipelines.errors import ConfigError, writing
 from pipelines.io import locked
 from pipelines.sample import SampleSpec
 from preprocess.conversion.journal import Journal
@@ -92,11 +92,9 @@ def run_conversion(
             nonlocal lock
             assert plan is not None, "rank 0 has the plan"
             waiting = f"{plan.target}: waiting for another process that writes into it"
-            try:
+            with writing(plan.target):
                 plan.target.mkdir(parents=True, exist_ok=True)
                 lock = stack.enter_context(locked(plan.target, lambda: print(waiting, file=sys.stderr)))
-            except OSError as error:
-                raise AccessError.writing(plan.target, error) from error
             names = {name for item in plan.items for name in item.entries}
             records = open_target(
                 plan.target, plan.format_name, plan.spec, names, plan.samples, plan.samples_per_shard

@@ -19,7 +19,7 @@ from typing import Any
 
 from pipelines.dataset.manifest import Entry, Manifest
 from pipelines.dataset.open import list_folder
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import AccessError, DataError, writing
 from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.io import write_chunks
 from pipelines.sample import SampleSpec
@@ -107,10 +107,8 @@ class Journal:
 
     def __init__(self, folder: Path, format_name: str, spec: SampleSpec, rank: int) -> None:
         self._path = _journal(folder, format_name, rank + 1)
-        try:
+        with writing(self._path):
             self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        except OSError as error:
-            raise AccessError.writing(self._path, error) from error
         self._file.write(f"{_first_line(spec)}\n")  # Written to the disk with the first record.
 
     def begin(self, names: Iterable[str]) -> None:
@@ -122,11 +120,9 @@ class Journal:
         self._write(entries)
 
     def _write(self, entries: Iterable[Entry]) -> None:
-        try:
+        with writing(self._path):
             self._file.writelines(f"{json.dumps(entry.to_json())}\n" for entry in entries)
             self._file.flush()
-        except OSError as error:
-            raise AccessError.writing(self._path, error) from error
 
     def __enter__(self) -> Journal:
         return self

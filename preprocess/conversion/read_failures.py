@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError
+from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError, reading
 
 
 class ConsecutiveReadFailures:
@@ -26,12 +26,9 @@ class ConsecutiveReadFailures:
         """
         self._faults = {**self._faults, **unreadable} if unreadable else {}
         for folder in {Path(path).parent for path in unreadable}:
-            try:
-                # Up to the first name: half a million names are too many to list for each file.
-                with os.scandir(folder) as names:
-                    next(names, None)
-            except OSError as error:
-                raise AccessError.reading(folder, error) from error
+            # Up to the first name: half a million names are too many to list for each file.
+            with reading(folder), os.scandir(folder) as names:
+                next(names, None)
         if len(self._faults) > MAX_CONSECUTIVE_BAD:
             path, fault = next(reversed(self._faults.items()))
             fault = f"{fault}, and neither can the {len(self._faults) - 1} files before it"

@@ -6,15 +6,14 @@ No function here removes a file of a sample except `remove_files`, which is for 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, ListedFile, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import list_folder
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import DataError, writing
 from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.registry import FORMATS
 from pipelines.io import LOCK_FILE, final_name, remove_temporaries
@@ -76,7 +75,7 @@ def reopen(
     folder: Path, format_name: str, spec: SampleSpec, entries: Iterable[Entry], **settings: Any
 ) -> None:
     """Replace manifest, lists and journals by one journal with `entries`; remove temporary files."""
-    with _reporting(folder):
+    with writing(folder):
         remove_temporaries(folder)
         journal = write_journal(folder, format_name, spec, entries, **settings)
         for name in list_folder(folder):
@@ -86,7 +85,7 @@ def reopen(
 
 def remove_files(folder: Path, format_name: str, names: Iterable[str]) -> None:
     """Remove the files of the entries `names` from a folder that is a cache."""
-    with _reporting(folder):
+    with writing(folder):
         for name in names:
             for suffix in _suffixes(format_name):
                 (folder / (name + suffix)).unlink(missing_ok=True)
@@ -100,7 +99,7 @@ def commit(folder: Path, format_name: str, spec: SampleSpec, entries: Sequence[E
         sized = format_name == "tfrecord_gzip"
         write_list(folder / name, (ListedFile(file, sizes[file] if sized else None) for file in files))
     Manifest(format_name, spec, tuple(entries)).save(folder)
-    with _reporting(folder):
+    with writing(folder):
         for name in filter(is_journal, list_folder(folder)):
             (folder / name).unlink()
 
@@ -147,12 +146,3 @@ def _is_record(name: str) -> bool:
 
 def _suffixes(format_name: str) -> tuple[str, ...]:
     return (*FORMATS[format_name].suffixes, *FORMATS[format_name].extra_suffixes)
-
-
-@contextmanager
-def _reporting(folder: Path) -> Iterator[None]:
-    """Raise AccessError of `folder` where the file system refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise AccessError.writing(folder, error) from error

@@ -15,7 +15,7 @@ from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.manifest import Entry, Manifest, SourceFingerprint
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
-from pipelines.errors import AccessError, DataError, UnreadableError
+from pipelines.errors import DataError, UnreadableError, writing
 from pipelines.io import locked
 from preprocess.conversion.journal import load_records
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
@@ -66,11 +66,9 @@ def find_missing(
 
     if is_staged(split, target, fingerprints):
         return None
-    try:
+    with writing(target):
         target.mkdir(parents=True, exist_ok=True)
         locks.enter_context(locked(target, check_holder))
-    except OSError as error:
-        raise AccessError.writing(target, error) from error
     format_name, names = staged_format(split), [split.sample_id(index) for index in range(len(split))]
     records = load_records(target, format_name, split.spec).entries
     files = files_by_entry(target, format_name)

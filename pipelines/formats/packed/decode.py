@@ -17,7 +17,7 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import DataError, reading
 from pipelines.formats.packed.gather_cpu import gather_rows
 from pipelines.formats.packed.header import (
     BYTE_SUM_MODULUS,
@@ -166,22 +166,19 @@ def read_slices(path: Path, first: int, stop: int, offset: int = 0) -> npt.NDArr
     Raises:
         DataError: what is read is damaged, or there are no such slices.
     """
-    try:
-        with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
 
-            def read(start: int, length: int) -> memoryview:
-                return memoryview(os.pread(file.fileno(), length, offset + start))
+        def read(start: int, length: int) -> memoryview:
+            return memoryview(os.pread(file.fileno(), length, offset + start))
 
-            header = read_header(path, read(0, HEADER.size))
-            packed = open_packed(path, read(0, header.chunks_start), without_chunks=True)
-            if not 0 <= first < stop <= header.spec.size:
-                raise DataError(path, f"has no D-slices {first} to {stop}", f"it has {header.spec.size}")
-            chunks = slice(first // header.slices, -(-stop // header.slices))
-            start = int(packed.starts[chunks.start, 0])
-            end = packed.block_extent(chunks.stop - 1, header.planes - 1)[1]
-            content = read(start, end - start)
-    except OSError as error:
-        raise AccessError.reading(path, error) from error
+        header = read_header(path, read(0, HEADER.size))
+        packed = open_packed(path, read(0, header.chunks_start), without_chunks=True)
+        if not 0 <= first < stop <= header.spec.size:
+            raise DataError(path, f"has no D-slices {first} to {stop}", f"it has {header.spec.size}")
+        chunks = slice(first // header.slices, -(-stop // header.slices))
+        start = int(packed.starts[chunks.start, 0])
+        end = packed.block_extent(chunks.stop - 1, header.planes - 1)[1]
+        content = read(start, end - start)
     part = replace(
         packed,
         content=content,

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import DataError, reading
 from pipelines.io import (
     TarMember,
     WrittenFile,
@@ -76,7 +76,7 @@ def read_members(path: Path) -> tuple[TarMember, ...]:
     """
     members = []
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with reading(path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for entry in tar:
                 if not entry.name.isprintable() or entry.size < 0:
                     # The name would go into messages, and into the manifest.
@@ -94,8 +94,6 @@ def read_members(path: Path) -> tuple[TarMember, ...]:
                 raise DataError(path, fault, _REMEDY)
     except (tarfile.TarError, ValueError) as error:
         raise DataError(path, f"is not a complete tar archive ({error})", _REMEDY) from error
-    except OSError as error:
-        raise AccessError.reading(path, error) from error
     return tuple(members)
 
 
@@ -108,12 +106,10 @@ def read_member(path: Path, name: str, offset: int, length: int, *, direct: bool
     Raises:
         DataError: the shard cannot be read, or ends before the member does.
     """
-    try:
+    with reading(path):
         content = read_direct(path, offset, length) if direct else None
         if content is None:
             content = _shard_handles()(path).read(offset, length)
-    except OSError as error:
-        raise AccessError.reading(path, error) from error
     if len(content) < length:
         fault = f"is cut off: the shard ends after {len(content)} of its {length} bytes"
         raise DataError(path / name, fault, _REMEDY)
