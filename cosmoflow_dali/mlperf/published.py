@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,34 +76,8 @@ class Row:
         return self.models / self.whole if self.whole else None
 
 
-NVIDIA, _MXNET = "NVIDIA PyTorch", "NVIDIA MXNet"
-ROWS = [
-    Row("H100", NVIDIA, "Eos", "v3.0", "NVIDIA/eos_n256_ngc23.09_pytorch/weak", 4, 8, 59,
-        223.0, 5.74, 7.34, 9.97, 292.5, counted=False, whole=12.75, calibrates=True),
-    Row("H100", NVIDIA, "Eos", "v3.0", "NVIDIA/eos_n64_ngc23.09_pytorch/strong", 64, 8, 1,
-        200.4, 0.378, 22.6, 2.10, 13.3, counted=False),
-    Row("A100", NVIDIA, "Selene", "v2.0", "NVIDIA/dgxa100_n512_pytorch/weak", 4, 8, 128,
-        131.3, 7.33, 7.55, 22.81, 360.1, calibrates=True),
-    Row("A100", NVIDIA, "Selene", "v2.0", "NVIDIA/dgxa100_n64_pytorch/strong", 64, 8, 1,
-        116.0, 0.316, 23.0, 3.79, 14.3),
-    Row("A100", _MXNET, "Selene", "v1.0", "NVIDIA/dgxa100_n16_ngc21.09_mxnet/strong", 16, 8, 1,
-        67.3, 3.48, 18.2, 25.78, 350.5, calibrates=True),
-    Row("A100", _MXNET, "Selene", "v1.0", "NVIDIA/dgxa100_n128_ngc21.09_mxnet/strong", 128, 8, 1,
-        63.2, 1.41, 34.4, 7.12, 91.6, copies=2),
-    Row("A100", _MXNET, "Selene", "v1.0", "NVIDIA/dgxa100_n512_ngc21.09_mxnet/weak", 16, 8, 32,
-        67.4, 51.9, 18.0, 40.36, 581.3,
-        beyond="an evaluation took 52 s, against 3.5 s for one model alone: v1.0 did not stage its samples"),
-    Row("A100", "HelmholtzAI MXNet", "JUWELS", "v1.0", "HelmholtzAI/juwelsbooster_gpu_n512_mxnet1.9/strong",
-        128, 4, 1, 49.9, 3.60, 43.0, 19.47, 77.9, copies=2, calibrates=True),
-    Row("A100", "HelmholtzAI MXNet", "JUWELS", "v1.0", "HelmholtzAI/juwelsbooster_gpu_n1024_mxnet1.9/strong",
-        256, 4, 1, 48.3, 1.17, 69.0, 16.73, 145.2, copies=4),
-    Row("A100", "LBNL MXNet", "Perlmutter", "v1.0", "LBNL/perlmutter_10x128x4_ngc21.09_mxnet/weak",
-        128, 4, 10, 53.4, 1.26, 33.6, 14.08, 104.1, calibrates=True),
-    Row("A100", "LBNL MXNet", "Perlmutter", "v1.0", "LBNL/perlmutter_256x4_ngc21.09_mxnet/strong",
-        256, 4, 1, 52.8, 0.563, 37.6, 8.02, 77.9, copies=2),
-    Row("A100", "HelmholtzAI PyTorch", "HoreKa", "v2.0", "HelmholtzAI/horeka_gpu_n512_pytorch1.13/strong",
-        128, 4, 1, 72.0, 0.315, 21.4, 5.49, 26.5, calibrates=True),
-    Row("A100", "HPE+LBNL PyTorch", "Perlmutter", "v3.0", "HPE+LBNL/perlmutter_128x4/strong", 128, 4, 1,
-        90.7, 0.689, 22.9, 4.73, 5.2, calibrates=True),
-]  # fmt: skip
-"""NVIDIA's v3.0 figures were computed from its logs by cosmoflow_dali.results."""
+NVIDIA = "NVIDIA PyTorch"
+"""`Row.stack` of NVIDIA's v2.0 and v3.0 entries."""
+
+ROWS = [Row(**row) for row in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))]
+"""The rows of published.yaml."""
