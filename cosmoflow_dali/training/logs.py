@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from mlperf_logging.mllog.mllog import MLLogger
 from tqdm import tqdm
 
 from pipelines.distributed.world import World
-from pipelines.errors import AccessError, writing
+from pipelines.errors import writing
 
 METRICS = "metrics.jsonl"
 MLPERF = "mlperf.log"
@@ -40,30 +39,25 @@ class RunLogs:
 
     def __init__(self, folder: Path | None, lengths: dict[str, int] | None = None) -> None:
         """Open the logs in `folder`, truncated to `lengths` bytes; without a `folder`, write nothing."""
-        self._paths = {name: folder / name for name in (METRICS, MLPERF)} if folder else {}
-        for name, path in self._paths.items():
-            with open(path, "ab") as file:
-                file.truncate((lengths or {}).get(name, 0))
-        self._metrics = self._paths[METRICS].open("a", encoding="utf-8") if folder else None
-        self._handler: logging.Handler = (
-            _RaisingHandler(self._paths[MLPERF], encoding="utf-8") if folder else logging.NullHandler()
-        )
-        mlperf = logging.Logger("cosmoflow_dali.mlperf.log_events", logging.INFO)
-        mlperf.addHandler(self._handler)
+        metrics, mlperf = (logging.Logger(name, logging.INFO) for name in (METRICS, MLPERF))
+        self._files: list[_RaisingHandler] = []
+        if folder:
+            for log in (metrics, mlperf):
+                path = folder / log.name
+                with open(path, "ab") as file:
+                    file.truncate((lengths or {}).get(log.name, 0))
+                log.addHandler(handler := _RaisingHandler(path, encoding="utf-8"))
+                self._files.append(handler)
+        self._metrics = metrics
         self.mlperf = MLLogger(mlperf, default_namespace="", root_dir=_ROOT)
 
     def metric(self, record: dict[str, Any]) -> None:
         """Append `record` to metrics.jsonl as one line; raise AccessError if that fails."""
-        if self._metrics is not None:
-            with writing(self._paths[METRICS]):
-                # Flush, so that a program that follows the file sees whole lines.
-                self._metrics.write(json.dumps(record) + "\n")
-                self._metrics.flush()
+        self._metrics.info(json.dumps(record))
 
     def lengths(self) -> dict[str, int]:
         """Return the bytes in each file so far, by name."""
-        self._handler.flush()
-        return {name: os.stat(path).st_size for name, path in self._paths.items()}
+        return {path.name: path.stat().st_size for path in (Path(file.baseFilename) for file in self._files)}
 
     def __enter__(self) -> RunLogs:
         return self
@@ -71,19 +65,16 @@ class RunLogs:
     def __exit__(self, *error: object) -> None:
         # After an error, closing may fail again to write what a full disk has refused.
         with suppress(OSError) if any(error) else nullcontext():
-            self._handler.close()
-            if self._metrics is not None:
-                self._metrics.close()
+            for file in self._files:
+                file.close()
 
 
 class _RaisingHandler(logging.FileHandler):
     """Raise an error if a record cannot be written; logging would print it and continue."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            raise AccessError.writing(Path(self.baseFilename), error) from error
-        super().handleError(record)
+        with writing(self.baseFilename):
+            raise  # The error that is being handled.
 
 
 def configure_logging(world: World) -> None:
