@@ -7,7 +7,6 @@ are the four parameters. The penalty is chosen by cross-validation within the tr
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -22,24 +21,10 @@ Array = npt.NDArray[np.float64]
 
 NAME = "ridge regression on log P(k) and the histogram of counts"
 _FOLDS = 5
-_PENALTIES = np.logspace(-4, 4, 17)
+_PENALTIES: Array = np.logspace(-4, 4, 17)
 """Ridge penalties to try, in units of the mean eigenvalue of the features' covariance."""
 _BIN_EDGES = (0, 1, 2, 3, 4, 6, 9, 13, 20, 32, 64, 2**15)
 """Bin edges of the histogram of counts; a bin excludes its upper edge."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ridge:
-    """A linear map from standardised features to targets."""
-
-    mean: Array
-    scale: Array
-    weights: Array
-    intercept: Array
-
-    def predict(self, features: Array) -> Array:
-        """Return the targets (n, 4) for `features` (n, f)."""
-        return (features - self.mean) / self.scale @ self.weights + self.intercept
 
 
 def fit_ridge(train: Reader, validation: Reader) -> Evaluation:
@@ -51,10 +36,9 @@ def fit_ridge(train: Reader, validation: Reader) -> Evaluation:
         DataError: A sample cannot be read and may not be skipped.
     """
     _, features, targets = read_features(train)
+    index, held_out, truth = read_features(validation)
     penalty = _choose_penalty(features, targets)
-    ridge = _fit(features, targets, [penalty])[0]
-    index, features, targets = read_features(validation)
-    return Evaluation(index, ridge.predict(features), targets)
+    return Evaluation(index, _predict(features, targets, held_out, np.array([penalty]))[0], truth)
 
 
 def read_features(reader: Reader) -> tuple[npt.NDArray[np.int64], Array, Array]:
@@ -108,18 +92,20 @@ def _shells(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return shells, torch.bincount(shells).double()
 
 
-def _fit(features: Array, targets: Array, penalties: list[float]) -> list[Ridge]:
-    """Return the regression for each of `penalties`, from one eigendecomposition."""
+def _predict(features: Array, targets: Array, held_out: Array, penalties: Array) -> Array:
+    """Fit `targets` (n, 4) to `features` (n, f) with each of the penalties (p,), from one eigendecomposition.
+
+    Returns:
+        Predictions for the features `held_out` (m, f), as (p, m, 4).
+    """
     mean, scale = features.mean(axis=0), features.std(axis=0)
     scale[scale == 0] = 1.0
     standard = (features - mean) / scale
     centre = targets.mean(axis=0)
     values, vectors = np.linalg.eigh(standard.T @ standard / len(standard))
     projected = vectors.T @ (standard.T @ (targets - centre) / len(standard))
-    return [
-        Ridge(mean, scale, vectors @ (projected / (values + penalty)[:, None]), centre)
-        for penalty in penalties
-    ]
+    weights = vectors @ (projected / (values + penalties[:, None])[:, :, None])
+    return (held_out - mean) / scale @ weights + centre
 
 
 def _choose_penalty(features: Array, targets: Array) -> float:
@@ -127,10 +113,9 @@ def _choose_penalty(features: Array, targets: Array) -> float:
 
     Folds are contiguous, so that the crops of a universe, which are consecutive, share a fold.
     """
-    errors, penalties, indices = np.zeros(len(_PENALTIES)), _PENALTIES.tolist(), np.arange(len(features))
+    errors, indices = np.zeros(len(_PENALTIES)), np.arange(len(features))
     for fold in np.array_split(indices, min(_FOLDS, len(features))):
         rest = np.setdiff1d(indices, fold)
-        for at, ridge in enumerate(_fit(features[rest], targets[rest], penalties)):
-            errors[at] += np.abs(ridge.predict(features[fold]) - targets[fold]).sum()
-    best: float = penalties[int(errors.argmin())]
-    return best
+        predicted = _predict(features[rest], targets[rest], features[fold], _PENALTIES)
+        errors += np.abs(predicted - targets[fold]).sum(axis=(1, 2))
+    return float(_PENALTIES[errors.argmin()])
