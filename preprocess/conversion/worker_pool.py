@@ -39,7 +39,7 @@ def run_tasks(
 
     Args:
         task: A picklable callable, such as a frozen dataclass at the top of its module.
-        items: Picklable; taken one at a time, when a worker is about to get it.
+        items: Picklable; taken when a worker is about to get one, or one item earlier.
         workers: Number of processes, each with one thread for arithmetic.
         lock: Descriptor of a locked file. Workers inherit it, so that a folder stays locked until the last of
             them has ended, even where the parent was killed.
@@ -66,7 +66,7 @@ def run_tasks(
             future.add_done_callback(finished.put)
 
     try:
-        submit(workers)
+        submit(2 * workers)  # A worker does not wait for this process between two items.
         while running:
             future = finished.get()
             yield running.pop(future), future.result()

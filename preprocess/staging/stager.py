@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.dataset.dataset import Partition, SampleDataset, dataset_from_shards
+from pipelines.dataset.manifest import SourceFingerprint
 from pipelines.distributed.node_groups import NodeGroup
 from pipelines.distributed.session import Session
 from pipelines.errors import DataError
@@ -31,14 +32,8 @@ from pipelines.formats.packed.tar_shard import FIRST_MEMBER_OFFSET, SHARD_SUFFIX
 from pipelines.io import TarMember
 from preprocess.conversion.journal import Journal, load_records
 from preprocess.conversion.target import commit
+from preprocess.staging import inventory
 from preprocess.staging.config import StageConfig, partition_indices
-from preprocess.staging.inventory import (
-    FINGERPRINT,
-    compute_fingerprints,
-    find_missing,
-    fingerprint_at,
-    is_staged,
-)
 from preprocess.staging.transfer import indices_for_local_rank, relay, staged_format
 
 _MAX_OVERHEAD = 2048
@@ -91,17 +86,11 @@ def stage(
             written.
     """
     group = NodeGroup(session, config.teams(session.world.nodes, num_instances))
+    stager = _Stager(config, session, group, skip_source_check)
     with ExitStack() as locks:
-        plans = [
-            _plan(split, root / name, config, session, group, locks, skip_source_check)
-            for name, split in splits.items()
-        ]
+        plans = [stager.plan(split, root / name, locks) for name, split in splits.items()]
         session.run_on_all_ranks(lambda: _check_space(root, plans))
-        reports = [_fill(plan, config, session, group) for plan in plans]
-        return [
-            (_staged_dataset(plan.split, plan.target), report)
-            for plan, report in zip(plans, reports, strict=True)
-        ]
+        return [(_staged_dataset(plan.split, plan.target), stager.copy(plan)) for plan in plans]
 
 
 def describe(split: SampleDataset, report: StagingReport, nodes: int) -> str:
@@ -135,38 +124,90 @@ class _Plan:
     seconds: float
 
 
-def _plan(
-    split: SampleDataset,
-    target: Path,
-    config: StageConfig,
-    session: Session,
-    group: NodeGroup,
-    locks: ExitStack,
-    skip_source_check: bool,
-) -> _Plan:
-    """Find the samples of `split` that `target` lacks; `locks` keeps the lock of the folder."""
-    start, world, whole = time.perf_counter(), session.world, split
-    leads = world.local_rank == 0
-    if group.num_groups > 1:
-        seed = config.seed if config.preshuffle else None
-        indices = partition_indices(len(whole), group.number, group.num_groups, seed)
-        split = whole.subset(indices, Partition(indices, group.num_groups, len(whole), seed))
-    fingerprints, opened = np.empty(0, FINGERPRINT), False
-    missing = missing_in_team = np.zeros(len(split), dtype=bool)
-    if not (
-        skip_source_check
-        and all(session.gather(session.run_on_all_ranks(lambda: not leads or is_staged(split, target))))
-    ):
-        fingerprints = compute_fingerprints(whole, session)[split.global_indices(np.arange(len(split)))]
-        find = partial(find_missing, split, whole, target, fingerprints, world, locks)
-        found = session.run_on_all_ranks(lambda: find() if leads else None)
-        opened = found is not None
-        # As bits, since every rank gets the masks of all nodes.
-        masks = session.gather((group.number, np.packbits(missing if found is None else found)))
-        of_team = np.bitwise_or.reduce([bits for number, bits in masks if number == group.number])
-        missing_in_team = _unpack(of_team, split)
-        missing = _unpack(masks[world.rank - world.local_rank][1], split)
-    return _Plan(split, target, fingerprints, missing, missing_in_team, opened, time.perf_counter() - start)
+@dataclass(frozen=True, slots=True)
+class _Stager:
+    """Staging of one split after the other, with the ranks of `group` on other nodes."""
+
+    config: StageConfig
+    session: Session
+    group: NodeGroup
+    skip_source_check: bool
+
+    def plan(self, split: SampleDataset, target: Path, locks: ExitStack) -> _Plan:
+        """Find the samples of `split` that `target` lacks; `locks` keeps the lock of the folder."""
+        start, session, group, whole = time.perf_counter(), self.session, self.group, split
+        leads = session.world.local_rank == 0
+        if group.num_groups > 1:
+            seed = self.config.seed if self.config.preshuffle else None
+            indices = partition_indices(len(whole), group.number, group.num_groups, seed)
+            split = whole.subset(indices, Partition(indices, group.num_groups, len(whole), seed))
+        fingerprints, opened = np.empty(0, inventory.FINGERPRINT), False
+        missing = missing_in_team = np.zeros(len(split), dtype=bool)
+        complete = self.skip_source_check and all(
+            session.gather(session.run_on_all_ranks(lambda: not leads or inventory.is_staged(split, target)))
+        )
+        if not complete:
+            fingerprints = inventory.compute_fingerprints(whole, session)
+            fingerprints = fingerprints[split.global_indices(np.arange(len(split)))]
+            find = partial(inventory.find_missing, split, whole, target, fingerprints, session.world, locks)
+            found = session.run_on_all_ranks(lambda: find() if leads else None)
+            opened = found is not None
+            # As bits, since every rank gets the masks of all nodes.
+            masks = session.gather((group.number, np.packbits(missing if found is None else found)))
+            of_team = np.bitwise_or.reduce([bits for number, bits in masks if number == group.number])
+            missing_in_team = _unpack(of_team, split)
+            missing = _unpack(masks[session.world.rank - session.world.local_rank][1], split)
+        seconds = time.perf_counter() - start
+        return _Plan(split, target, fingerprints, missing, missing_in_team, opened, seconds)
+
+    def copy(self, plan: _Plan) -> StagingReport:
+        """Copy the samples that the team's nodes lack to their disks."""
+        start, session, split = time.perf_counter(), self.session, plan.split
+        format_name = staged_format(split)
+        own = indices_for_local_rank(np.flatnonzero(plan.missing_in_team), session.world).tolist()
+        read_bytes = written_bytes = 0
+        faults: dict[str, str] = {}
+
+        def fingerprint(index: int) -> SourceFingerprint | None:
+            return inventory.fingerprint_at(plan.fingerprints, index) if plan.missing[index] else None
+
+        if own:
+            config = self.config
+            samples = relay(
+                split, plan.target, own, self.group, fingerprint, config.threads, direct=config.direct_io
+            )
+            # The folder of a node that lacks nothing may not be open.
+            settings = plan.target, format_name, split.spec, session.world.local_rank
+            with Journal(*settings) if plan.missing.any() else nullcontext() as journal:
+                if journal:
+                    journal.begin(split.sample_id(index) for index in own if plan.missing[index])
+                for done in session.tag_rank_errors(samples):
+                    read_bytes += done.read_bytes
+                    if done.fault:
+                        faults[split.names[done.sample]] = done.fault
+                    elif done.entry and journal:
+                        journal.add([done.entry])
+                        written_bytes += sum(file.bytes for file in done.entry.files)
+        num_samples = len(own) if self.group.group_rank == 0 else 0
+        reports = session.gather((num_samples, read_bytes, written_bytes, faults))
+        # Every node that lacks a damaged sample may have reported it.
+        damaged = {name: fault for report in reports for name, fault in report[3].items()}
+
+        def commit_opened() -> None:
+            if plan.opened:
+                records = load_records(plan.target, format_name, split.spec).entries
+                names = (split.sample_id(index) for index in range(len(split)))
+                entries = [records[name] for name in names if name in records and records[name].files]
+                commit(plan.target, format_name, split.spec, entries)
+
+        session.run_on_all_ranks(commit_opened)
+        return StagingReport(
+            samples=sum(report[0] for report in reports) - len(damaged),
+            read_bytes=sum(report[1] for report in reports),
+            written_bytes=sum(report[2] for report in reports),
+            faults=tuple(sorted(damaged.values())),
+            seconds=plan.seconds + time.perf_counter() - start,
+        )
 
 
 def _unpack(bits: npt.NDArray[np.uint8], split: SampleDataset) -> npt.NDArray[np.bool_]:
@@ -180,70 +221,15 @@ def _check_space(root: Path, plans: Sequence[_Plan]) -> None:
     for plan in plans:
         if plan.opened:
             block = os.statvfs(plan.target).f_frsize
-            lengths = np.full(len(plan.split), plan.split.spec.bytes)
-            if plan.split.sharded:
-                lengths = plan.split.member_extents["bytes"]
-            lengths = lengths[plan.missing]
+            split, count = plan.split, np.count_nonzero(plan.missing)
+            lengths = np.full(count, split.spec.bytes)
+            if split.sharded:
+                lengths = split.member_extents["bytes"][plan.missing]
             # In whole blocks, and one for the small file beside each: the label, or the index.
             needed += int((-(-(lengths + _MAX_OVERHEAD) // block) * block + block).sum())
     if needed and needed > (free := shutil.disk_usage(root).free):
         fault = f"has {free} bytes free on {os.uname().nodename}, but staging needs {needed}"
         raise DataError(root, fault, "free some space, or stage to another disk")
-
-
-def _fill(plan: _Plan, config: StageConfig, session: Session, group: NodeGroup) -> StagingReport:
-    """Copy the samples that the team's nodes lack to their disks."""
-    start, format_name = time.perf_counter(), staged_format(plan.split)
-    own = indices_for_local_rank(np.flatnonzero(plan.missing_in_team), session.world).tolist()
-    read_bytes = written_bytes = 0
-    faults: dict[str, str] = {}
-    if own:
-        samples = relay(
-            plan.split,
-            plan.target,
-            own,
-            group,
-            fingerprint=lambda index: (
-                fingerprint_at(plan.fingerprints, index) if plan.missing[index] else None
-            ),
-            threads=config.threads,
-            direct=config.direct_io,
-        )
-        # The folder of a node that lacks nothing may not be open.
-        journal = (
-            Journal(plan.target, format_name, plan.split.spec, session.world.local_rank)
-            if plan.missing.any()
-            else None
-        )
-        with journal or nullcontext():
-            if journal:
-                journal.begin(plan.split.sample_id(index) for index in own if plan.missing[index])
-            for done in session.tag_rank_errors(samples):
-                read_bytes += done.read_bytes
-                if done.fault:
-                    faults[plan.split.names[done.sample]] = done.fault
-                elif done.entry and journal:
-                    journal.add([done.entry])
-                    written_bytes += sum(file.bytes for file in done.entry.files)
-    reports = session.gather((len(own) if group.group_rank == 0 else 0, read_bytes, written_bytes, faults))
-    # Every node that lacks a damaged sample may have reported it.
-    damaged = {name: fault for report in reports for name, fault in report[3].items()}
-
-    def commit_opened() -> None:
-        if plan.opened:
-            records = load_records(plan.target, format_name, plan.split.spec).entries
-            names = (plan.split.sample_id(index) for index in range(len(plan.split)))
-            entries = [records[name] for name in names if name in records and records[name].files]
-            commit(plan.target, format_name, plan.split.spec, entries)
-
-    session.run_on_all_ranks(commit_opened)
-    return StagingReport(
-        samples=sum(report[0] for report in reports) - len(damaged),
-        read_bytes=sum(report[1] for report in reports),
-        written_bytes=sum(report[2] for report in reports),
-        faults=tuple(sorted(damaged.values())),
-        seconds=plan.seconds + time.perf_counter() - start,
-    )
 
 
 def _staged_dataset(split: SampleDataset, target: Path) -> SampleDataset:

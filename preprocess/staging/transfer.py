@@ -66,9 +66,9 @@ def relay(
     target: Path,
     indices: Sequence[int],
     group: NodeGroup,
-    *,
     fingerprint: Callable[[int], SourceFingerprint | None],
     threads: int,
+    *,
     direct: bool,
 ) -> Iterator[RelayedSample]:
     """Copy the samples `indices` to `target`; yield each as it is done.
