@@ -4,7 +4,7 @@
     mpirun -n 64 python -m preprocess.prepare -i DIR -o DIR --gzip
 
 Every *.hdf5 file below the input folder is a universe (see `preprocess.conversion.hdf5_task`). Its
-samples are named `<parent folder>_<file's stem>_<crop>`, and all of them go to `train` or all to
+samples are named `<parent folder>_<file name>_<crop>`, and all of them go to `train` or all to
 `validation`. A run that was stopped resumes when the same command is started again.
 """
 

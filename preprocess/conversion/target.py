@@ -33,7 +33,7 @@ def open_target(
 ) -> dict[str, Entry]:
     """Open `folder` for a conversion; return its records of finished entries by name.
 
-    The folder must exist, and nobody else may write into it. Until `commit` it has no manifest. Samples that
+    The folder must exist, and no other process may write into it. Until `commit` it has no manifest. Samples that
     were added to the source since an earlier run are accepted.
 
     Args:

@@ -239,7 +239,7 @@ def count_complete(folder: Path) -> int:
     return len(found)
 
 
-@pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
+@pytest.mark.skipif(not can_mount(), reason="mounting a tmpfs is not allowed here")
 @pytest.mark.parametrize(
     ("options", "said", "ranks"),
     [
@@ -286,7 +286,7 @@ for name, main, source, options in (
 """
 
 
-@pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
+@pytest.mark.skipif(not can_mount(), reason="mounting a tmpfs is not allowed here")
 def test_disk_that_fills_during_a_large_file(tmp_path: Path) -> None:
     data, disk = tmp_path / "data", tmp_path / "disk"
     counts = np.random.default_rng(1).integers(0, 32767, (64, 64, 64, 4), dtype=np.int16)

@@ -489,7 +489,7 @@ def test_partitions_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> N
     assert error.value.key == "shard_multiplier"
 
 
-@pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a tmpfs")
+@pytest.mark.skipif(not can_mount(), reason="mounting a tmpfs is not allowed here")
 def test_full_node_is_reported_before_anything_is_copied(tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=9, validation=1, format_name="tfrecord_gzip")
     (tmp_path / "disk").mkdir()
