@@ -33,8 +33,8 @@ def open_target(
 ) -> dict[str, Entry]:
     """Open `folder` for a conversion; return its records of finished entries by name.
 
-    The folder must exist, and no other process may write into it. Until `commit` it has no manifest. Samples that
-    were added to the source since an earlier run are accepted.
+    The folder must exist, and no other process may write into it. Until `commit` it has no manifest. Samples
+    that were added to the source since an earlier run are accepted.
 
     Args:
         folder: The target folder.
