@@ -94,78 +94,70 @@ def write_chunks(path: Path, *chunks: bytes | memoryview) -> WrittenFile:
     A large file bypasses the page cache where the file system supports it: caching terabytes that
     are not read again would cost time and evict data that is.
     """
-
-    def pieces() -> Iterator[memoryview]:
-        # Small enough to stay in a core's cache between checksum and copy.
-        for chunk in chunks:
-            view = memoryview(chunk)
-            for start in range(0, len(view), _PIECE):
-                yield view[start : start + _PIECE]
-
-    return _write(path, pieces, direct=sum(map(len, chunks)) >= _LARGE)
+    # Small enough to stay in a core's cache between checksum and copy.
+    pieces = (
+        view[start : start + _PIECE]
+        for view in map(memoryview, chunks)
+        for start in range(0, len(view), _PIECE)
+    )
+    return write_stream(path, pieces, direct=sum(map(len, chunks)) >= _LARGE)
 
 
-def write_stream(path: Path, pieces: Iterable[bytes]) -> WrittenFile:
+def write_stream(path: Path, pieces: Iterable[bytes | memoryview], *, direct: bool = False) -> WrittenFile:
     """Write `pieces`, consumed one by one, to the file at `path`; see `write_atomically`.
 
-    An exception from them leaves no file.
+    Args:
+        pieces: content of the file; an exception from them leaves no file.
+        direct: bypass the page cache, where the file system supports it.
     """
-    return _write(path, lambda: pieces, direct=False)
-
-
-def _write(path: Path, pieces: Callable[[], Iterable[bytes | memoryview]], *, direct: bool) -> WrittenFile:
     length = checksum = 0
 
     def measured() -> Iterator[bytes | memoryview]:
         nonlocal length, checksum
-        length = checksum = 0
-        for piece in pieces():
+        for piece in pieces:
             length, checksum = length + len(piece), crc32c.crc32c(piece, checksum)
             yield piece
 
     def write(file: BinaryIO) -> None:
-        if not (direct and _write_direct(file.fileno(), measured())):
+        if direct:
+            _write_direct(file.fileno(), measured())
+        else:
             file.writelines(measured())
 
     write_atomically(path, write)
     return WrittenFile(path, length, checksum)
 
 
-def _write_direct(descriptor: int, pieces: Iterable[bytes | memoryview]) -> bool:
-    """Write `pieces` to an empty file with O_DIRECT; False, and nothing written, if not supported."""
+def _write_direct(descriptor: int, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write `pieces` to an empty file, with O_DIRECT where the file system supports it."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    try:
+    with contextlib.suppress(OSError):
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
-    except OSError:
-        return False
+
+    def write_all(content: memoryview) -> None:
+        while content:
+            try:
+                content = content[os.write(descriptor, content) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+                    raise
+                # Some file systems accept the flag and then refuse to write.
+                fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+
     if not hasattr(_thread, "buffer"):
         _thread.buffer = mmap.mmap(-1, _BUFFER)
     buffer, filled, length = memoryview(_thread.buffer), 0, 0
-    try:
-        for rest in pieces:
-            length += len(rest)
-            while rest:
-                part = rest[: _BUFFER - filled]
-                buffer[filled : filled + len(part)] = part
-                filled, rest = filled + len(part), rest[len(part) :]
-                if filled == _BUFFER:
-                    _write_all(descriptor, buffer)
-                    filled = 0
-        _write_all(descriptor, buffer[: -(-filled // _BLOCK) * _BLOCK])
-        os.ftruncate(descriptor, length)
-    except OSError as error:
-        # Some file systems accept the flag and then refuse the first write.
-        if error.errno != errno.EINVAL or os.fstat(descriptor).st_size > 0:
-            raise
-        return False
-    finally:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
-    return True
-
-
-def _write_all(descriptor: int, content: memoryview) -> None:
-    while content:
-        content = content[os.write(descriptor, content) :]
+    for rest in pieces:
+        length += len(rest)
+        while rest:
+            part = rest[: _BUFFER - filled]
+            buffer[filled : filled + len(part)] = part
+            filled, rest = filled + len(part), rest[len(part) :]
+            if filled == _BUFFER:
+                write_all(buffer)
+                filled = 0
+    write_all(buffer[: -(-filled // _BLOCK) * _BLOCK])
+    os.ftruncate(descriptor, length)
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -276,9 +268,7 @@ def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes
 def raise_open_file_limit(count: int) -> int:
     """Raise the limit of open files to `count`, or as far as the system allows; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= count:
-        return count
-    allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if allowed > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    return max(allowed, soft)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        count = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    return count

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import BinaryIO
 
+import crc32c
 import pytest
 from helpers import ROOT, environment, kill, wait_until_gone
 
@@ -58,6 +62,24 @@ def test_the_last_writer_of_a_file_wins(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a", write)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"outer"
+
+
+@pytest.mark.parametrize("accepted", [0, 1 << 20])
+def test_a_large_file_is_written_where_direct_writes_are_refused(
+    accepted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, write = os.urandom((3 << 20) + 5), os.write
+
+    def refuse_direct(descriptor: int, data: memoryview) -> int:
+        direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
+        if direct and os.lseek(descriptor, 0, os.SEEK_CUR) >= accepted:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", refuse_direct)
+    written = write_chunks(tmp_path / "a", content[:7], content[7:])
+    assert written[1:3] == (len(content), crc32c.crc32c(content))
+    assert (tmp_path / "a").read_bytes() == content
 
 
 def test_a_child_with_the_descriptor_keeps_the_lock(tmp_path: Path) -> None:
