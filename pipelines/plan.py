@@ -79,13 +79,8 @@ def plan_epoch(
             "lower the batch size, start fewer ranks or add samples"
         )
     order = permutation(samples, seed, "shuffle", epoch) if shuffle else np.arange(samples, dtype=np.int64)
-    remainder = samples % global_batch
-    if remainder and ragged == "drop":
-        order = order[:-remainder]
-    elif remainder:
-        order = np.concatenate([order, np.full(global_batch - remainder, -1, dtype=np.int64)])
-    rows = order.reshape(-1, global_batch)
-    if steps is None:
-        return rows
-    padding = np.full((max(0, steps - len(rows)), global_batch), -1, dtype=np.int64)
-    return np.concatenate([rows[:steps], padding])
+    filled = samples // global_batch if ragged == "drop" else -(-samples // global_batch)
+    rows = np.full((filled if steps is None else steps, global_batch), -1, dtype=np.int64)
+    used = order[: filled * global_batch][: rows.size]
+    rows.reshape(-1)[: len(used)] = used
+    return rows

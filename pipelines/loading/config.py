@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, check_field
 from pipelines.loading.reader import OnBadSample
 
 
@@ -33,8 +33,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "threads", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "must be at least 1")
+            check_field(self, name, getattr(self, name) >= 1, "must be at least 1")
         if self.gpu_direct and self.on_bad_sample == "skip":
             raise ConfigError("gpu_direct", True, "cannot skip damaged samples: set on_bad_sample to fail")
         if self.gpu_direct and self.direct_io:
