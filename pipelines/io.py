@@ -96,9 +96,9 @@ def write_chunks(path: Path, *chunks: bytes | memoryview) -> WrittenFile:
     """
     # Small enough to stay in a core's cache between checksum and copy.
     pieces = (
-        view[start : start + _PIECE]
-        for view in map(memoryview, chunks)
-        for start in range(0, len(view), _PIECE)
+        memoryview(chunk)[start : start + _PIECE]
+        for chunk in chunks
+        for start in range(0, len(chunk), _PIECE)
     )
     return write_stream(path, pieces, direct=sum(map(len, chunks)) >= _LARGE)
 
