@@ -60,7 +60,7 @@ def open_folder(folder: Path) -> SampleDataset:
     """
     manifest = Manifest.load(folder)
     if manifest is not None:
-        return _from_manifest(folder, manifest)
+        return dataset_from_manifest(folder, manifest)
     names = list_folder(folder)
     by_suffix = {suffix: tuple(name for name in names if name.endswith(suffix)) for suffix in _SUFFIXES}
     suffixes = [suffix for suffix, found in by_suffix.items() if found]
@@ -141,7 +141,12 @@ def _read_any(dataset: SampleDataset, index: int) -> Sample:
     return dataset.format.parse(dataset.path(index), dataset.read_contents(index))
 
 
-def _from_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
+def dataset_from_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
+    """Return the samples that `manifest` lists in `folder`.
+
+    Raises:
+        DataError: the manifest names an unknown format or no sample, or two samples have the same id.
+    """
     if manifest.format_name not in FORMATS:
         fault = f"names the format {manifest.format_name!r}"
         raise DataError(folder / MANIFEST, fault, f"known formats: {', '.join(sorted(FORMATS))}")

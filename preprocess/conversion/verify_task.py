@@ -11,8 +11,9 @@ import crc32c
 import numpy as np
 from zlib_ng import zlib_ng
 
-from pipelines.dataset.dataset import SampleDataset, dataset_from_shards
-from pipelines.dataset.manifest import Entry
+from pipelines.dataset.dataset import SampleDataset
+from pipelines.dataset.manifest import Entry, Manifest
+from pipelines.dataset.open import dataset_from_manifest
 from pipelines.errors import DataError
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
@@ -73,7 +74,9 @@ class VerifyTask:
             entry = self._entry(name, contents)
             faults += _compare(self.folder, record, entry) if record else ()
             if not faults:
-                self._check_samples(self._dataset(entry), contents, faults, samples)
+                manifest = Manifest(self.format_name, self.spec, (entry,))
+                dataset = dataset_from_manifest(self.folder, manifest)
+                self._check_samples(dataset, contents, faults, samples)
         except DataError as error:
             faults.append(Fault("content", str(error)))
         return VerifyResult(faults, entry, samples)
@@ -106,14 +109,6 @@ class VerifyTask:
             members = sample_members(path) if suffix == PackedFormat.suffix else ()
             written.append(WrittenFile(path, len(content), crc32c.crc32c(content), members))
         return Entry.from_written(name, written)
-
-    def _dataset(self, entry: Entry) -> SampleDataset:
-        """Return the samples of `entry`."""
-        if self.format_name == PackedFormat.name:
-            shards = ((entry.name + file.suffix, file.members) for file in entry.files)
-            return dataset_from_shards(self.folder, shards, self.spec)
-        names = (entry.name + FORMATS[self.format_name].suffix,)
-        return SampleDataset(self.folder, self.format_name, names, self.spec)
 
 
 def _sample_files(dataset: SampleDataset, index: int, contents: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -28,9 +28,8 @@ class PackedFormat(Format):
 
     def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
         """Write the index of a shard of `sample` alone, and the shard."""
-        return write_shard(
-            directory / f"{sample_id}{SHARD_SUFFIX}", [(sample_id + MEMBER_SUFFIX, encode(sample))]
-        )
+        members = [(sample_id + MEMBER_SUFFIX, encode(sample))]
+        return write_shard(directory / f"{sample_id}{SHARD_SUFFIX}", members)
 
     def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
         """See `Format.parse`; all checksums are compared."""
