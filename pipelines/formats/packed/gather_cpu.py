@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,13 +82,10 @@ def _scratch(voxels: int, dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], ...]:
 
 def _load() -> Callable[..., int] | None:
     """Load gather.c; None if it was not compiled."""
-    found = importlib.util.find_spec("pipelines.formats.packed._gather")
-    if found is None or found.origin is None:
-        return None
     try:
-        compiled: Any = ctypes.CDLL(found.origin).gather_rows_1
+        compiled: Any = np.ctypeslib.load_library("_gather", __file__).gather_rows_1
     except (OSError, AttributeError):
-        # Built for another kind of machine that shares this checkout, or from an older gather.c.
+        # Not built; or for another kind of machine that shares this checkout, or from an older gather.c.
         return None
     compiled.restype = ctypes.c_uint32
     pointer = ctypes.c_void_p
