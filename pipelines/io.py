@@ -265,6 +265,14 @@ def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes
         raise
 
 
+def map_file(path: Path) -> mmap.mmap | bytes:
+    """Return the content of the file at `path`, mapped into memory; AccessError if it cannot be read."""
+    with reading(path), open(path, "rb") as file:
+        # An empty file cannot be mapped.
+        size = os.fstat(file.fileno()).st_size
+        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+
+
 def raise_open_file_limit(count: int) -> int:
     """Raise the limit of open files to `count`, or as far as the system allows; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

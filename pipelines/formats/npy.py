@@ -11,7 +11,6 @@ import functools
 import io
 import math
 import mmap
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import DataError, reading
+from pipelines.errors import DataError
 from pipelines.formats.base import Format
 from pipelines.formats.payload import CountsPayload
-from pipelines.io import WrittenFile, read_file, write_chunks
+from pipelines.io import WrittenFile, map_file, read_file, write_chunks
 from pipelines.sample import Sample, SampleSpec, check_counts, check_target
 
 DATA_SUFFIX, LABEL_SUFFIX = "_data.npy", "_label.npy"
@@ -58,10 +57,7 @@ def map_sample(path: Path, spec: SampleSpec) -> CountsPayload:
     Raises:
         DataError: a header or the target is damaged, or the shape is not that of `spec`.
     """
-    with reading(path), open(path, "rb") as file:
-        # An empty file cannot be mapped.
-        size = os.fstat(file.fileno()).st_size
-        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+    mapped = map_file(path)
     counts = parse_npy(path, mapped)
     if counts.shape != spec.shape or counts.dtype != np.int16:
         check_counts(path, counts, spec)

@@ -8,7 +8,6 @@ docs/packed.md has the layout byte by byte, and its reasons.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,11 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import DataError, reading
+from pipelines.errors import DataError
 from pipelines.formats.packed.gather_cpu import gather_rows
-from pipelines.formats.packed.header import (
-    BYTE_SUM_MODULUS,
-    HEADER,
-    Header,
-    aligned,
-    read_directory,
-    read_header,
-)
+from pipelines.formats.packed.header import BYTE_SUM_MODULUS, Header, aligned, read_directory, read_header
 from pipelines.formats.packed.lz4 import FRAME_BLOCK_BYTES, REMEDY, inflate, inflate_many
+from pipelines.io import map_file
 from pipelines.sample import SampleSpec, check_target
 
 DECODE_CHUNK_VOXELS = 1 << 18
@@ -40,7 +33,7 @@ class PackedSample:
 
     Attributes:
         path: file that errors name.
-        content: all bytes, or only the wanted chunks.
+        content: all bytes; of `read_slices` also those after it in the file.
         table: (rows, C) int16, the distinct voxels.
         target: (4,) float32.
         starts, sizes, crcs: (chunks, planes) int64. Of each LZ4 block, its offset in `content`, its
@@ -99,14 +92,10 @@ class PackedSample:
     def verify_chunks(self) -> None:
         """Compare each chunk's own checksums; all of them must be in `content`."""
         for chunk, plane in np.ndindex(self.crcs.shape):
-            start, end = self.block_extent(chunk, plane)
-            if crc32c.crc32c(self.content[start:end]) != self.crcs[chunk, plane]:
+            start = int(self.starts[chunk, plane])
+            padded_block = self.content[start : start + aligned(int(self.sizes[chunk, plane]))]
+            if crc32c.crc32c(padded_block) != self.crcs[chunk, plane]:
                 raise DataError(self.path, f"the CRC of plane {plane} of chunk {chunk} is wrong", REMEDY)
-
-    def block_extent(self, chunk: int, plane: int) -> tuple[int, int]:
-        """Return start and end, padding included, of a block in the sample's bytes."""
-        start = int(self.starts[chunk, plane])
-        return start, start + aligned(int(self.sizes[chunk, plane]))
 
     def _inflate_plane(self, chunks: range, plane: int) -> bytes:
         """Inflate one byte plane of each of `chunks` and concatenate them."""
@@ -127,14 +116,14 @@ class PackedSample:
 
 
 def open_packed(
-    path: Path, content: bytes | memoryview, spec: SampleSpec | None = None, *, without_chunks: bool = False
+    path: Path, content: bytes | memoryview, spec: SampleSpec | None = None, *, in_shard: bool = False
 ) -> PackedSample:
     """Parse the header and the table of the packed sample `content`.
 
     Args:
         path: file that errors name.
         spec: expected shape; None accepts any.
-        without_chunks: accept content that ends with the table.
+        in_shard: accept content with more bytes than the sample's, and with chunks missing.
 
     Raises:
         DataError: anything but a chunk is damaged.
@@ -147,7 +136,7 @@ def open_packed(
     directory = read_directory(path, view, header)
     sizes, crcs = directory["bytes"].astype(np.int64), directory["crc32c"].astype(np.int64)
     ends = header.chunks_start + np.cumsum(aligned(sizes))
-    if len(view) != ends[-1] and not without_chunks:
+    if len(view) != ends[-1] and not in_shard:
         raise DataError(path, f"has {len(view)} bytes; its chunks end at {ends[-1]}", REMEDY)
     starts = np.concatenate([[header.chunks_start], ends[:-1]]).reshape(sizes.shape)
     table, target = _read_table(path, view, header), check_target(path, header.target)
@@ -157,7 +146,7 @@ def open_packed(
 def read_slices(path: Path, first: int, stop: int, offset: int = 0) -> npt.NDArray[np.int16]:
     """Read the D-slices `first` to `stop` of a packed sample, (stop - first, H, W, C).
 
-    Only the header, the table and the chunks with these slices are read.
+    Only the header, the table and the chunks with these slices are accessed.
 
     Args:
         path: file with the sample, such as a shard.
@@ -166,26 +155,13 @@ def read_slices(path: Path, first: int, stop: int, offset: int = 0) -> npt.NDArr
     Raises:
         DataError: what is read is damaged, or there are no such slices.
     """
-    with reading(path), open(path, "rb") as file:
-
-        def read(start: int, length: int) -> memoryview:
-            return memoryview(os.pread(file.fileno(), length, offset + start))
-
-        header = read_header(path, read(0, HEADER.size))
-        packed = open_packed(path, read(0, header.chunks_start), without_chunks=True)
-        if not 0 <= first < stop <= header.spec.size:
-            raise DataError(path, f"has no D-slices {first} to {stop}", f"it has {header.spec.size}")
-        chunks = slice(first // header.slices, -(-stop // header.slices))
-        start = int(packed.starts[chunks.start, 0])
-        end = packed.block_extent(chunks.stop - 1, header.planes - 1)[1]
-        content = read(start, end - start)
-    part = replace(
-        packed,
-        content=content,
-        starts=packed.starts[chunks] - start,
-        sizes=packed.sizes[chunks],
-        crcs=packed.crcs[chunks],
-    )
+    packed = open_packed(path, memoryview(map_file(path))[offset:], in_shard=True)
+    header = packed.header
+    if not 0 <= first < stop <= header.spec.size:
+        raise DataError(path, f"has no D-slices {first} to {stop}", f"it has {header.spec.size}")
+    chunks = slice(first // header.slices, -(-stop // header.slices))
+    starts, sizes, crcs = (blocks[chunks] for blocks in (packed.starts, packed.sizes, packed.crcs))
+    part = replace(packed, starts=starts, sizes=sizes, crcs=crcs)
     part.verify_chunks()
     counts = np.empty((len(part.starts) * header.slices, *header.spec.shape[1:]), np.int16)
     part.fill(counts, part.table)
