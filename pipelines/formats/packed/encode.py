@@ -25,11 +25,10 @@ def slices_per_chunk(size: int) -> int:
     return max(fitting, default=1)
 
 
-def encode(sample: Sample, *, level: int = LZ4_LEVEL, slices: int | None = None) -> Iterator[bytes]:
+def encode(sample: Sample, *, slices: int | None = None) -> Iterator[bytes]:
     """Encode `sample`, yielding the bytes in pieces.
 
     Args:
-        level: level of LZ4-HC; 0 selects the fast compressor.
         slices: D-slices in a chunk; the default is `slices_per_chunk`.
     """
     counts = sample.counts
@@ -38,9 +37,9 @@ def encode(sample: Sample, *, level: int = LZ4_LEVEL, slices: int | None = None)
     table, rows = tabulate(counts)
     planes = max(1, -(-(len(table) - 1).bit_length() // 8))
     chunks = rows.astype("<u4").reshape(size // slices, -1).view(np.uint8).reshape(size // slices, -1, 4)
-    blocks = [_compress(chunk[:, plane], level) for chunk in chunks for plane in range(planes)]
+    blocks = [_compress(chunk[:, plane]) for chunk in chunks for plane in range(planes)]
     table_planes = table.astype("<i2").view(np.uint8).reshape(len(table), channels, 2).transpose(2, 1, 0)
-    table_block = _compress(table_planes, level)
+    table_block = _compress(table_planes)
     content = [padded(block) for block in blocks]
     directory = [(len(block), crc32c.crc32c(data)) for block, data in zip(blocks, content, strict=True)]
     sums = crc32c.crc32c(b"".join(content)), 0, int(chunks.sum(dtype=np.uint64)) % BYTE_SUM_MODULUS
@@ -69,6 +68,6 @@ def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.
     return table[order], rank[rows.reshape(-1)]
 
 
-def _compress(content: npt.NDArray[np.uint8], level: int) -> bytes:
-    mode = {"mode": "high_compression", "compression": level} if level else {"mode": "default"}
+def _compress(content: npt.NDArray[np.uint8]) -> bytes:
+    mode = {"mode": "high_compression", "compression": LZ4_LEVEL}
     return bytes(lz4.block.compress(content.tobytes(), store_size=False, **mode))
