@@ -7,6 +7,7 @@ a decoder is saved.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -71,16 +72,9 @@ class Loader:
         # The smallest partition sets the number of steps in training, the largest where no sample is dropped.
         smallest, largest = split.total // split.num_partitions, -(-split.total // split.num_partitions)
         steps = smallest // global_batch if ragged == "drop" else -(-largest // global_batch)
-        self._plan = lambda epoch: plan_epoch(
-            len(split),
-            global_batch=global_batch,
-            seed=seed,
-            epoch=epoch,
-            shuffle=shuffle,
-            ragged=ragged,
-            steps=steps,
-        )
-        self._steps = len(self._plan(0))
+        steps_of = functools.partial(plan_epoch, len(split), global_batch=global_batch, steps=steps)
+        self._plan = functools.partial(steps_of, seed=seed, shuffle=shuffle, ragged=ragged)
+        self._steps = len(self._plan(epoch=0))
         self._position = (0, 0)
         self._planned = self._steps_from(0, 0)
         self._reading: deque[_InFlightStep] = deque()
@@ -142,7 +136,7 @@ class Loader:
     def _steps_from(self, epoch: int, step: int) -> Iterator[Indices]:
         """Yield `_InFlightStep.upcoming` for each step from there on, epoch after epoch, without end."""
         while True:
-            indices = self._rank_slice.select(self._plan(epoch))
+            indices = self._rank_slice.select(self._plan(epoch=epoch))
             for first in range(step, len(indices)):
                 yield indices[first:]
             epoch, step = epoch + 1, 0

@@ -57,21 +57,17 @@ class Reader:
         """
         if index < 0:
             return index, self._padding_payload
-        tried, files = 0, set[Path]()
-        while tried < len(self.split):
-            candidate = (index + tried) % len(self.split)
+        total, files = len(self.split), set[Path]()
+        for tried in range(total + 1):
+            candidate = (index + tried) % total
             files.add(self.split.files(candidate)[-1])
-            if len(files) > MAX_CONSECUTIVE_BAD:
+            if tried == total or len(files) > MAX_CONSECUTIVE_BAD:
                 break
             payload = self._unless_damaged(candidate, self._payload)
             if payload is not None:
                 return candidate, payload
-            tried += 1
-        raise DataError(
-            self.split.path(index),
-            f"this sample and the next {tried - 1} are damaged",
-            "check the folder with python -m preprocess.verify",
-        )
+        fault = f"this sample and the next {tried - 1} are damaged"
+        raise DataError(self.split.path(index), fault, "check the folder with python -m preprocess.verify")
 
     @functools.cached_property
     def _padding_payload(self) -> Payload:
