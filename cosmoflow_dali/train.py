@@ -13,13 +13,14 @@ import logging
 import os
 import secrets
 import signal
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from mlperf_logging.mllog import constants
@@ -30,7 +31,8 @@ from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.mlperf import write_events as mlperf
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenCosmoFlow
-from cosmoflow_dali.reporting.summary import TrainingResult, write_results
+from cosmoflow_dali.reporting.summary import write_results
+from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.logs import RunLogs, configure_logging
 from cosmoflow_dali.training.run_dir import CONFIG, Run, check_data, check_partition, create_run, resume_run
 from cosmoflow_dali.training.stop_signal import STOP_SIGNALS
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.info("stopped by a signal; resume with --run-dir %s --resume", run.folder)
             return os.EX_TEMPFAIL
         # The baseline reads the whole data set, not this node's part of it.
-        session.run_on_root(partial(write_results, run, result, world))
+        session.run_on_root(partial(write_results, run, *result, world))
     return 0
 
 
@@ -146,8 +148,15 @@ def _stage(run: Run, session: Session, logs: RunLogs, staged_since: int | None) 
     return dataclasses.replace(run, train=train, validation=validation, seconds=seconds_by_phase)
 
 
-def _train(run: Run, session: Session, device: torch.device, logs: RunLogs) -> TrainingResult | None:
-    """Build everything and train on all ranks; return None if a signal stopped it."""
+def _train(
+    run: Run, session: Session, device: torch.device, logs: RunLogs
+) -> tuple[Evaluation, dict[str, Any]] | None:
+    """Build everything and train on all ranks.
+
+    Returns:
+        Validation of the final weights and the entries of summary.json about the training; None if a signal
+        stopped it.
+    """
     start, config, world = time.perf_counter(), run.config, session.world
     check_partition(run)
     model = build_model(config.model, run.seed)
@@ -178,17 +187,17 @@ def _train(run: Run, session: Session, device: torch.device, logs: RunLogs) -> T
         # A run that is resumed after its last epoch was not evaluated by this process.
         evaluation = trainer.evaluation or trainer.validate()
     timer = trainer.timer
-    return TrainingResult(
-        reason=reason,
-        evaluation=evaluation,
-        skipped=trainer.skipped,
-        epochs=trainer.position.epoch,
-        steps=trainer.steps,
-        compute_summary=trainer.compute_summary,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        wait_fractions=session.gather(timer.total_waited / timer.total if timer.total else 0.0),
-        seconds=seconds | trainer.seconds,
-    )
+    waits = session.gather(timer.total_waited / timer.total if timer.total else 0.0)
+    return evaluation, {
+        "skipped_samples": trainer.skipped,
+        "outcome": reason.value,
+        "epochs": trainer.position.epoch,
+        "steps": trainer.steps,
+        "computes": trainer.compute_summary,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data_wait_fraction": {"mean": statistics.fmean(waits), "worst_rank": max(waits)},
+        "seconds": seconds | trainer.seconds,
+    }
 
 
 def _exit_immediately(number: int, frame: FrameType | None) -> NoReturn:
