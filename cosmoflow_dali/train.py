@@ -28,7 +28,7 @@ from mlperf_logging.mllog import constants
 from cosmoflow_dali.arguments import Arguments, parse, select_instance
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.config import TrainConfig
-from cosmoflow_dali.mlperf import write_events as mlperf
+from cosmoflow_dali.mlperf.write_events import log_settings
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenCosmoFlow
 from cosmoflow_dali.reporting.summary import write_results
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         lengths = run.checkpoint.logs if run.checkpoint else None
         with RunLogs(run.folder if world.is_root else None, lengths) as logs:
             if run.checkpoint is None:
-                mlperf.log_init_start(logs.mlperf, start_ms, caches_cleared=arguments.caches_cleared)
+                logs.mlperf.event(constants.CACHE_CLEAR, value=arguments.caches_cleared, time_ms=start_ms)
+                logs.mlperf.start(constants.INIT_START, time_ms=start_ms)
             staged = _stage(run, session, logs, arguments.staged_since)
             result = _train(staged, session, device, logs)
         if result is None:
@@ -138,7 +139,9 @@ def _stage(run: Run, session: Session, logs: RunLogs, staged_since: int | None) 
     staged = stage(splits, config.folder, config, session, skip_source_check=staged_since is not None)
     seconds = time.time() - 1e-3 * start_ms
     if run.checkpoint is None:
-        mlperf.log_staging(logs.mlperf, seconds, [report for _, report in staged])
+        names = "samples", "read_bytes", "written_bytes"
+        totals = {name: sum(getattr(report, name) for _, report in staged) for name in names}
+        logs.mlperf.end("staging_stop", metadata={"staging_duration": seconds} | totals)
     for split, report in staged:
         logger.info(describe(split, report, session.world.nodes))
         if report.faults and run.config.loader.on_bad_sample == "fail":
@@ -174,7 +177,7 @@ def _train(
         trainer = Trainer(run, model, train, validation, session=session, device=device, logs=logs)
         if run.checkpoint is None:
             samples = run.train.total, run.validation.total
-            mlperf.log_settings(logs.mlperf, config, world, seed=run.seed, samples=samples)
+            log_settings(logs.mlperf, config, world, seed=run.seed, samples=samples)
             logs.mlperf.end(constants.INIT_STOP)
             logs.mlperf.start(constants.RUN_START)
         logger.info(trainer.compute_summary)

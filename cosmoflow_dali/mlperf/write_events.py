@@ -6,7 +6,6 @@ The keys are those of mlperf_logging.mllog.constants; mlperf_logging.compliance_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from mlperf_logging.mllog import constants
@@ -17,24 +16,6 @@ from cosmoflow_dali.compute.schedule import StepDecayConfig
 from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.models.reference import ReferenceConfig
 from pipelines.distributed.world import World
-from preprocess.staging.stager import StagingReport
-
-
-def log_init_start(log: MLLogger, began_ms: int, *, caches_cleared: bool) -> None:
-    """Log that set-up began at `began_ms` (Unix time), and whether page caches were cleared before."""
-    log.event(constants.CACHE_CLEAR, value=caches_cleared, time_ms=began_ms)
-    log.start(constants.INIT_START, time_ms=began_ms)
-
-
-def log_staging(log: MLLogger, seconds: float, staged: Sequence[StagingReport]) -> None:
-    """Log the end of staging, `seconds` after its start, with the totals over the `staged` folders."""
-    metadata = {
-        "staging_duration": seconds,
-        "samples": sum(each.samples for each in staged),
-        "read_bytes": sum(each.read_bytes for each in staged),
-        "written_bytes": sum(each.written_bytes for each in staged),
-    }
-    log.end("staging_stop", metadata=metadata)
 
 
 def log_settings(
