@@ -22,7 +22,7 @@ from cosmoflow_dali.compute.optim import AdamConfig, SGDConfig
 from cosmoflow_dali.compute.schedule import OneCycleConfig, StepDecayConfig
 from cosmoflow_dali.models.build import ModelConfig
 from cosmoflow_dali.models.reference import ReferenceConfig
-from pipelines.errors import ConfigError, DataError
+from pipelines.errors import ConfigError, DataError, check_field
 from pipelines.loading.config import LoaderConfig
 from pipelines.settings import Tree, build, flatten_tree, set_key
 from preprocess.simulate import SimulateConfig
@@ -63,8 +63,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         for name in ("every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "must be at least 1 step")
+            check_field(self, name, getattr(self, name) >= 1, "must be at least 1 step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +116,10 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ConfigError("seed", self.seed, "must be at least 0 and below 2**63")
-        if self.epochs < 1:
-            raise ConfigError("epochs", self.epochs, "must be at least 1")
-        if self.target_mae is not None and self.target_mae <= 0:
-            raise ConfigError("target_mae", self.target_mae, "must be above 0")
+        valid = self.seed is None or 0 <= self.seed < 2**63
+        check_field(self, "seed", valid, "must be at least 0 and below 2**63")
+        check_field(self, "epochs", self.epochs >= 1, "must be at least 1")
+        check_field(self, "target_mae", self.target_mae is None or self.target_mae > 0, "must be above 0")
         decay = self.optimizer.weight_decay if isinstance(self.optimizer, SGDConfig) else 0.0
         dropout = self.model.dropout if isinstance(self.model, ReferenceConfig) else 0.0
         if decay > 0 and dropout > 0:

@@ -26,14 +26,11 @@ class StepTimer:
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Iterate over `batches`; count the time until each arrives as waiting."""
-        iterator = iter(batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(iterator, None)
+        start = time.perf_counter()
+        for batch in batches:
             self._waited += time.perf_counter() - start
-            if batch is None:
-                return
             yield batch
+            start = time.perf_counter()
 
     def read(self) -> tuple[float, float]:
         """Return the seconds, and the seconds waited, of the interval; start the next one."""
