@@ -11,12 +11,12 @@ report.html       the pictures
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from cosmoflow_dali.compute.schedule import StepDecayConfig
@@ -154,13 +154,11 @@ def check_partition(run: Run) -> None:
 
 def write_predictions(folder: Path, evaluation: Evaluation) -> None:
     """Write true and predicted parameters in physical units, one validation sample per line."""
-    names = [parameter.name for parameter in PARAMETERS]
-    rows = zip(to_physical(evaluation.targets), to_physical(evaluation.predictions), strict=True)
-    with open(folder / PREDICTIONS, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", *(f"{name}_true" for name in names), *(f"{name}_pred" for name in names)])
-        for index, (true, predicted) in zip(evaluation.index.tolist(), rows, strict=True):
-            writer.writerow([index, *(f"{value:.7g}" for value in (*true, *predicted))])
+    columns = [f"{parameter.name}_{kind}" for kind in ("true", "pred") for parameter in PARAMETERS]
+    true, predicted = to_physical(evaluation.targets), to_physical(evaluation.predictions)
+    table, header = np.column_stack([evaluation.index, true, predicted]), ",".join(["index", *columns])
+    formats = ["%d", *("%.7g" for _ in columns)]
+    np.savetxt(folder / PREDICTIONS, table, formats, ",", newline="\r\n", header=header, comments="")
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
