@@ -46,14 +46,11 @@ _MAX_ERRORS = 5
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     with report_errors(World()):
-        parser = OneLineParser(
-            prog="python -m cosmoflow_dali.results",
-            description="Check the MLPerf logs of many runs and print the scores that a submission reports.",
-        )
+        text = "Check the MLPerf logs of many runs and print the scores that a submission reports."
+        parser = OneLineParser(prog="python -m cosmoflow_dali.results", description=text)
         parser.add_argument("logdir", type=Path, metavar="LOGDIR", help="folder with MLPerf logs, any depth")
-        parser.add_argument(
-            "--submission", type=Path, metavar="DIR", help="write a submission to this folder and check it"
-        )
+        text = "write a submission to this folder and check it"
+        parser.add_argument("--submission", type=Path, metavar="DIR", help=text)
         parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the runs")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
         arguments = parser.parse_args(argv)
@@ -103,11 +100,10 @@ def _log_rows(runs: Sequence[Run]) -> list[list[str]]:
     ]
     for run in runs:
         verdict = ("fails", "not compliant") if run.compliance_errors else ("passes", "converged")
-        figures = (run.minutes, 3), (run.epochs, 0), (run.rate, 1), (run.staging, 1)
         accelerators = run.system.accelerators if run.system else None
-        status = "; ".join(run.invalid_reasons) or verdict[1]
-        texts = [_text(value, digits) for value, digits in figures]
-        rows.append([run.name, verdict[0], *texts, _text(accelerators), _text(run.seed), status])
+        figures = run.minutes, run.epochs, run.rate, run.staging, accelerators, run.seed
+        texts = map(_text, figures, (3, 0, 1, 1, 0, 0))
+        rows.append([run.name, verdict[0], *texts, "; ".join(run.invalid_reasons) or verdict[1]])
     return rows
 
 
@@ -126,7 +122,7 @@ def _score_rows(scores: Sequence[Score]) -> list[list[str]]:
         last = score.time_to_train_all, score.models_per_minute
         figures = _score_figures(rate, score.time_to_train, staging, epochs, *last)
         valid = f"{len(score.valid_runs)} of {len(score.runs)}"
-        rows.append([title, score.scaling, valid, models or _text(each), *figures])
+        rows.append([title, score.scaling, valid, models or _text(each, 0), *figures])
     for row in _PUBLISHED:
         last = row.whole, row.models_per_minute
         figures = _score_figures(row.rate, row.minutes, row.staging, row.epochs, *last)
@@ -138,7 +134,7 @@ def _score_rows(scores: Sequence[Score]) -> list[list[str]]:
 
 def _score_figures(*values: float | None) -> list[str]:
     """Format rate, minutes, staging, epochs, TTTa and models per minute."""
-    return [_text(value, digits) for value, digits in zip(values, (1, 2, 1, 1, 2, 2), strict=True)]
+    return list(map(_text, values, (1, 2, 1, 1, 2, 2)))
 
 
 def _notes(scores: Sequence[Score]) -> list[str]:
@@ -189,12 +185,10 @@ def draw(scores: Sequence[Score]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    heights = [1.6 + 0.14 * len(score.runs) for score in scores] or [1.0]
     with rc_context(STYLE):
-        figure = Figure(figsize=(8, sum(heights)), layout="constrained", dpi=150)
-        axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
-        for ax, score in zip(axes, scores, strict=False):
-            _draw_runs(ax, score)
+        figure = Figure(figsize=(8, 3 * max(1, len(scores))), layout="constrained", dpi=150)
+        for number, score in enumerate(scores, 1):
+            _draw_runs(figure.add_subplot(len(scores), 1, number), score)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -224,7 +218,7 @@ def _draw_runs(ax: Axes, score: Score) -> None:
     ax.set_ylim(max(len(score.runs), 4) - 0.5, -0.5)
 
 
-def _text(value: float | None, digits: int = 0) -> str:
+def _text(value: float | None, digits: int) -> str:
     # A seed may have more digits than a float.
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.{digits}f}"
 
