@@ -11,10 +11,8 @@ report.html       the pictures
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -159,8 +157,3 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
     table, header = np.column_stack([evaluation.index, true, predicted]), ",".join(["index", *columns])
     formats = ["%d", *("%.7g" for _ in columns)]
     np.savetxt(folder / PREDICTIONS, table, formats, ",", newline="\r\n", header=header, comments="")
-
-
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Write summary.json."""
-    write_chunks(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())

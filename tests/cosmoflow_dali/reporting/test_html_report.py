@@ -48,7 +48,7 @@ def run_folder(tmp_path: Path) -> Path:
         "versions": machine.versions(),
         "hardware": machine.hardware(),
     }
-    runs.write_summary(folder, summary)
+    (folder / runs.SUMMARY).write_text(json.dumps(summary))
     timed = {"samples_per_s": 10.0, "data_wait_ms": 2.0, "step_ms": 20.0}
     lines = [{"kind": "step", "step": s, "loss": 1 / s, "lr": 0.1 / s, **timed} for s in range(10, 31, 10)]
     lines += [
