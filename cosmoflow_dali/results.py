@@ -29,7 +29,7 @@ from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, S
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
-from pipelines.io import write_chunks
+from pipelines.io import write_file
 from pipelines.tables import format_table
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in _notes(scores):
             print(f"note: {note}")
         if arguments.json is not None:
-            write_chunks(arguments.json, json.dumps(_tree(runs, scores), indent=2).encode() + b"\n")
+            write_file(arguments.json, json.dumps(_tree(runs, scores), indent=2).encode() + b"\n")
         if arguments.plot is not None:
-            write_chunks(arguments.plot, draw(scores))
+            write_file(arguments.plot, draw(scores))
         failed = _submit(arguments.submission, scores) if arguments.submission is not None else 0
         invalid = [run.name for run in runs if not run.is_valid]
         if invalid:

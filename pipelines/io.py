@@ -88,7 +88,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise
 
 
-def write_chunks(path: Path, *chunks: bytes | memoryview) -> WrittenFile:
+def write_file(path: Path, *chunks: bytes | memoryview) -> WrittenFile:
     """Write `chunks` in order to the file at `path`; see `write_atomically`.
 
     A large file bypasses the page cache where the file system supports it: caching terabytes that

@@ -21,7 +21,7 @@ from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats.registry import FORMATS
-from pipelines.io import final_name, locked, remove_temporaries, write_chunks
+from pipelines.io import final_name, locked, remove_temporaries, write_file
 from pipelines.sample import SPLITS, SplitName
 from pipelines.settings import add_flags, build
 from preprocess.conversion.progress import STOPPED, track
@@ -70,7 +70,7 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
             for folder in (root, *(root / split for split in SPLITS)):
                 remove_temporaries(folder)
             record = json.dumps({"version": _VERSION, **asdict(config)}, indent=2) + "\n"
-            write_chunks(root / SETTINGS, record.encode())
+            write_file(root / SETTINGS, record.encode())
             files = size = 0
             universes = _missing(config, root)
             running = run_tasks(SimulateTask(config, root), universes, workers, lock)

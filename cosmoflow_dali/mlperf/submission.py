@@ -17,7 +17,7 @@ from cosmoflow_dali.mlperf.checkers import Verdict
 from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run
 from cosmoflow_dali.mlperf.scoring import Score
 from pipelines.errors import DataError, UserError, writing
-from pipelines.io import read_file, write_chunks
+from pipelines.io import read_file, write_file
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CODE = (
@@ -48,7 +48,7 @@ def write_submission(folder: Path, scores: Sequence[Score]) -> tuple[list[Verdic
         subject = Path("results", score.system.folder_name, score.scaling, BENCHMARK)
         runs = score.runs if score.scaling == "strong" else score.valid_runs
         for number, run in enumerate(runs):
-            write_chunks(_made(folder / subject) / f"result_{number}.txt", read_file(run.path))
+            write_file(_made(folder / subject) / f"result_{number}.txt", read_file(run.path))
         verdicts.append(checkers.check_seeds(folder, subject))
         if score.system.division == "closed":
             verdicts.append(checkers.check_convergence(folder, subject))
@@ -105,9 +105,9 @@ def _write_system(folder: Path, name: str, scores: Sequence[Score]) -> list[str]
         "accelerators_per_node": str(system.accelerators_per_node),
     }
     path = _made(folder / "systems") / f"{name}.json"
-    write_chunks(path, json.dumps(description).encode())
+    write_file(path, json.dumps(description).encode())
     missing = checkers.missing_fields(path)
-    write_chunks(path, json.dumps(description | dict.fromkeys(missing, ""), indent=4).encode() + b"\n")
+    write_file(path, json.dumps(description | dict.fromkeys(missing, ""), indent=4).encode() + b"\n")
     return missing
 
 

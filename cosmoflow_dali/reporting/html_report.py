@@ -21,7 +21,7 @@ from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, S
 from cosmoflow_dali.reporting.scores import score_rows
 from cosmoflow_dali.training.logs import METRICS
 from cosmoflow_dali.training.run_dir import CONFIG, PREDICTIONS, SUMMARY
-from pipelines.io import write_chunks
+from pipelines.io import write_file
 from pipelines.sample import HALF_RANGE, PARAMETERS, Parameter
 
 REPORT = "report.html"
@@ -73,7 +73,7 @@ expected.</p>
 <pre>{html.escape(config)}</pre>
 """
     path = run / REPORT
-    write_chunks(path, page.encode())
+    write_file(path, page.encode())
     return path
 
 

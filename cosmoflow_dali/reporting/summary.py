@@ -15,7 +15,7 @@ from cosmoflow_dali.reporting.scores import score_rows
 from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.run_dir import SUMMARY, Run, write_predictions
 from pipelines.distributed.world import World
-from pipelines.io import write_chunks
+from pipelines.io import write_file
 from pipelines.loading.reader import Reader
 from pipelines.tables import format_table
 
@@ -58,7 +58,7 @@ def write_results(run: Run, evaluation: Evaluation, training: dict[str, Any], wo
         "versions": system_info.versions(),
         "hardware": system_info.hardware(),
     }
-    write_chunks(run.folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    write_file(run.folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     _write_report(run.folder)
     rows = score_rows(summary, baseline_title="ridge")
     for line in format_table([["validation MAE", "all", *trivial], *rows]).splitlines():

@@ -23,7 +23,7 @@ from cosmoflow_dali.training.checkpoint import Checkpoint
 from cosmoflow_dali.training.evaluation import Evaluation
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import ConfigError, DataError
-from pipelines.io import TEMPORARY_SUFFIX, write_chunks
+from pipelines.io import TEMPORARY_SUFFIX, write_file
 from pipelines.plan import plan_epoch
 from pipelines.sample import PARAMETERS, to_physical
 
@@ -93,7 +93,7 @@ def create_run(run: Run, *, resumes: bool) -> None:
 
 def save_config(folder: Path, config: TrainConfig) -> None:
     """Write `config` into `folder` as YAML."""
-    write_chunks(folder / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False).encode())
+    write_file(folder / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False).encode())
 
 
 def resume_run(folder: Path, config: TrainConfig, ranks: int) -> tuple[TrainConfig, Checkpoint | None]:

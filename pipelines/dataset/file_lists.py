@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.errors import DataError
-from pipelines.io import read_file, write_chunks
+from pipelines.io import read_file, write_file
 
 DATA_LIST, LABEL_LIST = "files_data.lst", "files_label.lst"
 
@@ -40,4 +40,4 @@ def read_list(path: Path) -> tuple[ListedFile, ...]:
 def write_list(path: Path, files: Iterable[ListedFile]) -> None:
     """Write the list at `path` atomically."""
     lines = (f"{name}\n" if length is None else f"{name} {length}\n" for name, length in files)
-    write_chunks(path, "".join(lines).encode())
+    write_file(path, "".join(lines).encode())

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.errors import DataError, reading
-from pipelines.io import TarMember, WrittenFile, read_file, write_chunks
+from pipelines.io import TarMember, WrittenFile, read_file, write_file
 from pipelines.sample import SampleSpec
 
 MANIFEST = "manifest.jsonl"
@@ -163,7 +163,7 @@ class Manifest:
             "samples": sum(entry.samples for entry in self.entries),
         }
         lines = [json.dumps(header), *(json.dumps(entry.to_json()) for entry in self.entries), ""]
-        write_chunks(folder / MANIFEST, "\n".join(lines).encode())
+        write_file(folder / MANIFEST, "\n".join(lines).encode())
 
     @staticmethod
     def load(folder: Path) -> Manifest | None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pipelines.errors import DataError
 from pipelines.formats.base import Format
 from pipelines.formats.payload import CountsPayload
-from pipelines.io import WrittenFile, map_file, read_file, write_chunks
+from pipelines.io import WrittenFile, map_file, read_file, write_file
 from pipelines.sample import Sample, SampleSpec, check_counts, check_target
 
 DATA_SUFFIX, LABEL_SUFFIX = "_data.npy", "_label.npy"
@@ -70,7 +70,7 @@ def write_npy(path: Path, array: npt.NDArray[Any]) -> WrittenFile:
     """Write `array` as numpy.save does, atomically."""
     array, header = np.ascontiguousarray(array), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    return write_chunks(path, header.getvalue(), array.data.cast("B"))
+    return write_file(path, header.getvalue(), array.data.cast("B"))
 
 
 def parse_npy(path: Path, content: bytes | mmap.mmap) -> npt.NDArray[Any]:

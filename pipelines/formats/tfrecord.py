@@ -16,7 +16,7 @@ from zlib_ng import zlib_ng
 from pipelines.errors import DataError
 from pipelines.formats.base import Format
 from pipelines.formats.tf_example import REMEDY, encode_example, parse_example
-from pipelines.io import WrittenFile, write_chunks
+from pipelines.io import WrittenFile, write_file
 from pipelines.sample import REDSHIFTS, Sample, SampleSpec, check_counts, check_target
 
 try:
@@ -68,9 +68,9 @@ class TFRecord(Format):
         if self.compressed:
             # 4% larger than with zlib's default level, in a seventh of its time. Not isa-l, which is faster
             # still: its output differs between runs in a few hundred processes (isa-l issue 140).
-            return (write_chunks(path, zlib_ng.compress(content, _LEVEL, wbits=_GZIP_WBITS)),)
-        index = write_chunks(path.with_name(path.name + INDEX_SUFFIX), f"0 {len(content)}\n".encode())
-        return index, write_chunks(path, content)
+            return (write_file(path, zlib_ng.compress(content, _LEVEL, wbits=_GZIP_WBITS)),)
+        index = write_file(path.with_name(path.name + INDEX_SUFFIX), f"0 {len(content)}\n".encode())
+        return index, write_file(path, content)
 
     def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
         """See `Format.parse`; both CRCs are checked."""

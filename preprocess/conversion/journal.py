@@ -21,7 +21,7 @@ from pipelines.dataset.manifest import Entry, Manifest
 from pipelines.dataset.open import list_folder
 from pipelines.errors import AccessError, DataError, writing
 from pipelines.formats.packed.format import MEMBER_SUFFIX
-from pipelines.io import write_chunks
+from pipelines.io import write_file
 from pipelines.sample import SampleSpec
 
 _JOURNAL = re.compile(r"\.journal\.(?P<format>\w+)\.(?P<writer>\d+)\.jsonl")
@@ -98,7 +98,7 @@ def write_journal(
     """Write journal 0 with `entries`, and `settings` in its first line; return its path."""
     path = _journal(folder, format_name, 0)
     lines = (_first_line(spec, **settings), *(json.dumps(entry.to_json()) for entry in entries), "")
-    write_chunks(path, "\n".join(lines).encode())
+    write_file(path, "\n".join(lines).encode())
     return path
 
 

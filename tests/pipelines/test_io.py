@@ -14,7 +14,7 @@ import crc32c
 import pytest
 from helpers import ROOT, environment, kill, wait_until_gone
 
-from pipelines.io import LOCK_FILE, locked, write_atomically, write_chunks
+from pipelines.io import LOCK_FILE, locked, write_atomically, write_file
 
 COUNT = """
 import sys
@@ -55,7 +55,7 @@ def test_the_lock_excludes_other_writers(tmp_path: Path) -> None:
 
 def test_the_last_writer_of_a_file_wins(tmp_path: Path) -> None:
     def write(file: BinaryIO) -> None:
-        write_chunks(tmp_path / "a", b"inner")
+        write_file(tmp_path / "a", b"inner")
         assert (tmp_path / "a").read_bytes() == b"inner"
         file.write(b"outer")
 
@@ -77,7 +77,7 @@ def test_a_large_file_is_written_where_direct_writes_are_refused(
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", refuse_direct)
-    written = write_chunks(tmp_path / "a", content[:7], content[7:])
+    written = write_file(tmp_path / "a", content[:7], content[7:])
     assert written[1:3] == (len(content), crc32c.crc32c(content))
     assert (tmp_path / "a").read_bytes() == content
 

@@ -15,14 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pipelines.errors import DataError, reading
-from pipelines.io import (
-    TarMember,
-    WrittenFile,
-    raise_open_file_limit,
-    read_direct,
-    write_chunks,
-    write_stream,
-)
+from pipelines.io import TarMember, WrittenFile, raise_open_file_limit, read_direct, write_file, write_stream
 
 SHARD_SUFFIX, INDEX_SUFFIX = ".tar", ".idx"
 _BLOCK = tarfile.BLOCKSIZE
@@ -64,7 +57,7 @@ def write_shard(
         yield bytes(2 * _BLOCK)
 
     shard = write_stream(path, blocks())
-    index = write_chunks(path.with_suffix(INDEX_SUFFIX), _index(written).encode())
+    index = write_file(path.with_suffix(INDEX_SUFFIX), _index(written).encode())
     return index, shard._replace(members=tuple(written))
 
 
