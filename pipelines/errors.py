@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 MAX_CONSECUTIVE_BAD = 16
 """Consecutive damaged or unreadable files after which a program stops: so many are no accident."""
@@ -17,6 +18,10 @@ MAX_CONSECUTIVE_BAD = 16
 class UserError(Exception):
     """An error that the user can fix; `str(error)` is one line."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors are sent between ranks and worker processes. The default would call `__init__` with the line.
+        return type(self).__new__, (type(self), *self.args), vars(self)
+
 
 class DataError(UserError):
     """A file or folder that cannot be used: `<path>: <fault>; <remedy>`."""
@@ -24,10 +29,6 @@ class DataError(UserError):
     def __init__(self, path: str | os.PathLike[str], fault: str, remedy: str) -> None:
         self.path, self.fault, self.remedy = os.fspath(path), fault, remedy
         super().__init__(f"{self.path}: {fault}; {remedy}")
-
-    def __reduce__(self) -> tuple[type[DataError], tuple[str, str, str]]:
-        # Errors are sent between ranks and worker processes, so they must survive pickling.
-        return type(self), (self.path, self.fault, self.remedy)
 
 
 class AccessError(DataError):
@@ -75,9 +76,6 @@ class ConfigError(UserError):
     def __init__(self, key: str, value: object, remedy: str) -> None:
         self.key, self.value, self.remedy = key, value, remedy
         super().__init__(f"{key} = {value!r}: {remedy}")
-
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str]]:
-        return type(self), (self.key, self.value, self.remedy)
 
 
 def check_field(settings: object, name: str, valid: bool, remedy: str) -> None:

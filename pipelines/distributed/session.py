@@ -49,9 +49,6 @@ class RankError(UserError):
         self.world, self.error = world, error
         super().__init__(f"rank {world.rank} of {world.size}: {error}" if world.size > 1 else str(error))
 
-    def __reduce__(self) -> tuple[type[RankError], tuple[World, UserError]]:
-        return type(self), (self.world, self.error)
-
 
 def exit_now(status: int, world: World) -> NoReturn:
     """End this process with `status`."""

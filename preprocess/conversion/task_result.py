@@ -56,9 +56,6 @@ class DamagedSourceError(UserError):
         self.faults, self.unreadable = tuple(faults), dict(unreadable)
         super().__init__(f"{len(faults)} samples cannot be converted, the first of them: {faults[0]}")
 
-    def __reduce__(self) -> tuple[type[DamagedSourceError], tuple[Any, ...]]:
-        return type(self), (self.faults, self.unreadable)
-
 
 def convert_if_stale(
     item: WorkItem,
