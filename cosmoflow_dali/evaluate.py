@@ -15,7 +15,7 @@ from pathlib import Path
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.training.evaluation import evaluate
 from cosmoflow_dali.training.pretrained import load_model
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 from pipelines.distributed.cli import OneLineParser, launched, report_errors
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_torch(device, world.cores)
         session.connect(device)
         loaded = session.run_on_all_ranks(lambda: load_model(arguments.weights))
-        split = session.run_on_root(lambda: open_split(arguments.data_dir, arguments.split))
+        split = session.run_on_root(lambda: open_folder(arguments.data_dir / arguments.split))
         loaded.check_size(split.root, split.spec.size)
         loader = Loader(
             split,

@@ -37,7 +37,7 @@ from cosmoflow_dali.training.logs import RunLogs, configure_logging
 from cosmoflow_dali.training.run_dir import CONFIG, Run, check_data, check_partition, create_run, resume_run
 from cosmoflow_dali.training.stop_signal import STOP_SIGNALS
 from cosmoflow_dali.training.trainer import StopReason, Trainer
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.session import Session, exit_now
 from pipelines.distributed.world import World, available_cores
@@ -99,7 +99,7 @@ def _prepare_run(arguments: Arguments, session: Session) -> Run:
     if _simulate(config):
         seconds["simulate"] = time.perf_counter() - start
     with session.stall_guard("opening the data set"):
-        train, validation = (open_split(Path(config.data.dir), split) for split in ("train", "validation"))
+        train, validation = (open_folder(Path(config.data.dir) / split) for split in ("train", "validation"))
     run = Run(folder, config, checkpoint, train, validation, seconds)
     check_data(run, session.world.size)
     create_run(run, resumes=resumes)

@@ -44,11 +44,6 @@ def split_dirs(root: Path) -> list[str]:
     return found or ["."]
 
 
-def open_split(root: Path, split: str) -> SampleDataset:
-    """Open the samples in `root`/`split`, one of SPLITS; see `open_folder`."""
-    return open_folder(root / split)
-
-
 def open_folder(folder: Path) -> SampleDataset:
     """Open the samples in `folder`, those of its manifest if it has one.
 

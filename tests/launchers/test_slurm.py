@@ -16,7 +16,7 @@ from helpers import ROOT, Ranks, config_file, environment, write_tiny
 from left_behind import metrics, same_weights
 from slurm_cluster import Cluster, missing_programs
 
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 
 pytestmark = [
     pytest.mark.slurm,
@@ -211,7 +211,7 @@ def test_init_datasets_converts_both_splits(cluster: Cluster, data: Path, tmp_pa
         RENDEZVOUS_ADDR="127.0.0.1",
     )
     assert cluster.wait_for(job, seconds=200) == "COMPLETED", logs_for_a_failure(tmp_path)
-    assert [len(open_split(tmp_path / "npy", name)) for name in ("train", "validation")] == [12, 4]
+    assert [len(open_folder(tmp_path / "npy" / name)) for name in ("train", "validation")] == [12, 4]
     assert (tmp_path / "npy" / "train" / "files_label.lst").exists()
 
 

@@ -67,7 +67,7 @@ def test_opening_the_data_set_is_guarded_against_stalls(
     def hang(root: Path, split: str) -> SampleDataset:
         raise UserError(f"hangs while {about}")
 
-    monkeypatch.setattr(train, "open_split", hang)
+    monkeypatch.setattr(train, "open_folder", hang)
     arguments = parse(["--config", str(config_file(tmp_path / "c.yaml", tmp_path))])
     with pytest.raises(UserError, match=r"hangs while .'opening the data set'"):
         train._prepare_run(arguments, Guarded(World()))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from helpers import program, write_tiny
 
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
 from preprocess.download import main, unpack
 from preprocess.fetch import fetch
@@ -219,7 +219,7 @@ def test_program_downloads_unpacks_and_verifies(
     assert main(arguments) == 0
     assert "content" in capsys.readouterr().out
     for split, count in (("train", 3), ("validation", 2)):
-        assert len(open_split(tmp_path / "small", split)) == count
+        assert len(open_folder(tmp_path / "small" / split)) == count
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["train", "validation"]
     assert main(arguments) == 0
     assert len(server.asked) == 1
@@ -243,7 +243,7 @@ def test_archive_with_a_damaged_sample(
     server.content = archive
     for split in ("train", "validation"):
         shutil.rmtree(root / split)
-    assert main(arguments) == 0 and len(open_split(root, "train")) == 3
+    assert main(arguments) == 0 and len(open_folder(root / "train")) == 3
 
 
 @pytest.mark.parametrize("answer", [promises_less, lambda handler: handler.send(200, b"<html>Sorry</html>")])

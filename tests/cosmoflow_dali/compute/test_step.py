@@ -17,7 +17,7 @@ from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.compute.step import Precision, configure_float32, forward_backward, make_scaler
 from cosmoflow_dali.config import resolve
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 from pipelines.distributed.world import available_cores
 from pipelines.errors import ConfigError
 from pipelines.sample import Batch
@@ -70,7 +70,7 @@ def universes(tmp_path_factory: pytest.TempPathFactory) -> Universes:
     root = tmp_path_factory.mktemp("universes")
     config = SimulateConfig(train=1600, validation=1, size=32, voxel=4.0, steps=4)
     make_dataset(config, root, workers=available_cores(), shown=False)
-    split = open_split(root, "train")
+    split = open_folder(root / "train")
     samples = [split.read(index) for index in range(len(split))]
     counts, targets = (np.stack(each) for each in zip(*((s.counts, s.target) for s in samples), strict=True))
     volume = torch.from_numpy(np.log1p(counts, dtype=np.float32)).permute(0, 4, 1, 2, 3)

@@ -9,7 +9,7 @@ import pytest
 from helpers import write_tiny
 
 from cosmoflow_dali.reporting.ridge_baseline import compute_features, fit_ridge
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.reader import Reader
 from pipelines.sample import Sample
@@ -18,7 +18,7 @@ from pipelines.sample import Sample
 def test_predicts_the_parameter_that_sets_the_variance_and_no_other(tmp_path: Path) -> None:
     # In the tiny set the second parameter sets the field's variance and the others do nothing.
     root = write_tiny(tmp_path / "data", train=150, validation=60, size=8)
-    result = fit_ridge(*(Reader(open_split(root, split)) for split in ("train", "validation")))
+    result = fit_ridge(*(Reader(open_folder(root / split)) for split in ("train", "validation")))
     assert result.samples == 60
     assert result.mae_per_parameter["sigma_8"] < 0.2
     for name in ("Omega_m", "n_s", "H_0"):
@@ -52,5 +52,5 @@ def test_features_of_empty_and_dense_volumes_are_finite(tmp_path: Path) -> None:
         for index in range(3):
             sample = Sample(np.zeros((8, 8, 8, 4), np.int16), np.full(4, index / 4, np.float32))
             FORMATS["npy"].write(tmp_path / split, f"u{index}", sample)
-    result = fit_ridge(*(Reader(open_split(tmp_path, split)) for split in ("train", "validation")))
+    result = fit_ridge(*(Reader(open_folder(tmp_path / split)) for split in ("train", "validation")))
     assert np.isfinite(result.predictions).all()

@@ -9,7 +9,7 @@ from helpers import tiny_sample, write_tiny
 
 from pipelines.dataset.file_lists import ListedFile, read_list, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
-from pipelines.dataset.open import open_folder, open_split, read_sample, split_dirs
+from pipelines.dataset.open import open_folder, read_sample, split_dirs
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SampleSpec
@@ -17,7 +17,7 @@ from pipelines.sample import SampleSpec
 
 def test_the_format_is_detected(tmp_path: Path) -> None:
     for name in FORMATS:
-        split = open_split(write_tiny(tmp_path / name, train=3, validation=1, format_name=name), "train")
+        split = open_folder(write_tiny(tmp_path / name, train=3, validation=1, format_name=name) / "train")
         assert (split.format_name, len(split), split.spec) == (name, 3, SampleSpec(16))
         assert [split.sample_id(index) for index in range(3)] == [
             f"universe_000{index}_000" for index in range(3)
@@ -30,7 +30,7 @@ def test_list_files_select_and_order_the_samples(tmp_path: Path) -> None:
     for kind in ("data", "label"):
         text = "".join(f"{stem}_{kind}.npy\n" for stem in chosen)
         (root / "train" / f"files_{kind}.lst").write_text(text)
-    split = open_split(root, "train")
+    split = open_folder(root / "train")
     assert [split.sample_id(index) for index in range(len(split))] == chosen
 
 
@@ -68,19 +68,19 @@ def test_names_may_contain_blanks(format_name: str, tmp_path: Path) -> None:
 
 def test_folders_without_usable_samples_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AccessError, match="cannot be listed") as raised:
-        open_split(tmp_path, "train")
+        open_folder(tmp_path / "train")
     assert raised.value.path == str(tmp_path / "train")
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match="holds no samples"):
-        open_split(tmp_path, "train")
+        open_folder(tmp_path / "train")
     FORMATS["npy"].write(tmp_path / "train", "a", tiny_sample(0))
     FORMATS["tfrecord"].write(tmp_path / "train", "b", tiny_sample(0))
     with pytest.raises(DataError, match=r"b\.tfrecord and a_data\.npy"):
-        open_split(tmp_path, "train")
+        open_folder(tmp_path / "train")
     (tmp_path / "train" / "b.tfrecord").unlink()
     (tmp_path / "train" / "a_label.npy").unlink()
     with pytest.raises(DataError, match="no label file"):
-        open_split(tmp_path, "train")
+        open_folder(tmp_path / "train")
 
 
 @pytest.mark.parametrize("name", ["a\udcff", "a\nb"])
@@ -106,14 +106,14 @@ def test_a_folder_with_splits_and_samples_is_refused(tmp_path: Path) -> None:
 def test_temporary_files_are_not_samples(tmp_path: Path) -> None:
     root = write_tiny(tmp_path / "data", train=2, validation=1)
     (root / "train" / ".universe_0009_000_data.npy.77.tmp").write_bytes(b"half")
-    assert len(open_split(root, "train")) == 2
+    assert len(open_folder(root / "train")) == 2
 
 
 def test_two_kinds_of_tfrecord_in_one_folder_are_refused(tmp_path: Path) -> None:
     for first, second in (("tfrecord", "tfrecord_gzip"), ("tfrecord_gzip", "tfrecord")):
         root = write_tiny(tmp_path / first, train=1, validation=1, format_name=first)
         FORMATS[second].write(root / "train", "z", tiny_sample(1))
-        split = open_split(root, "train")
+        split = open_folder(root / "train")
         with pytest.raises(DataError, match="use one folder for each kind") as raised:
             split.read(1)
         assert raised.value.path == str(root / "train" / "z.tfrecord")

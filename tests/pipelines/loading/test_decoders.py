@@ -15,7 +15,7 @@ from helpers import write_tiny
 from nvidia.dali import fn
 from reference_packed_reader import TABLE
 
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
 from pipelines.formats.packed.decode import PackedSample, open_packed
 from pipelines.formats.packed.encode import encode
@@ -120,7 +120,7 @@ def write_damaged(root: Path, content: bytes) -> Path:
 
 def open_loader(root: Path, device: str, **options: Any) -> Loader:
     return Loader(
-        open_split(root, "train"),
+        open_folder(root / "train"),
         LoaderConfig(**options),
         rank_slice=RankSlice(),
         seed=0,

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from helpers import write_tiny
 
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.reader import Reader
 
 
 def test_mean_and_deviation_of_each_redshift(tmp_path: Path) -> None:
-    split = open_split(write_tiny(tmp_path / "data", train=20, validation=1), "train")
+    split = open_folder(write_tiny(tmp_path / "data", train=20, validation=1) / "train")
     mean, std = input_statistics(Reader(split), apply_log=True)
     stack = np.log1p(np.stack([split.read(index).counts for index in range(20)]).astype(np.float64))
     np.testing.assert_allclose(mean, stack.mean(axis=(0, 1, 2, 3)), rtol=1e-5)

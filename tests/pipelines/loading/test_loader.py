@@ -16,7 +16,7 @@ import torch
 from helpers import DATA, write_tiny
 
 from pipelines.dataset.dataset import Partition, SampleDataset
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 from pipelines.errors import ConfigError, DataError, UserError
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
@@ -55,7 +55,7 @@ def open_loader(
     **config: Any,
 ) -> Iterator[Loader]:
     loader = Loader(
-        open_split(data, "train") if isinstance(data, Path) else data,
+        open_folder(data / "train") if isinstance(data, Path) else data,
         LoaderConfig(batch_size=batch_size, **config),
         rank_slice=rank_slice,
         seed=9,
@@ -103,7 +103,7 @@ GPU_ROUNDING = 2e-7
 def test_each_row_is_the_transformed_sample_of_its_index(
     format_name: str, apply_log: bool, roots: dict[str, Path]
 ) -> None:
-    split = open_split(roots[format_name], "train")
+    split = open_folder(roots[format_name] / "train")
     with open_loader(split, apply_log=apply_log, ragged="pad") as loader:
         seen = [row for epoch in (0, 1) for row in rows(loader.batches(epoch)) if row[0] >= 0]
     assert sorted(index for index, _, _ in seen) == sorted([*range(SAMPLES)] * 2)
@@ -143,7 +143,7 @@ def test_files_of_tensorflow_give_exact_volumes_directly_and_as_npy(tmp_path: Pa
         original, npy = tmp_path / folder / "train", tmp_path / folder / "npy" / "train"
         shutil.copytree(DATA / folder, original)
         npy.mkdir(parents=True)
-        split = open_split(original.parent, "train")
+        split = open_folder(original.parent / "train")
         for index in range(len(split)):
             FORMATS["npy"].write(npy, split.sample_id(index), split.read(index))
         for root in (original.parent, npy.parent):
@@ -258,7 +258,7 @@ def test_a_partition_without_samples_gives_finite_padding(
     format_name: str, apply_log: bool, roots: dict[str, Path]
 ) -> None:
     none = np.arange(0)
-    whole = open_split(roots[format_name], "validation")
+    whole = open_folder(roots[format_name] / "validation")
     partition = whole.subset(none, Partition(none, count=3, total=2, seed=None))
     with open_loader(partition, ragged="pad", apply_log=apply_log) as loader:
         for epoch in (0, 1):
@@ -343,7 +343,7 @@ def test_a_file_that_dali_cannot_read_is_named_although_it_reads_ahead(
 
 def test_a_negative_count_becomes_nan_and_its_sample_is_found(roots: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(roots["npy"], tmp_path / "data")
-    split = open_split(tmp_path / "data", "train")
+    split = open_folder(tmp_path / "data" / "train")
     valid = split.read(5)
     damaged = Sample(np.where(np.arange(4) == 2, np.int16(-30000), valid.counts), valid.target)
     FORMATS["npy"].write(split.root, split.sample_id(5), damaged)

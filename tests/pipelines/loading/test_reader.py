@@ -10,7 +10,7 @@ import torch
 from helpers import tiny_sample, write_tiny
 
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.dataset.open import open_folder, open_split
+from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.tar_shard import clear_handle_cache, write_shard
@@ -25,7 +25,7 @@ from pipelines.plan import Ragged, RankSlice
 @pytest.fixture
 def split(tmp_path: Path) -> SampleDataset:
     """Eight samples, of which 2, 3 and 7 are damaged."""
-    dataset = open_split(write_tiny(tmp_path, train=8, validation=1), "train")
+    dataset = open_folder(write_tiny(tmp_path, train=8, validation=1) / "train")
     for index in (2, 3, 7):
         dataset.path(index).write_bytes(b"no")
     return dataset

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from helpers import ROOT, environment, write_tiny
 
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 
 SRUN = """#!/bin/bash
 echo "$@" >> "$SRUN_LOG"
@@ -50,7 +50,7 @@ def test_both_splits_with_their_lists(tmp_path: Path) -> None:
     done = submit(tmp_path, DATA_SRC_DIR=str(data), DATA_DST_DIR=str(tmp_path / "dst"))
     assert done.returncode == 0, done.stderr
     for split, count in (("train", 5), ("validation", 2)):
-        assert len(open_split(tmp_path / "dst", split)) == count
+        assert len(open_folder(tmp_path / "dst" / split)) == count
         assert len((tmp_path / "dst" / split / "files_label.lst").read_text().splitlines()) == count
     asked = (tmp_path / "srun.log").read_text()
     assert "--container" not in asked and "--mpi=none" in asked
@@ -64,7 +64,7 @@ def test_container_format_and_options(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "srun.log").read_text()
     assert "--container-image=image" in asked and f"{data}:{data}:ro,{target}:{target}" in asked
-    dataset = open_split(target, "train")
+    dataset = open_folder(target / "train")
     assert dataset.format_name == "packed" and len(dataset.entry_names) == 2
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import program, tiny_sample, write_tiny
 
 from pipelines.dataset.manifest import Manifest
-from pipelines.dataset.open import open_folder, open_split
+from pipelines.dataset.open import open_folder
 from pipelines.formats.registry import FORMATS
 from pipelines.io import LOCK_FILE
 
@@ -115,7 +115,7 @@ def test_packed_samples_are_staged_unchanged(tmp_path: Path) -> None:
     assert program(CONVERT, *line).code == 0
     done = program("preprocess.stage", "-i", tmp_path / "packed", "-o", tmp_path / "disk")
     assert done.code == 0, done.err
-    source, staged = (open_split(tmp_path / name, "train") for name in ("packed", "disk"))
+    source, staged = (open_folder(tmp_path / name / "train") for name in ("packed", "disk"))
     assert source.sharded
     assert f"{int(source.member_extents['bytes'].sum()):,} bytes read" in done.out
     assert [staged.sample_id(index) for index in range(7)] == [source.sample_id(index) for index in range(7)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import program
 
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
 from preprocess.conversion.hdf5_task import crops
 from preprocess.prepare import find_universes, main, split_universes
@@ -46,7 +46,7 @@ def universes(tmp_path: Path) -> Path:
 
 def test_names_crops_and_splits(universes: Path, tmp_path: Path) -> None:
     assert main(["-i", str(universes), "-o", str(tmp_path / "out"), "--sample-size", "4", "--gzip"]) == 0
-    splits = {name: open_split(tmp_path / "out", name) for name in ("train", "validation")}
+    splits = {name: open_folder(tmp_path / "out" / name) for name in ("train", "validation")}
     assert {name: len(split) for name, split in splits.items()} == {"train": 64, "validation": 8}
     seen: dict[str, np.ndarray] = {}
     for split in splits.values():

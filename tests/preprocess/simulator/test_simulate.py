@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import ROOT, environment, inline_workers, program, run
 
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
 from pipelines.formats.registry import FORMATS
 from preprocess.simulate import main, make_dataset
@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_published_format_and_names(made: Path) -> None:
     for split, count in (("train", 3), ("validation", 2)):
-        found = open_split(made, split)
+        found = open_folder(made / split)
         assert (found.format_name, len(found), found.spec.shape) == ("tfrecord_gzip", count, (32, 32, 32, 4))
         for index in range(count):
             sample = found.read(index)
@@ -94,7 +94,7 @@ def test_rerun_completes_a_killed_simulation(tmp_path: Path) -> None:
 
 
 def test_universes_are_distinct(made: Path) -> None:
-    samples = [open_split(made, split) for split in ("train", "validation")]
+    samples = [open_folder(made / split) for split in ("train", "validation")]
     every = [split.read(index) for split in samples for index in range(len(split))]
     for one, other in itertools.combinations(every, 2):
         assert not np.allclose(one.target, other.target, atol=1e-4)
@@ -142,7 +142,7 @@ def test_any_format_holds_the_same_universes(format_name: str, made: Path, tmp_p
     with inline_workers("preprocess.simulate"):
         config = SimulateConfig(train=1, validation=1, format=format_name)
         make_dataset(config, tmp_path, workers=1, shown=False)
-    found, published = open_split(tmp_path, "train"), open_split(made, "train")
+    found, published = open_folder(tmp_path / "train"), open_folder(made / "train")
     assert found.format_name == format_name
     np.testing.assert_array_equal(found.read(0).counts, published.read(0).counts)
 

@@ -29,7 +29,7 @@ from helpers import (
 
 from cosmoflow_dali.reporting.ridge_baseline import fit_ridge
 from pipelines.dataset.manifest import MANIFEST
-from pipelines.dataset.open import open_split
+from pipelines.dataset.open import open_folder
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import AccessError, ConfigError, DataError, UserError
@@ -98,7 +98,7 @@ def test_every_node_has_all_samples_and_each_file_is_read_once(
     first = content(tmp_path / "disk" / "0")
     for node in range(nodes):
         assert content(tmp_path / "disk" / str(node)) == first
-        split = open_split(tmp_path / "disk" / str(node), "train")
+        split = open_folder(tmp_path / "disk" / str(node) / "train")
         assert (split.format_name, len(split)) == ("npy", 7)
         for index in range(7):
             expected = tiny_sample(index)
@@ -123,7 +123,7 @@ def test_second_run_stages_only_what_a_node_lost(tmp_path: Path) -> None:
     again = content(tmp_path / "disk" / "1")
     assert again == content(tmp_path / "disk" / "0") and again.keys() == first.keys()
     np.testing.assert_array_equal(
-        open_split(tmp_path / "disk" / "0", "train").read(4).counts, tiny_sample(77).counts
+        open_folder(tmp_path / "disk" / "0" / "train").read(4).counts, tiny_sample(77).counts
     )
 
 
@@ -153,18 +153,18 @@ def test_unreadable_file_does_not_stop_others(first: int, tmp_path: Path) -> Non
         there = 0 if done_before else 11
         assert f"staged {there} of 12 samples on 2 nodes" in done[0][1]
         assert "error: 1 samples are damaged" in done[0][2] and "Traceback" not in done[0][2] + done[1][2]
-        assert [len(open_split(tmp_path / "disk" / node, "train")) for node in "01"] == [11, 11]
+        assert [len(open_folder(tmp_path / "disk" / node / "train")) for node in "01"] == [11, 11]
     bad.unlink()
     (tmp_path / "lost").rename(bad)
     assert [code for code, _, _ in on_nodes(2, 1, data, tmp_path / "disk")] == [0, 0]
-    assert [len(open_split(tmp_path / "disk" / node, "train")) for node in "01"] == [12, 12]
+    assert [len(open_folder(tmp_path / "disk" / node / "train")) for node in "01"] == [12, 12]
 
 
 def test_missing_source_ends_staging_and_removes_nothing(tmp_path: Path) -> None:
     data, disk = write_tiny(tmp_path / "data", train=20, validation=1), tmp_path / "disk"
     staged(data, disk)
     before = content(disk)
-    splits = {name: open_split(data, name) for name in ("train", "validation")}
+    splits = {name: open_folder(data / name) for name in ("train", "validation")}
     (data / "train").rename(tmp_path / "gone")
     with pytest.raises(AccessError) as error:
         stage(splits, disk, StageConfig(str(disk)), Session(World()))
@@ -189,7 +189,7 @@ def test_many_unreadable_files_end_staging(tmp_path: Path, monkeypatch: pytest.M
         staged(data, disk)
     monkeypatch.undo()
     assert staged(data, disk)[0].faults == ()
-    assert len(open_split(disk, "train")) == 40
+    assert len(open_folder(disk / "train")) == 40
 
 
 def test_training_continues_without_an_unreadable_sample(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def staged(
     data: Path, disk: Path, *, beside: int = 0, skip_source_check: bool = False
 ) -> list[StagingReport]:
     """Stage `data` to `disk` with one rank; `beside` is the number of its node's ranks of another model."""
-    splits = {name: open_split(data, name) for name in ("train", "validation")}
+    splits = {name: open_folder(data / name) for name in ("train", "validation")}
     done = stage(
         splits,
         disk,
@@ -246,17 +246,17 @@ def test_changed_source_is_staged_again(tmp_path: Path) -> None:
     bad.write_bytes(bad.read_bytes()[:-9])
     assert staged(data, disk)[0].faults[0].startswith(f"{bad}: is cut off")
     # The sample that was staged before is gone from the manifest and the folder.
-    left = open_split(disk, "train")
+    left = open_folder(disk / "train")
     assert [left.sample_id(index) for index in range(len(left))] == [
         f"universe_000{n}_000" for n in (0, 1, 3)
     ]
     assert not list((disk / "train").glob("universe_0002*"))
     FORMATS["tfrecord"].write(data / "train", "universe_0002_000", tiny_sample(2))
     assert [one.samples for one in staged(data, disk)] == [1, 0]
-    assert len(open_split(disk, "train")) == 4
+    assert len(open_folder(disk / "train")) == 4
     # With skip_source_check complete folders are not compared with the source files.
     (data / "train" / "universe_0000_000.tfrecord").unlink()
-    splits = {name: open_split(data, name) for name in ("train", "validation")}
+    splits = {name: open_folder(data / name) for name in ("train", "validation")}
     assert len(splits["train"]) == 3
     shutil.rmtree(disk)
     staged(data, disk)
@@ -276,7 +276,7 @@ def test_truncated_shard_does_not_stop_others(tmp_path: Path) -> None:
     assert (train.samples, len(train.faults)) == (3, 3) and all(
         "is cut off: the shard ends" in fault for fault in train.faults
     )
-    assert validation.faults == () and len(open_split(tmp_path / "disk", "train")) == 3
+    assert validation.faults == () and len(open_folder(tmp_path / "disk" / "train")) == 3
 
 
 def test_missing_shard_is_named_once(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_teams_get_partitions_and_each_file_is_read_once(options: list[str], tmp
     assert "staged 7 of 7 samples on 4 nodes" in done[0][1] and f"{size:,} bytes read" in done[0][1]
     disks = [content(tmp_path / "disk" / str(node)) for node in range(4)]
     assert disks[0] == disks[1] and disks[2] == disks[3]
-    splits = [open_split(tmp_path / "disk" / str(node), "train") for node in (0, 2)]
+    splits = [open_folder(tmp_path / "disk" / str(node) / "train") for node in (0, 2)]
     stems = [split.sample_id(index) for split in splits for index in range(len(split))]
     assert sorted(stems) == [f"universe_{index:04d}_000" for index in range(7)]
     assert abs(len(splits[0]) - len(splits[1])) == 1
@@ -449,7 +449,7 @@ def test_training_on_partitions_scores_every_sample_and_resumes(tmp_path: Path) 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["samples"] == 5
     assert (summary["epochs"], summary["steps"]) == (2, 2 * (13 // 2 // 2))
-    ridge = fit_ridge(*(Reader(open_split(data, split)) for split in ("train", "validation")))
+    ridge = fit_ridge(*(Reader(open_folder(data / split)) for split in ("train", "validation")))
     assert summary["baseline"]["mae"] == pytest.approx(ridge.mae)
     rows = (tmp_path / "run" / "predictions.csv").read_text().splitlines()[1:]
     assert [int(row.split(",")[0]) for row in rows] == list(range(5))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers import tiny_sample, write_tiny
 
-from pipelines.dataset.open import open_folder, open_split
+from pipelines.dataset.open import open_folder
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member, read_members, write_shard
@@ -81,7 +81,7 @@ def test_dalis_reader_finds_the_samples(packed: Path) -> None:
         indices = [str(path.with_suffix(".idx")) for path in shards]
         return fn.readers.webdataset(paths=list(map(str, shards)), index_paths=indices, ext=["packed"])
 
-    pipeline, split = members(), open_split(packed, "train")
+    pipeline, split = members(), open_folder(packed / "train")
     pipeline.build()
     for index in range(len(split)):
         (output,) = pipeline.run()
@@ -200,7 +200,7 @@ def test_an_exception_from_the_members_leaves_no_shard(tmp_path: Path) -> None:
 def test_a_folder_of_shards_is_read_with_and_without_its_manifest(gone: list[str], packed: Path) -> None:
     for name in gone:
         (packed / "train" / name).unlink()
-    split = open_split(packed, "train")
+    split = open_folder(packed / "train")
     assert [split.sample_id(index) for index in range(len(split))] == [
         f"universe_{index:04d}_000" for index in range(11)
     ]
@@ -245,12 +245,12 @@ def test_a_tar_without_samples_is_named(packed: Path, tmp_path: Path) -> None:
     other = packed / "train" / "shard_000002.tar"
     write_shard(other, [("readme.txt", [b"nothing here"])])
     with pytest.raises(DataError, match="holds no samples; expected a tar of") as raised:
-        open_split(packed, "train")
+        open_folder(packed / "train")
     assert raised.value.path == str(other)
 
 
 def test_an_outdated_manifest_is_noticed(packed: Path) -> None:
-    open_split(packed, "train").read(4)
+    open_folder(packed / "train").read(4)
     path = packed / "train" / "shard_000001.tar"
     one, two, three = read_members(path)
     content = {member.name: read_member(path, *member) for member in (one, two, three)}
@@ -273,7 +273,7 @@ def test_memory_stays_flat_over_an_epoch_of_many_small_samples(tmp_path: Path) -
         members = ((name, [content[index % 50]]) for index, name in enumerate(names))
         write_shard(tmp_path / "train" / f"shard_{shard:06d}.tar", members)
     loader = Loader(
-        open_split(tmp_path, "train"),
+        open_folder(tmp_path / "train"),
         LoaderConfig(batch_size=64),
         rank_slice=RankSlice(),
         seed=1,
