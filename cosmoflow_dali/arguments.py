@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,8 +41,7 @@ class Arguments:
 
     Args:
         config: Resolved configuration.
-        name: Name of the configuration, used for the run folder if `run_dir` is None.
-        run_dir: Folder of the run.
+        run_dir: Folder of the run; if not given, a new one named after the configuration and the time.
         resume: Continue the run in `run_dir`.
         instances: Number of training instances that the ranks are divided into.
         caches_cleared: The page caches were cleared just before.
@@ -49,8 +49,7 @@ class Arguments:
     """
 
     config: TrainConfig
-    name: str
-    run_dir: Path | None
+    run_dir: Path
     resume: bool
     instances: int = 1
     caches_cleared: bool = False
@@ -73,18 +72,18 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     since = values["staged_since"]
     if since is not None and config.data.stage is None:
         raise ConfigError("--staged-since", since, "nothing is staged without data.stage.dir")
-    return Arguments(config, path.stem, run_dir, resume, instances, values["caches_cleared"], since)
+    run_dir = run_dir or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Arguments(config, run_dir, resume, instances, values["caches_cleared"], since)
 
 
 def select_instance(arguments: Arguments, instance: int) -> Arguments:
     """Return the arguments of training instance number `instance`, from 0: its seed and run folder."""
     if arguments.instances == 1:
         return arguments
-    config, folder = arguments.config, arguments.run_dir
-    assert folder is not None
+    config = arguments.config
     if config.seed is not None:
         config = replace(config, seed=config.seed + instance)
-    return replace(arguments, config=config, run_dir=folder / str(instance + 1))
+    return replace(arguments, config=config, run_dir=arguments.run_dir / str(instance + 1))
 
 
 def _parse_setting(text: str) -> tuple[str, Any]:

@@ -87,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare_run(arguments: Arguments, session: Session) -> Run:
     """Create or resume the run folder, and simulate missing data, on rank 0."""
-    config, checkpoint, seconds = arguments.config, None, {}
-    folder = arguments.run_dir or Path("runs") / f"{arguments.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, config, checkpoint, seconds = arguments.run_dir, arguments.config, None, {}
     with session.stall_guard("looking for a run to resume"):
         resumes = arguments.resume and (folder / CONFIG).exists()
         if resumes:
