@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.distributed.cli import OneLineParser, report_errors
@@ -63,7 +63,7 @@ def _on_hosts(hostfile: Path, nodes: int) -> list[str]:
     hosts = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if len(hosts) < nodes:
         raise ConfigError("--nodes", nodes, f"{hostfile} lists only {len(hosts)} hosts")
-    ranks = _ranks_per_node(os.environ)
+    ranks = _ranks_per_node()
     listed = ",".join(f"{host}:{ranks}" for host in hosts[:nodes])
     line = [*_mpirun(nodes * ranks), "--host", listed, "--map-by", f"ppr:{ranks}:node", "--bind-to", "none"]
     for name in sorted(os.environ):
@@ -72,9 +72,9 @@ def _on_hosts(hostfile: Path, nodes: int) -> list[str]:
     return line
 
 
-def _ranks_per_node(environ: Mapping[str, str]) -> int:
+def _ranks_per_node() -> int:
     """Return DGXNGPU, or else the number of GPUs of this machine, as run.sub counts them; at least 1."""
-    text = environ.get("DGXNGPU")
+    text = os.environ.get("DGXNGPU")
     if text is None:
         return max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
     if not text.isdecimal() or int(text) < 1:

@@ -232,18 +232,16 @@ class Trainer:
         epoch, log = {"epoch_num": self.position.epoch + 1}, self._logs.mlperf
         start = time.perf_counter()
         log.start(constants.EVAL_START, metadata=epoch)
-        self.evaluation = self.validate()
+        self.evaluation = evaluation = self.validate()
         self._log_skipped()
         log.end(constants.EVAL_STOP, metadata=epoch)
         self.seconds["evaluate"] += time.perf_counter() - start
-        mae, each = self.evaluation.mae, self.evaluation.mae_per_parameter
-        self._scores = self.evaluation.scores() | {"residual_rms": self.evaluation.residual_rms}
+        mae, each = evaluation.mae, evaluation.mae_per_parameter
+        self._scores = evaluation.scores() | {"residual_rms": evaluation.residual_rms}
         log.event("eval_error", value=mae, metadata=epoch)
         log.end(constants.EPOCH_STOP, metadata=epoch)
-        mse, skipped = self.evaluation.mse, self.skipped
-        self._logs.metric(
-            self._record("eval", mae=mae, mse=mse, mae_per_parameter=each, skipped_samples=skipped)
-        )
+        figures = {"mae": mae, "mse": evaluation.mse, "mae_per_parameter": each}
+        self._logs.metric(self._record("eval", **figures, skipped_samples=self.skipped))
         parameters = ", ".join(f"{name} {value:.3f}" for name, value in each.items())
         logger.info("epoch %d: validation MAE %.4f (%s)", epoch["epoch_num"], mae, parameters)
         self.position = Position(epoch["epoch_num"])
