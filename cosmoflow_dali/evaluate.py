@@ -43,14 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         loaded = session.run_on_all_ranks(lambda: load_model(arguments.weights))
         split = session.run_on_root(lambda: open_folder(arguments.data_dir / arguments.split))
         loaded.check_size(split.root, split.spec.size)
+        config = replace(config, apply_log=loaded.apply_log)
+        rank_slice = RankSlice(world.rank, world.size)
         loader = Loader(
-            split,
-            replace(config, apply_log=loaded.apply_log),
-            rank_slice=RankSlice(world.rank, world.size),
-            seed=0,
-            shuffle=False,
-            ragged="pad",
-            device=device,
+            split, config, rank_slice=rank_slice, seed=0, shuffle=False, ragged="pad", device=device
         )
         with closing(loader):
             result = evaluate(loaded.model.to(device), loader, session)

@@ -47,9 +47,8 @@ class ReferenceConfig:
         for name in ("size", "blocks", "filters"):
             check_field(self, name, getattr(self, name) >= 1, "must be at least 1")
         factor = 2**self.blocks
-        check_field(
-            self, "size", self.size % factor == 0, f"must be a multiple of {factor}, as blocks halve it"
-        )
+        remedy = f"must be a multiple of {factor}, as blocks halve it"
+        check_field(self, "size", self.size % factor == 0, remedy)
         valid = len(self.dense) == 2 and min(self.dense) >= 1
         check_field(self, "dense", valid, "must be two widths of at least 1")
         check_field(self, "dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")

@@ -100,9 +100,8 @@ class Checkpoint:
         if not isinstance(state, dict) or "version" not in state:
             raise DataError(path, "is not a checkpoint of this program", "give a checkpoint (.pt) of a run")
         if (version := state.pop("version")) != VERSION:
-            raise DataError(
-                path, f"has checkpoint version {version}", f"this program reads version {VERSION}"
-            )
+            remedy = f"this program reads version {VERSION}"
+            raise DataError(path, f"has checkpoint version {version}", remedy)
         return Checkpoint(**state | {"position": Position(*state["position"])})
 
     @staticmethod

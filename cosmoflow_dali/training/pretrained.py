@@ -38,9 +38,8 @@ class LoadedModel:
     def check_size(self, path: str | Path, size: int) -> None:
         """Raise DataError unless the network takes the samples at `path`, of `size` voxels along an edge."""
         if size != self.size:
-            raise DataError(
-                path, f"has a size of {size} voxels", f"{self.path} takes samples of {self.size} voxels"
-            )
+            remedy = f"{self.path} takes samples of {self.size} voxels"
+            raise DataError(path, f"has a size of {size} voxels", remedy)
 
 
 def load_model(path: Path) -> LoadedModel:
