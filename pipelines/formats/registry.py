@@ -5,11 +5,6 @@ from pipelines.formats.npy import Npy
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.tfrecord import TFRecord
 
-_ALL: tuple[Format, ...] = (
-    TFRecord("tfrecord_gzip", compressed=True),
-    TFRecord("tfrecord", compressed=False),
-    Npy(),
-    PackedFormat(),
-)
+_ALL = (TFRecord(compressed=True), TFRecord(compressed=False), Npy(), PackedFormat())
 
 FORMATS: dict[str, Format] = {format_.name: format_ for format_ in _ALL}

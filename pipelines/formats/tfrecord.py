@@ -46,8 +46,8 @@ class TFRecord(Format):
     suffix = TFRECORD_SUFFIX
     suffixes = keys = (TFRECORD_SUFFIX,)
 
-    def __init__(self, name: str, *, compressed: bool) -> None:
-        self.name, self.compressed = name, compressed
+    def __init__(self, *, compressed: bool) -> None:
+        self.name, self.compressed = "tfrecord_gzip" if compressed else "tfrecord", compressed
         # A plain record has an index.
         self.extra_suffixes = () if compressed else (TFRECORD_SUFFIX + INDEX_SUFFIX,)
 
