@@ -162,10 +162,9 @@ def _write_direct(descriptor: int, pieces: Iterable[bytes | memoryview]) -> None
 
 def remove_temporaries(folder: Path) -> None:
     """Remove temporary files of killed writers from `folder`; no writer may be active there."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if final_name(entry.name):
-                os.unlink(entry.path)
+    for path in folder.iterdir():
+        if final_name(path.name):
+            path.unlink()
 
 
 def final_name(name: str) -> str | None:
@@ -188,22 +187,19 @@ def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
         AccessError: the lock file cannot be opened or locked.
     """
     path = folder / LOCK_FILE
-    descriptor = _open_lock(path)
-    try:
+    with open(_open_lock(path), "rb") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             wait()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno == errno.EBADF:
                 fault = "belongs to another user, and cannot be locked"
                 raise AccessError(path, fault, "remove it while no program writes there") from error
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise AccessError.writing(path, error) from error
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        yield file.fileno()
 
 
 def _open_lock(path: Path) -> int:
