@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipelines.errors import DataError, reading
@@ -57,7 +57,9 @@ def write_shard(
         yield bytes(2 * _BLOCK)
 
     shard = write_stream(path, blocks())
-    index = write_file(path.with_suffix(INDEX_SUFFIX), _index(written).encode())
+    # As DALI's wds2idx writes it. As in WebDataset, the extension is everything after the first dot.
+    rows = (f"{name.rpartition('/')[2].partition('.')[2]} {at} {size} {name}\n" for name, at, size in written)
+    index = write_file(path.with_suffix(INDEX_SUFFIX), f"v1.2 {len(written)}\n{''.join(rows)}".encode())
     return index, shard._replace(members=tuple(written))
 
 
@@ -151,13 +153,3 @@ def _header(path: Path, member: TarMember) -> bytes:
         return entry.tobuf(tarfile.USTAR_FORMAT)
     except ValueError as error:
         raise DataError(path, f"cannot hold a member named {member.name} ({error})", "shorten it") from error
-
-
-def _index(members: Sequence[TarMember]) -> str:
-    """Return the index that DALI's wds2idx would write of `members`."""
-    lines = [f"v1.2 {len(members)}"]
-    for member in members:
-        # As in WebDataset, the extension is everything after the first dot.
-        extension = member.name.rpartition("/")[2].partition(".")[2]
-        lines.append(f"{extension} {member.offset} {member.bytes} {member.name}")
-    return "\n".join([*lines, ""])
