@@ -57,17 +57,17 @@ def open_folder(folder: Path) -> SampleDataset:
     if manifest is not None:
         return dataset_from_manifest(folder, manifest)
     names = list_folder(folder)
-    by_suffix = {suffix: tuple(name for name in names if name.endswith(suffix)) for suffix in _SUFFIXES}
-    suffixes = [suffix for suffix, found in by_suffix.items() if found]
-    if not suffixes:
+    found = [name for name in names if name.endswith(_SUFFIXES)]
+    if not found:
         raise DataError(folder, "holds no samples", f"expected {_EXPECTED} files")
-    suffix, *others = suffixes
-    if others:
-        fault = f"holds {by_suffix[suffix][0]} and {by_suffix[others[0]][0]}"
-        raise DataError(folder, fault, "keep one format a folder")
-    if suffix == DATA_SUFFIX:
-        _check_labels(folder, by_suffix[suffix], names)
-    ordered = _in_list_order(folder, by_suffix[suffix], names)
+    labels = {name for name in names if name.endswith(LABEL_SUFFIX)}
+    suffix = next(filter(found[0].endswith, _SUFFIXES))
+    for name in found:
+        if not name.endswith(suffix):
+            raise DataError(folder, f"holds {found[0]} and {name}", "keep one format a folder")
+        if suffix == DATA_SUFFIX and name.removesuffix(suffix) + LABEL_SUFFIX not in labels:
+            raise DataError(folder / name, "has no label file", f"expected a *{LABEL_SUFFIX} of that name")
+    ordered = _in_list_order(folder, found, names)
     for name in ordered:
         if not name.isprintable():
             raise DataError(folder, f"holds {name!a}", "give it a name that lists can hold, in UTF-8")
@@ -158,13 +158,6 @@ def dataset_from_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
             if file.suffix in format_.suffixes:
                 row[format_.suffixes.index(file.suffix)] = 0, file.bytes, file.crc32c
     return SampleDataset(folder, manifest.format_name, names, manifest.spec, extents)
-
-
-def _check_labels(folder: Path, data: Sequence[str], names: Sequence[str]) -> None:
-    labels = {name.removesuffix(LABEL_SUFFIX) for name in names if name.endswith(LABEL_SUFFIX)}
-    for name in data:
-        if name.removesuffix(DATA_SUFFIX) not in labels:
-            raise DataError(folder / name, "has no label file", f"expected a *{LABEL_SUFFIX} of that name")
 
 
 def _in_list_order(folder: Path, found: Sequence[str], names: Sequence[str]) -> Sequence[str]:

@@ -75,7 +75,7 @@ def test_folders_without_usable_samples_are_refused(tmp_path: Path) -> None:
         open_folder(tmp_path / "train")
     FORMATS["npy"].write(tmp_path / "train", "a", tiny_sample(0))
     FORMATS["tfrecord"].write(tmp_path / "train", "b", tiny_sample(0))
-    with pytest.raises(DataError, match=r"b\.tfrecord and a_data\.npy"):
+    with pytest.raises(DataError, match=r"a_data\.npy and b\.tfrecord"):
         open_folder(tmp_path / "train")
     (tmp_path / "train" / "b.tfrecord").unlink()
     (tmp_path / "train" / "a_label.npy").unlink()
