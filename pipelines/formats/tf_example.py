@@ -9,7 +9,6 @@ Map entries come in any order, and floats may be packed or not.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -45,7 +44,7 @@ def parse_example(path: str, record: memoryview) -> Sample:
                 features[bytes(fields.get(1, b""))] = fields.get(2, memoryview(b""))
         counts = _bytes_feature(path, features.get(b"x", memoryview(b"")))
         target = _floats_feature(path, features.get(b"y", memoryview(b"")))
-    except (IndexError, struct.error) as error:
+    except IndexError as error:
         raise DataError(path, f"its record is not a tf.train.Example ({error})", REMEDY) from error
     size = round((len(counts) / 2 / len(REDSHIFTS)) ** (1 / 3))
     spec = SampleSpec(max(size, 1))

@@ -165,8 +165,7 @@ class FilesDecoder(_DaliDecoder):
         if not self._steps_left:
             # A padding row reads the first sample.
             files = [str(self._split.path(max(index, 0))) for index in upcoming.ravel().tolist()]
-            apply_log = self._config.apply_log
-            self._start(lambda: files_node(files, self._device, apply_log=apply_log))
+            self._start(lambda: files_node(files, self._device, apply_log=self._config.apply_log))
             self._steps_left = len(upcoming)
         self._steps_left -= 1
 
