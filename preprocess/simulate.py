@@ -92,7 +92,7 @@ def _missing(config: SimulateConfig, root: Path) -> list[tuple[SplitName, int]]:
         present = {path.name for path in (root / split).glob("*")}
         missing += [
             (split, universe)
-            for universe in range(config.universes(split))
+            for universe in range(getattr(config, split))
             if any(name + suffix not in present for name in config.sample_ids(split, universe))
         ]
     return missing

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.errors import ConfigError
+from pipelines.errors import check_field
 from pipelines.formats.registry import FORMATS
 from pipelines.plan import derive_seed
 from pipelines.sample import PARAMETERS, REDSHIFTS, SPLITS, Sample, SplitName
@@ -52,30 +52,19 @@ class SimulateConfig:
 
     def __post_init__(self) -> None:
         for split in SPLITS:
-            if getattr(self, split) < 0:
-                raise ConfigError(split, getattr(self, split), "expected 0 or more universes")
-        if self.train + self.validation == 0:
-            raise ConfigError("train", 0, "with validation = 0 there is nothing to make")
-        if self.size not in SIZES:
-            raise ConfigError("size", self.size, f"expected one of {', '.join(map(str, SIZES))}")
-        if not (math.isfinite(self.voxel) and self.voxel > 0.0):
-            raise ConfigError("voxel", self.voxel, "expected a length above 0, in Mpc/h")
-        if self.steps < len(REDSHIFTS):
-            raise ConfigError("steps", self.steps, f"expected at least {len(REDSHIFTS)}, one a redshift")
-        if not 1 <= self.crops <= _MAX_CROPS or self.crops * self.size > _MAX_MESH:
-            raise ConfigError(
-                "crops",
-                self.crops,
-                f"expected 1 to {min(_MAX_CROPS, _MAX_MESH // self.size)} for size = {self.size}",
-            )
-        if self.seed < 0:
-            raise ConfigError("seed", self.seed, "expected 0 or more")
-        if self.format not in FORMATS:
-            raise ConfigError("format", self.format, f"expected one of {', '.join(sorted(FORMATS))}")
-
-    def universes(self, split: SplitName) -> int:
-        """Number of universes in `split`."""
-        return self.train if split == "train" else self.validation
+            check_field(self, split, getattr(self, split) >= 0, "expected 0 or more universes")
+        some = self.train + self.validation > 0
+        check_field(self, "train", some, "with validation = 0 there is nothing to make")
+        check_field(self, "size", self.size in SIZES, f"expected one of {', '.join(map(str, SIZES))}")
+        positive = math.isfinite(self.voxel) and self.voxel > 0.0
+        check_field(self, "voxel", positive, "expected a length above 0, in Mpc/h")
+        enough = self.steps >= len(REDSHIFTS)
+        check_field(self, "steps", enough, f"expected at least {len(REDSHIFTS)}, one a redshift")
+        most = min(_MAX_CROPS, _MAX_MESH // self.size)
+        check_field(self, "crops", 1 <= self.crops <= most, f"expected 1 to {most} for size = {self.size}")
+        check_field(self, "seed", self.seed >= 0, "expected 0 or more")
+        known = ", ".join(sorted(FORMATS))
+        check_field(self, "format", self.format in FORMATS, f"expected one of {known}")
 
     def sample_ids(self, split: SplitName, universe: int) -> list[str]:
         """IDs of a universe's samples: `<parent dir>_<universe>_<crop>`, as published."""

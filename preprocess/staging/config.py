@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, check_field
 from pipelines.plan import Indices, permutation
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
@@ -43,14 +43,10 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         for name in ("threads", "shard_multiplier"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "must be at least 1")
-        if self.shard_type == "global" and (self.shard_multiplier > 1 or self.preshuffle):
-            raise ConfigError(
-                "shard_type",
-                self.shard_type,
-                "gives every node all samples; shard_multiplier and preshuffle need local",
-            )
+            check_field(self, name, getattr(self, name) >= 1, "must be at least 1")
+        consistent = self.shard_type == "local" or not (self.shard_multiplier > 1 or self.preshuffle)
+        remedy = "gives every node all samples; shard_multiplier and preshuffle need local"
+        check_field(self, "shard_type", consistent, remedy)
 
     @property
     def folder(self) -> Path:
