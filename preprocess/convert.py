@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from pipelines.dataset.open import open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser
@@ -22,7 +23,7 @@ from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.registry import FORMATS
-from preprocess.conversion.convert_task import ConvertTask, SampleLocation
+from preprocess.conversion.convert_task import ConvertTask
 from preprocess.conversion.engine import ConversionPlan, run
 from preprocess.conversion.task_result import WorkItem
 
@@ -34,7 +35,6 @@ def plan_conversion(
     source: Path,
     target: Path,
     to: str,
-    *,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     expected: str | None = None,
 ) -> ConversionPlan:
@@ -56,15 +56,13 @@ def plan_conversion(
         raise DataError(source, f"holds {dataset.format_name}", remedy)
     if target.exists() and target.samefile(source):
         raise DataError(target, "is the source itself", "choose another folder")
-    samples, sharded = SampleLocation.list_all(dataset), to == PackedFormat.name
+    sharded = to == PackedFormat.name
+    size, indices = samples_per_shard if sharded else 1, np.arange(len(dataset))
+    sources = [dataset.subset(indices[start : start + size]) for start in range(0, len(dataset), size)]
     sample_ids = [dataset.sample_id(index) for index in range(len(dataset))]
-    items = [WorkItem([sample], [name]) for sample, name in zip(samples, sample_ids, strict=True)]
-    if sharded:
-        starts = range(0, len(samples), samples_per_shard)
-        shards = [samples[start : start + samples_per_shard] for start in starts]
-        items = [WorkItem(shard, [f"shard_{number:06d}"]) for number, shard in enumerate(shards)]
-    task = ConvertTask(source, dataset.format_name, dataset.spec, target, to, sharded)
-    shard_size = samples_per_shard if sharded else None
+    names = [f"shard_{number:06d}" for number in range(len(sources))] if sharded else sample_ids
+    items = [WorkItem(source, [name]) for source, name in zip(sources, names, strict=True)]
+    task, shard_size = ConvertTask(target, to), samples_per_shard if sharded else None
     return ConversionPlan(target, to, dataset.spec, task, items, sample_ids, shard_size)
 
 
@@ -84,9 +82,9 @@ def convert(
             raise ConfigError("--to", to, f"expected one of {', '.join(sorted(FORMATS))}")
         if samples_per_shard < 1:
             raise ConfigError("--samples-per-shard", samples_per_shard, "expected at least one")
-        options: dict[str, Any] = {"samples_per_shard": samples_per_shard, "expected": expected}
         return [
-            plan_conversion(source / split, target / split, to, **options) for split in split_dirs(source)
+            plan_conversion(source / split, target / split, to, samples_per_shard, expected)
+            for split in split_dirs(source)
         ]
 
     return run(make_plans, workers, "file", target)

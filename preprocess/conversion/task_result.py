@@ -45,16 +45,23 @@ class TaskResult:
 
 
 class DamagedSourceError(UserError):
-    """Samples that become one file, or several, cannot be converted.
+    """Samples of a source cannot be converted; raised and caught in the task that converts it.
+
+    Args:
+        errors: One for each of these samples.
+        samples: Number of all samples of the source.
 
     Attributes:
         faults: One line for each of them.
-        unreadable: The fault of each of their files by path if none of them could be read.
+        unreadable: The fault of each of their files by path if no sample of the source could be read.
     """
 
-    def __init__(self, faults: Sequence[str], unreadable: Mapping[str, str]) -> None:
-        self.faults, self.unreadable = tuple(faults), dict(unreadable)
-        super().__init__(f"{len(faults)} samples cannot be converted, the first of them: {faults[0]}")
+    def __init__(self, errors: Sequence[DataError], samples: int = 1) -> None:
+        super().__init__(f"{len(errors)} samples cannot be converted, the first of them: {errors[0]}")
+        self.faults = tuple(map(str, errors))
+        unreadable = [error for error in errors if isinstance(error, UnreadableError)]
+        none_read = len(unreadable) == samples
+        self.unreadable = {error.path: error.fault for error in unreadable} if none_read else {}
 
 
 def convert_if_stale(
@@ -84,16 +91,14 @@ def convert_if_stale(
     try:
         for name, files in convert():
             written.append(Entry.from_written(name, files, source))
-    except UnreadableError as error:
-        fault = DamagedSourceError([str(error)], {error.path: error.fault})
-    except AccessError:
-        raise
-    except DataError as error:
-        fault = DamagedSourceError([str(error)], {})
     except DamagedSourceError as error:
-        fault = error
+        damage = error
+    except DataError as error:
+        if isinstance(error, AccessError) and not isinstance(error, UnreadableError):
+            raise
+        damage = DamagedSourceError([error])
     else:
         return TaskResult(written)
     # One failure does not end the run, but a folder that has gone does.
-    ConsecutiveReadFailures().record(fault.unreadable)
-    return TaskResult(written, faults=fault.faults, unreadable=fault.unreadable)
+    ConsecutiveReadFailures().record(damage.unreadable)
+    return TaskResult(written, faults=damage.faults, unreadable=damage.unreadable)

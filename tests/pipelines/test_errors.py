@@ -11,17 +11,19 @@ from pipelines.distributed.world import World
 from pipelines.errors import AccessError, ConfigError, DataError, UserError
 from preprocess.conversion.task_result import DamagedSourceError
 
+UNREADABLE = AccessError.reading("/a", OSError(5, "Input/output error"))
+
 
 @pytest.mark.parametrize(
     "error",
     [
         UserError("no"),
         DataError("/a", "is bad", "fix it"),
-        AccessError.reading("/a", OSError(5, "Input/output error")),
+        UNREADABLE,
         ConfigError("key", 3, "too many"),
         RankError(World(1, 2), DataError("/a", "is bad", "fix it")),
-        DamagedSourceError(["/a: is bad", "/b: cannot be read"], {}),
-        DamagedSourceError(["/a: cannot be read"], {"/a": "cannot be read"}),
+        DamagedSourceError([DataError("/a", "is bad", "fix it"), UNREADABLE], 2),
+        DamagedSourceError([UNREADABLE, UNREADABLE], 2),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -30,3 +32,10 @@ def test_errors_survive_pickling(error: UserError) -> None:
     assert type(sent) is type(error) and str(sent) == str(error)
     if isinstance(error, DamagedSourceError):
         assert vars(sent) == vars(error)
+
+
+def test_files_of_a_source_are_unreadable_only_if_no_sample_was_read() -> None:
+    damaged = DataError("/b", "is bad", "fix it")
+    assert DamagedSourceError([UNREADABLE, UNREADABLE], 2).unreadable == {"/a": UNREADABLE.fault}
+    assert DamagedSourceError([UNREADABLE, UNREADABLE], 3).unreadable == {}
+    assert DamagedSourceError([UNREADABLE, damaged], 2).unreadable == {}
