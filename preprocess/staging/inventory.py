@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.dataset.manifest import Entry, Manifest, SourceFingerprint
+from pipelines.dataset.manifest import Manifest, SourceFingerprint
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import DataError, UnreadableError, writing
@@ -22,8 +22,8 @@ from preprocess.conversion.read_failures import ConsecutiveReadFailures
 from preprocess.conversion.target import files_by_entry, remove_files, reopen
 from preprocess.staging.transfer import staged_format
 
-FINGERPRINT = np.dtype([("bytes", "<i8"), ("digest", "S16")])
-"""A SourceFingerprint, as an element of an array of many."""
+FINGERPRINT = np.dtype([("bytes", "<i8"), ("digest", "U16")])
+"""A SourceFingerprint, as an element of an array of many; `item` and `tolist` return tuples equal to it."""
 
 _UNKNOWN = SourceFingerprint(0, "")
 """Fingerprint of a file that cannot be read; no staged sample has it."""
@@ -69,10 +69,10 @@ def find_missing(
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
         locks.enter_context(locked(target, check_holder))
-    format_name, names = staged_format(split), [split.sample_id(index) for index in range(len(split))]
+    format_name, names = staged_format(split), list(map(split.sample_id, range(len(split))))
     records = load_records(target, format_name, split.spec).entries
     files = files_by_entry(target, format_name)
-    source = {whole.sample_id(index) for index in range(len(whole))}
+    source = set(map(whole.sample_id, range(len(whole))))
     for name in files:
         if name not in records and name not in source:
             fault = f"holds {files[name][0]}, which is not a sample of the source as {format_name}"
@@ -83,8 +83,8 @@ def find_missing(
         raise DataError(target, fault, "choose another folder")
     up_to_date = {
         name: records[name]
-        for index, name in enumerate(names)
-        if name in records and _is_up_to_date(records[name], target, fingerprint_at(fingerprints, index))
+        for name, fingerprint in zip(names, fingerprints.tolist(), strict=True)
+        if name in records and records[name].source == fingerprint and records[name].is_complete_in(target)
     }
     # What is removed for other nodes stays recorded until then: a run that is killed here must know it again.
     others = [entry for name, entry in records.items() if name not in set(names)]
@@ -96,22 +96,14 @@ def find_missing(
 def is_staged(split: SampleDataset, target: Path, fingerprints: npt.NDArray[Any] | None = None) -> bool:
     """Return whether `target` is complete with a manifest of `split`, made from `fingerprints` if given."""
     manifest = Manifest.load(target)
-    if (
-        manifest is None
-        or manifest.format_name != staged_format(split)
-        or len(manifest.entries) != len(split)
-    ):
+    if manifest is None or manifest.format_name != staged_format(split):
         return False
-    return all(
-        entry.name == split.sample_id(index)
-        and _is_up_to_date(entry, target, fingerprint_at(fingerprints, index))
-        for index, entry in enumerate(manifest.entries)
+    entries = manifest.entries
+    return (
+        [entry.name for entry in entries] == list(map(split.sample_id, range(len(split))))
+        and (fingerprints is None or [entry.source for entry in entries] == fingerprints.tolist())
+        and all(entry.is_complete_in(target) for entry in entries)
     )
-
-
-def _is_up_to_date(entry: Entry, target: Path, fingerprint: SourceFingerprint | None) -> bool:
-    """Return whether `entry` is complete in `target`, and made from `fingerprint` if that is known."""
-    return fingerprint in (None, entry.source) and entry.is_complete_in(target)
 
 
 def compute_fingerprints(split: SampleDataset, session: Session) -> npt.NDArray[Any]:
@@ -126,30 +118,19 @@ def compute_fingerprints(split: SampleDataset, session: Session) -> npt.NDArray[
     # Neighbours lie in one shard, and a parallel file system is slow to return a file's state.
     stat, failures = functools.lru_cache(maxsize=1)(os.stat), ConsecutiveReadFailures()
 
-    def compute(index: int) -> SourceFingerprint:
-        try:
-            found, unreadable = (
-                SourceFingerprint.from_files([split.names[index]], split.files(index), stat),
-                {},
-            )
-        except UnreadableError as error:
-            found, unreadable = _UNKNOWN, {error.path: error.fault}
-        failures.record(unreadable)
-        return found
-
     def compute_own() -> npt.NDArray[Any]:
-        own = range(world.rank, len(split), world.size)
-        return np.array([compute(index) for index in own], FINGERPRINT)
+        own = []
+        for index in range(world.rank, len(split), world.size):
+            found, unreadable = _UNKNOWN, {}
+            try:
+                found = SourceFingerprint.from_files([split.names[index]], split.files(index), stat)
+            except UnreadableError as error:
+                unreadable = {error.path: error.fault}
+            failures.record(unreadable)
+            own.append(found)
+        return np.array(own, FINGERPRINT)
 
     table = np.empty(len(split), FINGERPRINT)
     for rank, own in enumerate(session.gather(session.run_on_all_ranks(compute_own))):
         table[rank :: world.size] = own
     return table
-
-
-def fingerprint_at(fingerprints: npt.NDArray[Any] | None, index: int) -> SourceFingerprint | None:
-    """Return that of sample `index`, if fingerprints are given."""
-    if fingerprints is None:
-        return None
-    length, digest = fingerprints[index].item()
-    return SourceFingerprint(length, digest.decode())

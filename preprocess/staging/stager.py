@@ -169,7 +169,7 @@ class _Stager:
         faults: dict[str, str] = {}
 
         def fingerprint(index: int) -> SourceFingerprint | None:
-            return inventory.fingerprint_at(plan.fingerprints, index) if plan.missing[index] else None
+            return SourceFingerprint(*plan.fingerprints[index].item()) if plan.missing[index] else None
 
         if own:
             config = self.config
