@@ -12,7 +12,7 @@ import shutil
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from pipelines.dataset.manifest import MANIFEST
@@ -64,30 +64,22 @@ def _unpack(archive: Path, folder: Path) -> None:
     """Unpack the samples in `archive` into the splits in `folder`, whose earlier content is removed."""
     shutil.rmtree(folder, ignore_errors=True)
     with tarfile.open(archive, "r:*") as tar:
-        for member, path in _samples(archive, tar):
-            source = tar.extractfile(member)
-            assert source is not None, "a regular file has content"
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            with open(folder / path, "xb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+        for member in tar:
+            path = PurePosixPath(member.name)
+            regular = member.isfile() or member.isdir()
+            if path.is_absolute() or ".." in path.parts or not regular:
+                kind = "a path outside the folder" if regular else "a link or device"
+                raise DataError(archive, f"holds {member.name}, {kind}", "do not trust its origin")
+            split = path.parent.name
+            if member.isfile() and split in SPLITS and path.name.endswith(TFRECORD_SUFFIX):
+                source = tar.extractfile(member)
+                assert source is not None, "a regular file has content"
+                (folder / split).mkdir(parents=True, exist_ok=True)
+                with open(folder / split / path.name, "xb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
     if not folder.exists():
-        raise DataError(
-            archive,
-            "holds no samples",
-            f"expected train/*{TFRECORD_SUFFIX} and validation/*{TFRECORD_SUFFIX}",
-        )
-
-
-def _samples(archive: Path, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Path]]:
-    """Yield each sample in `tar`, and its path below the data set's folder."""
-    for member in tar:
-        path = PurePosixPath(member.name)
-        regular = member.isfile() or member.isdir()
-        if path.is_absolute() or ".." in path.parts or not regular:
-            kind = "a path outside the folder" if regular else "a link or device"
-            raise DataError(archive, f"holds {member.name}, {kind}", "do not trust its origin")
-        if member.isfile() and path.parent.name in SPLITS and path.name.endswith(TFRECORD_SUFFIX):
-            yield member, Path(path.parent.name, path.name)
+        expected = " and ".join(f"{split}/*{TFRECORD_SUFFIX}" for split in SPLITS)
+        raise DataError(archive, "holds no samples", f"expected {expected}")
 
 
 def download(url: str, root: Path, sha256: str | None) -> int:
