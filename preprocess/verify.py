@@ -29,7 +29,7 @@ from pipelines.sample import SPLITS
 from pipelines.tables import format_table
 from preprocess.conversion.progress import track
 from preprocess.conversion.target import commit, is_unfinished, list_files
-from preprocess.conversion.verify_task import VerifyResult, VerifyTask
+from preprocess.conversion.verify_task import VerifyTask
 from preprocess.conversion.worker_pool import run_tasks
 
 CHECKS = ("files", "sizes", "checksums", "content", "targets", "duplicates", "lists")
@@ -45,33 +45,19 @@ class Report:
     manifest: The folder's manifest, if it has one.
     faults: One line for each fault, by check.
     entries: What the files of each readable entry are, by name.
-    duplicates: IDs of the samples with the same counts and target, by digest and target.
-    targets: All targets.
+    samples: IDs of the valid samples with the same counts and target, by digest and target.
     """
 
     dataset: SampleDataset
     manifest: Manifest | None
     faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     entries: dict[str, Entry] = field(default_factory=dict)
-    duplicates: dict[tuple[str, tuple[float, ...]], list[str]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    targets: set[tuple[float, ...]] = field(default_factory=set)
-
-    def add(self, name: str, result: VerifyResult) -> None:
-        """Add the result of the entry `name`."""
-        for check, line in result.faults:
-            self.faults[check].append(line)
-        if result.entry is not None:
-            self.entries[name] = result.entry
-        for sample in result.samples:
-            self.duplicates[sample.digest, sample.target].append(sample.sample_id)
-            self.targets.add(sample.target)
+    samples: dict[tuple[str, tuple[float, ...]], list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
-    def bytes(self) -> int:
-        """Total length of all readable files of samples."""
-        return sum(file.bytes for entry in self.entries.values() for file in entry.files)
+    def targets(self) -> set[tuple[float, ...]]:
+        """All targets."""
+        return {target for _, target in self.samples}
 
 
 def verify_folder(folder: Path, *, workers: int, shown: bool) -> Report:
@@ -85,28 +71,24 @@ def verify_folder(folder: Path, *, workers: int, shown: bool) -> Report:
     items = ((name, records.get(name)) for name in names)
     with contextlib.closing(run_tasks(task, items, workers)) as results:
         for (name, _), result in track(results, len(names), "checked", "file", shown=shown):
-            report.add(name, result)
-    for sample_ids in report.duplicates.values():
+            for check, line in result.faults:
+                report.faults[check].append(line)
+            if result.entry is not None:
+                report.entries[name] = result.entry
+            for sample in result.samples:
+                report.samples[sample.digest, sample.target].append(sample.sample_id)
+    for sample_ids in report.samples.values():
         if len(sample_ids) > 1:
             report.faults["duplicates"].append(f"{folder}: {' and '.join(sorted(sample_ids))} are the same")
     return report
 
 
-def check_disjoint(train: Report, validation: Report) -> list[str]:
-    """Return one line for each universe in both splits, for which a score would measure memorization."""
-    folders = f"is in {train.dataset.root} too"
-    return [
-        f"{validation.dataset.root}: the universe with the target {list(target)} {folders}"
-        for target in sorted(train.targets & validation.targets)
-    ]
-
-
 def _check_names(report: Report, entries: Sequence[str]) -> None:
     """Report files that belong to no sample, and those that a killed writer left."""
-    folder, own = report.dataset.root, report.dataset.format
-    known = {name + suffix for name in entries for suffix in (*own.suffixes, *own.extra_suffixes)}
+    folder, format_ = report.dataset.root, report.dataset.format
+    known = {name + suffix for name in entries for suffix in format_.written_suffixes}
     known |= {MANIFEST, DATA_LIST, LABEL_LIST}
-    suffixes = tuple(suffix for format_ in FORMATS.values() for suffix in format_.suffixes)
+    suffixes = tuple(suffix for other in FORMATS.values() for suffix in other.suffixes)
     for name in list_folder(folder):
         if is_unfinished(name):
             fault = f"{folder / name}: was left by a writer that was stopped; run it again"
@@ -140,23 +122,17 @@ def _check_lists(report: Report, entries: Sequence[str]) -> None:
                 faults.append(f"{path}: lists {file.name} with {file.bytes} bytes, which is not its length")
 
 
-def _table(reports: Sequence[Report]) -> str:
-    rows: list[tuple[str, ...]] = [
-        ("", *(report.dataset.root.name for report in reports)),
-        ("format", *(report.dataset.format_name for report in reports)),
-        ("shape", *("x".join(map(str, report.dataset.spec.shape)) for report in reports)),
-        ("samples", *(f"{len(report.dataset):,}" for report in reports)),
-        ("bytes", *(f"{report.bytes:,}" for report in reports)),
-        ("universes", *(f"{len(report.targets):,}" for report in reports)),
-    ]
+def _column(report: Report) -> list[str]:
+    """Return the cells of the table for `report`: what was found, and the result of each check."""
+    dataset = report.dataset
+    size = sum(file.bytes for entry in report.entries.values() for file in entry.files)
+    numbers = [f"{number:,}" for number in (len(dataset), size, len(report.targets))]
+    cells = [dataset.root.name, dataset.format_name, "x".join(map(str, dataset.spec.shape)), *numbers]
     for check in CHECKS:
-        results = []
-        for report in reports:
-            needs_manifest = check in ("sizes", "checksums") and report.manifest is None
-            faults = len(report.faults[check])
-            results.append("no manifest" if needs_manifest else f"{faults} faults" if faults else "ok")
-        rows.append((check, *results))
-    return format_table(rows)
+        needs_manifest = check in ("sizes", "checksums") and report.manifest is None
+        faults = len(report.faults[check])
+        cells.append("no manifest" if needs_manifest else f"{faults} faults" if faults else "ok")
+    return cells
 
 
 def verify(root: Path, *, workers: int, write: bool) -> int:
@@ -166,18 +142,28 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
     """
     reports = [verify_folder(root / split, workers=workers, shown=True) for split in split_dirs(root)]
     if len(reports) == len(SPLITS):
-        reports[1].faults["duplicates"] += check_disjoint(*reports)
-    print(_table(reports))
-    faults = [line for report in reports for line in _fault_lines(report)]
-    for line in faults:
-        print(line, file=sys.stderr)
+        # A score of such samples would measure memorization.
+        train, validation = reports
+        for target in sorted(train.targets & validation.targets):
+            fault = f"the universe with the target {list(target)} is in {train.dataset.root} too"
+            validation.faults["duplicates"].append(f"{validation.dataset.root}: {fault}")
+    labels = ["", "format", "shape", "samples", "bytes", "universes", *CHECKS]
+    print(format_table([*zip(labels, *map(_column, reports), strict=True)]))
+    for report in reports:
+        for check in CHECKS:
+            faults = sorted(report.faults[check])
+            for fault in faults[:_MAX_LINES]:
+                print(f"{check}: {fault}", file=sys.stderr)
+            if len(faults) > _MAX_LINES:
+                more = len(faults) - _MAX_LINES
+                print(f"{check}: {more} more of these in {report.dataset.root}", file=sys.stderr)
     for report in reports:
         if write and report.manifest is None and not any(report.faults.values()):
             dataset = report.dataset
             entries = [report.entries[name] for name in dataset.entry_names]
             commit(dataset.root, dataset.format_name, dataset.spec, entries)
             print(f"wrote {dataset.root / MANIFEST}")
-    return 1 if faults else 0
+    return 1 if any(any(report.faults.values()) for report in reports) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,17 +183,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         workers = arguments.workers or available_cores()
         return verify(arguments.dir, workers=workers, write=arguments.write)
     return 1
-
-
-def _fault_lines(report: Report) -> list[str]:
-    """Return the faults of `report`, the first few of each check."""
-    lines = []
-    for check in CHECKS:
-        faults = sorted(report.faults[check])
-        lines += [f"{check}: {fault}" for fault in faults[:_MAX_LINES]]
-        if len(faults) > _MAX_LINES:
-            lines.append(f"{check}: {len(faults) - _MAX_LINES} more of these in {report.dataset.root}")
-    return lines
 
 
 if __name__ == "__main__":

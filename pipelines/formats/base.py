@@ -27,6 +27,11 @@ class Format(ABC):
     extra_suffixes: tuple[str, ...] = ()
     keys: tuple[str, ...]
 
+    @property
+    def written_suffixes(self) -> tuple[str, ...]:
+        """Suffixes of all files that `write` makes, in its order."""
+        return (*self.extra_suffixes, *self.suffixes)
+
     @abstractmethod
     def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
         """Write `sample`, each file atomically, the one with the counts last."""

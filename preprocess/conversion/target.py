@@ -87,7 +87,7 @@ def remove_files(folder: Path, format_name: str, names: Iterable[str]) -> None:
     """Remove the files of the entries `names` from a folder that is a cache."""
     with writing(folder):
         for name in names:
-            for suffix in _suffixes(format_name):
+            for suffix in FORMATS[format_name].written_suffixes:
                 (folder / (name + suffix)).unlink(missing_ok=True)
 
 
@@ -120,18 +120,14 @@ def files_by_entry(folder: Path, format_name: str) -> dict[str, list[str]]:
     A file that is not of `format_name` stands under its own name.
     """
     found: dict[str, list[str]] = defaultdict(list)
-    suffixes = _suffixes(format_name)
+    suffixes = FORMATS[format_name].written_suffixes
     for name in list_folder(folder):
         # A temporary file of another program is not ours to remove.
         final = final_name(name)
-        if (
-            name == LOCK_FILE
-            or _is_record(name)
-            or (final and (_is_record(final) or final.endswith(suffixes)))
-        ):
-            continue
-        suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), "")
-        found[name.removesuffix(suffix)].append(name)
+        own = final is not None and (_is_record(final) or final.endswith(suffixes))
+        if not (own or name == LOCK_FILE or _is_record(name)):
+            suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), "")
+            found[name.removesuffix(suffix)].append(name)
     return found
 
 
@@ -142,7 +138,3 @@ def is_unfinished(name: str) -> bool:
 
 def _is_record(name: str) -> bool:
     return name in (MANIFEST, DATA_LIST, LABEL_LIST) or is_journal(name)
-
-
-def _suffixes(format_name: str) -> tuple[str, ...]:
-    return (*FORMATS[format_name].suffixes, *FORMATS[format_name].extra_suffixes)

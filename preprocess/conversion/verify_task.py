@@ -11,9 +11,7 @@ import crc32c
 import numpy as np
 from zlib_ng import zlib_ng
 
-from pipelines.dataset.dataset import SampleDataset
-from pipelines.dataset.manifest import Entry, Manifest
-from pipelines.dataset.open import dataset_from_manifest
+from pipelines.dataset.manifest import Entry
 from pipelines.errors import DataError
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
@@ -59,47 +57,54 @@ class VerifyTask:
         """Check the entry with the name item[0]; item[1] is its record in the manifest, if there is one."""
         name, record = item
         format_ = FORMATS[self.format_name]
-        present = [
-            suffix
-            for suffix in (*format_.extra_suffixes, *format_.suffixes)
-            if (self.folder / (name + suffix)).exists()
-        ]
+        paths = {suffix: self.folder / (name + suffix) for suffix in format_.written_suffixes}
+        present = {suffix: path for suffix, path in paths.items() if path.exists()}
         expected = [file.suffix for file in record.files] if record else format_.suffixes
         missing = (self.folder / (name + suffix) for suffix in expected if suffix not in present)
         faults = [Fault("files", f"{path}: is missing; convert it again") for path in missing]
         entry: Entry | None = None
         samples: list[ValidSample] = []
         try:
-            contents = {suffix: read_file(self.folder / (name + suffix)) for suffix in present}
+            contents = {suffix: read_file(path) for suffix, path in present.items()}
             entry = self._entry(name, contents)
             faults += _compare(self.folder, record, entry) if record else ()
             if not faults:
-                manifest = Manifest(self.format_name, self.spec, (entry,))
-                dataset = dataset_from_manifest(self.folder, manifest)
-                self._check_samples(dataset, contents, faults, samples)
+                self._check_samples(entry, contents, faults, samples)
         except DataError as error:
             faults.append(Fault("content", str(error)))
         return VerifyResult(faults, entry, samples)
 
     def _check_samples(
         self,
-        dataset: SampleDataset,
+        entry: Entry,
         contents: Mapping[str, bytes],
         faults: list[Fault],
         samples: list[ValidSample],
     ) -> None:
-        """Check each sample of `dataset`; append to `faults` and `samples`."""
-        for index in range(len(dataset)):
-            path = dataset.path(index)
+        """Check each sample of `entry` in the `contents` of its files; append to `faults` and `samples`."""
+        format_ = FORMATS[self.format_name]
+        for path, files in self._samples(entry, contents):
             try:
-                sample = dataset.format.parse(path, _sample_files(dataset, index, contents), dataset.spec)
+                sample = format_.parse(path, files, self.spec)
             except DataError as error:
                 faults.append(Fault("content", str(error)))
                 continue
             target = tuple(sample.target.tolist())
             if (np.abs(sample.target) > 1 + _ROUNDING).any():
                 faults.append(Fault("targets", f"{path}: the target {list(target)} is not within -1 to 1"))
-            samples.append(ValidSample(dataset.sample_id(index), _digest(sample), target))
+            sample_id = path.name.removesuffix(format_.keys[-1])
+            samples.append(ValidSample(sample_id, _digest(sample), target))
+
+    def _samples(
+        self, entry: Entry, contents: Mapping[str, bytes]
+    ) -> Iterator[tuple[Path, Mapping[str, bytes]]]:
+        """Yield the path of each sample of `entry`, and its contents as `Format.parse` takes them."""
+        path = self.folder / (entry.name + FORMATS[self.format_name].suffix)
+        if self.format_name != PackedFormat.name:
+            yield path, contents
+        for file in entry.files:
+            for name, offset, length in file.members:
+                yield path / name, {MEMBER_SUFFIX: contents[file.suffix][offset : offset + length]}
 
     def _entry(self, name: str, contents: Mapping[str, bytes]) -> Entry:
         """Return the record of files with these `contents` by suffix."""
@@ -109,14 +114,6 @@ class VerifyTask:
             members = sample_members(path) if suffix == PackedFormat.suffix else ()
             written.append(WrittenFile(path, len(content), crc32c.crc32c(content), members))
         return Entry.from_written(name, written)
-
-
-def _sample_files(dataset: SampleDataset, index: int, contents: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return the files of sample `index` for `Format.parse`, out of the `contents` of its entry."""
-    if not dataset.sharded:
-        return {key: contents[key] for key in dataset.format.keys}
-    start, length, _ = dataset.member_extents[index].item()
-    return {MEMBER_SUFFIX: contents[PackedFormat.suffix][start : start + length]}
 
 
 def _compare(folder: Path, record: Entry, found: Entry) -> Iterator[Fault]:
