@@ -14,12 +14,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pipelines.dataset.manifest import Entry, Manifest
 from pipelines.dataset.open import list_folder
-from pipelines.errors import AccessError, DataError, writing
+from pipelines.errors import DataError, writing
 from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.io import write_file
 from pipelines.sample import SampleSpec
@@ -113,13 +112,10 @@ class Journal:
 
     def begin(self, names: Iterable[str]) -> None:
         """Record that files of the entries `names` may change from now on: earlier records no longer hold."""
-        self._write(Entry(name, ()) for name in names)
+        self.add(Entry(name, ()) for name in names)
 
     def add(self, entries: Iterable[Entry]) -> None:
         """Record that the files of `entries` are complete under their names."""
-        self._write(entries)
-
-    def _write(self, entries: Iterable[Entry]) -> None:
         with writing(self._path):
             self._file.writelines(f"{json.dumps(entry.to_json())}\n" for entry in entries)
             self._file.flush()
@@ -127,15 +123,10 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
+    def __exit__(self, *error: object) -> None:
+        # Closing tries a failed write again: the error is then the one that is raised already.
+        with writing(self._path):
             self._file.close()
-        except OSError as late:
-            # Closing tries the failed write again; an error that is already raised says the same.
-            if error is None:
-                raise AccessError.writing(self._path, late) from late
 
 
 def _first_line(spec: SampleSpec, **settings: Any) -> str:
