@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -224,8 +224,14 @@ class Session:
 
     def tag_rank_errors(self, items: Iterable[T]) -> Iterator[T]:
         """Yield `items`; turn a UserError of the iteration into a RankError of this rank."""
-        try:
+        with self.own_errors():
             yield from items
+
+    @contextmanager
+    def own_errors(self) -> Iterator[None]:
+        """Turn a UserError in the body into a RankError of this rank."""
+        try:
+            yield
         except UserError as error:
             raise RankError(self.world, error) from error
 

@@ -108,13 +108,15 @@ def run_conversion(
         own = session.scatter(partition)
         entries: list[Entry] = []
         report = ConversionReport()
+        failures = ConsecutiveReadFailures()
         with (
+            session.own_errors(),
             Journal(own.target, own.format_name, own.spec, world.rank) as journal,
             contextlib.closing(run_tasks(own.task, _begin(own.items, journal), workers, lock)) as running,
         ):
-            results = session.tag_rank_errors(_check_read_failures(running))
             shown = shown and world.is_root
-            for item, result in track(results, len(own.items), "done", unit, shown=shown):
+            for item, result in track(running, len(own.items), "done", unit, shown=shown):
+                failures.record(result.unreadable)
                 written = {entry.name for entry in result.written}
                 unchanged = [entry for entry in item.recorded if entry.name not in written]
                 done = [*result.written, *unchanged]
@@ -177,13 +179,3 @@ def _begin(items: Iterable[WorkItem], journal: Journal) -> Iterator[WorkItem]:
     for item in items:
         journal.begin(item.entries)
         yield item
-
-
-def _check_read_failures(
-    results: Iterable[tuple[WorkItem, TaskResult]],
-) -> Iterator[tuple[WorkItem, TaskResult]]:
-    """Yield `results`; AccessError where sources in a row cannot be read."""
-    failures = ConsecutiveReadFailures()
-    for item, result in results:
-        failures.record(result.unreadable)
-        yield item, result

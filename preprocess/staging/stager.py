@@ -178,10 +178,10 @@ class _Stager:
             )
             # The folder of a node that lacks nothing may not be open.
             settings = plan.target, format_name, split.spec, session.world.local_rank
-            with Journal(*settings) if plan.missing.any() else nullcontext() as journal:
+            with session.own_errors(), Journal(*settings) if plan.missing.any() else nullcontext() as journal:
                 if journal:
                     journal.begin(split.sample_id(index) for index in own if plan.missing[index])
-                for done in session.tag_rank_errors(samples):
+                for done in samples:
                     read_bytes += done.read_bytes
                     if done.fault:
                         faults[split.names[done.sample]] = done.fault
