@@ -71,31 +71,29 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
                 remove_temporaries(folder)
             record = json.dumps({"version": _VERSION, **asdict(config)}, indent=2) + "\n"
             write_file(root / SETTINGS, record.encode())
-            files = size = 0
+            lengths: list[int] = []
             universes = _missing(config, root)
             running = run_tasks(SimulateTask(config, root), universes, workers, lock)
             with contextlib.closing(running):
                 for _, written in track(running, len(universes), "simulated", "universe", shown=shown):
-                    files, size = files + len(written), size + sum(written)
+                    lengths += written
     except OSError as error:
         raise DataError(root, f"cannot be written ({error})", "choose another folder") from error
     if shown:
-        seconds = time.perf_counter() - start
-        print(f"simulated {len(universes)} universes: {files} files, {size / 1e6:.1f} MB, {seconds:.1f} s")
+        seconds, size = time.perf_counter() - start, sum(lengths) / 1e6
+        print(f"simulated {len(universes)} universes: {len(lengths)} files, {size:.1f} MB, {seconds:.1f} s")
 
 
 def _missing(config: SimulateConfig, root: Path) -> list[tuple[SplitName, int]]:
     """Return the universes that lack a sample, in order."""
-    missing: list[tuple[SplitName, int]] = []
     suffix = FORMATS[config.format].suffix
-    for split in SPLITS:
-        present = {path.name for path in (root / split).glob("*")}
-        missing += [
-            (split, universe)
-            for universe in range(getattr(config, split))
-            if any(name + suffix not in present for name in config.sample_ids(split, universe))
-        ]
-    return missing
+    present = {split: {path.name for path in (root / split).glob("*")} for split in SPLITS}
+    return [
+        (split, universe)
+        for split in SPLITS
+        for universe in range(getattr(config, split))
+        if any(name + suffix not in present[split] for name in config.sample_ids(split, universe))
+    ]
 
 
 def _check_settings(config: SimulateConfig, root: Path) -> None:

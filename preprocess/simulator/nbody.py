@@ -208,9 +208,8 @@ def step_redshifts(redshifts: Sequence[float], steps: int) -> tuple[tuple[float,
         parts[lengths.index(max(lengths))] += 1
     stops, recorded = [redshifts[0]], [True]
     for i, n in enumerate(parts):
-        for part in range(1, n):
-            stops.append(n / (ends[i] * (n - part) + ends[i + 1] * part) - 1.0)
-            recorded.append(False)
-        stops.append(redshifts[i + 1])
-        recorded.append(True)
+        for part in range(1, n + 1):
+            inside = n / (ends[i] * (n - part) + ends[i + 1] * part) - 1.0
+            stops.append(redshifts[i + 1] if part == n else inside)
+            recorded.append(part == n)
     return tuple(stops), tuple(recorded)

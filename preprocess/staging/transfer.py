@@ -93,10 +93,9 @@ def relay(
     def read(index: int) -> _Read:
         try:
             return _Read(list(split.read_contents(index, verify=True, direct=direct).values()), None, {})
-        except UnreadableError as error:
-            return _Read(nothing, str(error), {error.path: error.fault})
         except DataError as error:
-            return _Read(nothing, str(error), {})
+            unreadable = {error.path: error.fault} if isinstance(error, UnreadableError) else {}
+            return _Read(nothing, str(error), unreadable)
 
     def write(index: int, read_bytes: int, contents: list[bytes], fault: str | None) -> RelayedSample:
         source, entry = fingerprint(index), None
