@@ -172,16 +172,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m preprocess.verify", description="Check every file of a data set, and print a table."
     )
     parser.add_argument("dir", type=Path, metavar="DIR", help="samples, or train and validation")
-    parser.add_argument("--workers", type=int, help="processes (default: cores)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: cores)")
     parser.add_argument(
         "--write", action="store_true", help="give a folder without faults a manifest and lists"
     )
     arguments = parser.read(argv)
     with report_errors(World()):
-        if arguments.workers is not None and arguments.workers < 1:
+        if arguments.workers < 1:
             raise ConfigError("--workers", arguments.workers, "expected at least one process")
-        workers = arguments.workers or available_cores()
-        return verify(arguments.dir, workers=workers, write=arguments.write)
+        return verify(arguments.dir, workers=arguments.workers, write=arguments.write)
     return 1
 
 

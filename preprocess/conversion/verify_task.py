@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +37,13 @@ class ValidSample(NamedTuple):
     target: tuple[float, ...]
 
 
-class VerifyResult(NamedTuple):
+@dataclass(slots=True)
+class VerifyResult:
     """Result of the checks of one entry; `entry` is what its files are now, None where one cannot be read."""
 
-    faults: Sequence[Fault]
-    entry: Entry | None
-    samples: Sequence[ValidSample]
+    faults: list[Fault]
+    entry: Entry | None = None
+    samples: list[ValidSample] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,39 +62,33 @@ class VerifyTask:
         present = {suffix: path for suffix, path in paths.items() if path.exists()}
         expected = [file.suffix for file in record.files] if record else format_.suffixes
         missing = (self.folder / (name + suffix) for suffix in expected if suffix not in present)
-        faults = [Fault("files", f"{path}: is missing; convert it again") for path in missing]
-        entry: Entry | None = None
-        samples: list[ValidSample] = []
+        result = VerifyResult([Fault("files", f"{path}: is missing; convert it again") for path in missing])
         try:
             contents = {suffix: read_file(path) for suffix, path in present.items()}
-            entry = self._entry(name, contents)
-            faults += _compare(self.folder, record, entry) if record else ()
-            if not faults:
-                self._check_samples(entry, contents, faults, samples)
+            entry = result.entry = self._entry(name, contents)
+            result.faults += _compare(self.folder, record, entry) if record else ()
+            if not result.faults:
+                self._check_samples(entry, contents, result)
         except DataError as error:
-            faults.append(Fault("content", str(error)))
-        return VerifyResult(faults, entry, samples)
+            result.faults.append(Fault("content", str(error)))
+        return result
 
-    def _check_samples(
-        self,
-        entry: Entry,
-        contents: Mapping[str, bytes],
-        faults: list[Fault],
-        samples: list[ValidSample],
-    ) -> None:
-        """Check each sample of `entry` in the `contents` of its files; append to `faults` and `samples`."""
+    def _check_samples(self, entry: Entry, contents: Mapping[str, bytes], result: VerifyResult) -> None:
+        """Check each sample of `entry` in the `contents` of its files, and add to its `result`."""
         format_ = FORMATS[self.format_name]
         for path, files in self._samples(entry, contents):
             try:
                 sample = format_.parse(path, files, self.spec)
             except DataError as error:
-                faults.append(Fault("content", str(error)))
+                result.faults.append(Fault("content", str(error)))
                 continue
             target = tuple(sample.target.tolist())
             if (np.abs(sample.target) > 1 + _ROUNDING).any():
-                faults.append(Fault("targets", f"{path}: the target {list(target)} is not within -1 to 1"))
+                result.faults.append(
+                    Fault("targets", f"{path}: the target {list(target)} is not within -1 to 1")
+                )
             sample_id = path.name.removesuffix(format_.keys[-1])
-            samples.append(ValidSample(sample_id, _digest(sample), target))
+            result.samples.append(ValidSample(sample_id, _digest(sample), target))
 
     def _samples(
         self, entry: Entry, contents: Mapping[str, bytes]
