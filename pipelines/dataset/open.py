@@ -55,7 +55,7 @@ def open_folder(folder: Path) -> SampleDataset:
     """
     manifest = Manifest.load(folder)
     if manifest is not None:
-        return dataset_from_manifest(folder, manifest)
+        return _from_manifest(folder, manifest)
     names = list_folder(folder)
     found = [name for name in names if name.endswith(_SUFFIXES)]
     if not found:
@@ -136,7 +136,7 @@ def _read_any(dataset: SampleDataset, index: int) -> Sample:
     return dataset.format.parse(dataset.path(index), dataset.read_contents(index))
 
 
-def dataset_from_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
+def _from_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
     """Return the samples that `manifest` lists in `folder`.
 
     Raises:
