@@ -17,7 +17,7 @@ from helpers import tiny_sample, write_tiny
 
 from pipelines.dataset.manifest import MANIFEST, Entry
 from pipelines.dataset.open import open_folder
-from pipelines.distributed.session import Session
+from pipelines.distributed.session import RankError, Session
 from pipelines.distributed.world import World
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.registry import FORMATS
@@ -92,7 +92,7 @@ def killed_before_recording(name: str) -> Iterator[None]:
 
     def killed(self: Journal, entries: Any) -> None:
         entries = list(entries)
-        if any(entry.name == name for entry in entries):
+        if any(entry.name == name and entry.files for entry in entries):
             raise Killed
         add(self, entries)
 
@@ -401,6 +401,16 @@ def test_journal_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(AccessError) as error, Journal(tmp_path, "npy", SampleSpec(16), 0) as journal:
         journal.add([Entry("a", ())])
     assert error.value.path == str(path)
+
+
+def test_journal_error_is_reported_by_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Journal, entries: object) -> None:
+        raise AccessError(tmp_path, "cannot be written", "free some space")
+
+    monkeypatch.setattr(Journal, "add", fail)
+    with pytest.raises(RankError) as error:
+        convert(tiny(tmp_path), tmp_path / "npy", "npy")
+    assert isinstance(error.value.error, AccessError)
 
 
 def test_two_samples_of_one_name_are_refused(tmp_path: Path) -> None:
