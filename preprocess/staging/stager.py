@@ -168,19 +168,15 @@ class _Stager:
         read_bytes = written_bytes = 0
         faults: dict[str, str] = {}
 
-        def fingerprint(index: int) -> SourceFingerprint | None:
-            return SourceFingerprint(*plan.fingerprints[index].item()) if plan.missing[index] else None
-
+        # The folder of a node that lacks nothing may not be open.
+        lacking = {i: SourceFingerprint(*plan.fingerprints[i].item()) for i in own if plan.missing[i]}
         if own:
-            config = self.config
-            samples = relay(
-                split, plan.target, own, self.group, fingerprint, config.threads, direct=config.direct_io
-            )
-            # The folder of a node that lacks nothing may not be open.
+            threads, direct = self.config.threads, self.config.direct_io
+            samples = relay(split, plan.target, own, self.group, lacking, threads, direct=direct)
             settings = plan.target, format_name, split.spec, session.world.local_rank
-            with session.own_errors(), Journal(*settings) if plan.missing.any() else nullcontext() as journal:
+            with session.own_errors(), Journal(*settings) if lacking else nullcontext() as journal:
                 if journal:
-                    journal.begin(split.sample_id(index) for index in own if plan.missing[index])
+                    journal.begin(map(split.sample_id, lacking))
                 for done in samples:
                     read_bytes += done.read_bytes
                     if done.fault:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +66,7 @@ def relay(
     target: Path,
     indices: Sequence[int],
     group: NodeGroup,
-    fingerprint: Callable[[int], SourceFingerprint | None],
+    lacking: Mapping[int, SourceFingerprint],
     threads: int,
     *,
     direct: bool,
@@ -80,8 +80,7 @@ def relay(
         target: This node's folder.
         indices: Samples that some node of the team lacks.
         group: The ranks of all nodes that get the same samples.
-        fingerprint: Returns the fingerprint of a sample's source, or None if this node does not lack the
-            sample.
+        lacking: Those of `indices` that this node lacks, with the fingerprints of their sources.
         threads: Number of threads that read, and of threads that write.
         direct: Read past the page cache.
 
@@ -98,7 +97,7 @@ def relay(
             return _Read(nothing, str(error), unreadable)
 
     def write(index: int, read_bytes: int, contents: list[bytes], fault: str | None) -> RelayedSample:
-        source, entry = fingerprint(index), None
+        source, entry = lacking.get(index), None
         if source is not None and fault is None:
             try:
                 written = _write(split, target, index, contents)
