@@ -167,13 +167,12 @@ class _Stager:
         own = indices_for_local_rank(np.flatnonzero(plan.missing_in_team), session.world).tolist()
         read_bytes = written_bytes = 0
         faults: dict[str, str] = {}
-
-        # The folder of a node that lacks nothing may not be open.
         lacking = {i: SourceFingerprint(*plan.fingerprints[i].item()) for i in own if plan.missing[i]}
         if own:
             threads, direct = self.config.threads, self.config.direct_io
             samples = relay(split, plan.target, own, self.group, lacking, threads, direct=direct)
             settings = plan.target, format_name, split.spec, session.world.local_rank
+            # The folder of a node that lacks nothing may not be open.
             with session.own_errors(), Journal(*settings) if lacking else nullcontext() as journal:
                 if journal:
                     journal.begin(map(split.sample_id, lacking))
