@@ -64,7 +64,7 @@ def test_opening_the_data_set_is_guarded_against_stalls(
             yield
             about.pop()
 
-    def hang(root: Path, split: str) -> SampleDataset:
+    def hang(folder: Path) -> SampleDataset:
         raise UserError(f"hangs while {about}")
 
     monkeypatch.setattr(train, "open_folder", hang)
