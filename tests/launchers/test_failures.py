@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Ranks, command, config_file, program, run, started_by, wait_until_gone, write_tiny
-from left_behind import metrics
+from run_artifacts import metrics
 
 
 def process_of_rank(pid: int, rank: int) -> int:

@@ -7,30 +7,11 @@ import sys
 from pathlib import Path
 
 from helpers import ROOT, environment, mpirun, run
-
-_HEAD = """
-import sys, time
-import torch
-import torch.distributed as dist
-from pipelines.distributed.cli import report_errors
-from pipelines.distributed.session import RankError, exit_now
-from pipelines.distributed.world import World
-from pipelines.errors import UserError
-world = World.detect()
-"""
-
-_CONNECT = (
-    _HEAD
-    + """
-with report_errors(world) as session:
-    session.connect(torch.device("cpu"))
-    print(world.launcher, session.sum(torch.tensor([10.0 ** world.rank])).item())
-"""
-)
+from rank_programs import CONNECT, HEAD
 
 
 def test_torchrun_connects_ranks(tmp_path: Path) -> None:
-    (tmp_path / "connect.py").write_text(_CONNECT)
+    (tmp_path / "connect.py").write_text(CONNECT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, str(tmp_path / "connect.py")],
@@ -52,7 +33,7 @@ with report_errors(world) as session:
     session.connect()
     print("instance", world.instance, session.gather(world.rank))
 """
-    done = run([*mpirun(4), sys.executable, "-c", _HEAD + program])
+    done = run([*mpirun(4), sys.executable, "-c", HEAD + program])
     assert done.code == 0, done.err
     assert [done.out.count(f"instance {instance} [0, 1]") for instance in range(2)] == [2, 2]
 
@@ -85,5 +66,5 @@ with report_errors(world) as session:
         sys.stderr.write = lambda text: (time.sleep(1), write(text))[1]
     session.run_on_root(fail)
 """
-    done = run([*mpirun(3), sys.executable, "-c", _HEAD + program])
+    done = run([*mpirun(3), sys.executable, "-c", HEAD + program])
     assert done.code == 1 and done.err.count("error: refused") == 1, done.err

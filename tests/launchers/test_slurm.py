@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, Ranks, config_file, environment, write_tiny
-from left_behind import metrics, same_weights
+from run_artifacts import metrics, same_weights
 from slurm_cluster import Cluster, missing_programs
 
 from pipelines.dataset.open import open_folder

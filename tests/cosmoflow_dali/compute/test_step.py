@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from helpers import config_file, program
-from left_behind import metrics
+from run_artifacts import metrics
 
 from cosmoflow_dali.compute.engines import ComputeConfig
 from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr

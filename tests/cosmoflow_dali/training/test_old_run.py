@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from helpers import DATA, program, write_tiny
-from left_behind import metrics
+from run_artifacts import metrics
 
 OLD = DATA / "before_0_2"
 EXPECTED: dict[str, Any] = json.loads((OLD / "expected.json").read_text())

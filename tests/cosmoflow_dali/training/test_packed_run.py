@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers import OPEN, Ranks, command, config_file, program, write_tiny
-from left_behind import metrics, same_weights
+from run_artifacts import metrics, same_weights
 
 from cosmoflow_dali.training.checkpoint import Checkpoint
 

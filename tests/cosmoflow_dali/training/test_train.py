@@ -18,7 +18,7 @@ import pytest
 from forked import Forked
 from helpers import OPEN, ROOT, Done, command, config_file, environment, program, start, write_tiny
 from helpers import run as run_command
-from left_behind import metrics, same_weights
+from run_artifacts import metrics, same_weights
 
 from cosmoflow_dali import __version__
 from cosmoflow_dali.config import read_yaml, resolve

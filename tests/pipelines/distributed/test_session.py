@@ -8,35 +8,16 @@ import sys
 import pytest
 import torch
 from helpers import Ranks
+from rank_programs import CONNECT, HEAD
 
 from pipelines.distributed.cli import report_errors
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
 
-_HEAD = """
-import sys, time
-import torch
-import torch.distributed as dist
-from pipelines.distributed.cli import report_errors
-from pipelines.distributed.session import RankError, exit_now
-from pipelines.distributed.world import World
-from pipelines.errors import UserError
-world = World.detect()
-"""
-
-_CONNECT = (
-    _HEAD
-    + """
-with report_errors(world) as session:
-    session.connect(torch.device("cpu"))
-    print(world.launcher, session.sum(torch.tensor([10.0 ** world.rank])).item())
-"""
-)
-
 
 def forked(program: str, ranks: int) -> Ranks:
-    return Ranks([sys.executable, "-c", _HEAD + program], range(ranks), ranks, HEARTBEAT_INTERVAL="1")
+    return Ranks([sys.executable, "-c", HEAD + program], range(ranks), ranks, HEARTBEAT_INTERVAL="1")
 
 
 def test_collectives_of_one_rank_are_plain_calls() -> None:
@@ -146,10 +127,10 @@ def test_srun_variables_connect_ranks() -> None:
     }
     with (
         Ranks(
-            [sys.executable, "-c", _CONNECT], [0], 1, **shared, SLURM_PROCID="0", SLURM_LOCALID="0"
+            [sys.executable, "-c", CONNECT], [0], 1, **shared, SLURM_PROCID="0", SLURM_LOCALID="0"
         ) as first,
         Ranks(
-            [sys.executable, "-c", _CONNECT], [1], 1, **shared, SLURM_PROCID="1", SLURM_LOCALID="1"
+            [sys.executable, "-c", CONNECT], [1], 1, **shared, SLURM_PROCID="1", SLURM_LOCALID="1"
         ) as second,
     ):
         assert [rank.end(60) for rank in (first, second)] == [({0}, "srun 11.0\n")] * 2

@@ -1,4 +1,4 @@
-"""What a run has left behind, for comparing one with another."""
+"""Files that a run leaves, read for comparison with another run."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from cosmoflow_dali.training.checkpoint import Checkpoint
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    """Those of the newest checkpoint."""
+    """Return the weights of the newest checkpoint."""
     checkpoint = Checkpoint.newest(run / "checkpoints")
     assert checkpoint is not None
     return checkpoint.model
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether the two runs' are equal to the last bit."""
+    """Return whether the weights of two runs are equal to the last bit."""
     a, b = weights(one), weights(other)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock decides."""
+    """Return the records of metrics.jsonl without measured times."""
     clocked = ("samples_per_s", "data_wait_ms", "step_ms")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in lines]
