@@ -9,6 +9,8 @@ draw (order, symmetry, dropout) is seeded by (seed, epoch, step).
 from __future__ import annotations
 
 import logging
+import os
+import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,8 @@ from pipelines.io import TEMPORARY_SUFFIX, write_atomically
 VERSION = 1
 KEEP = 3
 """Number of checkpoints kept, so that an older one can replace a damaged one."""
+
+_NAME = re.compile(r"epoch\d+_sample\d+\.pt")
 
 logger = logging.getLogger(__name__)
 
@@ -116,4 +120,6 @@ class Checkpoint:
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    return sorted(directory.glob("epoch*_sample*.pt"), reverse=True)
+    # No other file, such as a copy that someone keeps there, is to be removed or resumed.
+    names = filter(_NAME.fullmatch, os.listdir(directory) if directory.is_dir() else ())
+    return [directory / name for name in sorted(names, reverse=True)]

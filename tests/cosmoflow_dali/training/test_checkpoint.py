@@ -51,6 +51,16 @@ def test_newest_checkpoints_by_position_are_kept(tmp_path: Path) -> None:
     assert newest is not None and newest.position == Position(2, 100)
 
 
+def test_copies_under_other_names_are_neither_removed_nor_resumed(tmp_path: Path) -> None:
+    copy = checkpoint(0).save(tmp_path).rename(tmp_path / "epoch00000_sample000000008_best.pt")
+    late = checkpoint(9).save(tmp_path).rename(tmp_path / "epoch00009_sample000000008.old.pt")
+    for epoch in range(1, KEEP + 2):
+        checkpoint(epoch).save(tmp_path)
+    assert copy.exists() and late.exists() and len(list(tmp_path.iterdir())) == KEEP + 2
+    newest = Checkpoint.newest(tmp_path)
+    assert newest is not None and newest.position.epoch == KEEP + 1
+
+
 def test_temporary_file_of_a_killed_writer_is_removed_and_never_read(tmp_path: Path) -> None:
     (tmp_path / ".epoch00009_sample000000000.pt.77.tmp").write_bytes(b"half")
     assert Checkpoint.newest(tmp_path) is None
