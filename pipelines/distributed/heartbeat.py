@@ -283,7 +283,8 @@ class HeartbeatClient(FailureDetector):
         with self._exiting:
             if failure is None:
                 self._ended.set()
-                self._post()
+                with contextlib.suppress(RuntimeError):  # Rank 0 may have exited without this answer.
+                    self._post()
             elif self._ended.wait(_LATE_BEATS * self._timing.interval):
                 return
             elif self._reports:

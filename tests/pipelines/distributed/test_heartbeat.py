@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import signal
 import socket
 import sys
+import threading
 import time
+from typing import Any, NoReturn
 
 import pytest
 from helpers import Ranks
 
-from pipelines.distributed.heartbeat import HeartbeatTiming
+from pipelines.distributed.heartbeat import HeartbeatClient, HeartbeatTiming
 from pipelines.errors import ConfigError
 
 _PROGRAM = """
@@ -145,6 +149,37 @@ def test_other_connections_to_the_port_change_nothing() -> None:
             assert job.end(60)[0] == last.end(10)[0] == {0}
         for stranger in strangers:
             stranger.close()
+
+
+def test_rank_exits_if_rank_0_is_gone_before_it_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    exited = threading.Event()
+
+    class Store:
+        gone = False
+
+        def get(self, key: str) -> str:
+            self.gone = True
+            return json.dumps({"name": "rank 0", "beat": 1, "failure": ["disk full", False]})
+
+        def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+            if self.gone:
+                raise RuntimeError("connection reset")
+            return desired.encode()
+
+    def exit_thread(status: int) -> NoReturn:
+        exited.set()
+        raise RuntimeError  # Ends the thread.
+
+    monkeypatch.setattr(os, "_exit", exit_thread)
+    store: Any = Store()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        own, (other, _) = socket.create_connection(server.getsockname()), server.accept()
+    with own, other:
+        client = HeartbeatClient(store, own, 1, HeartbeatTiming(1, 40, 300), reports=False)
+        assert exited.wait(10)
+        other.close()
+        client.wait_for_root_exit()
+        client._listener.close()
 
 
 def test_heartbeat_settings_are_read_from_the_environment() -> None:
