@@ -18,7 +18,7 @@ from pipelines.sample import SampleSpec
 from preprocess.conversion.journal import Journal
 from preprocess.conversion.progress import STOPPED, track
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
-from preprocess.conversion.target import commit, open_target
+from preprocess.conversion.target import check_target, commit, open_target
 from preprocess.conversion.task_result import TaskResult, WorkItem
 from preprocess.conversion.worker_pool import run_tasks
 
@@ -46,6 +46,12 @@ class ConversionPlan:
     items: Sequence[WorkItem]
     samples: Sequence[str]
     samples_per_shard: int | None = None
+
+    @property
+    def target_arguments(self) -> tuple[Path, str, SampleSpec, set[str], Sequence[str], int | None]:
+        """Arguments of `open_target` and `check_target`."""
+        names = {name for item in self.items for name in item.entries}
+        return self.target, self.format_name, self.spec, names, self.samples, self.samples_per_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +97,10 @@ def run_conversion(
             """Lock and open the target; return each rank's part of the plan."""
             nonlocal lock
             assert plan is not None, "rank 0 has the plan"
-            waiting = f"{plan.target}: waiting for another process that writes into it"
             with writing(plan.target):
                 plan.target.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(locked(plan.target, lambda: print(waiting, file=sys.stderr)))
-            names = {name for item in plan.items for name in item.entries}
-            records = open_target(
-                plan.target, plan.format_name, plan.spec, names, plan.samples, plan.samples_per_shard
-            )
+            lock = stack.enter_context(_locked(plan.target))
+            records = open_target(*plan.target_arguments)
             items = [
                 item._replace(recorded=[records[name] for name in item.entries if name in records])
                 for item in plan.items
@@ -149,8 +151,17 @@ def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, uni
             raise ConfigError("--workers", workers, "expected at least one process")
         start, total = time.perf_counter(), ConversionReport()
         plans: list[ConversionPlan] = []
+
+        def plan_all() -> None:
+            plans.extend(make_plans())
+            # The splits of a data set belong together: if one is refused, the others must not change either.
+            for plan in plans:
+                if plan.target.exists():
+                    with _locked(plan.target):
+                        check_target(*plan.target_arguments)
+
         session.connect()
-        session.run_on_root(lambda: plans.extend(make_plans()))
+        session.run_on_root(plan_all)
         for number in range(session.run_on_root(lambda: len(plans))):
             total += run_conversion(
                 plans[number] if world.is_root else None,
@@ -172,6 +183,12 @@ def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, uni
                     file=sys.stderr,
                 )
     return 1 if total.faults else 0
+
+
+def _locked(target: Path) -> contextlib.AbstractContextManager[int]:
+    """Lock `target`; print a line if another process has to end first."""
+    waiting = f"{target}: waiting for another process that writes into it"
+    return locked(target, lambda: print(waiting, file=sys.stderr))
 
 
 def _begin(items: Iterable[WorkItem], journal: Journal) -> Iterator[WorkItem]:

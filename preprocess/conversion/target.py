@@ -33,8 +33,26 @@ def open_target(
 ) -> dict[str, Entry]:
     """Open `folder` for a conversion; return its records of finished entries by name.
 
-    The folder must exist, and no other process may write into it. Until `commit` it has no manifest. Samples
-    that were added to the source since an earlier run are accepted.
+    Until `commit` it has no manifest. See `check_target`.
+    """
+    records = check_target(folder, format_name, spec, entries, samples, samples_per_shard)
+    settings = {"samples_per_shard": samples_per_shard, "samples": list(samples)}
+    reopen(folder, format_name, spec, records.values(), **settings)
+    return {name: entry for name, entry in records.items() if entry.files}
+
+
+def check_target(
+    folder: Path,
+    format_name: str,
+    spec: SampleSpec,
+    entries: Collection[str],
+    samples: Collection[str],
+    samples_per_shard: int | None,
+) -> dict[str, Entry]:
+    """Check that `folder` belongs to a conversion, and change nothing; return all records by name of entry.
+
+    The folder must exist, and no other process may write into it. Samples that were added to the source since
+    an earlier run are accepted.
 
     Args:
         folder: The target folder.
@@ -46,8 +64,7 @@ def open_target(
 
     Raises:
         DataError: The folder belongs to a conversion with other settings, or to one of a source with samples
-            that this source does not have; or it holds a file that no conversion recorded. Nothing has been
-            changed then.
+            that this source does not have; or it holds a file that no conversion recorded.
     """
     state = load_records(folder, format_name, spec)
     # A single shard may have been cut off by the end of the source; it shows a lower bound.
@@ -66,9 +83,7 @@ def open_target(
         if not (state.entries or state.samples):
             fault = f"holds {files[0]}, but no manifest or journal of the conversion that made it"
             raise DataError(folder, fault, _REMEDY)
-    settings = {"samples_per_shard": samples_per_shard, "samples": list(samples)}
-    reopen(folder, format_name, spec, state.entries.values(), **settings)
-    return {name: entry for name, entry in state.entries.items() if entry.files}
+    return state.entries
 
 
 def reopen(

@@ -97,6 +97,27 @@ def test_rerun_and_number_of_ranks_change_nothing(universes: Path, tmp_path: Pat
     assert content(tmp_path / "two") == once
 
 
+def test_universe_that_would_change_its_split_is_refused_before_anything_changes(
+    universes: Path, tmp_path: Path
+) -> None:
+    arguments = ["-i", universes, "-o", tmp_path / "out", "--sample-size", "4"]
+    assert program("preprocess.prepare", *arguments).code == 0
+    names = [f"2169{index % 3}_univ_ics_{index}" for index in range(9)]
+    _, before = split_universes(names, 1 / 9, seed=0)
+    added = next(
+        index
+        for index in range(9, 99)
+        if split_universes([*names, f"21690_univ_ics_{index}"], 1 / 9, 0)[1] != before
+    )
+    write_universe(universes / "21690" / f"univ_ics_{added}.hdf5", added)
+    done = program("preprocess.prepare", *arguments)
+    assert done.code == 1 and f"{tmp_path}/out/validation: is of a source with {before[0]}_000" in done.err
+    assert {name: len(open_folder(tmp_path / "out" / name)) for name in ("train", "validation")} == {
+        "train": 64,
+        "validation": 8,
+    }
+
+
 def test_split_depends_on_names_and_seed_alone() -> None:
     names = [f"u_{index}" for index in range(90)]
     train, validation = split_universes(names, 1 / 9, seed=0)
