@@ -87,7 +87,8 @@ def find_missing(
         if name in records and records[name].source == fingerprint and records[name].is_complete_in(target)
     }
     # What is removed for other nodes stays recorded until then: a run that is killed here must know it again.
-    others = [entry for name, entry in records.items() if name not in set(names)]
+    own = set(names)
+    others = [entry for name, entry in records.items() if name not in own]
     reopen(target, format_name, split.spec, [*up_to_date.values(), *others])
     remove_files(target, format_name, (name for name in files if name not in up_to_date))
     return np.array([name not in up_to_date for name in names], dtype=bool)
