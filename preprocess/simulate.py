@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -87,7 +88,8 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
 def _missing(config: SimulateConfig, root: Path) -> list[tuple[SplitName, int]]:
     """Return the universes that lack a sample, in order."""
     suffix = FORMATS[config.format].suffix
-    present = {split: {path.name for path in (root / split).glob("*")} for split in SPLITS}
+    # Unlike a glob, listdir reports a folder that cannot be read.
+    present = {split: set(os.listdir(root / split)) if (root / split).exists() else set() for split in SPLITS}
     return [
         (split, universe)
         for split in SPLITS
