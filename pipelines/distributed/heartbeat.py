@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -61,13 +62,13 @@ class HeartbeatTiming(NamedTuple):
         return HeartbeatTiming(interval, timeout, stall)
 
 
-class FailureDetector:
+class FailureDetector(ABC):
     """One rank's part of the failure detector; it runs until `end` or `report_failure`."""
 
     _root_runs = True
 
     _address: tuple[str, int] | None = None
-    """Where a connection is refused once this process has ended."""
+    """Host and port that refuse connections once this process has ended."""
 
     def __init__(self, store: TCPStore, rank: int, timing: HeartbeatTiming) -> None:
         """Start to post heartbeats with `store`, a connection that nothing else uses."""
@@ -130,9 +131,9 @@ class FailureDetector:
             self._problem = f"{json.loads(self._posted)['name']} has the same rank"
             self._post()
 
+    @abstractmethod
     def _check(self) -> None:
         """Read what other ranks have posted; end this process if one has failed."""
-        raise NotImplementedError
 
     def _stuck(self) -> str | None:
         """Return a message if this rank's operation takes too long."""

@@ -30,7 +30,7 @@ _ANSWER_TIMEOUT = 30.0
 
 
 class Endpoint(NamedTuple):
-    """Where rank 0 listens.
+    """Address and ports of rank 0.
 
     address: of rank 0.
     ports: on which it may listen, in the order to try.
