@@ -18,7 +18,7 @@ from pipelines.sample import SampleSpec
 from preprocess.conversion.journal import Journal
 from preprocess.conversion.progress import STOPPED, track
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
-from preprocess.conversion.target import check_target, commit, open_target
+from preprocess.conversion.target import check_folder, commit, reopen
 from preprocess.conversion.task_result import TaskResult, WorkItem
 from preprocess.conversion.worker_pool import run_tasks
 
@@ -49,7 +49,7 @@ class ConversionPlan:
 
     @property
     def target_arguments(self) -> tuple[Path, str, SampleSpec, set[str], Sequence[str], int | None]:
-        """Arguments of `open_target` and `check_target`."""
+        """Arguments of `check_folder`."""
         names = {name for item in self.items for name in item.entries}
         return self.target, self.format_name, self.spec, names, self.samples, self.samples_per_shard
 
@@ -100,9 +100,12 @@ def run_conversion(
             with writing(plan.target):
                 plan.target.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(_locked(plan.target))
-            records = open_target(*plan.target_arguments)
+            records = check_folder(*plan.target_arguments)
+            settings = {"samples_per_shard": plan.samples_per_shard, "samples": list(plan.samples)}
+            reopen(plan.target, plan.format_name, plan.spec, records.values(), **settings)
+            finished = {name: entry for name, entry in records.items() if entry.files}
             items = [
-                item._replace(recorded=[records[name] for name in item.entries if name in records])
+                item._replace(recorded=[finished[name] for name in item.entries if name in finished])
                 for item in plan.items
             ]
             return [replace(plan, items=items[rank :: world.size], samples=()) for rank in range(world.size)]
@@ -158,7 +161,7 @@ def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, uni
             for plan in plans:
                 if plan.target.exists():
                     with _locked(plan.target):
-                        check_target(*plan.target_arguments)
+                        check_folder(*plan.target_arguments)
 
         session.connect()
         session.run_on_root(plan_all)

@@ -23,25 +23,7 @@ from preprocess.conversion.journal import is_journal, load_records, write_journa
 _REMEDY = "convert into a new folder, or remove this one"
 
 
-def open_target(
-    folder: Path,
-    format_name: str,
-    spec: SampleSpec,
-    entries: Collection[str],
-    samples: Collection[str],
-    samples_per_shard: int | None,
-) -> dict[str, Entry]:
-    """Open `folder` for a conversion; return its records of finished entries by name.
-
-    Until `commit` it has no manifest. See `check_target`.
-    """
-    records = check_target(folder, format_name, spec, entries, samples, samples_per_shard)
-    settings = {"samples_per_shard": samples_per_shard, "samples": list(samples)}
-    reopen(folder, format_name, spec, records.values(), **settings)
-    return {name: entry for name, entry in records.items() if entry.files}
-
-
-def check_target(
+def check_folder(
     folder: Path,
     format_name: str,
     spec: SampleSpec,
