@@ -7,6 +7,7 @@ exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -37,12 +38,33 @@ class AccessError(DataError):
     @staticmethod
     def reading(path: str | os.PathLike[str], error: OSError) -> UnreadableError:
         """Return the error for `error`, raised while reading `path`."""
-        return UnreadableError(path, f"cannot be read ({error.strerror})", "check path and permissions")
+        return UnreadableError(path, f"cannot be read ({error.strerror or error})", _remedy(error))
 
     @staticmethod
-    def writing(path: str | os.PathLike[str], error: OSError) -> AccessError:
-        """Return the error for `error`, raised while writing `path`."""
-        return AccessError(path, f"cannot be written ({error.strerror})", "check free space and permissions")
+    def writing(
+        path: str | os.PathLike[str], error: OSError, fault: str = "cannot be written"
+    ) -> AccessError:
+        """Return the error for `error`, raised while writing `path`; `fault` is the operation that failed."""
+        return AccessError(path, f"{fault} ({error.strerror or error})", _remedy(error))
+
+
+_REMEDIES = {
+    "free some space": (errno.ENOSPC,),
+    "free some space, or ask for a larger quota": (errno.EDQUOT,),
+    "check the permissions": (errno.EACCES, errno.EPERM),
+    "choose a place that may be written": (errno.EROFS,),
+    "check the path": (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+    "raise the limit of the file size (ulimit -f), or choose another place": (errno.EFBIG,),
+    "wait for the program that uses it": (errno.EAGAIN, errno.EBUSY, errno.ETXTBSY),
+}
+"""Remedies by the numbers of the errors."""
+
+
+def _remedy(error: OSError) -> str:
+    """Return the remedy for `error`."""
+    found = (remedy for remedy, numbers in _REMEDIES.items() if error.errno in numbers)
+    return next(found, "check its disk or mount, or choose another place")
 
 
 class UnreadableError(AccessError):

@@ -1,4 +1,4 @@
-"""File access: atomic writes, direct reads and writes, folder locks and the limit of open files."""
+"""File access: atomic writes, direct reads and writes, and folder locks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import fcntl
 import mmap
 import os
 import re
-import resource
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import crc32c
 
 from pipelines.errors import AccessError, reading, writing
+from pipelines.filesystem import UNSUPPORTED, open_regular, report_unsupported, sync_file, sync_folder
 
 TEMPORARY_SUFFIX = ".tmp"
 """Suffix of a file that is being written; a leftover one can be removed safely."""
@@ -37,6 +37,8 @@ _BLOCK = 4096
 """Alignment of addresses and lengths for O_DIRECT; a page suits every disk."""
 
 _thread = threading.local()
+
+_Read = TypeVar("_Read")
 
 
 class TarMember(NamedTuple):
@@ -74,14 +76,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno(), path)
             os.replace(temporary, path)
-            # The rename is stored in the directory, which must be synced as well.
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            # The rename is stored in the folder, which must be synced as well.
+            sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -138,17 +136,16 @@ def _write_direct(descriptor: int, pieces: Iterable[bytes | memoryview]) -> None
         while content:
             try:
                 content = content[os.write(descriptor, content) :]
-            except OSError as error:
-                if error.errno != errno.EINVAL or not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            except OSError:
+                if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
                     raise
-                # Some file systems accept the flag and then refuse to write.
+                # Some file systems accept the flag and then refuse to write, with various errors.
                 fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
 
     if not hasattr(_thread, "buffer"):
         _thread.buffer = mmap.mmap(-1, _BUFFER)
-    buffer, filled, length = memoryview(_thread.buffer), 0, 0
+    buffer, filled = memoryview(_thread.buffer), 0
     for rest in pieces:
-        length += len(rest)
         while rest:
             part = rest[: _BUFFER - filled]
             buffer[filled : filled + len(part)] = part
@@ -156,8 +153,11 @@ def _write_direct(descriptor: int, pieces: Iterable[bytes | memoryview]) -> None
             if filled == _BUFFER:
                 write_all(buffer)
                 filled = 0
-    write_all(buffer[: -(-filled // _BLOCK) * _BLOCK])
-    os.ftruncate(descriptor, length)
+    aligned = filled // _BLOCK * _BLOCK
+    write_all(buffer[:aligned])
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    write_all(buffer[aligned:filled])
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -212,20 +212,40 @@ def _open_lock(path: Path) -> int:
             with contextlib.suppress(OSError):
                 return os.open(path, os.O_RDONLY)
             raise
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(OSError):
             os.fchmod(descriptor, os.stat(path.parent).st_mode & 0o666)
         return descriptor
 
 
 def read_file(path: Path, *, direct: bool = False) -> bytes:
-    """Return the content of the file at `path`; AccessError if it cannot be read.
+    """Return the content of the file at `path`.
 
     Args:
         direct: bypass the page cache, where the file system supports it.
+
+    Raises:
+        DataError: it cannot be read, or is a folder, FIFO, socket or device.
     """
-    with reading(path):
+
+    def read() -> bytes:
         content = read_direct(path) if direct else None
-        return path.read_bytes() if content is None else content
+        if content is not None:
+            return content
+        with open(open_regular(path), "rb") as file:
+            return file.read()
+
+    with reading(path):
+        return retry_stale(read)
+
+
+def retry_stale(read: Callable[[], _Read]) -> _Read:
+    """Return `read()`, called again if it fails because NFS has replaced the file since it was opened."""
+    try:
+        return read()
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        return read()
 
 
 def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes | None:
@@ -236,13 +256,10 @@ def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes
         length: number of bytes, fewer if the file ends before; None for all.
 
     Returns:
-        The bytes, or None if the file system does not support O_DIRECT.
-
-    Raises:
-        OSError: the file cannot be read.
+        The bytes, or None if this fails: a read through the page cache then gives them, or the reason.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        descriptor = open_regular(path, os.O_DIRECT)
         try:
             end = os.fstat(descriptor).st_size if length is None else offset + length
             start = offset // _BLOCK * _BLOCK
@@ -256,23 +273,24 @@ def read_direct(path: Path, offset: int = 0, length: int | None = None) -> bytes
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            return None
-        raise
+        if error.errno in UNSUPPORTED:
+            report_unsupported(path, "reading with O_DIRECT", error, "it is read through the page cache")
+        return None
 
 
 def map_file(path: Path) -> mmap.mmap | bytes:
-    """Return the content of the file at `path`, mapped into memory; AccessError if it cannot be read."""
-    with reading(path), open(path, "rb") as file:
+    """Return the content of the file at `path`, mapped into memory, or read where that is refused.
+
+    Raises:
+        DataError: it cannot be read, or is a folder, FIFO, socket or device.
+    """
+    with reading(path), open(open_regular(path), "rb") as file:
         # An empty file cannot be mapped.
         size = os.fstat(file.fileno()).st_size
-        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
-
-
-def raise_open_file_limit(count: int) -> int:
-    """Raise the limit of open files to `count`, or as far as the system allows; return the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        count = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-    return count
+        if size:
+            try:
+                # FUSE refuses shared maps of files that it does not cache, and no private ones.
+                return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            except OSError as error:
+                report_unsupported(path, "mapping files into memory", error, "they are read instead")
+        return file.read()

@@ -21,6 +21,7 @@ from pipelines.distributed.cli import OneLineParser
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError
+from pipelines.filesystem import refuse_input
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.registry import FORMATS
 from preprocess.conversion.convert_task import ConvertTask
@@ -54,8 +55,7 @@ def plan_conversion(
     if expected not in (None, dataset.format_name):
         remedy = f"expected {expected}, as the command line says"
         raise DataError(source, f"holds {dataset.format_name}", remedy)
-    if target.exists() and target.samefile(source):
-        raise DataError(target, "is the source itself", "choose another folder")
+    refuse_input(target, [source])
     sharded = to == PackedFormat.name
     size, indices = samples_per_shard if sharded else 1, np.arange(len(dataset))
     sources = [dataset.subset(indices[start : start + size]) for start in range(0, len(dataset), size)]

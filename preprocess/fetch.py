@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import http.client
 import re
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipelines.errors import AccessError, DataError
+from pipelines.filesystem import free_space
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 5
@@ -83,9 +83,9 @@ def _fetch_rest(url: str, part: Path, shown: bool, timeout: float) -> None:
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout)
     with response:
         start, total = _content_range(response, size)
-        free = shutil.disk_usage(part.parent).free
-        if total is not None and total - start > free:
-            fault = f"has {free} bytes free, but the file needs {total - start}"
+        space = free_space(part.parent)
+        if space and total is not None and total - start > space[0]:
+            fault = f"has {space[0]} bytes free, but the file needs {total - start}"
             raise DataError(part.parent, fault, "free some space, or choose another folder")
         _tag(part).write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
         bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=not shown)

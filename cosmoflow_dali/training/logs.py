@@ -83,6 +83,7 @@ def configure_logging(world: World) -> None:
     handler.setFormatter(
         logging.Formatter(f"rank {world.rank}: %(message)s" if world.rank else "%(message)s")
     )
+    logging.getLogger("pipelines").handlers = [handler]
     package = logging.getLogger("cosmoflow_dali")
     package.handlers = [handler]
     package.setLevel(logging.INFO if world.is_root else logging.WARNING)

@@ -15,6 +15,7 @@ from pipelines.dataset.dataset import EXTENT, SampleDataset, dataset_from_shards
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError, DataError, reading
+from pipelines.filesystem import open_regular
 from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.packed.format import PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
@@ -115,7 +116,7 @@ def read_sample(path: Path) -> Sample:
 def _detect_format(path: Path) -> str:
     """Return the name of the format of `path`, by its suffix and, of a TFRecord, its first bytes."""
     if path.name.endswith(TFRECORD_SUFFIX):
-        with reading(path), open(path, "rb") as file:
+        with reading(path), open(open_regular(path), "rb") as file:
             return "tfrecord_gzip" if file.read(len(GZIP_MAGIC)) == GZIP_MAGIC else "tfrecord"
     for name, format_ in FORMATS.items():
         if path.name.endswith(format_.suffix):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 import traceback
@@ -29,9 +30,15 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def launched() -> World:
-    """Return `World.detect()`; exit with one line if the launcher's variables are invalid."""
+    """Return `World.detect()`; exit with one line if the launcher's variables are invalid.
+
+    Warnings about the file system are logged on rank 0 alone.
+    """
     with report_errors(World()):
-        return World.detect()
+        world = World.detect()
+        if not world.is_root:
+            logging.getLogger("pipelines").setLevel(logging.ERROR)
+        return world
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pipelines.distributed.heartbeat import (
 from pipelines.distributed.rendezvous import find_endpoint, join_store, open_store, serve_store
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
-from pipelines.io import raise_open_file_limit
+from pipelines.filesystem import raise_open_file_limit
 
 if TYPE_CHECKING:
     import torch

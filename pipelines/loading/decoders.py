@@ -7,6 +7,7 @@ there the reader threads decode them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import mmap
@@ -143,7 +144,8 @@ class CountsDecoder(_DaliDecoder):
     def _on_read(payload: Payload) -> None:
         """Make the kernel read a mapped file before DALI's threads access it."""
         if isinstance(payload, CountsPayload) and payload.mapped is not None:
-            payload.mapped.madvise(mmap.MADV_WILLNEED)
+            with contextlib.suppress(OSError):  # It is only an advice.
+                payload.mapped.madvise(mmap.MADV_WILLNEED)
 
 
 class FilesDecoder(_DaliDecoder):

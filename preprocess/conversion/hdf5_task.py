@@ -6,6 +6,7 @@ The data set `full` holds the counts, (n, n, n, redshifts) integers, and `unitPa
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 
 from pipelines.dataset.manifest import SourceFingerprint
 from pipelines.errors import AccessError, DataError
+from pipelines.filesystem import open_regular, report_unsupported
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile
 from pipelines.sample import COUNT_LIMIT, Sample, check_target
@@ -75,7 +77,17 @@ def crops(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Sample]:
 def _universe(path: Path) -> Iterator[Any]:
     """Open the universe at `path` and check that it has both data sets."""
     with _reading(path):
-        file = h5py.File(path, "r")
+        # HDF5 would wait for the writer of a FIFO.
+        os.close(open_regular(path))
+        try:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            # EAGAIN: another program has the file open for writing.
+            if "unable to lock file" not in str(error) or error.errno == errno.EAGAIN:
+                raise
+            reason = OSError(error.errno, os.strerror(error.errno or errno.ENOLCK))
+            report_unsupported(path, "locks", reason, "HDF5 files are read without them")
+            file = h5py.File(path, "r", locking=False)
     with file:
         for name in (COUNTS, TARGET):
             with _reading(path):

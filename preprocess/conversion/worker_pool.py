@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -114,5 +115,7 @@ def _start_worker(parent: int, _lock: _InheritedDescriptor) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
     if os.getppid() != parent:
         os._exit(1)
+    # The parent warns of the file system, once for all workers.
+    logging.getLogger("pipelines").setLevel(logging.ERROR)
     # Before NumPy is imported with the first task.
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")

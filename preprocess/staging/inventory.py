@@ -16,6 +16,7 @@ from pipelines.dataset.manifest import Manifest, SourceFingerprint
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import DataError, UnreadableError, writing
+from pipelines.filesystem import refuse_input
 from pipelines.io import locked
 from preprocess.conversion.journal import load_records
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
@@ -54,7 +55,7 @@ def find_missing(
         A mask (samples,) bool, or None for a folder that is complete and stays as it is.
 
     Raises:
-        DataError: The folder holds something else, or another node writes into it.
+        DataError: The folder is the source, or holds something else, or another node writes into it.
     """
 
     def check_holder() -> None:
@@ -64,6 +65,8 @@ def find_missing(
             fault = "is being written into by another process or node"
             raise DataError(target, fault, "stage to each node's own disk, one run at a time")
 
+    # Files that do not belong here are removed below.
+    refuse_input(target, [split.root])
     if is_staged(split, target, fingerprints):
         return None
     with writing(target):

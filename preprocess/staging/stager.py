@@ -9,7 +9,6 @@ same source, are kept.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -26,6 +25,7 @@ from pipelines.dataset.manifest import SourceFingerprint
 from pipelines.distributed.node_groups import NodeGroup
 from pipelines.distributed.session import Session
 from pipelines.errors import DataError
+from pipelines.filesystem import free_space
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import FIRST_MEMBER_OFFSET, SHARD_SUFFIX
@@ -212,17 +212,20 @@ def _unpack(bits: npt.NDArray[np.uint8], split: SampleDataset) -> npt.NDArray[np
 
 def _check_space(root: Path, plans: Sequence[_Plan]) -> None:
     """Raise DataError if this rank has opened folders for more than the disk has space for."""
-    needed = 0
+    needed = free = 0
     for plan in plans:
         if plan.opened:
-            block = os.statvfs(plan.target).f_frsize
+            space = free_space(plan.target)
+            if space is None:
+                return
+            free, block = space
             split, count = plan.split, np.count_nonzero(plan.missing)
             lengths = np.full(count, split.spec.bytes)
             if split.sharded:
                 lengths = split.member_extents["bytes"][plan.missing]
             # In whole blocks, and one for the small file beside each: the label, or the index.
             needed += int((-(-(lengths + _MAX_OVERHEAD) // block) * block + block).sum())
-    if needed and needed > (free := shutil.disk_usage(root).free):
+    if needed > free:
         fault = f"has {free} bytes free on {os.uname().nodename}, but staging needs {needed}"
         raise DataError(root, fault, "free some space, or stage to another disk")
 

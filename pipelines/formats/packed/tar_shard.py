@@ -15,7 +15,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipelines.errors import DataError, reading
-from pipelines.io import TarMember, WrittenFile, raise_open_file_limit, read_direct, write_file, write_stream
+from pipelines.filesystem import open_regular, raise_open_file_limit
+from pipelines.io import (
+    TarMember,
+    WrittenFile,
+    read_direct,
+    retry_stale,
+    write_file,
+    write_stream,
+)
 
 SHARD_SUFFIX, INDEX_SUFFIX = ".tar", ".idx"
 _BLOCK = tarfile.BLOCKSIZE
@@ -71,7 +79,11 @@ def read_members(path: Path) -> tuple[TarMember, ...]:
     """
     members = []
     try:
-        with reading(path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with (
+            reading(path),
+            open(open_regular(path), "rb") as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
             for entry in tar:
                 if not entry.name.isprintable() or entry.size < 0:
                     # The name would go into messages, and into the manifest.
@@ -101,10 +113,19 @@ def read_member(path: Path, name: str, offset: int, length: int, *, direct: bool
     Raises:
         DataError: the shard cannot be read, or ends before the member does.
     """
+
+    def read_cached() -> bytes:
+        handle = _shard_handles()(path)
+        try:
+            return handle.read(offset, length)
+        except OSError:
+            clear_handle_cache()
+            raise
+
     with reading(path):
         content = read_direct(path, offset, length) if direct else None
         if content is None:
-            content = _shard_handles()(path).read(offset, length)
+            content = retry_stale(read_cached)
     if len(content) < length:
         fault = f"is cut off: the shard ends after {len(content)} of its {length} bytes"
         raise DataError(path / name, fault, _REMEDY)
@@ -121,7 +142,7 @@ class ShardHandle:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = open_regular(path)
 
     def read(self, offset: int, length: int) -> bytes:
         """Read up to `length` bytes from `offset`, fewer only at the end of the file."""

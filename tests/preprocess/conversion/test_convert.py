@@ -210,7 +210,7 @@ def test_folder_with_foreign_files_is_unchanged(tmp_path: Path) -> None:
 def test_invalid_arguments_are_one_line(tiny: Path, tmp_path: Path) -> None:
     data, out = tiny / "train", tmp_path / "out"
     for ranks, arguments, message in (
-        (1, ["-i", data, "-o", data, "--to", "npy"], "is the source itself"),
+        (1, ["-i", data, "-o", data, "--to", "npy"], f"is the input {data} itself"),
         (1, ["-i", data, "-o", out, "--to", "npz"], "--to = 'npz': expected one of npy"),
         (1, ["-i", data, "-o", out, "--to", "npy", "--workers", "0"], "--workers = 0"),
         (1, ["-i", data / "none", "-o", out, "--to", "npy"], "cannot be listed (No such file"),
@@ -463,6 +463,14 @@ def test_killed_at_any_moment(format_name: str, pattern: str, count: int, many: 
     assert midway >= KILLS // 2, f"only {midway} of {KILLS} kills fell between the first file and the last"
 
 
+WAITING = """
+import os
+
+real = os.open
+os.open = lambda path, flags, *more, **named: real(path, flags & ~os.O_NONBLOCK, *more, **named)
+"""
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_conversion_leaves_no_worker_and_resumes(stop: signal.Signals, tmp_path: Path) -> None:
     data, target = write_tiny(tmp_path / "data", train=6, validation=1) / "train", tmp_path / "out"
@@ -470,12 +478,15 @@ def test_stopped_conversion_leaves_no_worker_and_resumes(stop: signal.Signals, t
     last = data / "universe_0005_000_label.npy"
     whole = (last.read_bytes(), last.stat().st_mtime_ns)
     last.unlink()
-    os.mkfifo(last)  # Reading it blocks.
+    os.mkfifo(last)
+    # Have the worker wait for the FIFO's writer, as a file system that does not respond would have it wait.
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WAITING)
     line = command(CONVERT, ["-i", data, "-o", target, "--to", "tfrecord", "--workers", "1"])
     process = subprocess.Popen(
         line,
         cwd=ROOT,
-        env=environment(),
+        env=environment() | {"PYTHONPATH": str(tmp_path / "site")},
         stderr=subprocess.PIPE,
         text=True,
         # Tests in the background ignore Ctrl-C, which children inherit.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +15,8 @@ import pytest
 from helpers import program
 
 from pipelines.dataset.open import open_folder
-from pipelines.errors import DataError
-from preprocess.conversion.hdf5_task import crops
+from pipelines.errors import DataError, UnreadableError
+from preprocess.conversion.hdf5_task import crops, universe_shape
 from preprocess.prepare import find_universes, main, split_universes
 from preprocess.verify import main as verify
 
@@ -215,3 +218,39 @@ def test_invalid_arguments_are_one_line(universes: Path, tmp_path: Path) -> None
     with pytest.raises(DataError) as error:
         find_universes(universes)
     assert "same names" in error.value.fault
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO, 524])
+def test_universes_are_read_where_files_cannot_be_locked(
+    number: int, universes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # HDF5 locks in C, where no test reaches; h5py raises this error.
+    opened, theirs = [], h5py.File
+
+    def refuse_locks(path: Path, mode: str, locking: bool | None = None) -> h5py.File:
+        opened.append(locking)
+        if locking is not False:
+            raise OSError(
+                number, f"Unable to synchronously open file (unable to lock file, errno = {number})"
+            )
+        return theirs(path, mode, locking=locking)
+
+    monkeypatch.setattr(h5py, "File", refuse_locks)
+    assert main(["-i", str(universes), "-o", str(tmp_path / "out"), "--sample-size", "4"]) == 0
+    assert len(open_folder(tmp_path / "out" / "train")) == 64 and False in opened
+
+
+def test_a_universe_that_is_being_written_is_refused(universes: Path) -> None:
+    path = next(universes.rglob("*.hdf5"))
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UnreadableError) as raised:
+            universe_shape(path)
+    assert raised.value.path == str(path) and raised.value.remedy == "wait for the program that uses it"
+
+
+def test_a_universe_that_is_a_fifo_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "u.hdf5")
+    with pytest.raises(DataError) as raised:
+        universe_shape(tmp_path / "u.hdf5")
+    assert raised.value.fault == "is a FIFO, not a file"

@@ -295,13 +295,25 @@ def test_space_for_both_splits_is_checked_first(tmp_path: Path, monkeypatch: pyt
         write_tiny(tmp_path / "data", train=2, validation=2, format_name="tfrecord"),
         tmp_path / "disk",
     )
-    usage = shutil.disk_usage(tmp_path)
     # Enough for the counts, but not for headers and labels.
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * 2 * 4 * 16**3))
+    monkeypatch.setattr("preprocess.staging.stager.free_space", lambda _: (4 * 2 * 4 * 16**3, 4096))
     with pytest.raises(DataError) as error:
         staged(data, disk)
     assert error.value.path == str(disk) and "131072" in error.value.fault and "163840" in error.value.fault
     assert not list(disk.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("name", ["data", "link", "split"])
+def test_a_data_set_is_not_staged_into_itself(name: str, tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=2, validation=1)
+    (tmp_path / "link").symlink_to(data)
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "train").symlink_to(data / "train")
+    files = sorted(path for path in data.rglob("*") if path.is_file())
+    with pytest.raises(DataError) as error:
+        staged(data, tmp_path / name)
+    assert error.value.path == str(tmp_path / name / "train") and str(data / "train") in error.value.fault
+    assert sorted(path for path in data.rglob("*") if path.is_file()) == files
 
 
 def test_two_models_on_one_node_stage_one_after_the_other(tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""Kinds of files, limits, and operations that some file systems lack, with what is done instead.
+
+FUSE, CIFS, 9p and parallel file systems refuse operations that local ones have, such as syncing a folder or
+mapping a file. None of these refusals harms the content of a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import resource
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipelines.errors import AccessError, DataError
+
+UNSUPPORTED = frozenset(
+    {
+        errno.EINVAL,
+        errno.ENOSYS,
+        errno.ENOTSUP,
+        errno.ENOTTY,
+        errno.ENODEV,
+        errno.ENOLCK,
+        524,  # ENOTSUPP, which Linux's NFS client passes on by mistake.
+    }
+)
+"""Numbers of the errors by which a file system refuses an operation that it does not have."""
+
+_FOLDER_CANNOT_SYNC = UNSUPPORTED | {errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
+"""The same for syncing a folder; the last two are those of a folder that may be written and not read."""
+
+_reported: set[str] = set()
+"""Operations that `report_unsupported` has reported in this process."""
+
+logger = logging.getLogger(__name__)
+
+
+def report_unsupported(path: str | os.PathLike[str], operation: str, error: OSError, instead: str) -> None:
+    """Log a warning that `operation` was refused at `path`, and what is done `instead`; once per process."""
+    if operation not in _reported:
+        _reported.add(operation)
+        reason = error.strerror or error
+        logger.warning("%s: its file system does not support %s (%s): %s", path, operation, reason, instead)
+
+
+def sync_file(descriptor: int, path: Path) -> None:
+    """Sync the file `path`, open as `descriptor`, to the disk, if its file system can do that.
+
+    Raises:
+        AccessError: The file system can do that, and it failed.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise AccessError.writing(path, error, "cannot be synced to the disk") from error
+        report_unsupported(path, "syncing a file", error, "it is complete once the system has written it")
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync the names in `folder` to the disk, if its file system can do that.
+
+    Raises:
+        AccessError: The file system can do that, and it failed.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _FOLDER_CANNOT_SYNC:
+            raise AccessError.writing(folder, error, "cannot be synced to the disk") from error
+        report_unsupported(folder, "syncing a folder", error, "a power failure may undo the last files")
+
+
+def free_space(folder: Path) -> tuple[int, int] | None:
+    """Return the free bytes in `folder` for this user, and the bytes of a block; None if not known."""
+    try:
+        state = os.statvfs(folder)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise AccessError.reading(folder, error) from error
+        return None
+    # FUSE file systems without this operation answer that they have no blocks at all.
+    return (state.f_bavail * state.f_frsize, state.f_frsize) if state.f_blocks and state.f_frsize else None
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
+    """Open the file at `path` for reading; return its descriptor.
+
+    Args:
+        flags: Further flags of open(2).
+
+    Raises:
+        DataError: It is a folder, FIFO, socket or device.
+        OSError: It cannot be opened.
+    """
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer. Regular files are read as without it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+    kind = kind_of(os.fstat(descriptor))
+    if kind == "file":
+        return descriptor
+    os.close(descriptor)
+    raise DataError(path, f"is a {kind}, not a file", "give a file, or remove it from its folder")
+
+
+def kind_of(state: os.stat_result) -> str:
+    """Return "file", "folder", "FIFO", "socket" or "device"."""
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(state.st_mode), "device")
+
+
+def refuse_input(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise DataError if `output` is one of `inputs`, also by a symbolic or hard link."""
+    for path in inputs:
+        # Whatever reads or writes one that cannot be accessed reports that.
+        with contextlib.suppress(OSError):
+            if os.path.samefile(output, path):
+                raise DataError(output, f"is the input {path} itself", "choose another output")
+
+
+def raise_open_file_limit(count: int) -> int:
+    """Raise the limit of open files to `count`, or as far as the system allows; return the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        count = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    return count
