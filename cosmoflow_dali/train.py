@@ -46,6 +46,7 @@ from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader
 from pipelines.plan import RankSlice
+from pipelines.sample import SPLITS
 from preprocess.simulate import SETTINGS, make_dataset
 from preprocess.staging.stager import describe, stage
 
@@ -98,8 +99,9 @@ def _prepare_run(arguments: Arguments, session: Session) -> Run:
     if _simulate(config):
         seconds["simulate"] = time.perf_counter() - start
     with session.stall_guard("opening the data set"):
-        train, validation = (open_folder(Path(config.data.dir) / split) for split in ("train", "validation"))
-    run = Run(folder, config, checkpoint, train, validation, seconds)
+        train, validation = (open_folder(Path(config.data.dir) / split) for split in SPLITS)
+        fingerprints = {"train": train.fingerprint(), "validation": validation.fingerprint()}
+    run = Run(folder, config, checkpoint, train, validation, fingerprints, seconds)
     check_data(run, session.world.size)
     create_run(run, resumes=resumes)
     if not resumes:

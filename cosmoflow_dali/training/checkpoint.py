@@ -53,6 +53,7 @@ class Checkpoint:
         scaler: State dict of the gradient scaler; None if the precision needs none.
         scores: Newest validation scores and root mean square residuals, or None.
         seconds: Training time so far, by phase.
+        fingerprints: `SampleDataset.fingerprint` of each split; none in checkpoints of earlier versions.
         division: Partition of the data among the nodes; part of the plan.
         skipped: Paths of the damaged samples of each split that were skipped so far.
         logs: Bytes of each log file that belong to this state; the rest was written later.
@@ -68,6 +69,7 @@ class Checkpoint:
     scaler: dict[str, Any] | None = None
     scores: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    fingerprints: dict[str, list[str]] = field(default_factory=dict)
     division: str = "one share"
     skipped: dict[str, list[str]] = field(default_factory=dict)
     logs: dict[str, int] = field(default_factory=dict)

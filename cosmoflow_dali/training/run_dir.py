@@ -58,6 +58,7 @@ class Run:
         checkpoint: State to resume from, or None.
         train: Training samples.
         validation: Validation samples.
+        fingerprints: `SampleDataset.fingerprint` of each split, of the samples in `data.dir`.
         seconds: Time spent so far by this process, by phase.
     """
 
@@ -66,6 +67,7 @@ class Run:
     checkpoint: Checkpoint | None
     train: SampleDataset
     validation: SampleDataset
+    fingerprints: dict[str, list[str]]
     seconds: dict[str, float]
 
     @property
@@ -138,6 +140,15 @@ def check_data(run: Run, ranks: int) -> None:
     if run.checkpoint is not None and run.checkpoint.train_samples != samples:
         advice = f"has {samples} training samples, but the run started with {run.checkpoint.train_samples}"
         raise ConfigError("data.dir", config.data.dir, advice)
+    recorded = run.checkpoint.fingerprints if run.checkpoint is not None else {}
+    for name, digests in recorded.items():
+        # A sample may have been damaged then, or be damaged now.
+        if any(old and new and old != new for old, new in zip(digests, run.fingerprints[name], strict=False)):
+            advice = (
+                f"its {name} samples have other names, another order or other contents than when the run "
+                "started; restore them, or start a new run"
+            )
+            raise ConfigError("data.dir", config.data.dir, advice)
 
 
 def check_partition(run: Run) -> None:

@@ -264,6 +264,7 @@ class Trainer:
             seed=self._run.seed,
             global_batch=self._global_batch,
             train_samples=self._train.split.total,
+            fingerprints=self._run.fingerprints,
             division=self._train.split.partition_signature,
             position=self.position,
             model=self._model.state_dict(),

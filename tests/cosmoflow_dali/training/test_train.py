@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -346,3 +347,30 @@ def test_resume_keeps_the_global_batch_and_what_affects_the_weights(
     assert refused.code == 1 and refused.err.startswith("error: seed = 6: ")
     train(*again, "--batch-size", 2, ranks=2)
     assert [line["epoch"] for line in metrics(run) if line["kind"] == "eval"] == [0, 1]
+
+
+def test_resume_refuses_other_samples_and_another_order(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=8, validation=2, format_name="tfrecord")
+    config, run = config_file(tmp_path / "c.yaml", data), tmp_path / "run"
+    train("--config", config, "--run-dir", run, "--epochs", 1)
+
+    def exchanged(root: Path, split: str) -> None:
+        first, *_, last = sorted((root / split).glob("*.tfrecord"))
+        contents = first.read_bytes(), last.read_bytes()
+        last.write_bytes(contents[0])
+        first.write_bytes(contents[1])
+
+    def renamed(root: Path, split: str) -> None:
+        min((root / split).glob("*.tfrecord")).rename(root / split / "zzz.tfrecord")
+
+    for number, (change, split) in enumerate(
+        ((renamed, "train"), (exchanged, "train"), (exchanged, "validation"))
+    ):
+        other = shutil.copytree(data, tmp_path / str(number))
+        change(other, split)
+        refused = program(TRAIN, "--run-dir", run, "--config", config, "--resume", "--data-dir", other)
+        assert refused.code == 1 and f"error: data.dir = '{other}': its {split} samples" in refused.err
+    # The same samples in another folder and format.
+    assert program("preprocess.convert", "-i", data, "-o", tmp_path / "packed", "--to", "packed").code == 0
+    moved = ("--data-dir", tmp_path / "packed", "--set", "loader.on_bad_sample=skip")
+    train("--run-dir", run, "--config", config, "--epochs", 2, "--resume", *moved)

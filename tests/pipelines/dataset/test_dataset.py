@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import tiny_sample, write_tiny
 
@@ -22,6 +23,19 @@ def test_the_format_is_detected(tmp_path: Path) -> None:
         assert [split.sample_id(index) for index in range(3)] == [
             f"universe_000{index}_000" for index in range(3)
         ]
+
+
+def test_a_fingerprint_is_of_names_order_and_contents_in_any_format(tmp_path: Path) -> None:
+    first, *others = (
+        open_folder(write_tiny(tmp_path / name, train=9, validation=1, format_name=name) / "train")
+        for name in FORMATS
+    )
+    digests = first.fingerprint()
+    assert len(set(digests)) == 9 and all(digests)
+    assert all(other.fingerprint() == digests for other in others)
+    assert first.subset(np.arange(9)[::-1]).fingerprint()[0] != digests[0]
+    first.path(8).write_bytes(b"damaged")
+    assert first.fingerprint() == [*digests[:8], ""]
 
 
 def test_list_files_select_and_order_the_samples(tmp_path: Path) -> None:
