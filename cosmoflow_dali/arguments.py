@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cosmoflow_dali.config import DEFAULT, TrainConfig, read_yaml, resolve
 from cosmoflow_dali.training import run_dir as runs
 from pipelines.distributed.cli import OneLineParser
 from pipelines.errors import ConfigError
 from pipelines.settings import flag_options, settings
+from pipelines.strict_yaml import parse_yaml
 
 FLAGS = {
     "--seed": "seed",
@@ -89,12 +88,12 @@ def select_instance(arguments: Arguments, instance: int) -> Arguments:
 def _parse_setting(text: str) -> tuple[str, Any]:
     """Return key and value of `KEY=VALUE`, with the value read as YAML."""
     key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError("--set", text, "expected KEY=VALUE, such as loader.threads=4")
     try:
-        if not separator:
-            raise ValueError("no =")
-        return key, yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError("--set", text, "expected KEY=VALUE, such as loader.threads=4") from error
+        return key, parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError("--set", text, f"the value is not valid YAML ({error})") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from cosmoflow_dali.compute.engines import ComputeConfig
 from cosmoflow_dali.compute.optim import AdamConfig, SGDConfig
 from cosmoflow_dali.compute.schedule import OneCycleConfig, StepDecayConfig
 from cosmoflow_dali.models.build import ModelConfig
 from cosmoflow_dali.models.reference import ReferenceConfig
+from pipelines import strict_yaml
 from pipelines.errors import ConfigError, DataError, check_field
 from pipelines.loading.config import LoaderConfig
 from pipelines.settings import Tree, build, flatten_tree, set_key
@@ -139,13 +138,10 @@ class TrainConfig:
 def read_yaml(path: Path) -> Tree:
     """Return the mapping in the YAML file at `path`; raise DataError if there is none."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = strict_yaml.read_yaml(path)
     except OSError as error:
         names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise DataError(path, f"cannot be read ({error.strerror})", f"configs/ has {names}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(path, f"is not valid YAML ({reason})", "fix the file") from error
     if not isinstance(tree, dict | None):
         raise DataError(path, f"contains a {type(tree).__name__}", "expected `key: value` lines")
     return tree or {}

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from cosmoflow_dali.arguments import FLAGS  # noqa: E402 (a checkout need not be installed)
 from cosmoflow_dali.config import TrainConfig  # noqa: E402
 from pipelines.settings import Setting, settings  # noqa: E402
+from pipelines.strict_yaml import read_yaml  # noqa: E402
 
 PAGE, VARIABLES = ROOT / "docs/settings.md", ROOT / "docs/environment.yaml"
 SCRIPTS = ("run.sub", "run_and_time.sh", "init_datasets.sub", "configs/config_common.sh")
@@ -69,7 +70,7 @@ def missing_variables() -> set[str]:
 
 
 def _variables() -> list[list[str]]:
-    return typing.cast("list[list[str]]", yaml.safe_load(VARIABLES.read_text(encoding="utf-8")))
+    return typing.cast("list[list[str]]", read_yaml(VARIABLES))
 
 
 def _summary(section: type) -> str:

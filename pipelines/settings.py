@@ -22,6 +22,8 @@ from pipelines.errors import ConfigError
 
 Tree: TypeAlias = dict[str, Any]
 
+_DECIMAL = re.compile(r"[-+]?(?!0[0-9])([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -146,15 +148,16 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return tuple(_convert(arguments[0], item, key) for item in value)
     if kind is float:
         # YAML 1.1 reads 1e-3, which has no dot, as text.
+        valid = type(value) in (int, float) or (isinstance(value, str) and _DECIMAL.fullmatch(value))
         try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            number = math.nan
+            number = float(value) if valid else math.nan
+        except OverflowError:
+            number = math.inf
         if not math.isfinite(number):
             raise ConfigError(key, value, "expected a finite number")
         return number
     if type(value) is not kind:
-        names = {int: "a whole number", bool: "true or false", str: "text"}
+        names = {int: "a whole number", bool: "true or false", str: "text; put it in quotes"}
         raise ConfigError(key, value, f"expected {names[kind]}")
     return value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from pipelines.strict_yaml import read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,5 +79,5 @@ class Row:
 NVIDIA = "NVIDIA PyTorch"
 """`Row.stack` of NVIDIA's v2.0 and v3.0 entries."""
 
-ROWS = [Row(**row) for row in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))]
+ROWS = [Row(**row) for row in read_yaml(Path(__file__).with_suffix(".yaml"))]
 """The rows of published.yaml."""

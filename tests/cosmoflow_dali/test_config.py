@@ -87,6 +87,10 @@ def test_invalid_flags_are_refused_by_key() -> None:
         ("--set loader={", "--set", "loader={"),
         ("--set loader.thread=2", "loader.thread", 2),
         ("--set shuffle.threads=2", "shuffle.threads", 2),
+        ('--set loader={"threads":1,"threads":2}', "--set", 'loader={"threads":1,"threads":2}'),
+        ("--set epochs=1:30", "epochs", "1:30"),
+        ("--set schedule.base_lr=010", "schedule.base_lr", "010"),
+        ("--set seed=0x_", "--set", "seed=0x_"),
     ]
     for flags, key, value in cases:
         error = error_of(parse, [*REFERENCE, *flags.split()])
