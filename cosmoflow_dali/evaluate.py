@@ -15,6 +15,7 @@ from pathlib import Path
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.training.evaluation import evaluate
 from cosmoflow_dali.training.pretrained import load_model
+from pipelines.console import check_output
 from pipelines.dataset.open import open_folder
 from pipelines.distributed.cli import OneLineParser, launched, report_errors
 from pipelines.distributed.session import exit_now
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = evaluate(loaded.model.to(device), loader, session)
         if world.is_root:
             print(json.dumps(result.scores()))
+            check_output()
     return 0
 
 

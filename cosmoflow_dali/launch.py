@@ -14,10 +14,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
-from pipelines.errors import ConfigError, DataError, UserError
+from pipelines.errors import ConfigError, DataError, UserError, printable
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _FORWARDED = (
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _on_hosts(hostfile: Path, nodes: int) -> list[str]:
     """Return the mpirun command that starts ranks on the first `nodes` hosts of `hostfile`."""
     try:
-        lines = hostfile.read_text().splitlines()
+        lines = hostfile.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError as error:
         raise DataError(hostfile, f"cannot be read ({error.strerror})", "list one host per line") from error
     hosts = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
@@ -91,9 +92,10 @@ def _mpirun(ranks: int) -> list[str]:
     return [found, "-n", str(ranks)]
 
 
-def _call(line: Sequence[str]) -> int:
-    print(shlex.join(line), file=sys.stderr, flush=True)
-    return subprocess.run(line, check=False).returncode
+def _call(line: Sequence[str]) -> NoReturn:
+    """Print and become the command `line`, which then receives the signals that are sent to this process."""
+    print(printable(shlex.join(line)), file=sys.stderr, flush=True)
+    os.execv(line[0], list(line))
 
 
 def _submit(nodes: int, arguments: Sequence[str]) -> int:
@@ -110,8 +112,8 @@ def _submit(nodes: int, arguments: Sequence[str]) -> int:
         raise UserError(f"sbatch failed with status {done.returncode}; see its message above")
     job = done.stdout.strip().partition(";")[0]
     logs = Path(os.environ.get("LOGDIR", _CHECKOUT / "results")) / os.environ.get("DATESTAMP", job)
-    print(f"job {job} on {nodes} nodes, runs in {logs}")
-    print(f"follow it:  tail -F {_CHECKOUT}/slurm-{job}.out {logs}/1.log")
+    print(printable(f"job {job} on {nodes} nodes, runs in {logs}"))
+    print(printable(f"follow it:  tail -F {_CHECKOUT}/slurm-{job}.out {logs}/1.log"))
     print(f"save a checkpoint and stop, to resume later:  scancel --signal=TERM {job}")
     print(f"end it:  scancel {job}")
     return 0

@@ -17,6 +17,7 @@ import torch
 
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.training.pretrained import LoadedModel, load_model
+from pipelines.console import check_output
 from pipelines.dataset.open import read_sample
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [HEADER, *(_predict(loaded, path) for path in arguments.files)]
         if arguments.output is None:
             csv.writer(sys.stdout).writerows(rows)
+            check_output()
             return 0
         path = arguments.output
         with writing(path), open(path, "w", encoding="utf-8", newline="") as file:

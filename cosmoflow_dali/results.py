@@ -26,9 +26,10 @@ from cosmoflow_dali.mlperf.published import ROWS
 from cosmoflow_dali.mlperf.read_events import TARGET_MAE
 from cosmoflow_dali.mlperf.scoring import Score, summarize
 from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, STYLE
+from pipelines.console import check_output
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from pipelines.io import write_file
 from pipelines.tables import format_table
 
@@ -59,17 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(format_table(_log_rows(runs), left=(0, 8)))
         for run in runs:
             for error in run.compliance_errors[:_MAX_ERRORS]:
-                print(f"{run.name}: fails compliance: {error}")
+                print(printable(f"{run.name}: fails compliance: {error}"))
             if (more := len(run.compliance_errors) - _MAX_ERRORS) > 0:
-                print(f"{run.name}: fails compliance: {more} more errors")
+                print(printable(f"{run.name}: fails compliance: {more} more errors"))
         print("\n" + format_table(_score_rows(scores)))
         for note in _notes(scores):
-            print(f"note: {note}")
+            print(printable(f"note: {note}"))
         if arguments.json is not None:
             write_file(arguments.json, json.dumps(_tree(runs, scores), indent=2).encode() + b"\n")
         if arguments.plot is not None:
             write_file(arguments.plot, draw(scores))
         failed = _submit(arguments.submission, scores) if arguments.submission is not None else 0
+        check_output()
         invalid = [run.name for run in runs if not run.is_valid]
         if invalid:
             raise UserError(f"{len(invalid)} of {len(runs)} logs are invalid: {invalid[0]}; see the table")
@@ -84,13 +86,13 @@ def _submit(folder: Path, scores: Sequence[Score]) -> int:
     from cosmoflow_dali.mlperf.submission import write_submission
 
     verdicts, notes = write_submission(folder, scores)
-    print(f"\nwrote {folder}")
+    print("\n" + printable(f"wrote {folder}"))
     for verdict in verdicts:
-        print(f"{verdict.checker}, {verdict.subject}: {'passes' if verdict.passed else 'fails'}")
+        print(printable(f"{verdict.checker}, {verdict.subject}: {'passes' if verdict.passed else 'fails'}"))
         for message in verdict.messages:
-            print(f"  {message}")
+            print(printable(f"  {message}"))
     for note in notes:
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))
     return sum(not verdict.passed for verdict in verdicts)
 
 

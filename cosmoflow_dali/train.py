@@ -2,8 +2,8 @@
 
 Without arguments it trains on the embedded default data set, simulated if it does not exist yet.
 The same command runs alone and under mpirun, torchrun and srun. The exit status is 0 at the end of
-training, 1 for an error that it names in one line, and 75 (EX_TEMPFAIL) if SIGTERM or SIGUSR1
-stopped it; during training it saves a checkpoint first, and --resume continues.
+training, 1 for an error that it names in one line, and 75 (EX_TEMPFAIL) if SIGTERM, SIGUSR1 or
+SIGHUP stopped it; during training it saves a checkpoint first, and --resume continues.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import os
 import secrets
-import signal
 import statistics
 import time
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from cosmoflow_dali.reporting.summary import write_results
 from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.logs import RunLogs, configure_logging
 from cosmoflow_dali.training.run_dir import CONFIG, Run, check_data, check_partition, create_run, resume_run
-from cosmoflow_dali.training.stop_signal import STOP_SIGNALS
+from cosmoflow_dali.training.stop_signal import handle_stop_signals
 from cosmoflow_dali.training.trainer import StopReason, Trainer
 from pipelines.dataset.open import open_folder
 from pipelines.distributed.cli import launched, report_errors
@@ -210,6 +209,5 @@ def _exit_immediately(number: int, frame: FrameType | None) -> NoReturn:
 
 
 if __name__ == "__main__":
-    for each in STOP_SIGNALS:
-        signal.signal(each, _exit_immediately)
+    handle_stop_signals(_exit_immediately)
     exit_now(main(), World.detect())

@@ -16,8 +16,17 @@ MAX_CONSECUTIVE_BAD = 16
 """Consecutive damaged or unreadable files after which a program stops: so many are no accident."""
 
 
+def printable(text: str) -> str:
+    """Return `text` as one line, with line breaks, control characters and undecodable bytes escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(Exception):
     """An error that the user can fix; `str(error)` is one line."""
+
+    def __str__(self) -> str:
+        # Names of files, which messages quote, may contain any character.
+        return printable(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors are sent between ranks and worker processes. The default would call `__init__` with the line.

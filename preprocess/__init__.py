@@ -2,3 +2,7 @@
 
 In: a simulator's settings, HDF5 universes, or samples in any format. Out: folders of samples to train from.
 """
+
+from pipelines.console import prepare_program
+
+prepare_program()

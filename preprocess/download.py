@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import AccessError, ConfigError, DataError, writing
+from pipelines.errors import AccessError, ConfigError, DataError, printable, writing
 from pipelines.formats.tfrecord import TFRECORD_SUFFIX
 from pipelines.sample import SPLITS
 from preprocess.conversion.progress import STOPPED
@@ -85,7 +85,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 def download(url: str, root: Path, sha256: str | None) -> int:
     """Download the data set at `url` to `root` and verify it; return the exit status."""
     if all((root / split / MANIFEST).exists() for split in SPLITS):
-        print(f"{root}: complete")
+        print(printable(f"{root}: complete"))
         return 0
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def download(url: str, root: Path, sha256: str | None) -> int:
         archive = root / PurePosixPath(url).name
         fetch(url, archive, sha256=sha256, shown=True)
         try:
-            print(f"{root}: {unpack(archive, root)} samples")
+            print(printable(f"{root}: {unpack(archive, root)} samples"))
         except AccessError:
             raise
         except DataError:
@@ -104,7 +104,7 @@ def download(url: str, root: Path, sha256: str | None) -> int:
     if status != 0:
         splits = " and ".join(SPLITS)
         remedy = f"remove {splits} there and run the same command again"
-        print(f"error: {root}: has the faults above; {remedy}", file=sys.stderr)
+        print(printable(f"error: {root}: has the faults above; {remedy}"), file=sys.stderr)
     return status
 
 

@@ -75,7 +75,7 @@ def _fetch_rest(url: str, part: Path, shown: bool, timeout: float) -> None:
     """Append the missing content to `part`."""
     size = _size(part)
     request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
-    if size and _tag(part).exists() and (tag := _tag(part).read_text()):
+    if size and _tag(part).exists() and (tag := _tag(part).read_text(encoding="latin-1")):
         request.add_header("Range", f"bytes={size}-")
         # If the file has changed since, the server sends all of the new one.
         request.add_header("If-Range", tag)
@@ -87,7 +87,8 @@ def _fetch_rest(url: str, part: Path, shown: bool, timeout: float) -> None:
         if space and total is not None and total - start > space[0]:
             fault = f"has {space[0]} bytes free, but the file needs {total - start}"
             raise DataError(part.parent, fault, "free some space, or choose another folder")
-        _tag(part).write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+        tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        _tag(part).write_text(tag, encoding="latin-1")
         bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=not shown)
         with open(part, "r+b" if part.exists() else "wb") as file, bar:
             file.truncate(start)

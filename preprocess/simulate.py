@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import ConfigError, DataError
+from pipelines.errors import ConfigError, DataError, printable
 from pipelines.formats.registry import FORMATS
 from pipelines.io import final_name, locked, remove_temporaries, write_file
 from pipelines.sample import SPLITS, SplitName
@@ -56,7 +56,7 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
     _check_settings(config, root)
     if not _missing(config, root):
         if shown:
-            print(f"{root}: complete")
+            print(printable(f"{root}: complete"))
         return
     if workers < 1:
         raise ConfigError("workers", workers, "expected at least one process")
@@ -66,7 +66,7 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
         for split in SPLITS:
             (root / split).mkdir(parents=True, exist_ok=True)
         waiting = f"{root}: waiting for another process that writes into it"
-        with locked(root, lambda: shown and print(waiting, file=sys.stderr)) as lock:
+        with locked(root, lambda: shown and print(printable(waiting), file=sys.stderr)) as lock:
             _check_settings(config, root)
             for folder in (root, *(root / split for split in SPLITS)):
                 remove_temporaries(folder)

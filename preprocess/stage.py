@@ -19,7 +19,7 @@ from pipelines.dataset.open import open_folder
 from pipelines.distributed.cli import OneLineParser, launched, report_errors
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from pipelines.sample import SPLITS
 from pipelines.settings import add_flags, build
 from preprocess.conversion.progress import STOPPED
@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         splits = session.run_on_root(lambda: {str(name): open_folder(source / name) for name in SPLITS})
         for dataset, report in stage(splits, config.folder, config, session, num_instances):
             if world.is_root:
-                print(describe(dataset, report, world.nodes))
+                print(printable(describe(dataset, report, world.nodes)))
                 for fault in dict.fromkeys(report.faults):
-                    print(f"error: {fault}", file=sys.stderr)
+                    print(printable(f"error: {fault}"), file=sys.stderr)
             faults += len(report.faults)
         if faults:
             raise UserError(f"{faults} samples are damaged and on no node; fix them and stage again")

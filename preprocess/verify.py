@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipelines.console import check_output
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import list_folder, open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import ConfigError, DataError
+from pipelines.errors import ConfigError, DataError, printable
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SPLITS
 from pipelines.tables import format_table
@@ -153,16 +154,17 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
         for check in CHECKS:
             faults = sorted(report.faults[check])
             for fault in faults[:_MAX_LINES]:
-                print(f"{check}: {fault}", file=sys.stderr)
+                print(printable(f"{check}: {fault}"), file=sys.stderr)
             if len(faults) > _MAX_LINES:
                 more = len(faults) - _MAX_LINES
-                print(f"{check}: {more} more of these in {report.dataset.root}", file=sys.stderr)
+                line = f"{check}: {more} more of these in {report.dataset.root}"
+                print(printable(line), file=sys.stderr)
     for report in reports:
         if write and report.manifest is None and not any(report.faults.values()):
             dataset = report.dataset
             entries = [report.entries[name] for name in dataset.entry_names]
             commit(dataset.root, dataset.format_name, dataset.spec, entries)
-            print(f"wrote {dataset.root / MANIFEST}")
+            print(printable(f"wrote {dataset.root / MANIFEST}"))
     return 1 if any(any(report.faults.values()) for report in reports) else 0
 
 
@@ -180,8 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_errors(World()):
         if arguments.workers < 1:
             raise ConfigError("--workers", arguments.workers, "expected at least one process")
-        return verify(arguments.dir, workers=arguments.workers, write=arguments.write)
-    return 1
+        status = verify(arguments.dir, workers=arguments.workers, write=arguments.write)
+        check_output()
+    return status
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
+from pipelines.console import prepare_program
+
 _context = multiprocessing.get_context("forkserver")
 # None of these imports starts a thread, which a fork would lose.
 _context.set_forkserver_preload(
@@ -110,6 +112,9 @@ def _run(arguments: Sequence[str], cwd: str, environ: Mapping[str, str], outputs
     if option == "-c":
         exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
         return
+    argv, sys.argv = sys.argv, ["-m"]
+    prepare_program()
+    sys.argv = argv
     with warnings.catch_warnings():
         # The module may have been imported already, which is harmless here.
         warnings.simplefilter("ignore", RuntimeWarning)

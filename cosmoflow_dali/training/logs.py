@@ -19,7 +19,7 @@ from mlperf_logging.mllog.mllog import MLLogger
 from tqdm import tqdm
 
 from pipelines.distributed.world import World
-from pipelines.errors import writing
+from pipelines.errors import printable, writing
 
 METRICS = "metrics.jsonl"
 MLPERF = "mlperf.log"
@@ -93,7 +93,7 @@ class _ConsoleHandler(logging.Handler):
     """Write records to standard error, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
 class Progress:

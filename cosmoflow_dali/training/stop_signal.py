@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Either asks training to stop. mpirun forwards the second, and kills its ranks at the first."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Each asks training to stop. mpirun forwards the second, and kills its ranks at the others. A terminal that
+is closed sends the third."""
+
+
+def handle_stop_signals(handler: Callable[[int, FrameType | None], object]) -> dict[signal.Signals, Any]:
+    """Call `handler` at each of `STOP_SIGNALS`; return the earlier handlers of these."""
+    # nohup has a program ignore SIGHUP, so that it outlives the terminal.
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    return {number: signal.signal(number, handler) for number in STOP_SIGNALS if number not in ignored}
 
 
 class StopSignal:
@@ -19,7 +29,7 @@ class StopSignal:
     received = False
 
     def __enter__(self) -> StopSignal:
-        self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        self._handlers = handle_stop_signals(self._receive)
         return self
 
     def __exit__(self, *error: object) -> None:

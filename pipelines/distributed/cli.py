@@ -9,11 +9,15 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from pipelines.console import OutputError, check_output, interruptible
 from pipelines.distributed.session import RankError, Session, exit_now, lost_contact
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -22,6 +26,11 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a UserError."""
         raise UserError(f"{message}; see --help")
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """Print the help; raise OutputError if standard output cannot be written."""
+        super().print_help(file)
+        check_output()
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse `argv`, or the process's own arguments; exit with one line if they are invalid."""
@@ -45,8 +54,9 @@ def launched() -> World:
 def report_errors(world: World, stopped: str = "stopped") -> Iterator[Session]:
     """Run the body in a `Session` of `world`; print errors as one line and exit.
 
-    An error that a user can cause ends the process with status 1, Ctrl-C with 130. Of an error that all ranks
-    have seen, rank 0 prints the line. With one rank, other exceptions pass through.
+    An error that a user can cause ends the process with status 1, Ctrl-C with 130, and a pipe closed before
+    it has taken the result with 141, as SIGPIPE would. Of an error that all ranks have seen, rank 0 prints
+    the line. With one rank, other exceptions pass through.
 
     Args:
         world: The ranks that run this program.
@@ -57,8 +67,15 @@ def report_errors(world: World, stopped: str = "stopped") -> Iterator[Session]:
     """
     session = Session(world)
     try:
-        yield session
+        with interruptible():
+            yield session
+            session.close()
+    except OutputError as error:
+        # The result is printed last, by rank 0: the other ranks wait for it to close.
         session.close()
+        if not error.reader_gone:
+            print(f"error: {error}", file=sys.stderr)
+        exit_now(128 + signal.SIGPIPE if error.reader_gone else 1, world)
     except UserError as error:
         seen_by_all = not isinstance(error, RankError)
         if world.is_root or not seen_by_all:

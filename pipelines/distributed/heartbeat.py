@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from pipelines.distributed.environment import integer
 from pipelines.distributed.rendezvous import Endpoint
 from pipelines.distributed.world import World
+from pipelines.errors import printable
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
@@ -147,7 +148,9 @@ class FailureDetector(ABC):
 
     def _print(self, message: str) -> None:
         """Print why the run ends, not through sys.stderr, whose lock a thread that hangs may hold."""
-        os.write(2, f"error: {message}; all ranks exit; restart with --resume if it was training\n".encode())
+        line = printable(f"error: {message}; all ranks exit; restart with --resume if it was training")
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode())
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -215,5 +216,6 @@ def _by_mpi(world: World, timeout: float) -> Endpoint:
 
 def _give_up(world: World, timeout: float) -> None:
     message = f"error: rank {world.rank} of {world.size}: not all ranks called MPI_Init within {timeout:g} s"
-    os.write(2, f"{message}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode())
     os._exit(1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipelines.dataset.manifest import Entry
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.session import Session
-from pipelines.errors import ConfigError, writing
+from pipelines.errors import ConfigError, printable, writing
 from pipelines.io import locked
 from pipelines.sample import SampleSpec
 from preprocess.conversion.journal import Journal
@@ -175,9 +175,9 @@ def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, uni
             )
         if world.is_root:
             numbers = f"{total.written} samples converted, {total.up_to_date} up to date"
-            print(f"{target}: {numbers}, {time.perf_counter() - start:.1f} s")
+            print(printable(f"{target}: {numbers}, {time.perf_counter() - start:.1f} s"))
             for fault in total.faults:
-                print(f"error: {fault}", file=sys.stderr)
+                print(printable(f"error: {fault}"), file=sys.stderr)
             if total.faults:
                 print(
                     f"error: {len(total.faults)} {unit}s are damaged or cannot be read; fix them and run the "
@@ -191,7 +191,7 @@ def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, uni
 def _locked(target: Path) -> contextlib.AbstractContextManager[int]:
     """Lock `target`; print a line if another process has to end first."""
     waiting = f"{target}: waiting for another process that writes into it"
-    return locked(target, lambda: print(waiting, file=sys.stderr))
+    return locked(target, lambda: print(printable(waiting), file=sys.stderr))
 
 
 def _begin(items: Iterable[WorkItem], journal: Journal) -> Iterator[WorkItem]:
