@@ -22,6 +22,7 @@ import numpy.typing as npt
 from pipelines.errors import DataError
 from pipelines.formats.base import Format
 from pipelines.formats.payload import CountsPayload
+from pipelines.formats.signatures import SIGNATURE_BYTES, recognize
 from pipelines.io import WrittenFile, map_file, read_file, write_file
 from pipelines.sample import Sample, SampleSpec, check_counts, check_target
 
@@ -79,6 +80,8 @@ def parse_npy(path: Path, content: bytes | mmap.mmap) -> npt.NDArray[Any]:
     Raises:
         DataError: the content is not one complete numeric array of npy version 1.0 in C order.
     """
+    if content[:6] != np.lib.format.MAGIC_PREFIX and (kind := recognize(content[:SIGNATURE_BYTES])):
+        raise DataError(path, f"holds {kind} instead of an array", "replace it by the .npy file itself")
     # Version 1.0, which every writer uses for small headers, has two bytes for the header's length.
     length = 10 + int.from_bytes(content[8:10], "little")
     try:

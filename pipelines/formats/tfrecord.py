@@ -15,6 +15,7 @@ from zlib_ng import zlib_ng
 
 from pipelines.errors import DataError
 from pipelines.formats.base import Format
+from pipelines.formats.signatures import SIGNATURE_BYTES, recognize
 from pipelines.formats.tf_example import REMEDY, encode_example, parse_example
 from pipelines.io import WrittenFile, write_file
 from pipelines.sample import REDSHIFTS, Sample, SampleSpec, check_counts, check_target
@@ -38,6 +39,7 @@ _MAX_OVERHEAD_BYTES = 1 << 20
 """Bytes of a record beside its counts, at most."""
 
 _HEADER, _FOOTER = 12, 4
+_CHUNK = 1 << 15
 
 
 class TFRecord(Format):
@@ -95,14 +97,17 @@ def unframe(path: str, content: bytes | bytearray) -> memoryview:
     Raises:
         DataError: the container is damaged, cut off or longer than one record.
     """
-    if len(content) < _HEADER:
-        raise DataError(path, f"is cut off after {len(content)} bytes", REMEDY)
-    if _masked_crc(content[:8]) != content[8:_HEADER]:
+    if not _starts_record(content):
+        _raise_if_recognized(path, content)
+        if len(content) < _HEADER:
+            raise DataError(path, f"is cut off after {len(content)} bytes", REMEDY)
         raise DataError(path, "the CRC of the record's length is wrong", REMEDY)
     (length,) = struct.unpack_from("<Q", content)
     end = _HEADER + length + _FOOTER
     if len(content) < end:
         raise DataError(path, f"is cut off: {len(content)} bytes of {end}", REMEDY)
+    if _starts_record(content[end : end + _HEADER]):
+        raise DataError(path, "holds more than one record", "write each sample to a file of its own")
     if len(content) > end:
         raise DataError(path, f"{len(content) - end} trailing bytes after its record", REMEDY)
     record = memoryview(content)[_HEADER : end - _FOOTER]
@@ -116,6 +121,7 @@ def _inflate(path: str, content: bytes, spec: SampleSpec) -> bytes | bytearray:
     if not content:
         raise DataError(path, "is empty", REMEDY)
     if content[:2] != GZIP_MAGIC:
+        _raise_if_recognized(path, content)
         raise DataError(path, "is not gzip, and the other files here are", "use one folder for each kind")
     limit = spec.bytes + _MAX_OVERHEAD_BYTES
     fast = _inflate_with_libdeflate(content, limit)
@@ -126,19 +132,34 @@ def _inflate(path: str, content: bytes, spec: SampleSpec) -> bytes | bytearray:
         # With the length from the trailer, zlib-ng allocates a buffer of that size once, whose pages malloc
         # reuses; a buffer that grows by doubling faults in every page again.
         inflated = stream.decompress(content, max(1, min(_trailer_length(content), limit)))
-        if not stream.eof:
-            # The last bytes were not the trailer: the stream is cut off, or followed by something.
-            inflated += stream.decompress(stream.unconsumed_tail, limit + 1 - len(inflated))
+        if not stream.eof or stream.unused_data:
+            # The last bytes were not the trailer of the only member.
+            inflated = _inflate_members(path, content, limit + 1)
     except zlib_ng.error as error:
         raise DataError(path, f"its gzip stream is damaged ({error})", REMEDY) from error
     if len(inflated) > limit:
         fault = f"inflates to more than the {spec.bytes} bytes of a sample of {spec.shape}"
         raise DataError(path, fault, "remove it, or convert it separately from the others")
-    if not stream.eof:
-        raise DataError(path, "its gzip stream is cut off", REMEDY)
-    if stream.unused_data:
-        raise DataError(path, f"{len(stream.unused_data)} trailing bytes after the gzip stream", REMEDY)
     return inflated
+
+
+def _inflate_members(path: str, content: bytes, limit: int) -> bytes:
+    """Inflate all gzip members of `content` (RFC 1952, section 2.2), at most to `limit` bytes."""
+    view, at, left = memoryview(content), 0, limit
+    pieces, stream = [], zlib_ng.decompressobj(wbits=_GZIP_WBITS)
+    while at < len(content) and left:
+        if stream.eof:
+            if content[at : at + 2] != GZIP_MAGIC:
+                raise DataError(path, f"{len(content) - at} trailing bytes behind the gzip stream", REMEDY)
+            stream = zlib_ng.decompressobj(wbits=_GZIP_WBITS)
+        # The stream copies what it does not use, so that many small members need small chunks.
+        chunk = view[at : at + _CHUNK]
+        pieces.append(stream.decompress(chunk, left))
+        left -= len(pieces[-1])
+        at += len(chunk) - len(stream.unused_data) - len(stream.unconsumed_tail)
+    if left and not stream.eof:
+        raise DataError(path, "its gzip stream is cut off", REMEDY)
+    return b"".join(pieces)
 
 
 def _inflate_with_libdeflate(content: bytes, limit: int) -> bytearray | None:
@@ -158,6 +179,19 @@ def _inflate_with_libdeflate(content: bytes, limit: int) -> bytearray | None:
     # rfind takes half the time of find.
     earlier = content.rfind(trailer, 0, len(content) - 1) >= 0
     return inflated if content.endswith(trailer) and not earlier else None
+
+
+def _starts_record(content: bytes | bytearray | memoryview) -> bool:
+    """Return whether `content` begins with a record's length and its CRC."""
+    return len(content) >= _HEADER and _masked_crc(content[:8]) == content[8:_HEADER]
+
+
+def _raise_if_recognized(path: str, content: bytes | bytearray) -> None:
+    """Raise DataError if `content` is known to be something other than a record."""
+    kind = recognize(bytes(content[:SIGNATURE_BYTES]))
+    if kind:
+        fault = f"holds {kind} instead of a TFRecord"
+        raise DataError(path, fault, "replace it by the TFRecord itself, plain or in gzip")
 
 
 def _trailer_length(content: bytes) -> int:

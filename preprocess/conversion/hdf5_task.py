@@ -22,6 +22,7 @@ from pipelines.dataset.manifest import SourceFingerprint
 from pipelines.errors import AccessError, DataError
 from pipelines.filesystem import open_regular, report_unsupported
 from pipelines.formats.registry import FORMATS
+from pipelines.formats.signatures import recognize_file
 from pipelines.io import WrittenFile
 from pipelines.sample import COUNT_LIMIT, Sample, check_target
 from preprocess.conversion.task_result import TaskResult, WorkItem, convert_if_stale
@@ -110,6 +111,8 @@ def _reading(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             # HDF5's own message repeats the path.
             raise AccessError.reading(path, OSError(error.errno, os.strerror(error.errno))) from error
+        if not h5py.is_hdf5(path) and (kind := recognize_file(path)):
+            raise DataError(path, f"holds {kind} instead of HDF5", "download the file again") from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(path, f"cannot be read as HDF5 ({reason})", "download the file again") from error
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipelines.errors import DataError, reading
 from pipelines.filesystem import open_regular, raise_open_file_limit
+from pipelines.formats.signatures import recognize_file
 from pipelines.io import (
     TarMember,
     WrittenFile,
@@ -100,6 +101,8 @@ def read_members(path: Path) -> tuple[TarMember, ...]:
                 fault = f"is not a complete tar archive: no header at byte {tar.offset}"
                 raise DataError(path, fault, _REMEDY)
     except (tarfile.TarError, ValueError) as error:
+        if not members and (kind := recognize_file(path)):
+            raise DataError(path, f"holds {kind} instead of a tar archive", _REMEDY) from error
         raise DataError(path, f"is not a complete tar archive ({error})", _REMEDY) from error
     return tuple(members)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
 import gzip
 import itertools
+import lzma
 import os
 import random
 import stat
@@ -193,10 +195,12 @@ def test_files_of_other_than_one_record_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tfrecord"
     record = _record(_example(tiny_sample(5), packed=True, y_first=False, extra=False))
     for content, said in (
-        (record + record, "trailing bytes after its record"),
-        (gzip.compress(record) + gzip.compress(record), "trailing bytes after the gzip stream"),
+        (record + record, "more than one record"),
+        (record + b"\0", "1 trailing bytes after its record"),
+        (gzip.compress(record) + gzip.compress(record), "more than one record"),
         (gzip.compress(record)[:-4], "cut off"),
-        (zlib.compress(record), "cut off|CRC"),
+        (zlib.compress(record), "ZLIB"),
+        (gzip.compress(zlib.compress(record)), "ZLIB"),
         (_record(b"\xff\xff\xff"), "not a tf.train.Example"),
         (_record(b""), "feature x"),
         (_record(_message(1, b"")), "feature x"),
@@ -257,14 +261,90 @@ def test_one_gzip_member_is_read_and_trailing_bytes_are_refused(
         assert (b"\x1f\x8b\x08\x00" in member[1:]) == (level == 0)
         path.write_bytes(member)
         np.testing.assert_array_equal(read_sample(path).counts, counts)
-        for more in (member, gzip.compress(record), b"\0", bytes(512), member[-8:], b"\0" + member[-8:]):
+        for more in (b"\0", bytes(512), member[:1], member[-8:], b"\0" + member[-8:]):
             path.write_bytes(member + more)
-            with pytest.raises(DataError, match="trailing bytes after the gzip stream"):
+            with pytest.raises(DataError, match=f"{len(more)} trailing bytes behind the gzip stream"):
                 read_sample(path)
         for damaged in (member[:-8] + b"????" + member[-4:], member[:-4] + b"????", member[:-9], member[:40]):
             path.write_bytes(damaged)
             with pytest.raises(DataError, match="gzip stream is"):
                 read_sample(path)
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_gzip_members_are_read_as_one_stream(
+    without: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if without:
+        monkeypatch.setattr(tfrecord, "deflate", None)
+    sample = tiny_sample(5)
+    record = _record(_example(sample, packed=True, y_first=False, extra=False))
+    path, dataset = (
+        tmp_path / "a.tfrecord",
+        SampleDataset(tmp_path, "tfrecord_gzip", ("a.tfrecord",), SampleSpec(16)),
+    )
+    empty, half = gzip.compress(b""), len(record) // 2
+    halves = [gzip.compress(record[:half]), gzip.compress(record[half:], 0)]
+    pieces = [gzip.compress(record[at : at + 99]) for at in range(0, len(record), 99)]
+    # The last member states the length of the first, and of all of them.
+    for members in (
+        halves,
+        pieces,
+        [empty, *halves],
+        [*halves, empty],
+        [gzip.compress(record), empty, empty],
+    ):
+        path.write_bytes(b"".join(members))
+        np.testing.assert_array_equal(dataset.read(0).counts, sample.counts)
+    for content, said in (
+        (halves[0] + halves[1][:-20], "cut off"),
+        (halves[0] + halves[1][:5], "cut off"),
+        (halves[0] + b"\x1f\x8bgarbage", "damaged"),
+        (halves[0] + halves[1] + bytes(512), "512 trailing bytes behind"),
+        (halves[0] + halves[1][:-5] + b"?" + halves[1][-4:], "damaged"),
+        (gzip.compress(record) + gzip.compress(bytes(8 << 20)), "inflates to more"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=said) as raised:
+            dataset.read(0)
+        assert raised.value.path == str(path)
+    path.write_bytes(gzip.compress(b"") * 20000 + halves[0] + halves[1])
+    np.testing.assert_array_equal(dataset.read(0).counts, sample.counts)
+
+
+OTHER_CONTENT = {
+    "HTML": b"\xef\xbb\xbf\n<!DOCTYPE html><html><body>404</body></html>",
+    "XML": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+    "JSON": b'{"message": "rate limit exceeded"}',
+    "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "Zstandard": b"\x28\xb5\x2f\xfd" + bytes(range(200)),
+    "xz": lzma.compress(bytes(1000)),
+    "bzip2": bz2.compress(bytes(1000)),
+    "zip": b"PK\x03\x04" + bytes(range(100)),
+    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(100),
+    "zeros": bytes(4096),
+    "text": b"Login required.\n",
+}
+
+
+@pytest.mark.parametrize("name", ["a.tfrecord", "a_data.npy", "a_label.npy", "a.tar"])
+def test_what_is_no_sample_is_called_what_it_is(name: str, tmp_path: Path) -> None:
+    _bad_npy(tmp_path)
+    suffix = name.removeprefix("a")
+    path = tmp_path / name
+    for phrase, content in OTHER_CONTENT.items():
+        path.write_bytes(content)
+        with pytest.raises(DataError) as raised:
+            read_sample(tmp_path / "a_data.npy" if suffix == "_label.npy" else path)
+        if (suffix, phrase) != (".tar", "zeros"):  # an empty tar archive
+            assert phrase in raised.value.fault
+        assert raised.value.path == str(path)
+    if suffix == ".tfrecord":
+        gzip_set = SampleDataset(tmp_path, "tfrecord_gzip", (name,), SampleSpec(16))
+        for phrase, content in OTHER_CONTENT.items():
+            path.write_bytes(content)
+            with pytest.raises(DataError, match=phrase):
+                gzip_set.read(0)
 
 
 @pytest.mark.parametrize("stated", [0, 1, 64 << 20, 2**32 - 1])

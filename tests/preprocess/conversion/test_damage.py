@@ -62,7 +62,7 @@ RECORDS: dict[str, tuple[bytes, str | None]] = {
     "cut behind the length's CRC": (RECORD[:12], "is cut off: 12 bytes of"),
     "cut in the counts": (RECORD[: COUNTS_AT + 100], "is cut off"),
     "cut before the last CRC": (RECORD[:-4], "is cut off"),
-    "two records": (RECORD + RECORD, "trailing bytes after its record"),
+    "two records": (RECORD + RECORD, "holds more than one record"),
     "x of odd length": (
         frame(encode_example(Sample(SAMPLE.counts[:, :, 1:], SAMPLE.target))),
         "feature x has",
@@ -92,9 +92,9 @@ STREAMS: dict[str, tuple[bytes, str | None]] = {
     "cut in the header": (gzip.compress(RECORD)[:6], "is cut off"),
     "cut in the stream": (gzip.compress(RECORD)[:3000], "is cut off"),
     "cut in the trailer": (gzip.compress(RECORD)[:-5], "is cut off"),
-    "garbage behind it": (gzip.compress(RECORD) + b"garbage", "7 trailing bytes after the gzip stream"),
-    "two members": (gzip.compress(RECORD) * 2, "trailing bytes after the gzip stream"),
-    "a stream in a stream": (gzip.compress(gzip.compress(RECORD)), "CRC of the record's length is wrong"),
+    "garbage behind it": (gzip.compress(RECORD) + b"garbage", "7 trailing bytes behind the gzip stream"),
+    "two members": (gzip.compress(RECORD) * 2, "holds more than one record"),
+    "a stream in a stream": (gzip.compress(gzip.compress(RECORD)), "holds gzip data instead of a TFRecord"),
 }
 
 
