@@ -164,7 +164,8 @@ def _train(
     check_partition(run)
     model = build_model(config.model, run.seed)
     if isinstance(model, OpenCosmoFlow) and run.checkpoint is None:
-        reader, apply_log = Reader(run.train, config.loader.on_bad_sample), config.loader.apply_log
+        apply_log = config.loader.apply_log
+        reader = Reader(run.train, config.loader.on_bad_sample, apply_log=apply_log)
         model.fit_input(*session.run_on_root(lambda: input_statistics(reader, apply_log=apply_log)))
     # Ranks with the same samples divide them; ranks of other nodes may have other samples.
     readers = world.size // run.train.num_partitions

@@ -49,6 +49,9 @@ PARAMETERS = (
 HALF_RANGE = 0.1
 """Parameters lie between mean * (1 - HALF_RANGE) and mean * (1 + HALF_RANGE)."""
 
+_ROUNDING = 1e-6
+"""Largest excess over 1 of a float32 target that means 1."""
+
 _MEANS = np.array([parameter.mean for parameter in PARAMETERS])
 
 
@@ -113,6 +116,11 @@ def check_target(path: str | os.PathLike[str], target: npt.NDArray[Any]) -> npt.
     if not np.isfinite(target).all():
         raise DataError(path, f"the target is {target.tolist()}", "remove the sample or fix its target")
     return target
+
+
+def is_in_range(target: npt.NDArray[np.float32]) -> bool:
+    """Return whether all of `target` is within -1 to 1, up to the rounding of float32."""
+    return bool((np.abs(target) <= 1 + _ROUNDING).all())
 
 
 @dataclass(frozen=True, slots=True)

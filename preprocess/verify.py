@@ -4,8 +4,8 @@
 
 DIR is a folder of samples, or one that holds `train` and `validation`. Every file is read and decoded, and
 compared with the manifest if the folder has one. Prints a table, and one line for each fault; the exit status
-is 0 without faults. With --write, a folder without faults and without a manifest gets one, and the list
-files.
+is 0 without faults. A sample without particles is noted, but not a fault. With --write, a folder without
+faults and without a manifest gets one, and the list files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from preprocess.conversion.worker_pool import run_tasks
 
 CHECKS = ("files", "sizes", "checksums", "content", "targets", "duplicates", "lists")
 _MAX_LINES = 20
-"""Printed faults of each check."""
+"""Printed faults of each check, and notes."""
 
 
 @dataclass(slots=True)
@@ -46,6 +46,7 @@ class Report:
     manifest: The folder's manifest, if it has one.
     faults: One line for each fault, by check.
     entries: What the files of each readable entry are, by name.
+    empty: Paths of the valid samples without particles.
     samples: IDs of the valid samples with the same counts and target, by digest and target.
     """
 
@@ -53,6 +54,7 @@ class Report:
     manifest: Manifest | None
     faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     entries: dict[str, Entry] = field(default_factory=dict)
+    empty: list[Path] = field(default_factory=list)
     samples: dict[tuple[str, tuple[float, ...]], list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -76,6 +78,7 @@ def verify_folder(folder: Path, *, workers: int, shown: bool) -> Report:
                 report.faults[check].append(line)
             if result.entry is not None:
                 report.entries[name] = result.entry
+            report.empty += result.empty
             for sample in result.samples:
                 report.samples[sample.digest, sample.target].append(sample.sample_id)
     for sample_ids in report.samples.values():
@@ -159,6 +162,9 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
                 more = len(faults) - _MAX_LINES
                 line = f"{check}: {more} more of these in {report.dataset.root}"
                 print(printable(line), file=sys.stderr)
+    for path in sorted(path for report in reports for path in report.empty)[:_MAX_LINES]:
+        line = f"note: {path}: holds no particles; loader.apply_log: false cannot use it"
+        print(printable(line), file=sys.stderr)
     for report in reports:
         if write and report.manifest is None and not any(report.faults.values()):
             dataset = report.dataset

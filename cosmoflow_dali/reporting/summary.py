@@ -33,8 +33,13 @@ def write_results(run: Run, evaluation: Evaluation, training: dict[str, Any], wo
     write_predictions(run.folder, evaluation)
     baseline = None
     if config.baseline:
-        start, policy = time.perf_counter(), config.loader.on_bad_sample
-        ridge = ridge_baseline.fit_ridge(Reader(run.train, policy), Reader(run.validation, policy))
+        start, loader = time.perf_counter(), config.loader
+        # The same samples as the network's.
+        readers = (
+            Reader(split, loader.on_bad_sample, apply_log=loader.apply_log)
+            for split in (run.train, run.validation)
+        )
+        ridge = ridge_baseline.fit_ridge(*readers)
         baseline = {
             "name": ridge_baseline.NAME,
             "mae": ridge.mae,

@@ -106,7 +106,10 @@ def evaluate(model: nn.Module, loader: Loader, session: Session, *, epoch: int =
     if bad.size:
         own = np.arange(len(split))
         own_bad = own[np.isin(split.global_indices(own), bad)]
-        session.run_on_all_ranks(lambda: loader.raise_if_damaged(own_bad))
+        device = table.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
+        largest = torch.finfo(dtype).max
+        session.run_on_all_ranks(lambda: loader.raise_if_damaged(own_bad, largest=largest))
         raise UserError(
             f"the network's output for {bad.size} of {split.total} valid samples is not finite: "
             "training has diverged; lower the learning rate"

@@ -27,7 +27,7 @@ from cosmoflow_dali.compute import augment
 from cosmoflow_dali.compute.engines import make_engine, wrap_model
 from cosmoflow_dali.compute.optim import build_optimizer, describe, restore_optimizer, set_lr
 from cosmoflow_dali.compute.schedule import lr_at
-from cosmoflow_dali.compute.step import autocast, make_scaler, seed_step
+from cosmoflow_dali.compute.step import autocast, input_dtype, make_scaler, seed_step
 from cosmoflow_dali.training.checkpoint import Checkpoint, Position
 from cosmoflow_dali.training.evaluation import Evaluation, evaluate
 from cosmoflow_dali.training.logs import Progress, RunLogs
@@ -220,7 +220,11 @@ class Trainer:
         bad = np.flatnonzero(~np.isfinite(losses)).tolist()
         if bad:
             index = self._window[bad[0]][1]
-            self._session.run_on_all_ranks(lambda: self._train.raise_if_damaged(index))
+            largest = torch.finfo(input_dtype(self._config.compute.precision)).max
+            self._session.run_on_all_ranks(lambda: self._train.raise_if_damaged(index, largest=largest))
+            # A target far out of range makes the loss of the next step infinite, too.
+            indices = np.concatenate([step[1] for step in self._window[max(bad[0] - 1, 0) : bad[0] + 1]])
+            self._session.run_on_all_ranks(lambda: self._train.raise_if_out_of_range(indices))
             step = self.steps - len(losses) + bad[0] + 1
             raise UserError(
                 f"the loss is {losses[bad[0]]} at step {step} (epoch {self.position.epoch + 1}), and the "

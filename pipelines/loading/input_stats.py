@@ -33,4 +33,7 @@ def input_statistics(
         fault = f"all {count} samples read are damaged"
         raise DataError(split.root, fault, "check it with python -m preprocess.verify")
     mean, square = np.mean(moments, axis=0)
-    return mean.astype(np.float32), np.sqrt(square - mean**2).clip(1e-6).astype(np.float32)
+    # Rounding may make the variance of constant input negative; such input is only shifted.
+    variance = square - mean**2
+    deviation = np.sqrt(np.where(variance > 1e-12, variance, 1.0))
+    return mean.astype(np.float32), deviation.astype(np.float32)

@@ -8,6 +8,7 @@ a decoder is saved.
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,12 +19,14 @@ import numpy.typing as npt
 import torch
 
 from pipelines.dataset.dataset import SampleDataset
+from pipelines.errors import DataError
 from pipelines.formats.payload import Payload
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.decoders import OnRead, make_decoder
 from pipelines.loading.reader import Reader
+from pipelines.loading.transforms import check_input
 from pipelines.plan import Indices, Ragged, RankSlice, plan_epoch
-from pipelines.sample import Batch
+from pipelines.sample import Batch, is_in_range
 
 
 class _InFlightStep(NamedTuple):
@@ -66,7 +69,10 @@ class Loader:
         device: torch.device,
     ) -> None:
         self.split = split
-        self._reader = Reader(split, config.on_bad_sample, direct_io=config.direct_io)
+        self._reader = Reader(
+            split, config.on_bad_sample, direct_io=config.direct_io, apply_log=config.apply_log
+        )
+        self._apply_log = config.apply_log
         self._rank_slice, self._ragged, self._device = rank_slice, ragged, device
         global_batch = config.batch_size * rank_slice.count
         # The smallest partition sets the number of steps in training, the largest where no sample is dropped.
@@ -110,14 +116,27 @@ class Loader:
             volume, done = self._decode_next(into.volume if into else None)
             yield self._batch(volume, done, into)
 
-    def raise_if_damaged(self, index: npt.NDArray[np.int64]) -> None:
+    def raise_if_damaged(self, index: npt.NDArray[np.int64], *, largest: float = math.inf) -> None:
         """Read and validate the samples `index` on the host, padding (-1) excepted.
 
+        Args:
+            index: Samples.
+            largest: Largest finite number of the network's input.
+
         Raises:
-            DataError: A sample is damaged; names the first.
+            DataError: A sample is damaged, or its input is not finite; names the first.
         """
-        for sample in index[index >= 0].tolist():
-            self.split.read(sample)
+        for i in index[index >= 0].tolist():
+            counts = self.split.read(i).counts
+            check_input(self.split.path(i), counts, apply_log=self._apply_log, largest=largest)
+
+    def raise_if_out_of_range(self, index: npt.NDArray[np.int64]) -> None:
+        """Raise DataError for the first of the valid samples `index` whose target is not within -1 to 1."""
+        for i in index[index >= 0].tolist():
+            target = self.split.read(i).target
+            if not is_in_range(target):
+                fault = f"the loss is not finite, and the target {target.tolist()} is not within -1 to 1"
+                raise DataError(self.split.path(i), fault, "fix the target, or lower the learning rate")
 
     def close(self) -> None:
         """Stop the threads and free the buffers."""

@@ -13,6 +13,7 @@ from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import MAX_CONSECUTIVE_BAD, DataError
 from pipelines.formats.packed.format import encode_payload
 from pipelines.formats.payload import CountsPayload, Payload
+from pipelines.loading.transforms import check_input
 from pipelines.sample import PARAMETERS, Sample
 
 OnBadSample: TypeAlias = Literal["fail", "skip"]
@@ -29,22 +30,28 @@ class Reader:
             continues; to find every fault before a sample is used, samples are then fully validated on
             the host, where "fail" leaves part of the validation to the decoder.
         direct_io: Read payloads past the page cache.
+        apply_log: See `LoaderConfig`. A sample without particles counts as damaged if it is False.
 
     Attributes:
         skipped: Fault of each sample skipped so far, by the path of its file.
     """
 
     def __init__(
-        self, split: SampleDataset, on_bad_sample: OnBadSample = "fail", *, direct_io: bool = False
+        self,
+        split: SampleDataset,
+        on_bad_sample: OnBadSample = "fail",
+        *,
+        direct_io: bool = False,
+        apply_log: bool = True,
     ) -> None:
         self.split = split
         self.skipped: dict[str, str] = {}
         self._skips = on_bad_sample == "skip"
-        self._payload = functools.partial(split.payload, fully_validate=self._skips, direct=direct_io)
+        self._direct_io, self._apply_log = direct_io, apply_log
 
     def sample(self, index: int) -> Sample | None:
         """Return sample `index`; None if it is skipped."""
-        return self._unless_damaged(index, self.split.read)
+        return self._unless_damaged(index, self._read_sample)
 
     def payload(self, index: int) -> tuple[int, Payload]:
         """Return the index and payload of sample `index` or, if that is skipped, of the next valid one.
@@ -63,7 +70,7 @@ class Reader:
             files.add(self.split.files(candidate)[-1])
             if tried == total or len(files) > MAX_CONSECUTIVE_BAD:
                 break
-            payload = self._unless_damaged(candidate, self._payload)
+            payload = self._unless_damaged(candidate, self._read_payload)
             if payload is not None:
                 return candidate, payload
         fault = f"this sample and the next {tried - 1} are damaged"
@@ -80,6 +87,19 @@ class Reader:
         if self.split.sharded:
             return encode_payload(sample)
         return CountsPayload(sample.counts, sample.target)
+
+    def _read_sample(self, index: int) -> Sample:
+        sample = self.split.read(index)
+        check_input(self.split.path(index), sample.counts, apply_log=self._apply_log)
+        return sample
+
+    def _read_payload(self, index: int) -> Payload:
+        payload = self.split.payload(index, fully_validate=self._skips, direct=self._direct_io)
+        counts = payload.counts if isinstance(payload, CountsPayload) else payload.table
+        # Mapped counts are not read yet. If they are all zero, the decoder makes NaN of them.
+        if not (isinstance(payload, CountsPayload) and payload.mapped):
+            check_input(self.split.path(index), counts, apply_log=self._apply_log)
+        return payload
 
     def _unless_damaged(self, index: int, read: Callable[[int], _Read]) -> _Read | None:
         """Return `read(index)`; None if it raises DataError and damaged samples are skipped."""

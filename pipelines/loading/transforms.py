@@ -6,11 +6,14 @@ divided by their mean over the whole sample, all redshifts together.
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.errors import DataError
 from pipelines.sample import COUNT_LIMIT
 
 
@@ -27,6 +30,25 @@ def transform(counts: npt.NDArray[np.int16], *, apply_log: bool) -> npt.NDArray[
     """Return the network's input for `counts` (D, H, W, C), float32 of the same shape."""
     values = counts.astype(np.float32)
     return np.log1p(values) if apply_log else values / values.mean(dtype=np.float64).astype(np.float32)
+
+
+def check_input(
+    path: str | os.PathLike[str],
+    counts: npt.NDArray[np.int16],
+    *,
+    apply_log: bool,
+    largest: float = math.inf,
+) -> None:
+    """Raise DataError for `path` unless `transform` of its `counts` is finite and at most `largest`."""
+    if apply_log:
+        return
+    highest = int(counts.max())
+    if highest == 0:
+        fault = "holds no particles, and counts cannot be divided by a mean of zero"
+        raise DataError(path, fault, "set loader.apply_log to true, or remove the sample")
+    if largest < math.inf and (ratio := highest / counts.mean(dtype=np.float64)) > largest:
+        fault = f"a count is {ratio:.4g} times the mean, beyond the {largest:g} of compute.precision"
+        raise DataError(path, fault, "use another precision, or set loader.apply_log to true")
 
 
 def lookup_node(counts: Any, *, apply_log: bool) -> Any:

@@ -16,10 +16,7 @@ from pipelines.errors import DataError
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile, read_file
-from pipelines.sample import Sample, SampleSpec
-
-_ROUNDING = 1e-6
-"""Largest excess over 1 of a float32 target that means 1."""
+from pipelines.sample import Sample, SampleSpec, is_in_range
 
 
 class Fault(NamedTuple):
@@ -39,11 +36,19 @@ class ValidSample(NamedTuple):
 
 @dataclass(slots=True)
 class VerifyResult:
-    """Result of the checks of one entry; `entry` is what its files are now, None where one cannot be read."""
+    """Result of the checks of one entry.
+
+    Attributes:
+        faults: What is wrong.
+        entry: What its files are now, None where one cannot be read.
+        samples: The valid samples.
+        empty: Paths of the valid samples without particles.
+    """
 
     faults: list[Fault]
     entry: Entry | None = None
     samples: list[ValidSample] = field(default_factory=list)
+    empty: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +88,12 @@ class VerifyTask:
                 result.faults.append(Fault("content", str(error)))
                 continue
             target = tuple(sample.target.tolist())
-            if (np.abs(sample.target) > 1 + _ROUNDING).any():
+            if not is_in_range(sample.target):
                 result.faults.append(
                     Fault("targets", f"{path}: the target {list(target)} is not within -1 to 1")
                 )
+            if not sample.counts.any():
+                result.empty.append(path)
             sample_id = path.name.removesuffix(format_.keys[-1])
             result.samples.append(ValidSample(sample_id, _digest(sample), target))
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,13 @@ import torch
 from helpers import DATA, Done, config_file, program, start, write_tiny
 
 from cosmoflow_dali import train
+from cosmoflow_dali.config import resolve
 from cosmoflow_dali.training.trainer import Trainer
+from pipelines.dataset.open import open_folder
+from pipelines.errors import DataError
+from pipelines.loading.loader import Loader
+from pipelines.plan import RankSlice
+from preprocess import convert, verify
 
 TRAIN = "cosmoflow_dali.train"
 DAMAGED = "universe_0003_000"
@@ -201,3 +208,69 @@ def test_many_consecutive_damaged_samples_are_not_skipped(tmp_path: Path) -> Non
         np.save(path, np.full(4, np.nan, np.float32))
     done = refused(data, tmp_path / "run", loader={"batch_size": 4, "on_bad_sample": "skip"})
     assert "the next 15 are damaged" in done.err
+
+
+def _empty(path: Path) -> None:
+    np.save(path, np.zeros_like(np.load(path)))
+
+
+def test_loss_that_a_sample_makes_infinite_is_not_blamed_on_the_learning_rate(tmp_path: Path) -> None:
+    def huge_target(path: Path) -> None:
+        np.save(path, np.array([0.1, 1e30, 0.2, 0.3], np.float32))
+
+    def one_particle(path: Path) -> None:
+        counts = np.zeros_like(np.load(path))
+        counts[0, 0, 0, 0] = 9
+        np.save(path, counts)
+
+    by_mean = {"batch_size": 1, "apply_log": False}
+    cases: list[tuple[str, str, Callable[[Path], None], dict[str, Any], str]] = [
+        ("train", "_data.npy", _empty, {"loader": by_mean}, "no particles"),
+        ("validation", "_data.npy", _empty, {"loader": by_mean}, "no particles"),
+        ("train", "_label.npy", huge_target, {}, "not within -1 to 1"),
+    ]
+    for number, (split, suffix, damage, changes, reason) in enumerate(cases):
+        data = write_tiny(tmp_path / str(number), train=4, validation=4)
+        damaged = sorted((data / split).glob(f"*{suffix}"))[2]
+        damage(damaged)
+        err = refused(data, tmp_path / f"run {number}", **changes).err
+        sample = damaged.name.removesuffix(suffix)
+        assert sample in err and reason in err and "diverged" not in err, err
+    # 16^3 * 4 times the mean, in a half-precision convolution.
+    data = write_tiny(tmp_path / "large", train=4, validation=4, size=32)
+    for path in (data / "train").glob("*_data.npy"):
+        one_particle(path)
+    config = resolve({"data": {"dir": str(data)}, "loader": by_mean}).loader
+    loader = Loader(
+        open_folder(data / "train"), config, rank_slice=RankSlice(0, 1), seed=0, shuffle=False, ragged="drop",
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    loader.raise_if_damaged(np.arange(4))
+    with pytest.raises(DataError, match="times the mean"):
+        loader.raise_if_damaged(np.arange(4), largest=torch.finfo(torch.float16).max)
+    loader.close()
+
+
+@pytest.mark.parametrize("format_name", ["npy", "packed"])
+def test_samples_without_particles_are_skipped_where_they_have_no_mean(
+    format_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_tiny(tmp_path / "npy", train=8, validation=4)
+    for split in ("train", "validation"):
+        _empty(sorted((data / split).glob("*_data.npy"))[1])
+        for name in ("manifest.jsonl", "files_data.lst", "files_label.lst"):
+            (data / split / name).unlink(missing_ok=True)
+    assert verify.main([str(data)]) == 0
+    assert capsys.readouterr().err.count("holds no particles") == 2
+    if format_name != "npy":
+        assert convert.main(["-i", str(data), "-o", str(tmp_path / "other"), "--to", format_name]) == 0
+        data = tmp_path / "other"
+    loader = {"batch_size": 2, "apply_log": False, "on_bad_sample": "skip"}
+    config = config_file(tmp_path / "c.yaml", data, loader=loader, epochs=1, baseline=True)
+    done = program(TRAIN, "--config", config, "--run-dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["skipped_samples"] == {"train": 1, "validation": 1} and summary["samples"] == 3
+    if format_name == "npy":
+        config = config_file(tmp_path / "c.yaml", data, loader={"batch_size": 2}, epochs=1)
+        assert program(TRAIN, "--config", config, "--run-dir", tmp_path / "with log").code == 0

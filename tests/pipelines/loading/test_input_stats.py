@@ -18,3 +18,12 @@ def test_mean_and_deviation_of_each_redshift(tmp_path: Path) -> None:
     stack = np.log1p(np.stack([split.read(index).counts for index in range(20)]).astype(np.float64))
     np.testing.assert_allclose(mean, stack.mean(axis=(0, 1, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(std, stack.std(axis=(0, 1, 2, 3)), rtol=1e-4)
+
+
+def test_constant_input_is_only_shifted(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "data", train=3, validation=1) / "train"
+    for path in folder.glob("*_data.npy"):
+        np.save(path, np.full((16, 16, 16, 4), 7, np.int16))
+    mean, std = input_statistics(Reader(open_folder(folder)), apply_log=True)
+    np.testing.assert_allclose(mean, np.log1p(7), rtol=1e-6)
+    np.testing.assert_array_equal(std, 1)
