@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_output()
             return 0
         path = arguments.output
-        with writing(path), open(path, "w", encoding="utf-8", newline="") as file:
+        with writing(path), open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             csv.writer(file).writerows(rows)
     return 0
 

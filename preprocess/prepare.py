@@ -74,6 +74,10 @@ def plan_preparation(
 ) -> list[ConversionPlan]:
     """Plan to cut the universes below `source` into samples of `size`^3 in the splits in `target`."""
     universes = find_universes(source)
+    for name, path in universes.items():
+        if not name.isprintable():
+            fault = "would give samples a name that lists cannot hold"
+            raise DataError(path, fault, "rename it or its folder, in UTF-8 without control characters")
     first, shape = first_valid(universes.values(), lambda path: (path, universe_shape(path)))
     if size < 1 or shape[0] % size:
         raise ConfigError("--sample-size", size, f"does not divide the universe {first} of shape {shape}")

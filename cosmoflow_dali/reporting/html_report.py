@@ -21,6 +21,7 @@ from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, S
 from cosmoflow_dali.reporting.scores import score_rows
 from cosmoflow_dali.training.logs import METRICS
 from cosmoflow_dali.training.run_dir import CONFIG, PREDICTIONS, SUMMARY
+from pipelines.errors import printable
 from pipelines.io import write_file
 from pipelines.sample import HALF_RANGE, PARAMETERS, Parameter
 
@@ -47,7 +48,7 @@ def write_report(run: Path) -> Path:
     for record in records:
         record["epochs"] = record["step"] * max(summary["epochs"], 1) / summary["steps"]
     steps, evals = ([each for each in records if each["kind"] == kind] for kind in ("step", "eval"))
-    name, config = run.resolve().name, (run / CONFIG).read_text(encoding="utf-8")
+    name, config = printable(run.resolve().name), (run / CONFIG).read_text(encoding="utf-8")
     page = f"""<!doctype html>
 <meta charset="utf-8">
 <title>CosmoFlow: {html.escape(name)}</title>

@@ -13,6 +13,7 @@ from helpers import Ranks, command, config_file, started_by, wait_until_gone, wr
 
 from cosmoflow_dali import train
 from cosmoflow_dali.arguments import parse
+from cosmoflow_dali.training.stop_signal import StopSignal
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
@@ -71,3 +72,18 @@ def test_opening_the_data_set_is_guarded_against_stalls(
     arguments = parse(["--config", str(config_file(tmp_path / "c.yaml", tmp_path))])
     with pytest.raises(UserError, match=r"hangs while .'opening the data set'"):
         train._prepare_run(arguments, Guarded(World()))
+
+
+def test_a_hangup_asks_training_to_stop_unless_nohup_has_it_ignored() -> None:
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.received
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
