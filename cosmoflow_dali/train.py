@@ -38,6 +38,7 @@ from cosmoflow_dali.training.stop_signal import handle_stop_signals
 from cosmoflow_dali.training.trainer import StopReason, Trainer
 from pipelines.dataset.open import open_folder
 from pipelines.distributed.cli import launched, report_errors
+from pipelines.distributed.node_groups import check_nodes
 from pipelines.distributed.session import Session, exit_now
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import UserError
@@ -56,9 +57,13 @@ logger = logging.getLogger("cosmoflow_dali.train")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     job = launched()
-    with report_errors(job):
+    with report_errors(job) as session:
         configure_logging(job)
         arguments = parse(argv)
+        if arguments.instances > 1:
+            # Rank 0 is in order itself and cannot print this error.
+            with session.own_errors():
+                job.check_order()
         world = job.partition_ranks(arguments.instances)
         device = world.device(arguments.config.device)
     # From here on rank 0 of each instance prints the errors that all ranks of the instance have seen.
@@ -69,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_torch(device, world.cores, arguments.config.compute.precision)
         start_ms = arguments.staged_since or round(1e3 * time.time())
         session.connect(device)
+        check_nodes(session)
         run = session.run_on_root(lambda: _prepare_run(arguments, session))
         lengths = run.checkpoint.logs if run.checkpoint else None
         with RunLogs(run.folder if world.is_root else None, lengths) as logs:

@@ -29,7 +29,7 @@ def log_settings(
         constants.SUBMISSION_DIVISION: submission.division,
         constants.SUBMISSION_STATUS: submission.status,
         constants.SUBMISSION_PLATFORM: submission.platform,
-        "number_of_nodes": max(1, world.size // world.local_size),
+        "number_of_nodes": world.nodes,
         "accelerators_per_node": world.local_size,
         constants.SEED: seed,
         constants.GLOBAL_BATCH_SIZE: config.loader.batch_size * world.size,

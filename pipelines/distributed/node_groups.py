@@ -6,7 +6,17 @@ import socket
 from collections.abc import Sequence
 
 from pipelines.distributed.session import Session
+from pipelines.distributed.world import IN_ORDER
 from pipelines.errors import ConfigError
+
+
+def check_nodes(session: Session) -> None:
+    """Raise ConfigError on all ranks unless every node has equally many; all ranks call this."""
+    sizes = session.gather(session.world.local_size)
+    for rank, size in enumerate(sizes):
+        if size != sizes[0] or len(sizes) % size:
+            fault = f"is one of {size} on its node, rank 0 one of {sizes[0]}, of {len(sizes)} in all; "
+            raise ConfigError("rank", rank, fault + "start equally many on every node")
 
 
 class NodeGroup:
@@ -29,10 +39,7 @@ class NodeGroup:
         for rank, (host, size, local_rank) in enumerate(hosts):
             in_order = size == world.local_size and world.size % size == 0 and local_rank == rank % size
             if not in_order or hosts[rank - local_rank][0] != host:
-                fault = (
-                    f"is number {local_rank} of {size} on {host}; start equally many on every node, in order"
-                )
-                raise ConfigError("rank", rank, fault)
+                raise ConfigError("rank", rank, f"is number {local_rank} of {size} on {host}; {IN_ORDER}")
         self.num_groups = len(groups)
         self.number = next(number for number, group in enumerate(groups) if world.node in group)
         self.size = len(groups[self.number])

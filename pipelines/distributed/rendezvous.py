@@ -57,8 +57,11 @@ def find_endpoint(world: World, environ: Mapping[str, str]) -> Endpoint:
     timeout = float(integer(environ, "RENDEZVOUS_TIMEOUT", 40))
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return _by_torchrun(world, environ, timeout)
-    if world.num_instances == 1 and "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
-        address, port = environ["MASTER_ADDR"], integer(environ, "MASTER_PORT")
+    given = environ.get("MASTER_ADDR") and "MASTER_PORT" in environ
+    # A hook of the container may have set MASTER_ADDR; RENDEZVOUS_ADDR is the user's.
+    named = world.launcher == "srun" and environ.get("RENDEZVOUS_ADDR")
+    if given and not named and world.num_instances == 1:
+        address, port = environ["MASTER_ADDR"], _master_port(environ)
         return Endpoint(address, (port,), f"{address}:{port}", timeout)
     if world.launcher == "srun":
         # Steps of one job may share a node, so the ports depend on both numbers.
@@ -152,6 +155,10 @@ def open_store(address: str, port: int, listener: socket.socket | None = None) -
     return opened.result(_ANSWER_TIMEOUT)
 
 
+def _master_port(environ: Mapping[str, str]) -> int:
+    return integer(environ, "MASTER_PORT", least=1, most=65535)
+
+
 def _ports(key: str) -> tuple[int, ...]:
     first = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
     return tuple(_FIRST_PORT + (first + attempt) % _PORTS for attempt in range(_ATTEMPTS))
@@ -159,7 +166,7 @@ def _ports(key: str) -> tuple[int, ...]:
 
 def _first_node(environ: Mapping[str, str]) -> str:
     """Return the first node of a list such as "rack[1-3]n[07,9],login2", without scontrol."""
-    nodes = environ["SLURM_STEP_NODELIST"]
+    nodes = environ.get("SLURM_STEP_NODELIST", "")
     first = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodes)
     if first is None:
         raise ConfigError("SLURM_STEP_NODELIST", nodes, "names no node; set RENDEZVOUS_ADDR")
@@ -175,7 +182,7 @@ def _free_address(world: World) -> tuple[str, int]:
 
 def _by_torchrun(world: World, environ: Mapping[str, str], timeout: float) -> Endpoint:
     """Exchange the endpoint through the store of torchrun's agents, which occupies MASTER_PORT."""
-    store = open_store(environ["MASTER_ADDR"], integer(environ, "MASTER_PORT"))
+    store = open_store(environ["MASTER_ADDR"], _master_port(environ))
     store.set_timeout(timedelta(seconds=timeout))
     # The store outlives the ranks: after a restart they need an endpoint of their own.
     run, attempt = (environ.get(f"TORCHELASTIC_{name}") for name in ("RUN_ID", "RESTART_COUNT"))

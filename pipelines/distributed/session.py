@@ -97,8 +97,8 @@ class Session:
             monitored = open_store(endpoint.address, store.port)
             self._detector = HeartbeatServer(monitored, endpoint, world, timing)
         else:
-            # If rank 0 fails, one rank of each node reports it.
-            reports = world.local_rank == (1 if world.node == 0 else 0)
+            # If rank 0 fails, one rank of each node reports it; rank 1 may be on the node of rank 0.
+            reports = world.local_rank == 0 or world.rank == 1
             try:
                 monitored, connection = join_store(endpoint)
             except UserError as error:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 
+IN_ORDER = "start equally many ranks on every node, numbered node by node"
+
+
 def available_cores() -> int:
     """Return the number of cores this process may run on: all, or those that the launcher bound it to."""
     return len(os.sched_getaffinity(0))
@@ -28,7 +31,7 @@ class World:
 
     rank, size: of this process, and number of ranks.
     local_rank, local_size: the same on this node; `local_rank` selects the GPU.
-    launcher: "torchrun", "mpirun", "srun" or "none".
+    launcher: "torchrun", "mpirun", "srun", "horovodrun", "flux" or "none".
     instance, num_instances: which of how many independent runs of one job this rank belongs to.
     local_rank_offset: number of this node's ranks that belong to earlier instances.
     other_local_ranks: number of this node's ranks that belong to any other instance.
@@ -88,7 +91,7 @@ class World:
 
     @property
     def nodes(self) -> int:
-        """Number of nodes; each has `local_size` consecutive ranks."""
+        """Number of nodes, if all have equally many ranks, which `check_nodes` makes sure of."""
         return max(1, self.size // self.local_size)
 
     @property
@@ -98,8 +101,15 @@ class World:
 
     @property
     def node(self) -> int:
-        """Number of this rank's node."""
+        """Number of this rank's node; ConfigError unless ranks are numbered node by node."""
+        self.check_order()
         return self.rank // self.local_size
+
+    def check_order(self) -> None:
+        """Raise ConfigError if this rank's number shows that ranks are not numbered node by node."""
+        if self.rank % self.local_size != self.local_rank or self.size % self.local_size:
+            fault = f"is number {self.local_rank} of {self.local_size} on its node; "
+            raise ConfigError("rank", self.rank, fault + IN_ORDER)
 
     @property
     def is_root(self) -> bool:
@@ -118,10 +128,10 @@ class World:
         if gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
             # The launcher gave each rank a GPU of its own, the only one that it sees.
             return torch.device("cuda", 0)
-        index = self.local_rank_offset + self.local_rank
-        if index >= gpus:
-            ranks = self.local_size + self.other_local_ranks
+        ranks = self.local_size + self.other_local_ranks
+        # All ranks of the node come to the same result, so that rank 0 can print it.
+        if ranks > gpus:
             raise ConfigError(
                 "device", kind, f"{ranks} ranks on this node but {gpus} GPUs; start one rank a GPU"
             )
-        return torch.device("cuda", index)
+        return torch.device("cuda", self.local_rank_offset + self.local_rank)

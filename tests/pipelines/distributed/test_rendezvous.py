@@ -53,3 +53,24 @@ def test_ranks_without_an_address_are_refused() -> None:
     with pytest.raises(ConfigError) as refused:
         find_endpoint(World(0, 2, 0, 2, "torchrun"), {})
     assert refused.value.key == "MASTER_ADDR"
+
+
+def test_senseless_addresses_are_refused() -> None:
+    two = World(0, 2, 0, 2, "torchrun")
+    for port in ("0", "65536", "", "http"):
+        with pytest.raises(ConfigError) as refused:
+            find_endpoint(two, {"MASTER_ADDR": "n1", "MASTER_PORT": port})
+        assert refused.value.key == "MASTER_PORT"
+    with pytest.raises(ConfigError) as refused:
+        find_endpoint(two, {"MASTER_ADDR": "", "MASTER_PORT": "29500"})
+    assert refused.value.key == "MASTER_ADDR"
+    with pytest.raises(ConfigError) as refused:
+        find_endpoint(TWO_NODES, STEP)
+    assert refused.value.key == "SLURM_STEP_NODELIST"
+
+
+def test_address_of_a_hook_is_used_unless_the_user_gives_another() -> None:
+    hook = STEP | {"SLURM_STEP_NODELIST": "n[1-2]", "MASTER_ADDR": "n1.cluster", "MASTER_PORT": "61100"}
+    endpoint = find_endpoint(TWO_NODES, hook)
+    assert (endpoint.address, endpoint.ports) == ("n1.cluster", (61100,))
+    assert find_endpoint(TWO_NODES, hook | {"RENDEZVOUS_ADDR": "10.0.0.7"}).address == "10.0.0.7"

@@ -1,4 +1,4 @@
-"""Rank arithmetic, and the variables of each launcher that it comes from."""
+"""Rank arithmetic: instances, nodes and devices."""
 
 from __future__ import annotations
 
@@ -6,67 +6,6 @@ import pytest
 
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError
-
-OMPI = {
-    "OMPI_COMM_WORLD_RANK": "5",
-    "OMPI_COMM_WORLD_SIZE": "8",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
-}
-SRUN = {
-    "SLURM_PROCID": "9",
-    "SLURM_STEP_NUM_TASKS": "11",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
-    "SLURM_NTASKS": "11",
-}
-TORCHRUN = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-
-
-def test_each_launcher_is_detected() -> None:
-    assert World.detect({}) == World(0, 1, 0, 1, "none")
-    assert World.detect(OMPI) == World(5, 8, 1, 4, "mpirun")
-    assert World.detect(SRUN) == World(9, 11, 1, 4, "srun")
-    assert World.detect(TORCHRUN) == World(2, 3, 0, 1, "torchrun")
-    hydra = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
-    assert World.detect(hydra) == World(5, 8, 1, 4, "mpirun")
-    # srun --mpi=pmi2 sets some of these beside its own.
-    assert World.detect(SRUN | {"PMI_RANK": "9", "PMI_SIZE": "11"}).launcher == "srun"
-
-
-def test_batch_script_without_srun_is_one_rank() -> None:
-    # sbatch gives its script SLURM_PROCID=0 and SLURM_NTASKS, though no step runs.
-    assert World.detect({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}).size == 1
-
-
-def test_launcher_inside_a_slurm_step_takes_precedence() -> None:
-    # An mpirun with one daemon on each node, which starts four ranks.
-    daemons = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
-    assert World.detect(SRUN | daemons | OMPI).launcher == "mpirun"
-    inner = {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8"}
-    outer = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
-    assert World.detect(inner | outer) == World(13, 16, 5, 8, "torchrun")
-
-
-def test_contradicting_launchers_are_refused() -> None:
-    for stale, outer in (
-        (TORCHRUN, OMPI),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, SRUN),
-        ({"RANK": "0", "WORLD_SIZE": "16"}, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}),
-    ):
-        with pytest.raises(ConfigError) as refused:
-            World.detect(stale | outer)
-        assert refused.value.key == "RANK and WORLD_SIZE" and next(iter(outer)) in refused.value.remedy
-    # An mpirun that is smaller than the step around it.
-    with pytest.raises(ConfigError, match=r"SLURM_PROCID and .* 9 and 11: unset the stale ones"):
-        World.detect({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"} | SRUN)
-
-
-def test_invalid_variables_are_named() -> None:
-    for name, value in (("RANK", "3"), ("RANK", "-1"), ("WORLD_SIZE", "three")):
-        with pytest.raises(ConfigError) as refused:
-            World.detect(TORCHRUN | {name: value})
-        assert refused.value.key == name
 
 
 def test_ranks_are_partitioned_among_instances() -> None:
@@ -97,6 +36,15 @@ def test_impossible_partitions_are_refused() -> None:
         assert (refused.value.key, refused.value.value) == ("--instances", instances)
 
 
+def test_nodes_of_ranks_out_of_order_are_refused() -> None:
+    assert [World(rank, 8, rank % 4, 4).node for rank in (0, 3, 4, 7)] == [0, 0, 1, 1]
+    # srun --distribution=cyclic, a plane of 2, and nodes with 4, 4 and 3 ranks.
+    for world in (World(1, 8, 0, 4), World(2, 8, 0, 4), World(9, 11, 1, 3)):
+        with pytest.raises(ConfigError) as refused:
+            _ = world.node
+        assert (refused.value.key, refused.value.value) == ("rank", world.rank)
+
+
 def test_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert World().device("auto").type == "cpu"
@@ -104,9 +52,11 @@ def test_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         World().device("cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert World(1, 3, 1, 3).device("auto").index == 1
-    with pytest.raises(ConfigError, match="3 ranks on this node but 2 GPUs"):
-        World(2, 3, 2, 3).device("auto")
+    assert World(1, 2, 1, 2).device("auto").index == 1
+    # Also on rank 0, which prints the error.
+    for rank in range(3):
+        with pytest.raises(ConfigError, match="3 ranks on this node but 2 GPUs"):
+            World(rank, 3, rank, 3).device("auto")
     # A rank that sees one GPU by CUDA_VISIBLE_DEVICES has it for itself.
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5ebe9f43")

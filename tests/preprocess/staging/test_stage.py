@@ -68,6 +68,10 @@ def as_srun(nodes: int, ranks: int, line: Callable[[int], list[object]]) -> list
             "SLURM_STEP_NUM_TASKS": str(nodes * ranks),
             "SLURM_LOCALID": str(rank % ranks),
             "SLURM_STEP_TASKS_PER_NODE": f"{ranks}(x{nodes})",
+            # As enroot's hook sets them for PyTorch, without a local size.
+            "RANK": str(rank),
+            "WORLD_SIZE": str(nodes * ranks),
+            "LOCAL_RANK": str(rank % ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "NODE": str(rank // ranks),
