@@ -3,13 +3,19 @@
 #
 #   DATADIR=/data/cosmoflow CONFIG_FILE=reference DGXNGPU=8 ./run_and_time.sh
 #
-# docs/scale.md lists the variables. Arguments are passed to the trainer.
+# docs/scale.md lists the variables. Arguments are passed to the trainer. Relative names are those of the working
+# folder.
 set -euo pipefail
-cd "${CHECKOUT:-$(dirname "$0")}"
+CHECKOUT="$(realpath -s "${CHECKOUT:-$(dirname "$0")}")"
+# The modules of the checkout, and none of the working folder.
+export PYTHONPATH="${CHECKOUT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONSAFEPATH=1
 
-CONFIG_FILE="${CONFIG_FILE:-default}"
-[[ -f "${CONFIG_FILE}" ]] || CONFIG_FILE="configs/${CONFIG_FILE%.yaml}.yaml"
-PYTHON="${PYTHON:-.venv/bin/python}"
+if [[ -z "${CONFIG_FILE:-}" || ! -f "${CONFIG_FILE}" ]]; then
+    CONFIG_FILE="${CONFIG_FILE:-default}"
+    CONFIG_FILE="${CONFIG_FILE#configs/}"
+    CONFIG_FILE="${CHECKOUT}/configs/${CONFIG_FILE%.yaml}.yaml"
+fi
+PYTHON="${PYTHON:-${CHECKOUT}/.venv/bin/python}"
 LOGDIR="${LOGDIR:-results}"
 RUN="${RUN:-$(date +%y%m%d%H%M%S)}"
 
@@ -26,25 +32,28 @@ PARAMETERS=(--config "${CONFIG_FILE}" --run-dir "${LOGDIR}/${RUN}" --resume)
 [[ -z "${DGXSYSTEM:-}" ]] || PARAMETERS+=(--set "submission.platform=$(text "${DGXSYSTEM}")")
 [[ "${CACHES_CLEARED:-0}" -eq 0 ]] || PARAMETERS+=(--caches-cleared)
 
-if [[ -z "${SLURM_STEP_NUM_TASKS:-}${OMPI_COMM_WORLD_SIZE:-}" && "${DGXNGPU:-1}" -gt 1 ]]; then
+WORLD="$("${PYTHON}" -c 'from pipelines.distributed.cli import launched as w; print(w().rank, w().local_rank, w().size)')"
+read -r RANK_NUMBER LOCAL_RANK_NUMBER SIZE <<<"${WORLD}"
+
+if [[ "${SIZE}" -eq 1 && "${DGXNGPU:-1}" -gt 1 ]]; then
     # No launcher has started ranks: run this script once per rank.
     export CONFIG_FILE PYTHON LOGDIR RUN
     MPIRUN="$(dirname "${PYTHON}")/mpirun"
     [[ -x "${MPIRUN}" ]] || MPIRUN=mpirun
-    exec "${MPIRUN}" -n "${DGXNGPU}" --bind-to none bash run_and_time.sh "$@"
+    exec "${MPIRUN}" -n "${DGXNGPU}" --bind-to none bash "${CHECKOUT}/run_and_time.sh" "$@"
 fi
 
 # A command prefix that binds a rank to the cores, memory and network cards near its GPU; {} is replaced by the local
 # rank.
 read -r -a BINDING <<<"${BIND:-}"
-BINDING=("${BINDING[@]//\{\}/${SLURM_LOCALID:-${OMPI_COMM_WORLD_LOCAL_RANK:-0}}}")
+BINDING=("${BINDING[@]//\{\}/${LOCAL_RANK_NUMBER}}")
 
 # On these signals the trainer saves a checkpoint; this shell waits for it.
 trap : TERM USR1
 start="$(date +%s)"
 status=0
 "${BINDING[@]}" "${PYTHON}" -m cosmoflow_dali.train "${PARAMETERS[@]}" "$@" || status=$?
-if [[ "${status}" -eq 0 && "${SLURM_PROCID:-${OMPI_COMM_WORLD_RANK:-0}}" -eq 0 ]]; then
+if [[ "${status}" -eq 0 && "${RANK_NUMBER}" -eq 0 ]]; then
     echo "RESULT,COSMOFLOW_HPC,,$(($(date +%s) - start)),${USER:-$(id -un)},$(date -d "@${start}" '+%F %T')"
 fi
 exit "${status}"

@@ -22,8 +22,8 @@ from pipelines.errors import ConfigError, DataError, UserError, printable
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _FORWARDED = (
-    "PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "RENDEZVOUS_TIMEOUT", "HEARTBEAT_",
-    "STALL_TIMEOUT", "NCCL_",
+    "PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONSAFEPATH", "OMP_NUM_THREADS", "RENDEZVOUS_TIMEOUT",
+    "HEARTBEAT_", "STALL_TIMEOUT", "NCCL_",
 )  # fmt: skip
 """Variables, or their prefixes, that mpirun passes to ranks on other hosts."""
 
@@ -103,17 +103,16 @@ def _submit(nodes: int, arguments: Sequence[str]) -> int:
     line = ["sbatch", "--parsable", f"--nodes={nodes}", "--output=slurm-%j.out"]
     if "WALLTIME" in os.environ:
         line.append(f"--time={os.environ['WALLTIME']}")
-    environment = os.environ | {"DGXNNODES": str(nodes), "DGXNODES": str(nodes)}
-    line += ["run.sub", *arguments]
-    done = subprocess.run(
-        line, cwd=_CHECKOUT, env=environment, stdout=subprocess.PIPE, text=True, check=False
-    )
+    # Relative names in variables and arguments are those of the working folder.
+    environment = os.environ | {"DGXNNODES": str(nodes), "DGXNODES": str(nodes), "CHECKOUT": str(_CHECKOUT)}
+    line += [str(_CHECKOUT / "run.sub"), *arguments]
+    done = subprocess.run(line, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise UserError(f"sbatch failed with status {done.returncode}; see its message above")
     job = done.stdout.strip().partition(";")[0]
-    logs = Path(os.environ.get("LOGDIR", _CHECKOUT / "results")) / os.environ.get("DATESTAMP", job)
+    logs = Path.cwd() / os.environ.get("LOGDIR", "results") / os.environ.get("DATESTAMP", job)
     print(printable(f"job {job} on {nodes} nodes, runs in {logs}"))
-    print(printable(f"follow it:  tail -F {_CHECKOUT}/slurm-{job}.out {logs}/1.log"))
+    print(printable(f"follow it:  tail -F {Path.cwd()}/slurm-{job}.out {logs}/1.log"))
     print(f"save a checkpoint and stop, to resume later:  scancel --signal=TERM {job}")
     print(f"end it:  scancel {job}")
     return 0

@@ -76,9 +76,9 @@ def check_package(folder: Path) -> Verdict:
     # It runs inside the folder, because it would read special characters in the path as a pattern. It always
     # exits with 0, so the verdict is taken from its output.
     line = [sys.executable, "-m", "mlperf_logging.package_checker", ".", USAGE, RULESET]
-    done = subprocess.run(
-        [*line, "--log_output", os.devnull], cwd=folder, capture_output=True, text=True, check=False
-    )
+    line += ["--log_output", os.devnull]
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     *_, last = done.stderr.splitlines() or [""]
     if done.returncode:
         return Verdict("package checker", ".", False, (f"the checker failed: {last}",))

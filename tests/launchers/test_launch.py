@@ -49,8 +49,8 @@ def test_job_is_submitted_and_described(sbatch: Path) -> None:
     assert done.returncode == 0, done.stderr
     asked = (sbatch / "sbatch.log").read_text().splitlines()
     assert asked == [
-        "--parsable", "--nodes=16", "--output=slurm-%j.out", "--time=00:10:00", "run.sub", "--epochs", "2",
-        "nodes=16", f"in={ROOT}",
+        "--parsable", "--nodes=16", "--output=slurm-%j.out", "--time=00:10:00", f"{ROOT}/run.sub",
+        "--epochs", "2", "nodes=16", f"in={ROOT}",
     ]  # fmt: skip
     for words in ("job 4711 on 16 nodes", "slurm-4711.out", "scancel --signal=TERM 4711", "scancel 4711"):
         assert words in done.stdout
@@ -63,6 +63,18 @@ def test_failed_submission_is_an_error(sbatch: Path) -> None:
         and "no such partition" in done.stderr
         and "sbatch failed with status 1" in done.stderr
     )
+
+
+def test_names_of_a_submission_are_those_of_the_working_folder(
+    sbatch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(sbatch)
+    for name, value in (("PATH", f"{sbatch}:/usr/bin:/bin"), ("SBATCH_LOG", "asked"), ("LOGDIR", "logs")):
+        monkeypatch.setenv(name, value)
+    assert launch.main(["--nodes", "2", "--", "--data-dir", "data"]) == 0
+    asked = (sbatch / "asked").read_text().splitlines()
+    assert asked[-5:] == [f"{ROOT}/run.sub", "--data-dir", "data", "nodes=2", f"in={sbatch}"]
+    assert f"{sbatch}/slurm-4711.out {sbatch}/logs/4711/1.log" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(

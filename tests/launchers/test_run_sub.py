@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,13 @@ printf '%s\\n' "srun $*|$RUN|$SEED|$STAGED_SINCE|$CONFIG_FILE|$DATADIR|$STAGING_
 [[ " $* " == *" ${FAILING:-nothing} "* || "$RUN" == "${FAILING:-nothing}" ]] && exit "${STATUS:-1}"
 [[ -n "${RUNS_STEPS:-}" ]] || exit 0
 while [[ "$1" == -* ]]; do shift; done
-SLURM_STEP_NUM_TASKS=8 SLURM_PROCID="${RANK_OF_STEP:-0}" SLURM_LOCALID=3 exec "$@"
+export SLURM_STEP_NUM_TASKS=8 SLURM_PROCID=0 SLURM_LOCALID=3 SLURM_STEP_TASKS_PER_NODE=8
+exec "$@"
 """
 
 RECORDER = """#!/bin/bash
 # Replaces the interpreter: record its arguments, one per line, and some of its environment.
+[[ "$1" != -c ]] || exec "$REAL_PYTHON" "$@"
 {
     echo "== ${SLURM_LOCALID:-}${OMPI_COMM_WORLD_LOCAL_RANK:-}"
     printf '%s\\n' "$@"
@@ -48,10 +51,15 @@ exit "${ENDING:-0}"
 MPIRUN = """#!/bin/bash
 echo "mpirun $*" >> "$RECORD"
 while [[ "$1" != bash ]]; do shift; done
-OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_LOCAL_RANK=1 exec "$@"
+export OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=2
+exec "$@"
 """
 
 SCONTROL = """#!/bin/bash
+if [[ "$1" == show ]]; then
+    echo "   Command=${SUBMITTED:-}"
+    exit
+fi
 echo "scontrol $*" >> "$SRUN_LOG"
 """
 
@@ -74,7 +82,7 @@ def sh(checkout: Path, script: str, **variables: str) -> tuple[subprocess.Comple
     """Run `script` in bash; return its outcome and the commands given to SLURM."""
     log = checkout / "srun.log"
     given = {"PATH": f"{checkout}/bin:{os.environ['PATH']}", "SRUN_LOG": str(log), "PYTHON": "python"}
-    given["RECORD"] = str(checkout / "record")
+    given |= {"RECORD": str(checkout / "record"), "REAL_PYTHON": sys.executable}
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=checkout,
@@ -267,11 +275,11 @@ def test_all_documented_variables_take_effect(checkout: Path) -> None:
     assert (checkout / "record.dropped").read_text() == "dropped\n" * 2
     network, first, second, results = calls(checkout)
     rendezvous = ["RENDEZVOUS_ADDR=10.1.2.3", "RENDEZVOUS_TIMEOUT=77"]
-    assert network == ["3", "benchmarks/allreduce_bench.py", *rendezvous]
+    assert network == ["3", f"{checkout}/benchmarks/allreduce_bench.py", *rendezvous]
     logs = f"{checkout}/logs/stamp"
     for run, seed, recorded in (("1", "40", first), ("2", "41", second)):
         assert recorded == [
-            "3", "-m", "cosmoflow_dali.train", "--config", "configs/reference.yaml",
+            "3", "-m", "cosmoflow_dali.train", "--config", f"{checkout}/configs/reference.yaml",
             "--run-dir", f"{logs}/{run}", "--resume", "--data-dir", "/gpfs/data", "--seed", seed,
             "--set", "data.stage.dir='$TMPDIR/it''s'", "--set", "submission.platform='B''s: box'",
             "--caches-cleared", "--epochs", "3", "PLACE=on3", *rendezvous,
@@ -319,22 +327,23 @@ def test_run_without_status_counts_as_failed(stale: str, checkout: Path) -> None
 @pytest.mark.parametrize(
     ("step", "variables"),
     [
-        ("benchmarks/allreduce_bench.py", {}),
+        ("{checkout}/benchmarks/allreduce_bench.py", {}),
         ("-c", {}),
         ("preprocess.stage", {"NUM_INSTANCES": "2", "STAGING_DIR": "/raid", "DATADIR": "/gpfs"}),
-        ("./run_and_time.sh", {}),
+        ("{checkout}/run_and_time.sh", {}),
     ],
 )
 def test_step_ended_by_a_signal_requeues_the_job(
     step: str, variables: dict[str, str], checkout: Path
 ) -> None:
+    step = step.format(checkout=checkout)
     done, commands = sh(checkout, RUN, FAILING=step, STATUS="143", **variables)
     assert done.returncode == 0 and commands[-1] == "scontrol requeue 77" and step in commands[-2]
     assert "stopped by a signal; the job is requeued" in done.stdout
 
 
 def test_failed_network_test_ends_the_job(checkout: Path) -> None:
-    done, commands = sh(checkout, RUN, FAILING="benchmarks/allreduce_bench.py")
+    done, commands = sh(checkout, RUN, FAILING=f"{checkout}/benchmarks/allreduce_bench.py")
     assert done.returncode == 1 and "error: NCCL_TEST" in done.stderr and len(commands) == 1
 
 
@@ -365,8 +374,8 @@ def test_run_outside_slurm_is_one_rank(checkout: Path) -> None:
     done, _ = sh(checkout, "DATADIR=/data ./run_and_time.sh --epochs 2", RUN="lone")
     assert done.returncode == 0 and "RESULT,COSMOFLOW_HPC,," in done.stdout
     assert calls(checkout) == [
-        ["", "-m", "cosmoflow_dali.train", "--config", "configs/default.yaml", "--run-dir", "results/lone",
-         "--resume", "--data-dir", "/data", "--epochs", "2"],
+        ["", "-m", "cosmoflow_dali.train", "--config", f"{checkout}/configs/default.yaml",
+         "--run-dir", "results/lone", "--resume", "--data-dir", "/data", "--epochs", "2"],
     ]  # fmt: skip
 
 
@@ -374,9 +383,83 @@ def test_run_outside_slurm_starts_a_rank_per_gpu(checkout: Path) -> None:
     done, _ = sh(checkout, "./run_and_time.sh --epochs 2", DGXNGPU="2", SEED="4", BIND="env PLACE={}")
     assert done.returncode == 0, done.stderr
     started, *_ = (checkout / "record").read_text().splitlines()
-    assert started == "mpirun -n 2 --bind-to none bash run_and_time.sh --epochs 2"
+    assert started == f"mpirun -n 2 --bind-to none bash {checkout}/run_and_time.sh --epochs 2"
     ((place, *recorded),) = calls(checkout)
     assert place == "1" and recorded[-5:] == ["--seed", "4", "--epochs", "2", "PLACE=1"]
+
+
+def test_run_in_the_shell_of_a_job_starts_a_rank_per_gpu(checkout: Path) -> None:
+    # salloc's shell is a step of one task; so is that of srun --pty.
+    step = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}
+    sh(checkout, "./run_and_time.sh", DGXNGPU="2", SLURM_STEP_TASKS_PER_NODE="1", **step)
+    assert (checkout / "record").read_text().startswith("mpirun -n 2 ")
+
+
+def test_run_of_any_launcher_is_one_of_its_ranks(checkout: Path) -> None:
+    rank = {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+    done, _ = sh(checkout, "./run_and_time.sh", DGXNGPU="2", BIND="env PLACE={}", **rank)
+    assert done.returncode == 0 and "RESULT" not in done.stdout
+    ((_, *recorded),) = calls(checkout)
+    assert recorded[:2] == ["-m", "cosmoflow_dali.train"] and recorded[-1] == "PLACE=1"
+    (checkout / "record").unlink()
+    refused, _ = sh(checkout, "./run_and_time.sh", RANK="3", WORLD_SIZE="8")
+    assert refused.returncode == 1 and refused.stderr.startswith("error: LOCAL_RANK")
+    assert not (checkout / "record").exists()
+
+
+@pytest.fixture
+def elsewhere(checkout: Path) -> Path:
+    """Create a user's folder with a configuration and with modules that are not the checkout's."""
+    folder = checkout / "a user's #1 folder"
+    (folder / "configs").mkdir(parents=True)
+    for name in ("own.yaml", "default", "yaml.py", "preprocess.py", "configs/default.yaml"):
+        (folder / name).write_text("")
+    return folder
+
+
+def test_names_of_a_run_are_those_of_the_working_folder(checkout: Path, elsewhere: Path) -> None:
+    script = f'cd "{elsewhere}"; ../run_and_time.sh'
+    given = {
+        "DATADIR": "data",
+        "STAGING_DIR": "staged",
+        "LOGDIR": "logs",
+        "RUN": "1",
+        "PYTHON": "../bin/python",
+    }
+    done, _ = sh(checkout, script, CONFIG_FILE="own.yaml", **given)
+    assert done.returncode == 0, done.stderr
+    ((_, *recorded),) = calls(checkout)
+    assert recorded[2:8] == ["--config", "own.yaml", "--run-dir", "logs/1", "--resume", "--data-dir"]
+    assert recorded[8:11] == ["data", "--set", "data.stage.dir='staged'"]
+    # The default is the checkout's, also if the working folder has a file of its name.
+    for name in ("", "configs/reference.yaml"):
+        (checkout / "record").unlink()
+        assert sh(checkout, script, CONFIG_FILE=name)[0].returncode == 0
+        ((_, *recorded),) = calls(checkout)
+        assert recorded[3] == f"{checkout}/configs/{'reference' if name else 'default'}.yaml"
+
+
+@pytest.mark.parametrize("submitted", ["{checkout}/run.sub --epochs 3", "{checkout}/run.sub", ""])
+def test_names_of_a_job_are_those_of_the_folder_of_its_submission(
+    submitted: str, checkout: Path, elsewhere: Path
+) -> None:
+    script = f'cd "{elsewhere}"; sbatch -N 2 -t 1 ../run.sub --epochs 3'
+    given = {"CONT": "image", "DATADIR": "data", "CONFIG_FILE": "own.yaml", "LOGDIR": "logs"}
+    # Without SLURM's answer, the user names the checkout.
+    found = {"SUBMITTED": submitted.format(checkout=checkout)} if submitted else {"CHECKOUT": ".."}
+    done, commands = sh(checkout, script, **given, **found, **QUIET)
+    assert done.returncode == 0, done.stderr
+    (line,) = commands
+    mounts = [checkout, elsewhere / "logs/77", elsewhere]
+    assert ",".join(f"{folder}:{folder}" for folder in mounts) in line
+    assert f"{elsewhere}/data:{elsewhere}/data:ro" in line and f"|{elsewhere}/own.yaml|" in line
+    assert f"--container-workdir={elsewhere} " in line
+    assert f"bash {checkout}/run_and_time.sh --epochs 3|" in line
+
+
+def test_job_without_its_checkout_is_refused(checkout: Path, elsewhere: Path) -> None:
+    done, commands = sh(checkout, f'cd "{elsewhere}"; sbatch -N 2 -t 1 ../run.sub', **QUIET)
+    assert done.returncode == 1 and done.stderr.startswith("error: CHECKOUT") and not commands
 
 
 PUBLISHED = {
