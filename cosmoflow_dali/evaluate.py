@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         session.connect(device)
         loaded = session.run_on_all_ranks(lambda: load_model(arguments.weights))
         split = session.run_on_root(lambda: open_folder(arguments.data_dir / arguments.split))
-        loaded.check_size(split.root, split.spec.size)
+        loaded.check_spec(split.root, split.spec)
         config = replace(config, apply_log=loaded.apply_log)
         rank_slice = RankSlice(world.rank, world.size)
         loader = Loader(

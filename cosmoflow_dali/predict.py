@@ -1,28 +1,38 @@
-"""Predict cosmological parameters from volumes: `python -m cosmoflow_dali.predict --weights W FILE ...`.
+"""Predict cosmological parameters from volumes: `python -m cosmoflow_dali.predict --weights W PATH ...`.
 
-Writes CSV: one line per file with the four parameters in physical units, each followed by its
+A PATH is a sample in any format, a shard of packed samples, a folder of samples, one that holds both
+splits, or a pattern such as 'DIR/*.tfrecord'. Labels are not needed and not read.
+
+Writes CSV: one line per sample with the four parameters in physical units, each followed by its
 standard error. That is the root mean square residual on the validation split of the checkpoint's
-run: the same for every file, and valid only for universes drawn like those of that split. It is
-empty for weights without a validation.
+run: the same for every sample, and valid only for universes drawn like those of that split. It is
+empty for weights without a validation. The first column is the sample's file, or SHARD/MEMBER.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
+import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
+import numpy as np
 import torch
 
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.training.pretrained import LoadedModel, load_model
 from pipelines.console import check_output
-from pipelines.dataset.open import read_sample
+from pipelines.dataset.dataset import SampleDataset
+from pipelines.dataset.open import open_path
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
-from pipelines.errors import writing
-from pipelines.loading.transforms import transform
+from pipelines.errors import DataError
+from pipelines.filesystem import refuse_input
+from pipelines.loading.transforms import check_input, transform
+from pipelines.output import write_output
 from pipelines.sample import HALF_RANGE, PARAMETERS, to_physical
 
 HEADER = ["file"] + [
@@ -39,30 +49,72 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = OneLineParser(prog="python -m cosmoflow_dali.predict", description=__doc__)
         parser.add_argument("--weights", type=Path, required=True, help="a checkpoint or a reference .npz")
         parser.add_argument("--output", type=Path, help="CSV file (default: standard output)")
-        parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="samples, in any format")
+        text = "samples, shards or folders of them, in any format"
+        parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=text)
         arguments = parser.parse_args(argv)
+        paths, output = list(_expand(arguments.paths)), arguments.output
         configure_torch(torch.device("cpu"), world.cores)
         loaded = load_model(arguments.weights)
-        rows = [HEADER, *(_predict(loaded, path) for path in arguments.files)]
-        if arguments.output is None:
-            csv.writer(sys.stdout).writerows(rows)
-            check_output()
+        if output is None:
+            _write_rows(sys.stdout, check_output, loaded, _open(loaded, paths, output))
             return 0
-        path = arguments.output
-        with writing(path), open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            csv.writer(file).writerows(rows)
+        refuse_input(output, [arguments.weights])
+
+        def write(file: BinaryIO) -> None:
+            # A name that is not valid UTF-8 is written as it is.
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+            _write_rows(text, text.flush, loaded, _open(loaded, paths, output))
+            text.detach()
+
+        write_output(output, write)
     return 0
 
 
-def _predict(loaded: LoadedModel, path: Path) -> list[str]:
-    """Return the line of the CSV file for the sample at `path`."""
-    sample = read_sample(path)
-    loaded.check_size(path, sample.counts.shape[0])
-    volume = torch.from_numpy(transform(sample.counts, apply_log=loaded.apply_log))
+def _expand(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield `paths`, and in place of patterns what they match; DataError for one that does not exist."""
+    for path in paths:
+        if path.exists():
+            yield path
+        elif matched := sorted(glob.glob(str(path), recursive=True)):
+            yield from map(Path, matched)
+        else:
+            raise DataError(path, "does not exist", "check the path")
+
+
+def _open(loaded: LoadedModel, paths: Iterable[Path], output: Path | None) -> Iterator[SampleDataset]:
+    """Open the samples at `paths`, one after the other; DataError for what must not be predicted."""
+    for path in paths:
+        for dataset in open_path(path, labeled=False):
+            loaded.check_spec(path, dataset.spec)
+            if output is not None:
+                refuse_input(output, dataset.all_files())
+            yield dataset
+
+
+def _write_rows(
+    file: TextIO, flush: Callable[[], object], loaded: LoadedModel, datasets: Iterable[SampleDataset]
+) -> None:
+    """Write the CSV file, and flush it after the line of each sample."""
+    writer, header = csv.writer(file), [HEADER]
+    for dataset in datasets:
+        for index in range(len(dataset)):
+            row = _predict(loaded, dataset, index)
+            writer.writerows([*header, row])
+            flush()
+            header = []
+
+
+def _predict(loaded: LoadedModel, dataset: SampleDataset, index: int) -> list[str]:
+    """Return the line of the CSV file for sample `index`."""
+    path, counts = dataset.path(index), dataset.read(index).counts
+    check_input(path, counts, apply_log=loaded.apply_log)
+    volume = torch.from_numpy(transform(counts, apply_log=loaded.apply_log))
     with torch.inference_mode():
-        target = loaded.model(volume.permute(3, 0, 1, 2)[None])[0]
+        target = loaded.model(volume.permute(3, 0, 1, 2)[None])[0].numpy()
+    if not np.isfinite(target).all():
+        raise DataError(path, "the network's output is not finite", f"check the training of {loaded.path}")
     row = [str(path)]
-    for parameter, value in zip(PARAMETERS, to_physical(target.numpy()), strict=True):
+    for parameter, value in zip(PARAMETERS, to_physical(target), strict=True):
         rms = loaded.residual_rms
         error = f"{parameter.mean * HALF_RANGE * rms[parameter.name]:.7g}" if rms else ""
         row += [f"{value:.7g}", error]

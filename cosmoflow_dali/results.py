@@ -30,7 +30,8 @@ from pipelines.console import check_output
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
 from pipelines.errors import UserError, printable
-from pipelines.io import write_file
+from pipelines.filesystem import refuse_input
+from pipelines.output import write_output
 from pipelines.tables import format_table
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
         arguments = parser.parse_args(argv)
         runs = read_logs(arguments.logdir)
+        for output in filter(None, (arguments.json, arguments.plot)):
+            refuse_input(output, [run.path for run in runs])
         scores = summarize(runs)
         print(format_table(_log_rows(runs), left=(0, 8)))
         for run in runs:
@@ -67,9 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in _notes(scores):
             print(printable(f"note: {note}"))
         if arguments.json is not None:
-            write_file(arguments.json, json.dumps(_tree(runs, scores), indent=2).encode() + b"\n")
+            figures = json.dumps(_tree(runs, scores), indent=2).encode() + b"\n"
+            write_output(arguments.json, lambda file: file.write(figures))
         if arguments.plot is not None:
-            write_file(arguments.plot, draw(scores))
+            picture = draw(scores)
+            write_output(arguments.plot, lambda file: file.write(picture))
         failed = _submit(arguments.submission, scores) if arguments.submission is not None else 0
         check_output()
         invalid = [run.name for run in runs if not run.is_valid]

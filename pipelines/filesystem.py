@@ -118,11 +118,13 @@ def kind_of(state: os.stat_result) -> str:
 
 def refuse_input(output: Path, inputs: Iterable[Path]) -> None:
     """Raise DataError if `output` is one of `inputs`, also by a symbolic or hard link."""
-    for path in inputs:
-        # Whatever reads or writes one that cannot be accessed reports that.
-        with contextlib.suppress(OSError):
-            if os.path.samefile(output, path):
-                raise DataError(output, f"is the input {path} itself", "choose another output")
+    # Whatever reads or writes one that cannot be accessed reports that.
+    with contextlib.suppress(OSError):
+        found = os.stat(output)
+        for path in inputs:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(found, os.stat(path)):
+                    raise DataError(output, f"is the input {path} itself", "choose another output")
 
 
 def raise_open_file_limit(count: int) -> int:

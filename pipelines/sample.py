@@ -60,6 +60,10 @@ def to_physical(target: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return _MEANS * (1.0 + HALF_RANGE * np.asarray(target, dtype=np.float64))
 
 
+UNKNOWN_TARGET: npt.NDArray[np.float32] = np.full(len(PARAMETERS), np.nan, np.float32)
+"""Target of a sample that was read for its counts alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
     """The shape of every sample of a data set: (size, size, size, channels)."""
@@ -84,7 +88,7 @@ class Sample:
 
     Attributes:
         counts: (D, H, W, C) int16, particles in each voxel, at least 0.
-        target: (4,) float32, `PARAMETERS` scaled to [-1, 1].
+        target: (4,) float32, `PARAMETERS` scaled to [-1, 1], or UNKNOWN_TARGET.
     """
 
     counts: npt.NDArray[np.int16]

@@ -23,6 +23,7 @@ import numpy as np
 import yaml
 from forked import Forked
 
+from pipelines.dataset.open import open_path
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample
 
@@ -37,6 +38,13 @@ def tiny_sample(index: int, size: int = SIZE) -> Sample:
     target = rng.uniform(-1, 1, 4).astype(np.float32)
     field = np.exp((0.8 + 0.4 * target[1]) * rng.standard_normal((size, size, size, 4)))
     return Sample(rng.poisson(field).astype(np.int16), target)
+
+
+def read_sample(path: Path) -> Sample:
+    """The only sample in the file `path`, validated."""
+    (dataset,) = open_path(path)
+    assert len(dataset) == 1
+    return dataset.read(0)
 
 
 def write_tiny(

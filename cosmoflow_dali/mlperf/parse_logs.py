@@ -136,6 +136,8 @@ def _natural(path: Path) -> tuple[str, int, str]:
 
 
 def _is_log(path: Path) -> bool:
+    if path.exists() and not path.is_file():
+        return False  # Reading a FIFO would wait for its writer.
     if path.name == MLPERF or path.match("result_*.txt"):
         return True
     try:

@@ -14,6 +14,8 @@ from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.keras_weights import from_reference_weights
 from cosmoflow_dali.training.checkpoint import Checkpoint
 from pipelines.errors import DataError
+from pipelines.filesystem import open_regular
+from pipelines.sample import REDSHIFTS, SampleSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +37,14 @@ class LoadedModel:
     apply_log: bool
     residual_rms: dict[str, float] | None = None
 
-    def check_size(self, path: str | Path, size: int) -> None:
-        """Raise DataError unless the network takes the samples at `path`, of `size` voxels along an edge."""
-        if size != self.size:
+    def check_spec(self, path: str | Path, spec: SampleSpec) -> None:
+        """Raise DataError unless the network takes the samples at `path`, which are of `spec`."""
+        if spec.size != self.size:
             remedy = f"{self.path} takes samples of {self.size} voxels"
-            raise DataError(path, f"has a size of {size} voxels", remedy)
+            raise DataError(path, f"has a size of {spec.size} voxels", remedy)
+        if spec.channels != len(REDSHIFTS):
+            remedy = f"{self.path} takes samples at {len(REDSHIFTS)} redshifts"
+            raise DataError(path, f"has {spec.channels} redshifts", remedy)
 
 
 def load_model(path: Path) -> LoadedModel:
@@ -64,7 +69,7 @@ def load_model(path: Path) -> LoadedModel:
 
 def _load_npz(path: Path) -> LoadedModel:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(open_regular(path), "rb") as file, np.load(file, allow_pickle=False) as archive:
             prefix = "w/" if any(name.startswith("w/") for name in archive.files) else ""
             weights = {
                 name.removeprefix(prefix): archive[name]

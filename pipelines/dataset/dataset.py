@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.errors import DataError
 from pipelines.formats.base import Format
@@ -67,6 +68,7 @@ class SampleDataset:
         extents: (samples, contents) EXTENT. Of shard members the positions in the shard; of files the
             manifest's lengths and checksums, None without a manifest.
         partition: set if these samples are one part of a larger data set.
+        labeled: False if the counts alone are read; see `Format.parse`.
     """
 
     root: Path
@@ -75,6 +77,7 @@ class SampleDataset:
     spec: SampleSpec
     extents: npt.NDArray[Any] | None = None
     partition: Partition | None = None
+    labeled: bool = True
 
     def __len__(self) -> int:
         return len(self.names)
@@ -133,7 +136,14 @@ class SampleDataset:
     def files(self, index: int) -> tuple[Path, ...]:
         """Return the files that reading sample `index` needs, the one with the counts last."""
         entry = self.names[index].partition("/")[0].removesuffix(self.format.suffix)
-        return tuple(self.root / (entry + suffix) for suffix in self.format.suffixes)
+        suffixes = self.format.suffixes if self.labeled else (self.format.suffix,)
+        return tuple(self.root / (entry + suffix) for suffix in suffixes)
+
+    def all_files(self) -> Iterator[Path]:
+        """Yield all files of these samples and the records of their folder, whether they exist or not."""
+        yield from (self.root / name for name in (MANIFEST, DATA_LIST, LABEL_LIST))
+        for name in self.entry_names:
+            yield from (self.root / (name + suffix) for suffix in self.format.written_suffixes)
 
     def read_contents(self, index: int, *, verify: bool = False, direct: bool = False) -> dict[str, bytes]:
         """Read the contents of sample `index`, as `Format.parse` takes them.
@@ -153,13 +163,14 @@ class SampleDataset:
             return {MEMBER_SUFFIX: read_member(paths[0], member, offset, length, direct=direct)}
         contents = [read_file(path, direct=direct) for path in paths]
         if verify and self.extents is not None:
-            for path, content, extent in zip(paths, contents, self.extents[index], strict=True):
+            extents = self.extents[index][-len(paths) :]
+            for path, content, extent in zip(paths, contents, extents, strict=True):
                 _, length, crc = extent.item()
                 if length >= 0 and len(content) != length:
                     raise DataError(path, f"has {len(content)} bytes; {MANIFEST} says {length}", _REMEDY)
                 if length >= 0 and crc32c.crc32c(content) != crc:
                     raise DataError(path, f"its CRC-32C is not that in {MANIFEST}", _REMEDY)
-        return dict(zip(self.format.keys, contents, strict=True))
+        return dict(zip(self.format.keys[-len(paths) :], contents, strict=True))
 
     def read(self, index: int, *, verify: bool = False) -> Sample:
         """Read and fully validate sample `index` on the host; see `read_contents` for `verify`.
@@ -167,7 +178,8 @@ class SampleDataset:
         Raises:
             DataError: the sample cannot be read, or is damaged.
         """
-        return self.format.parse(self.path(index), self.read_contents(index, verify=verify), self.spec)
+        contents = self.read_contents(index, verify=verify)
+        return self.format.parse(self.path(index), contents, self.spec, labeled=self.labeled)
 
     def fingerprint(self) -> list[str]:
         """Return digests that tell these samples, in this order, from others, in any folder and format.
@@ -203,17 +215,17 @@ class SampleDataset:
             DataError: the sample cannot be read, or is damaged.
         """
         path = self.path(index)
-        if self.format_name == Npy.name and not (fully_validate or direct):
+        if self.format_name == Npy.name and self.labeled and not (fully_validate or direct):
             return map_sample(path, self.spec)
         contents = self.read_contents(index, direct=direct)
         if self.sharded:
-            packed = open_packed(path, contents[MEMBER_SUFFIX], self.spec)
+            packed = open_packed(path, contents[MEMBER_SUFFIX], self.spec, labeled=self.labeled)
             if fully_validate:
                 packed.decode()
             else:
                 packed.verify_checksum()
             return packed
-        sample = self.format.parse(path, contents, self.spec)
+        sample = self.format.parse(path, contents, self.spec, labeled=self.labeled)
         return CountsPayload(sample.counts, sample.target)
 
     def subset(self, index: Indices, partition: Partition | None = None) -> SampleDataset:

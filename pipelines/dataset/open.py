@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +21,7 @@ from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.packed.format import PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import GZIP_MAGIC, TFRECORD_SUFFIX
-from pipelines.sample import SPLITS, Sample, SampleSpec
+from pipelines.sample import SPLITS, SampleSpec
 
 _SUFFIXES = tuple(dict.fromkeys(format_.suffix for format_ in FORMATS.values()))
 _EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
@@ -45,18 +46,21 @@ def split_dirs(root: Path) -> list[str]:
     return found or ["."]
 
 
-def open_folder(folder: Path) -> SampleDataset:
+def open_folder(folder: Path, *, labeled: bool = True) -> SampleDataset:
     """Open the samples in `folder`, those of its manifest if it has one.
 
     Without a manifest the folder is listed, in the order of `files_data.lst` if that exists, and the
     first valid sample is read for its shape.
+
+    Args:
+        labeled: False if the counts alone are needed; see `Format.parse`.
 
     Raises:
         DataError: there is no folder, no sample or a mixture of formats, or the lists do not match the files.
     """
     manifest = Manifest.load(folder)
     if manifest is not None:
-        return _from_manifest(folder, manifest)
+        return replace(_from_manifest(folder, manifest), labeled=labeled)
     names = list_folder(folder)
     found = [name for name in names if name.endswith(_SUFFIXES)]
     if not found:
@@ -66,15 +70,28 @@ def open_folder(folder: Path) -> SampleDataset:
     for name in found:
         if not name.endswith(suffix):
             raise DataError(folder, f"holds {found[0]} and {name}", "keep one format a folder")
-        if suffix == DATA_SUFFIX and name.removesuffix(suffix) + LABEL_SUFFIX not in labels:
+        if labeled and suffix == DATA_SUFFIX and name.removesuffix(suffix) + LABEL_SUFFIX not in labels:
             raise DataError(folder / name, "has no label file", f"expected a *{LABEL_SUFFIX} of that name")
-    ordered = _in_list_order(folder, found, names)
+    ordered = _in_list_order(folder, found, names if labeled else set(names) - {LABEL_LIST})
     for name in ordered:
         if not name.isprintable():
             raise DataError(folder, f"holds {name!a}", "give it a name that lists can hold, in UTF-8")
-    dataset = _from_files(folder, first_valid(ordered, lambda name: _detect_format(folder / name)), ordered)
-    shape = first_valid(range(len(dataset)), lambda index: _read_any(dataset, index).counts.shape)
-    return replace(dataset, spec=SampleSpec(shape[0], shape[-1]))
+    format_name = first_valid(ordered, lambda name: _detect_format(folder / name))
+    return _from_files(folder, format_name, ordered, labeled)
+
+
+def open_path(path: Path, *, labeled: bool = True) -> list[SampleDataset]:
+    """Open the samples at `path`: a file of one, a shard, a folder of samples, or both splits of a data set.
+
+    Args:
+        labeled: See `open_folder`.
+
+    Raises:
+        DataError: There is no sample, or its file is damaged or of no known format.
+    """
+    if path.is_dir():
+        return [open_folder(path / split, labeled=labeled) for split in split_dirs(path)]
+    return [_from_files(path.parent, _detect_format(path), [path.name], labeled)]
 
 
 def first_valid(items: Iterable[_Item], probe: Callable[[_Item], _Found]) -> _Found:
@@ -101,18 +118,6 @@ def list_folder(folder: Path) -> list[str]:
         raise AccessError(folder, f"cannot be listed ({error.strerror})", remedy) from error
 
 
-def read_sample(path: Path) -> Sample:
-    """Read and fully validate the one sample in the file `path` of any format and shape.
-
-    Raises:
-        DataError: the file is damaged, of no known format, or a shard of several samples.
-    """
-    dataset = _from_files(path.parent, _detect_format(path), [path.name])
-    if len(dataset) != 1:
-        raise DataError(path, f"holds {len(dataset)} samples", "expected one")
-    return _read_any(dataset, 0)
-
-
 def _detect_format(path: Path) -> str:
     """Return the name of the format of `path`, by its suffix and, of a TFRecord, its first bytes."""
     if path.name.endswith(TFRECORD_SUFFIX):
@@ -124,17 +129,20 @@ def _detect_format(path: Path) -> str:
     raise DataError(path, "has the name of no known format", f"expected {_EXPECTED}")
 
 
-def _from_files(folder: Path, format_name: str, names: Sequence[str]) -> SampleDataset:
-    """Return the samples in the files `names`; their shape is left open."""
+def _from_files(folder: Path, format_name: str, names: Sequence[str], labeled: bool) -> SampleDataset:
+    """Return the samples in the files `names`; their shape is that of the first valid one."""
     if format_name == PackedFormat.name:
         shards = ((name, sample_members(folder / name)) for name in names)
-        return dataset_from_shards(folder, shards, _UNKNOWN_SPEC)
-    return SampleDataset(folder, format_name, tuple(names), _UNKNOWN_SPEC)
+        dataset = replace(dataset_from_shards(folder, shards, _UNKNOWN_SPEC), labeled=labeled)
+    else:
+        dataset = SampleDataset(folder, format_name, tuple(names), _UNKNOWN_SPEC, labeled=labeled)
+    parse = partial(dataset.format.parse, labeled=labeled)
 
+    def shape_of(index: int) -> tuple[int, ...]:
+        return parse(dataset.path(index), dataset.read_contents(index)).counts.shape
 
-def _read_any(dataset: SampleDataset, index: int) -> Sample:
-    """Read sample `index` of any shape."""
-    return dataset.format.parse(dataset.path(index), dataset.read_contents(index))
+    size, *_, channels = first_valid(range(len(dataset)), shape_of)
+    return replace(dataset, spec=SampleSpec(size, channels))
 
 
 def _from_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
@@ -161,8 +169,8 @@ def _from_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
     return SampleDataset(folder, manifest.format_name, names, manifest.spec, extents)
 
 
-def _in_list_order(folder: Path, found: Sequence[str], names: Sequence[str]) -> Sequence[str]:
-    """Return the samples `found` in the order of the folder's list files, if it has any."""
+def _in_list_order(folder: Path, found: Sequence[str], names: Collection[str]) -> Sequence[str]:
+    """Return the samples `found` in the order of the folder's list files, if `names` has any."""
     if DATA_LIST not in names:
         return found
     path, remedy = folder / DATA_LIST, "regenerate the list"

@@ -37,13 +37,22 @@ class Format(ABC):
         """Write `sample`, each file atomically, the one with the counts last."""
 
     @abstractmethod
-    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+    def parse(
+        self,
+        path: Path,
+        contents: Mapping[str, bytes],
+        spec: SampleSpec | None = None,
+        *,
+        labeled: bool = True,
+    ) -> Sample:
         """Parse and fully validate one sample.
 
         Args:
             path: file that holds the counts, named in errors.
             contents: bytes of the sample by `keys`; the result may be a view of them.
             spec: expected shape; None accepts any.
+            labeled: False for counts alone: `contents` need no other than the last of `keys`, and the
+                target is UNKNOWN_TARGET.
 
         Raises:
             DataError: the content is damaged or not of this format.

@@ -24,7 +24,7 @@ from pipelines.formats.base import Format
 from pipelines.formats.payload import CountsPayload
 from pipelines.formats.signatures import SIGNATURE_BYTES, recognize
 from pipelines.io import WrittenFile, map_file, read_file, write_file
-from pipelines.sample import Sample, SampleSpec, check_counts, check_target
+from pipelines.sample import UNKNOWN_TARGET, Sample, SampleSpec, check_counts, check_target
 
 DATA_SUFFIX, LABEL_SUFFIX = "_data.npy", "_label.npy"
 _REMEDY = "convert the sample again"
@@ -42,9 +42,18 @@ class Npy(Format):
         arrays = ((LABEL_SUFFIX, sample.target), (DATA_SUFFIX, sample.counts))
         return tuple(write_npy(directory / f"{sample_id}{suffix}", array) for suffix, array in arrays)
 
-    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+    def parse(
+        self,
+        path: Path,
+        contents: Mapping[str, bytes],
+        spec: SampleSpec | None = None,
+        *,
+        labeled: bool = True,
+    ) -> Sample:
         """See `Format.parse`."""
         counts = check_counts(path, parse_npy(path, contents[DATA_SUFFIX]), spec)
+        if not labeled:
+            return Sample(counts, UNKNOWN_TARGET)
         label = _label_path(path)
         return Sample(counts, check_target(label, parse_npy(label, contents[LABEL_SUFFIX])))
 

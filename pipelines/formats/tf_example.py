@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import DataError
-from pipelines.sample import PARAMETERS, REDSHIFTS, Sample, SampleSpec
+from pipelines.sample import PARAMETERS, REDSHIFTS, UNKNOWN_TARGET, Sample, SampleSpec
 
 REMEDY = "fetch or convert the file again"
 
@@ -30,8 +30,10 @@ def encode_example(sample: Sample) -> bytes:
     return _field(1, b"".join(entries))
 
 
-def parse_example(path: str, record: memoryview) -> Sample:
+def parse_example(path: str, record: memoryview, *, labeled: bool = True) -> Sample:
     """Parse the tf.train.Example `record` of the file `path`; the counts are a view of it.
+
+    Feature `y` is not read unless the sample is `labeled`; see `Format.parse`.
 
     Raises:
         DataError: `record` is not an example, or its features do not have the layout above.
@@ -43,7 +45,9 @@ def parse_example(path: str, record: memoryview) -> Sample:
                 fields = dict(_messages(entry, 1, 2))
                 features[bytes(fields.get(1, b""))] = fields.get(2, memoryview(b""))
         counts = _bytes_feature(path, features.get(b"x", memoryview(b"")))
-        target = _floats_feature(path, features.get(b"y", memoryview(b"")))
+        target = UNKNOWN_TARGET
+        if labeled:
+            target = _floats_feature(path, features.get(b"y", memoryview(b"")))
     except IndexError as error:
         raise DataError(path, f"its record is not a tf.train.Example ({error})", REMEDY) from error
     size = round((len(counts) / 2 / len(REDSHIFTS)) ** (1 / 3))

@@ -74,15 +74,23 @@ class TFRecord(Format):
         index = write_file(path.with_name(path.name + INDEX_SUFFIX), f"0 {len(content)}\n".encode())
         return index, write_file(path, content)
 
-    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+    def parse(
+        self,
+        path: Path,
+        contents: Mapping[str, bytes],
+        spec: SampleSpec | None = None,
+        *,
+        labeled: bool = True,
+    ) -> Sample:
         """See `Format.parse`; both CRCs are checked."""
         content: bytes | bytearray = contents[TFRECORD_SUFFIX]
         if self.compressed:
             content = _inflate(str(path), contents[TFRECORD_SUFFIX], spec or SampleSpec(_MAX_SIZE))
         elif content[:2] == GZIP_MAGIC and len(content) > 2:
             raise DataError(path, "is gzip, and the other files here are not", "use one folder for each kind")
-        sample = parse_example(str(path), unframe(str(path), content))
-        return Sample(check_counts(path, sample.counts, spec), check_target(path, sample.target))
+        sample = parse_example(str(path), unframe(str(path), content), labeled=labeled)
+        counts = check_counts(path, sample.counts, spec)
+        return Sample(counts, check_target(path, sample.target) if labeled else sample.target)
 
 
 def frame(record: bytes) -> bytes:

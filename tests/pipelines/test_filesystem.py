@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import tiny_sample
+from helpers import read_sample, tiny_sample
 
 from pipelines import filesystem
-from pipelines.dataset.open import read_sample
 from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.filesystem import free_space, open_regular, refuse_input
 from pipelines.formats.npy import map_sample
+from pipelines.formats.packed.format import sample_members
 from pipelines.formats.packed.tar_shard import ShardHandle, clear_handle_cache, read_member
 from pipelines.formats.registry import FORMATS
 from pipelines.io import map_file, read_file, write_file
@@ -220,7 +220,7 @@ def test_what_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
     else:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(path))
-    for read in (read_file, map_file, lambda path: read_file(path, direct=True), read_sample, ShardHandle):
+    for read in (read_file, map_file, lambda path: read_file(path, direct=True), sample_members, ShardHandle):
         with pytest.raises((DataError, OSError)) as raised:
             read(path)
         if kind != "socket":  # It cannot be opened at all.

@@ -21,7 +21,7 @@ from pipelines.formats.packed.gather_cpu import gather_rows
 from pipelines.formats.packed.header import BYTE_SUM_MODULUS, Header, aligned, read_directory, read_header
 from pipelines.formats.packed.lz4 import FRAME_BLOCK_BYTES, REMEDY, inflate, inflate_many
 from pipelines.io import map_file
-from pipelines.sample import SampleSpec, check_target
+from pipelines.sample import UNKNOWN_TARGET, SampleSpec, check_target
 
 DECODE_CHUNK_VOXELS = 1 << 18
 """Voxels decoded at a time: few enough for a cache, and enough to keep Python's overhead small."""
@@ -116,7 +116,12 @@ class PackedSample:
 
 
 def open_packed(
-    path: Path, content: bytes | memoryview, spec: SampleSpec | None = None, *, in_shard: bool = False
+    path: Path,
+    content: bytes | memoryview,
+    spec: SampleSpec | None = None,
+    *,
+    in_shard: bool = False,
+    labeled: bool = True,
 ) -> PackedSample:
     """Parse the header and the table of the packed sample `content`.
 
@@ -124,6 +129,7 @@ def open_packed(
         path: file that errors name.
         spec: expected shape; None accepts any.
         in_shard: accept content with more bytes than the sample's, and with chunks missing.
+        labeled: False to ignore the target; see `Format.parse`.
 
     Raises:
         DataError: anything but a chunk is damaged.
@@ -139,7 +145,8 @@ def open_packed(
     if len(view) != ends[-1] and not in_shard:
         raise DataError(path, f"has {len(view)} bytes; its chunks end at {ends[-1]}", REMEDY)
     starts = np.concatenate([[header.chunks_start], ends[:-1]]).reshape(sizes.shape)
-    table, target = _read_table(path, view, header), check_target(path, header.target)
+    table = _read_table(path, view, header)
+    target = check_target(path, header.target) if labeled else UNKNOWN_TARGET
     return PackedSample(path, view, header, table, target, starts, sizes, crcs)
 
 

@@ -31,9 +31,16 @@ class PackedFormat(Format):
         members = [(sample_id + MEMBER_SUFFIX, encode(sample))]
         return write_shard(directory / f"{sample_id}{SHARD_SUFFIX}", members)
 
-    def parse(self, path: Path, contents: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
+    def parse(
+        self,
+        path: Path,
+        contents: Mapping[str, bytes],
+        spec: SampleSpec | None = None,
+        *,
+        labeled: bool = True,
+    ) -> Sample:
         """See `Format.parse`; all checksums are compared."""
-        packed = open_packed(path, contents[MEMBER_SUFFIX], spec)
+        packed = open_packed(path, contents[MEMBER_SUFFIX], spec, labeled=labeled)
         return Sample(packed.decode(), packed.target)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import tiny_sample, write_tiny
+from helpers import read_sample, tiny_sample, write_tiny
 
 from pipelines.dataset.file_lists import ListedFile, read_list, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
-from pipelines.dataset.open import open_folder, read_sample, split_dirs
+from pipelines.dataset.open import open_folder, split_dirs
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SampleSpec

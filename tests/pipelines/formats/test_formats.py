@@ -22,12 +22,11 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import DATA, tiny_sample
+from helpers import DATA, read_sample, tiny_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.dataset.open import read_sample
 from pipelines.errors import AccessError, DataError
 from pipelines.formats import tfrecord
 from pipelines.formats.npy import map_sample

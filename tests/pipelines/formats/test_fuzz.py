@@ -26,11 +26,11 @@ import numpy as np
 import pytest
 import reference_packed_reader as reference
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
-from helpers import tiny_sample
+from helpers import read_sample, tiny_sample
 
 from pipelines.dataset.file_lists import ListedFile, read_list, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
-from pipelines.dataset.open import open_folder, read_sample
+from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.format import MEMBER_SUFFIX

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import program, tiny_sample, write_tiny
+from helpers import program, read_sample, tiny_sample, write_tiny
 
 from pipelines.dataset.manifest import Manifest
-from pipelines.dataset.open import open_folder, read_sample
+from pipelines.dataset.open import open_folder
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.formats.registry import FORMATS
