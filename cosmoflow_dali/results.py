@@ -1,10 +1,11 @@
 """Score MLPerf logs as a submission to MLPerf HPC does.
 
-    python -m cosmoflow_dali.results LOGDIR [--submission DIR] [--plot FILE.png] [--json FILE]
+    python -m cosmoflow_dali.results LOGDIR [--ruleset ROUND] [--submission DIR] [--plot FILE] [--json FILE]
 
 LOGDIR holds MLPerf logs at any depth: run folders of this trainer, or logs of any program. The official
-compliance checker checks each log. A table lists all logs, and a second one the scores of each system with
-published results. The exit status is 0 if all logs are compliant and their runs converged.
+compliance checker checks each log, by the rules of the round that was open when it was written. A table lists
+all logs, and a second one the scores of each system with published results. The exit status is 0 if all logs
+are compliant and their runs converged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlperf_logging.benchmark_meta import get_result_file_counts
 
-from cosmoflow_dali.mlperf.checkers import USAGE
+from cosmoflow_dali.mlperf.checkers import RULESETS, USAGE
 from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run, read_logs
 from cosmoflow_dali.mlperf.published import ROWS
 from cosmoflow_dali.mlperf.read_events import TARGET_MAE
@@ -51,12 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = "Check the MLPerf logs of many runs and print the scores that a submission reports."
         parser = OneLineParser(prog="python -m cosmoflow_dali.results", description=text)
         parser.add_argument("logdir", type=Path, metavar="LOGDIR", help="folder with MLPerf logs, any depth")
+        text = "check all logs by the rules of this round (default: by the time of each log)"
+        parser.add_argument("--ruleset", choices=RULESETS, help=text)
         text = "write a submission to this folder and check it"
         parser.add_argument("--submission", type=Path, metavar="DIR", help=text)
         parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the runs")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
         arguments = parser.parse_args(argv)
-        runs = read_logs(arguments.logdir)
+        runs = read_logs(arguments.logdir, arguments.ruleset)
         for output in filter(None, (arguments.json, arguments.plot)):
             refuse_input(output, [run.path for run in runs])
         scores = summarize(runs)
@@ -106,11 +109,13 @@ def _log_rows(runs: Sequence[Run]) -> list[list[str]]:
         ["log", "compliance", "minutes", "epochs", "samples/s each", "staging, s", "accelerators", "seed", ""]
     ]
     for run in runs:
-        verdict = ("fails", "not compliant") if run.compliance_errors else ("passes", "converged")
+        verdict, outcome = ("fails", "not compliant") if run.compliance_errors else ("passes", "converged")
+        if run.ruleset != RULESETS[-1]:
+            verdict = f"{verdict} {run.ruleset}" if run.ruleset else "no rules"
         accelerators = run.system.accelerators if run.system else None
         figures = run.minutes, run.epochs, run.rate, run.staging, accelerators, run.seed
         texts = map(_text, figures, (3, 0, 1, 1, 0, 0))
-        rows.append([run.name, verdict[0], *texts, "; ".join(run.invalid_reasons) or verdict[1]])
+        rows.append([run.name, verdict, *texts, "; ".join(run.invalid_reasons) or outcome])
     return rows
 
 

@@ -19,6 +19,7 @@ from pipelines.dataset.manifest import MANIFEST
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import AccessError, ConfigError, DataError, printable, writing
+from pipelines.formats.signatures import recognize_file
 from pipelines.formats.tfrecord import TFRECORD_SUFFIX
 from pipelines.sample import SPLITS
 from preprocess.conversion.progress import STOPPED
@@ -26,6 +27,10 @@ from preprocess.fetch import fetch
 from preprocess.verify import verify
 
 URL = "https://portal.nersc.gov/project/dasrepo/cosmoflow-benchmark/cosmoUniverse_2019_05_4parE_tf_small.tgz"
+
+
+_ARCHIVES = ("gzip data", "bzip2 data", "xz data", "a tar archive")
+"""Kinds that tarfile reads."""
 
 
 def unpack(archive: Path, root: Path) -> int:
@@ -54,7 +59,12 @@ def unpack(archive: Path, root: Path) -> int:
         # gzip raises OSError without a number for a file that is not gzipped, and for a wrong CRC.
         if isinstance(error, OSError) and error.errno is not None:
             raise AccessError.writing(root, error) from error
-        raise DataError(archive, f"is not a valid archive ({error})", "fetch it again") from error
+        kind = recognize_file(archive)
+        if kind and kind not in _ARCHIVES:
+            remedy = "check the address, and whether it asks for a login"
+            raise DataError(archive, f"holds {kind} instead of an archive", remedy) from error
+        reason = str(error).partition("\n")[0].rstrip(":") if archive.stat().st_size else "it is empty"
+        raise DataError(archive, f"is not a valid archive ({reason})", "fetch it again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return sum(1 for split in SPLITS for _ in (root / split).glob(f"*{TFRECORD_SUFFIX}"))
@@ -77,6 +87,11 @@ def _unpack(archive: Path, folder: Path) -> None:
                 (folder / split).mkdir(parents=True, exist_ok=True)
                 with open(folder / split / path.name, "xb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
+        # tarfile takes a missing header for the end.
+        assert tar.fileobj is not None, "it is open"
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(archive, f"is cut off: no header at byte {tar.offset}", "fetch it again")
     if not folder.exists():
         expected = " and ".join(f"{split}/*{TFRECORD_SUFFIX}" for split in SPLITS)
         raise DataError(archive, "holds no samples", f"expected {expected}")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pipelines.errors import AccessError, DataError
 from pipelines.filesystem import free_space
+from pipelines.formats.signatures import recognize_file
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 5
@@ -64,8 +65,9 @@ def fetch(
             raise AccessError.writing(part, error) from error
     found = path if path.exists() else part
     if sha256 is not None and (digest := _sha256(found)) != sha256.lower():
+        kind = recognize_file(found)
         found.unlink()
-        fault = f"its SHA-256 is {digest}, not {sha256}"
+        fault = f"its SHA-256 is {digest}, not {sha256}" + (f"; it holds {kind}" if kind else "")
         raise DataError(url, fault, "fetch it again, or check the expected sum")
     found.replace(path)
     _tag(part).unlink(missing_ok=True)

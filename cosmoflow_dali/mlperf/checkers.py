@@ -1,4 +1,7 @@
-"""The official checkers of mlperf_logging (usage hpc, ruleset 3.0.0), with their messages shortened."""
+"""The official checkers of mlperf_logging (usage hpc), with their messages shortened.
+
+A ruleset is named by its round, such as "3.0".
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ from mlperf_logging.package_checker.seed_checker import SeedChecker
 from mlperf_logging.rcp_checker import rcp_checker
 from mlperf_logging.system_desc_checker import system_desc_checker
 
-USAGE, RULESET = "hpc", "3.0.0"
+USAGE = "hpc"
+RULESETS = ("1.0", "2.0", "3.0")
+"""Rounds of MLPerf HPC with rules; there are none for the first, 0.7."""
 
 _SUCCESS = "PACKAGE CHECKER FOUND NO ERRORS"
 
@@ -42,14 +47,14 @@ class Verdict:
     messages: tuple[str, ...]
 
 
-def check_compliance(path: Path) -> tuple[str, ...]:
-    """Return the compliance checker's errors for the log at `path`, one line each."""
-    checker = mlp_compliance.make_checker(USAGE, RULESET, quiet=True, werror=False)
+def check_compliance(path: Path, ruleset: str) -> tuple[str, ...]:
+    """Return the errors of the compliance checker for the log at `path`, one line each."""
+    checker = mlp_compliance.make_checker(USAGE, f"{ruleset}.0", quiet=True, werror=False)
     # All checkers of a process share this queue, and one that raised has not emptied it.
     mlp_compliance.enqueued_configs.clear()
     with capture_logs():
         try:
-            mlp_compliance.main(str(path), f"{USAGE}_{RULESET}/common.yaml", checker)
+            mlp_compliance.main(str(path), f"{USAGE}_{ruleset}.0/common.yaml", checker)
         except Exception as error:
             # The checker computes with logged values of any type.
             return (f"the checker failed: {error!r}",)
@@ -62,20 +67,20 @@ def _brief(message: str) -> str:
     return " ".join([first, *(line for line in rest if line.startswith("failed test"))])
 
 
-def missing_fields(description: Path) -> list[str]:
+def missing_fields(description: Path, ruleset: str) -> list[str]:
     """Return the fields that the JSON file `description` of a system lacks; only the checker lists them."""
     with capture_logs() as records:
-        system_desc_checker.check_system_desc(str(description), USAGE, RULESET)
+        system_desc_checker.check_system_desc(str(description), USAGE, f"{ruleset}.0")
     return [
         field for record in records for field in re.findall(r"Missing field ([\w-]+)", record.getMessage())
     ]
 
 
-def check_package(folder: Path) -> Verdict:
+def check_package(folder: Path, ruleset: str) -> Verdict:
     """Run the package checker on the whole submission in `folder`."""
     # It runs inside the folder, because it would read special characters in the path as a pattern. It always
     # exits with 0, so the verdict is taken from its output.
-    line = [sys.executable, "-m", "mlperf_logging.package_checker", ".", USAGE, RULESET]
+    line = [sys.executable, "-m", "mlperf_logging.package_checker", ".", USAGE, f"{ruleset}.0"]
     line += ["--log_output", os.devnull]
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -86,21 +91,26 @@ def check_package(folder: Path) -> Verdict:
     return Verdict("package checker", ".", _SUCCESS in done.stderr, tuple(errors))
 
 
-def check_seeds(folder: Path, subject: Path) -> Verdict:
+def check_seeds(folder: Path, subject: Path, ruleset: str) -> Verdict:
     """Run the seed checker on the logs in `subject`, relative to the submission's `folder`."""
     with capture_logs() as records:
-        passed = SeedChecker(RULESET).check_seeds(sorted(map(str, (folder / subject).iterdir())))
+        passed = SeedChecker(f"{ruleset}.0").check_seeds(sorted(map(str, (folder / subject).iterdir())))
     errors = (record.getMessage().strip() for record in records if record.levelname == "ERROR")
     return Verdict("seed checker", str(subject), passed, tuple(errors))
 
 
-def check_convergence(folder: Path, subject: Path) -> Verdict:
+def check_convergence(folder: Path, subject: Path, ruleset: str) -> Verdict:
     """Compare the epochs of the runs in `subject` with the reference's, as the package checker does."""
     checker = "reference-convergence checker"
     with capture_logs() as records:
         try:
             passed, message, factor = rcp_checker.check_directory(
-                glob.escape(str(folder / subject)), USAGE, RULESET, False, False, rcp_pass="pruned_rcps"
+                glob.escape(str(folder / subject)),
+                USAGE,
+                f"{ruleset}.0",
+                False,
+                False,
+                rcp_pass="pruned_rcps",
             )
         except Exception as error:
             # The checker relies on values that only compliant logs have.

@@ -1,6 +1,6 @@
 """The runs recorded in MLPerf logs: what each did, and whether it is valid.
 
-mlperf_logging parses and checks the logs (usage hpc, ruleset 3.0.0). The figures follow the MLPerf HPC
+mlperf_logging parses the logs, and checks them by the rules of their round. The figures follow the MLPerf HPC
 training rules, https://github.com/mlcommons/training_policies/blob/master/hpc_training_rules.adoc ("HPC
 rules" in this package), and, where these refer to them, the MLPerf training rules, training_rules.adoc in the
 same folder.
@@ -11,18 +11,29 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 from mlperf_logging.compliance_checker.mlp_parser import parse_file
 from mlperf_logging.compliance_checker.mlp_parser.ruleset_300 import TOKEN
 from mlperf_logging.mllog import constants
 
-from cosmoflow_dali.mlperf.checkers import RULESET, check_compliance
+from cosmoflow_dali.mlperf.checkers import RULESETS, check_compliance
 from cosmoflow_dali.mlperf.read_events import RunEvents
 from cosmoflow_dali.training.logs import MLPERF
 from pipelines.errors import DataError
 
 BENCHMARK = "cosmoflow"
+
+_PARSER_RULESET = "3.0.0"
+"""The parser is the same for all rulesets."""
+
+_FIRST_RUNS = {
+    "1.0": datetime(2020, 11, 18, tzinfo=timezone.utc),
+    "2.0": datetime(2021, 11, 17, tzinfo=timezone.utc),
+    "3.0": datetime(2022, 11, 9, tzinfo=timezone.utc),
+}
+"""Dates on which the results of the round before were published (mlcommons.org), by round."""
 
 _SUFFIXES = (".log", ".txt", ".out")
 _SCALINGS = ("strong", "weak")
@@ -73,6 +84,7 @@ class Run:
             is then not part of the time; after run_start it is.
         epochs: Epochs to the first evaluation that met the target, before run_stop.
         rate: Training samples per second on each accelerator; see `RunEvents.rate`.
+        ruleset: One of RULESETS, by which the log was checked; None if there is none for it.
         compliance_errors: Errors of the compliance checker.
         invalid_reasons: Other reasons for which the run is invalid.
         scaling: "strong" or "weak" if a folder in the log's path has that name, as in a submission.
@@ -90,6 +102,7 @@ class Run:
     staging: float | None = None
     epochs: float | None = None
     rate: float | None = None
+    ruleset: str | None = RULESETS[-1]
     compliance_errors: tuple[str, ...] = ()
     invalid_reasons: tuple[str, ...] = ()
     scaling: str | None = None
@@ -106,10 +119,11 @@ class Run:
         return None if self.start is None or self.stop is None else (self.stop - self.start) / 60
 
 
-def read_logs(folder: Path) -> list[Run]:
+def read_logs(folder: Path, ruleset: str | None = None) -> list[Run]:
     """Return the runs logged below `folder`, sorted by name.
 
-    Logs are mlperf.log, result_*.txt, and each other .log, .txt or .out file with MLPerf lines.
+    Logs are mlperf.log, result_*.txt, and each other .log, .txt or .out file with MLPerf lines. They are
+    checked by `ruleset`, by default that of the round that was open when they were written.
 
     Raises:
         DataError: There is no such log.
@@ -117,7 +131,7 @@ def read_logs(folder: Path) -> list[Run]:
     if not folder.is_dir():
         raise DataError(folder, "is not a folder", "give the folder that holds the logs")
     paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
-    runs = [_read(path, folder) for path in sorted(paths, key=_natural) if _is_log(path)]
+    runs = [_read(path, folder, ruleset) for path in sorted(paths, key=_natural) if _is_log(path)]
     if not runs:
         reason = f"contains no MLPerf log such as {MLPERF} or result_0.txt"
         raise DataError(folder, reason, "give the folder of a run")
@@ -151,26 +165,35 @@ def _invalid(run: Run, *reasons: str) -> Run:
     return replace(run, invalid_reasons=reasons)
 
 
-def _read(path: Path, folder: Path) -> Run:
+def _ruleset(events: RunEvents) -> str | None:
+    """Return the ruleset of the round that was open when the run began, the newest if it is not known."""
+    if events.start is None:
+        return RULESETS[-1]
+    rounds = [round_ for round_, first in _FIRST_RUNS.items() if first.timestamp() <= events.start]
+    return rounds[-1] if rounds else None
+
+
+def _read(path: Path, folder: Path, ruleset: str | None) -> Run:
     name = path.relative_to(folder)
     scalings = [part for part in (folder.resolve().name, *name.parts[:-1]) if part in _SCALINGS]
-    run = Run(
-        path,
-        str(name),
-        scaling=scalings[-1] if scalings else None,
-        compliance_errors=check_compliance(path),
-    )
+    run = Run(path, str(name), scaling=scalings[-1] if scalings else None, ruleset=ruleset or RULESETS[-1])
+    lines, fault = [], "contains no complete MLPerf line"
     try:
-        lines, _ = parse_file(str(path), ruleset=RULESET)
+        lines, _ = parse_file(str(path), ruleset=_PARSER_RULESET)
         events = RunEvents(lines)
+        run = replace(run, ruleset=ruleset or _ruleset(events))
     except OSError as error:
-        return _invalid(run, f"cannot be read ({error.strerror})")
+        fault = f"cannot be read ({error.strerror})"
     except (KeyError, OverflowError, TypeError) as error:
         # The parser handles broken JSON, but not valid JSON that is not an event.
-        return _invalid(run, f"contains a line that is not an event ({error!r})")
+        lines, fault = [], f"contains a line that is not an event ({error!r})"
+    if run.ruleset is not None:
+        run = replace(run, compliance_errors=check_compliance(path, run.ruleset))
     if not lines:
-        return _invalid(run, "contains no complete MLPerf line")
+        return _invalid(run, fault)
     benchmark, reasons = events.value(constants.SUBMISSION_BENCHMARK), tuple(events.invalid_reasons())
+    if run.ruleset is None:
+        reasons = ("is of HPC v0.7, for which there are no rules; --ruleset applies others", *reasons)
     if benchmark is None:
         return _invalid(run, "does not name its benchmark", *reasons)
     if benchmark != BENCHMARK:

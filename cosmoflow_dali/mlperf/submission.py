@@ -39,26 +39,29 @@ def write_submission(folder: Path, scores: Sequence[Score]) -> tuple[list[Verdic
     Raises:
         UserError: `scores` are not one submission, or `folder` cannot be used.
     """
-    _check(folder, scores)
+    ruleset = _check(folder, scores)
     verdicts, notes = [], []
     for name in dict.fromkeys(score.system.folder_name for score in scores):
-        fields = _write_system(folder, name, [score for score in scores if score.system.folder_name == name])
+        fields = _write_system(
+            folder, name, [score for score in scores if score.system.folder_name == name], ruleset
+        )
         notes.append(f"systems/{name}.json: fill in {', '.join(fields)}")
     for score in scores:
         subject = Path("results", score.system.folder_name, score.scaling, BENCHMARK)
         runs = score.runs if score.scaling == "strong" else score.valid_runs
         for number, run in enumerate(runs):
             write_file(_made(folder / subject) / f"result_{number}.txt", read_file(run.path))
-        verdicts.append(checkers.check_seeds(folder, subject))
+        verdicts.append(checkers.check_seeds(folder, subject, ruleset))
         if score.system.division == "closed":
-            verdicts.append(checkers.check_convergence(folder, subject))
+            verdicts.append(checkers.check_convergence(folder, subject, ruleset))
         else:
             notes.append(f"{subject}: reference convergence is checked in the closed division only")
     notes.append(_add_code(folder, [run for score in scores for run in score.runs]))
-    return [checkers.check_package(folder), *verdicts], notes
+    return [checkers.check_package(folder, ruleset), *verdicts], notes
 
 
-def _check(folder: Path, scores: Sequence[Score]) -> None:
+def _check(folder: Path, scores: Sequence[Score]) -> str:
+    """Return the ruleset of the submission; raise UserError if `scores` are not one."""
     if not scores:
         raise UserError("there is no run of CosmoFlow to submit; see the table")
     for field in ("org", "division"):
@@ -68,6 +71,10 @@ def _check(folder: Path, scores: Sequence[Score]) -> None:
                 f"submission_{field}: the logs have {', '.join(values)}, but a submission has one; "
                 "give the folder of one submission at a time"
             )
+    rulesets = sorted({run.ruleset for score in scores for run in score.runs if run.ruleset is not None})
+    if len(rulesets) != 1:
+        found = " and ".join(rulesets) or "v0.7, for which there are no rules"
+        raise UserError(f"the logs are of {found}, but a submission has one round; choose it with --ruleset")
     subjects = [(score.system.folder_name, score.scaling) for score in scores]
     for name, scaling in subjects:
         if subjects.count((name, scaling)) > 1:
@@ -80,6 +87,7 @@ def _check(folder: Path, scores: Sequence[Score]) -> None:
         empty = not any(folder.iterdir())
     if not empty:
         raise DataError(folder, "is not empty", "name a new folder for the submission")
+    return rulesets[0]
 
 
 def _made(folder: Path) -> Path:
@@ -87,7 +95,7 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _write_system(folder: Path, name: str, scores: Sequence[Score]) -> list[str]:
+def _write_system(folder: Path, name: str, scores: Sequence[Score], ruleset: str) -> list[str]:
     """Write the description of system `name` as far as logged; return the fields that stay empty."""
     system = scores[0].system
     nodes = [
@@ -106,7 +114,7 @@ def _write_system(folder: Path, name: str, scores: Sequence[Score]) -> list[str]
     }
     path = _made(folder / "systems") / f"{name}.json"
     write_file(path, json.dumps(description).encode())
-    missing = checkers.missing_fields(path)
+    missing = checkers.missing_fields(path, ruleset)
     write_file(path, json.dumps(description | dict.fromkeys(missing, ""), indent=4).encode() + b"\n")
     return missing
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import http.client
 import io
@@ -205,7 +206,7 @@ def test_wrong_checksum_is_refused(server: Server, tmp_path: Path) -> None:
     server.content = b"content"
     with pytest.raises(DataError) as error:
         get(server, tmp_path / "x", sha256=hashlib.sha256(b"other").hexdigest())
-    assert "SHA-256" in error.value.fault
+    assert "SHA-256" in error.value.fault and "it holds text" in error.value.fault
     assert list(tmp_path.iterdir()) == [] or not (tmp_path / "x").exists()
     get(server, tmp_path / "x", sha256=hashlib.sha256(b"content").hexdigest().upper())
     assert (tmp_path / "x").read_bytes() == b"content"
@@ -246,16 +247,44 @@ def test_archive_with_a_damaged_sample(
     assert main(arguments) == 0 and len(open_folder(root / "train")) == 3
 
 
-@pytest.mark.parametrize("answer", [promises_less, lambda handler: handler.send(200, b"<html>Sorry</html>")])
+def cut_tar(handler: Handler) -> None:
+    """Send the tar without gzip and without its end, cut between two members."""
+    content = gzip.decompress(handler.server.content)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        last = tar.getmembers()[-1]
+    handler.send(200, content[: last.offset])
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (promises_less, "is not a valid archive"),
+        (cut_tar, "is cut off"),
+        (lambda handler: handler.send(200, b""), "it is empty"),
+        (lambda handler: handler.send(200, b"<!doctype html><title>Log in</title>"), "an HTML page"),
+        (lambda handler: handler.send(200, b'{"error": "gone"}'), "a JSON document"),
+        (lambda handler: handler.send(200, b"<?xml version='1.0'?><Error/>"), "an XML document"),
+        (lambda handler: handler.send(200, b"PK\x03\x04" + bytes(99)), "a zip archive"),
+        (lambda handler: handler.send(200, gzip.compress(b"<html>Sorry</html>")), "is not a valid archive"),
+    ],
+)
 def test_invalid_archive_is_refused_and_fetched_again(
-    answer: Answer, server: Server, archive: bytes, tmp_path: Path
+    answer: Answer,
+    reason: str,
+    server: Server,
+    archive: bytes,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     server.content, server.answers = archive, [answer]
-    done = program("preprocess.download", "--small", "-o", tmp_path / "small", "--url", server.url)
-    assert done.code == 1
-    assert "is not a valid archive" in done.err and "Traceback" not in done.err
+    arguments = ["--small", "-o", str(tmp_path / "small"), "--url", server.url]
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "small.tgz: " in line]
+    assert end.value.code == 1 and line.startswith("error: ") and reason in line and ";" in line
     assert list((tmp_path / "small").iterdir()) == []
-    assert main(["--small", "-o", str(tmp_path / "small"), "--url", server.url]) == 0
+    if answer is promises_less:
+        assert main(arguments) == 0
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -415,3 +416,39 @@ def test_runs_of_another_program_come_without_code(submission: Submit, tmp_path:
     assert done.code == 0, done.out + done.err
     assert "another program wrote these logs" in done.out
     assert list((folder / "benchmarks" / "cosmoflow" / "implementations").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("year", "ruleset", "rules"),
+    [(2020, None, None), (2021, "1.0", "1.0"), (2022, "2.0", "2.0"), (2023, "3.0", "")],
+)
+def test_logs_are_checked_by_the_rules_of_their_round(
+    year: int, ruleset: str | None, rules: str | None, results: Results, tmp_path: Path
+) -> None:
+    start = datetime(year, 9, 1, tzinfo=timezone.utc).timestamp()
+    log(tmp_path / "logs" / "result_0.txt", seed=1, start=start, staging=13)
+    done, figures = results(tmp_path / "logs")
+    (run,) = figures["logs"]
+    assert run["ruleset"] == ruleset
+    if rules is None:
+        assert not run["counts"] and "v0.7" in run["faults"][0] and run["complaints"] == []
+        assert row(done, "result_0.txt").split()[1:3] == ["no", "rules"]
+    # Until v3.0 staging was part of the timed run.
+    elif rules:
+        assert row(done, "result_0.txt").split()[1:3] == ["fails", rules]
+        assert any("staging_start" in complaint for complaint in run["complaints"])
+    else:
+        assert done.code == 0 and row(done, "result_0.txt").split()[1] == "passes"
+
+
+def test_flag_chooses_the_rules_and_a_submission_has_one_round(results: Results, tmp_path: Path) -> None:
+    start = datetime(2020, 9, 1, tzinfo=timezone.utc).timestamp()
+    log(tmp_path / "logs" / "result_0.txt", seed=1, start=start)
+    done, figures = results(tmp_path / "logs", "--ruleset", "1.0")
+    assert done.code == 0 and figures["logs"][0]["ruleset"] == "1.0"
+    done, _ = results(tmp_path / "logs", "--submission", tmp_path / "no rules")
+    assert done.code == 1 and "v0.7" in done.err
+    log(tmp_path / "logs" / "result_1.txt", seed=2, start=start + 2 * 365 * 86400)
+    log(tmp_path / "logs" / "result_2.txt", seed=3, start=start + 3 * 365 * 86400)
+    done, _ = results(tmp_path / "logs", "--submission", tmp_path / "mixed")
+    assert done.code == 1 and "2.0 and 3.0" in done.err and not (tmp_path / "mixed").exists()
