@@ -111,9 +111,10 @@ def _reading(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             # HDF5's own message repeats the path.
             raise AccessError.reading(path, OSError(error.errno, os.strerror(error.errno))) from error
-        if not h5py.is_hdf5(path) and (kind := recognize_file(path)):
-            raise DataError(path, f"holds {kind} instead of HDF5", "download the file again") from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        kind = recognize_file(path)
+        if kind and kind != "an HDF5 file":
+            reason = f"it holds {kind}"
         raise DataError(path, f"cannot be read as HDF5 ({reason})", "download the file again") from error
 
 

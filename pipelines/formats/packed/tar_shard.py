@@ -101,9 +101,9 @@ def read_members(path: Path) -> tuple[TarMember, ...]:
                 fault = f"is not a complete tar archive: no header at byte {tar.offset}"
                 raise DataError(path, fault, _REMEDY)
     except (tarfile.TarError, ValueError) as error:
-        if not members and (kind := recognize_file(path)):
-            raise DataError(path, f"holds {kind} instead of a tar archive", _REMEDY) from error
-        raise DataError(path, f"is not a complete tar archive ({error})", _REMEDY) from error
+        kind = recognize_file(path)
+        reason = f"it holds {kind}" if kind and kind != "a tar archive" else error
+        raise DataError(path, f"is not a complete tar archive ({reason})", _REMEDY) from error
     return tuple(members)
 
 
