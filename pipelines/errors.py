@@ -47,7 +47,8 @@ class AccessError(DataError):
     @staticmethod
     def reading(path: str | os.PathLike[str], error: OSError) -> UnreadableError:
         """Return the error for `error`, raised while reading `path`."""
-        return UnreadableError(path, f"cannot be read ({error.strerror or error})", _remedy(error))
+        remedy = remedy_for_link(path, error) or _remedy(error)
+        return UnreadableError(path, f"cannot be read ({error.strerror or error})", remedy)
 
     @staticmethod
     def writing(
@@ -78,6 +79,13 @@ def _remedy(error: OSError) -> str:
 
 class UnreadableError(AccessError):
     """A file or folder that cannot be read; others in the same place may still be readable."""
+
+
+def remedy_for_link(path: str | os.PathLike[str], error: OSError) -> str | None:
+    """Return the remedy for `error`, raised while reading `path`, if that is a link that leads nowhere."""
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        return f"restore {os.readlink(path)}, which this symbolic link leads to, or remove the link"
+    return None
 
 
 @contextlib.contextmanager

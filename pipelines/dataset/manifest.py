@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.errors import DataError, reading
+from pipelines.folders import is_present
 from pipelines.io import TarMember, WrittenFile, read_file, write_file
 from pipelines.sample import SampleSpec
 
@@ -169,11 +170,12 @@ class Manifest:
     def load(folder: Path) -> Manifest | None:
         """Return the manifest of `folder`, or None if it has none; DataError if it is damaged."""
         path = folder / MANIFEST
-        if not path.exists():
+        if not is_present(path):
             return None
         entries: list[Entry] = []
         try:
-            header, *lines = read_file(path).decode().splitlines()
+            # An editor may have added a byte-order mark, or empty lines.
+            header, *lines = filter(str.strip, read_file(path).decode("utf-8-sig").splitlines())
             fields = json.loads(header)
             if fields["manifest"] != _VERSION:
                 raise DataError(path, f"has version {fields['manifest']}, not {_VERSION}", _REMEDY)

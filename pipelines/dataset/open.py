@@ -15,8 +15,9 @@ import numpy as np
 from pipelines.dataset.dataset import EXTENT, SampleDataset, dataset_from_shards
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Manifest
-from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError, DataError, reading
+from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError, DataError, reading, remedy_for_link
 from pipelines.filesystem import open_regular
+from pipelines.folders import is_hidden, is_present
 from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.packed.format import PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
@@ -36,11 +37,13 @@ def split_dirs(root: Path) -> list[str]:
     """Return the folders of samples in `root`: the SPLITS that exist, or ["."] if there are none.
 
     Raises:
+        AccessError: `root` cannot be listed or searched.
         DataError: samples lie beside the splits, so that it is unclear which are meant.
     """
-    found: list[str] = [split for split in SPLITS if (root / split).is_dir()]
+    # A split that is a link to nowhere is refused when it is opened.
+    found: list[str] = [split for split in SPLITS if is_present(root / split)]
     for name in list_folder(root) if found else ():
-        if name.endswith(_SUFFIXES):
+        if name.endswith(_SUFFIXES) and not is_hidden(name):
             fault = f"holds {name} beside {' and '.join(found)}"
             raise DataError(root, fault, "give one of these folders, or keep the sample elsewhere")
     return found or ["."]
@@ -50,7 +53,7 @@ def open_folder(folder: Path, *, labeled: bool = True) -> SampleDataset:
     """Open the samples in `folder`, those of its manifest if it has one.
 
     Without a manifest the folder is listed, in the order of `files_data.lst` if that exists, and the
-    first valid sample is read for its shape.
+    first valid sample is read for its shape. Hidden files are no samples; see `is_hidden`.
 
     Args:
         labeled: False if the counts alone are needed; see `Format.parse`.
@@ -62,9 +65,11 @@ def open_folder(folder: Path, *, labeled: bool = True) -> SampleDataset:
     if manifest is not None:
         return replace(_from_manifest(folder, manifest), labeled=labeled)
     names = list_folder(folder)
-    found = [name for name in names if name.endswith(_SUFFIXES)]
+    named = [name for name in names if name.endswith(_SUFFIXES)]
+    found = [name for name in named if not is_hidden(name)]
     if not found:
-        raise DataError(folder, "holds no samples", f"expected {_EXPECTED} files")
+        hidden = f" but {named[0]}, and names that begin with a dot are skipped" if named else ""
+        raise DataError(folder, f"holds no samples{hidden}", f"expected {_EXPECTED} files")
     labels = {name for name in names if name.endswith(LABEL_SUFFIX)}
     suffix = next(filter(found[0].endswith, _SUFFIXES))
     for name in found:
@@ -115,6 +120,7 @@ def list_folder(folder: Path) -> list[str]:
             return sorted(entry.name for entry in entries)
     except OSError as error:
         remedy = f"give a folder of samples, or one that holds {' and '.join(SPLITS)}"
+        remedy = remedy_for_link(folder, error) or remedy
         raise AccessError(folder, f"cannot be listed ({error.strerror})", remedy) from error
 
 
@@ -176,7 +182,10 @@ def _in_list_order(folder: Path, found: Sequence[str], names: Collection[str]) -
     path, remedy = folder / DATA_LIST, "regenerate the list"
     listed = [file.name for file in read_list(path)]
     if missing := set(listed) - set(found):
-        raise DataError(path, f"lists {min(missing)}, which does not exist", remedy)
+        name, fault = min(missing), "does not exist"
+        if any(os.path.lexists(base / name) for base in (folder, folder.absolute().parent)):
+            fault = "is in another folder" if "/" in name else f"is not one of the {_EXPECTED} files here"
+        raise DataError(path, f"lists {name}, which {fault}", remedy)
     if not listed:
         raise DataError(path, "is empty", remedy)
     if LABEL_LIST in names:

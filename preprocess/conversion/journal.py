@@ -65,7 +65,7 @@ def load_records(folder: Path, format_name: str, spec: SampleSpec) -> TargetStat
     # Journal 0 holds what there was before the others began.
     for journal in sorted(journals, key=lambda match: int(match["writer"])):
         _check_same(folder, "format", journal["format"], format_name)
-        for line in (folder / journal[0]).read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in (folder / journal[0]).read_text(encoding="utf-8-sig", errors="replace").splitlines():
             try:
                 fields = json.loads(line)
                 if not isinstance(fields, dict):

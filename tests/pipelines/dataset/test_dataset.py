@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +49,121 @@ def test_list_files_select_and_order_the_samples(tmp_path: Path) -> None:
     assert [split.sample_id(index) for index in range(len(split))] == chosen
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("\ufeff", "\n"),
+        ("", "\r\n"),
+        ("", "\r"),
+        ("./", "\n"),
+        ("{train}/", "\n"),
+        ("{link}/train//", "\n"),
+        ("train/", "\n"),
+        ("../validation/../train/", "\n"),
+        ("  ", "\t123 \n"),
+        ("._universe_0000_000_data.npy\n./.DS_Store\n", "\n\n"),
+    ],
+)
+def test_lists_as_other_programs_write_them(before: str, after: str, tmp_path: Path) -> None:
+    train = write_tiny(tmp_path / "data", train=4, validation=1) / "train"
+    (tmp_path / "link").symlink_to("data")
+    before = before.format(train=train, link=tmp_path / "link")
+    stems = [f"universe_000{index}_000" for index in (2, 0, 3)]
+    for kind in ("data", "label"):
+        content = "".join(f"{before}{stem}_{kind}.npy{after}" for stem in stems)
+        (train / f"files_{kind}.lst").write_bytes(content.encode())
+    split = open_folder(train)
+    assert [split.sample_id(index) for index in range(len(split))] == stems
+
+
+def test_a_list_may_name_what_the_links_of_its_folder_lead_to(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "data", train=2, validation=1) / "train"
+    (tmp_path / "links").mkdir()
+    for path in source.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    names = sorted(path.name for path in source.glob("*_data.npy"))
+    (tmp_path / "links" / "files_data.lst").write_text("".join(f"{source}/{name}\n" for name in names))
+    assert len(open_folder(tmp_path / "links")) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("universe_0001_000_data.npy\n".encode("utf-16"), "zero bytes, as text in UTF-16 does"),
+        ("universe_0001_000_data.npy\n".encode("utf-16-be"), "zero bytes, as text in UTF-16 does"),
+        ("universe_0001_000_data.npy\nh\xf6he_data.npy\n".encode("latin-1"), "line 2 is not UTF-8"),
+        (b"../validation/universe_1000_000_data.npy\n", "is in another folder"),
+        (b"validation/universe_1000_000_data.npy\n", "is in another folder"),
+        (b"validation/universe_0001_000_data.npy\n", "does not exist"),
+        (b"universe_0001_000_label.npy\n", "universe_0001_000_label.npy, which is not one of the"),
+        (
+            b"universe_0001_000_data.npy\n./universe_0001_000_data.npy 12\n",
+            "universe_0001_000_data.npy twice",
+        ),
+        (b"\xef\xbb\xbf \r\n._a_data.npy\r\n", "is empty"),
+    ],
+)
+def test_contradictory_lists_are_refused_for_the_true_reason(
+    content: bytes, fault: str, tmp_path: Path
+) -> None:
+    train = write_tiny(tmp_path / "data", train=2, validation=1) / "train"
+    (train / "files_data.lst").write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        open_folder(train)
+    assert raised.value.path == str(train / "files_data.lst") and fault in raised.value.fault
+
+
+def test_a_manifest_that_an_editor_has_saved(tmp_path: Path) -> None:
+    written = FORMATS["npy"].write(tmp_path, "a", tiny_sample(1))
+    Manifest("npy", SampleSpec(16), (Entry.from_written("a", written),)).save(tmp_path)
+    path = tmp_path / MANIFEST
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    assert open_folder(tmp_path).read(0, verify=True).counts.shape == (16, 16, 16, 4)
+
+
+APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4064)
+
+
+@pytest.mark.parametrize("format_name", sorted(FORMATS))
+def test_hidden_files_are_no_samples(format_name: str, tmp_path: Path) -> None:
+    root = write_tiny(tmp_path / "data", train=2, validation=1, format_name=format_name)
+    for folder in (root, root / "train"):
+        for path in list((root / "train").iterdir()):
+            (folder / f"._{path.name}").write_bytes(APPLE_DOUBLE)
+            shutil.copy(path, folder / f".~{path.name}")
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    assert split_dirs(root) == ["train", "validation"]
+    split = open_folder(root / "train")
+    assert [split.sample_id(index) for index in range(len(split))] == [
+        "universe_0000_000",
+        "universe_0001_000",
+    ]
+    for path in (root / "validation").iterdir():
+        path.rename(path.with_name(f".{path.name}"))
+    with pytest.raises(DataError) as raised:
+        open_folder(root / "validation")
+    assert ".universe_1000_000" in raised.value.fault
+
+
+def test_links_to_nowhere_are_named(tmp_path: Path) -> None:
+    root = write_tiny(tmp_path / "data", train=1, validation=1)
+    shutil.rmtree(root / "train")
+    (root / "train").symlink_to("/nowhere/train")
+    # A split must not be passed over.
+    assert split_dirs(root) == ["train", "validation"]
+    with pytest.raises(AccessError, match="restore /nowhere/train, which this symbolic link leads to"):
+        open_folder(root / "train")
+    (root / "validation" / MANIFEST).symlink_to("/nowhere/manifest")
+    with pytest.raises(AccessError) as raised:
+        open_folder(root / "validation")
+    assert raised.value.path == str(root / "validation" / MANIFEST)
+
+
 def test_lists_that_do_not_match_the_files_are_refused(tmp_path: Path) -> None:
     train = write_tiny(tmp_path / "data", train=4, validation=1) / "train"
     for data, label, message in (
         ("universe_0009_000_data.npy\n", "", "lists universe_0009_000_data.npy, which does not exist"),
-        ("universe_0001_000_data.npy\n" * 2, "", "lists a file twice"),
+        ("universe_0001_000_data.npy\n" * 2, "", "lists universe_0001_000_data.npy twice"),
         ("\n", "", "is empty"),
         ("universe_0001_000_data.npy\n", "universe_0002_000_label.npy\n", "does not list the labels"),
     ):
