@@ -36,12 +36,13 @@ from cosmoflow_dali.training.logs import RunLogs, configure_logging
 from cosmoflow_dali.training.run_dir import CONFIG, Run, check_data, check_partition, create_run, resume_run
 from cosmoflow_dali.training.stop_signal import handle_stop_signals
 from cosmoflow_dali.training.trainer import StopReason, Trainer
-from pipelines.dataset.open import open_folder
+from pipelines.dataset.open import list_folder, open_folder
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.node_groups import check_nodes
 from pipelines.distributed.session import Session, exit_now
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import UserError
+from pipelines.folders import is_hidden, is_present
 from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader
@@ -123,8 +124,11 @@ def _simulate(config: TrainConfig) -> bool:
     """Simulate missing samples if `config` asks for it; return False if there is nothing to simulate."""
     root, simulate = Path(config.data.dir), config.data.simulate
     samples = root / "train"
+    if simulate is None:
+        return False
+    simulated = is_present(root / SETTINGS) or not is_present(samples)
     # Samples without simulation.json came from elsewhere: use them as they are.
-    if simulate is None or (not (root / SETTINGS).exists() and samples.is_dir() and any(samples.iterdir())):
+    if not simulated and not all(map(is_hidden, list_folder(samples))):
         return False
     make_dataset(simulate, root, workers=available_cores(), shown=True)
     return True

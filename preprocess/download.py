@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from pipelines.dataset.manifest import MANIFEST
+from pipelines.dataset.open import list_folder
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import AccessError, ConfigError, DataError, printable, writing
+from pipelines.folders import is_hidden, is_present
 from pipelines.formats.signatures import recognize_file
 from pipelines.formats.tfrecord import TFRECORD_SUFFIX
 from pipelines.sample import SPLITS
@@ -36,7 +38,7 @@ _ARCHIVES = ("gzip data", "bzip2 data", "xz data", "a tar archive")
 def unpack(archive: Path, root: Path) -> int:
     """Unpack the samples in the tar file `archive` into `root`/train and `root`/validation.
 
-    A member is a sample if its folder has the name of a split; other files are skipped.
+    A member is a sample if its folder has the name of a split; other files, and hidden ones, are skipped.
 
     Returns:
         Number of samples.
@@ -67,7 +69,7 @@ def unpack(archive: Path, root: Path) -> int:
         raise DataError(archive, f"is not a valid archive ({reason})", "fetch it again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return sum(1 for split in SPLITS for _ in (root / split).glob(f"*{TFRECORD_SUFFIX}"))
+    return sum(len(list_folder(root / split)) for split in SPLITS if is_present(root / split))
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -81,7 +83,8 @@ def _unpack(archive: Path, folder: Path) -> None:
                 kind = "a path outside the folder" if regular else "a link or device"
                 raise DataError(archive, f"holds {member.name}, {kind}", "do not trust its origin")
             split = path.parent.name
-            if member.isfile() and split in SPLITS and path.name.endswith(TFRECORD_SUFFIX):
+            sample = split in SPLITS and path.name.endswith(TFRECORD_SUFFIX) and not is_hidden(member.name)
+            if member.isfile() and sample:
                 source = tar.extractfile(member)
                 assert source is not None, "a regular file has content"
                 (folder / split).mkdir(parents=True, exist_ok=True)

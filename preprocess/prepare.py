@@ -3,15 +3,15 @@
     python -m preprocess.prepare -i DIR -o DIR --gzip
     mpirun -n 64 python -m preprocess.prepare -i DIR -o DIR --gzip
 
-Every *.hdf5 file below the input folder is a universe (see `preprocess.conversion.hdf5_task`). Its
-samples are named `<parent folder>_<file name>_<crop>`, and all of them go to `train` or all to
-`validation`. A run that was stopped resumes when the same command is started again.
+Every *.hdf5 file below the input folder, also behind symbolic links, is a universe (see
+`preprocess.conversion.hdf5_task`); names that begin with a dot are skipped. Its samples are named
+`<parent folder>_<file name>_<crop>`, and all of them go to `train` or all to `validation`. A run that was
+stopped resumes when the same command is started again.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from pipelines.dataset.open import first_valid
 from pipelines.distributed.cli import OneLineParser
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
-from pipelines.errors import AccessError, ConfigError, DataError
+from pipelines.errors import ConfigError, DataError
+from pipelines.folders import find_files
 from pipelines.plan import derive_seed
 from pipelines.sample import SPLITS, SampleSpec
 from preprocess.conversion.engine import ConversionPlan, run
@@ -33,25 +34,23 @@ def find_universes(root: Path) -> dict[str, Path]:
     """Return the universes below `root` by name, in the order of their paths.
 
     Raises:
-        DataError: There are none, or two have the same name.
+        DataError: There are none, two have the same name, or a folder or link cannot be followed.
     """
-
-    def refuse(error: OSError) -> None:
-        raise AccessError.reading(error.filename, error) from error
-
+    paths, errors = find_files(root, (_SUFFIX,))
+    if errors:
+        raise errors[0]
     found: dict[str, Path] = {}
-    for folder, _, names in os.walk(root, onerror=refuse):
-        for name in names:
-            if name.endswith(_SUFFIX):
-                path = Path(folder, name)
-                key = f"{path.parent.resolve().name}_{path.name.removesuffix(_SUFFIX)}"
-                if key in found:
-                    fault = f"would give samples the same names as {found[key]}"
-                    raise DataError(path, fault, "rename one of their folders")
-                found[key] = path
+    for path in paths:
+        # `root` may be written as "."; of a folder behind a link the name of the link counts.
+        folder = path.parent.resolve() if path.parent == root else path.parent
+        key = f"{folder.name}_{path.name.removesuffix(_SUFFIX)}"
+        if key in found:
+            fault = f"would give samples the same names as {found[key]}"
+            raise DataError(path, fault, "rename one of their folders")
+        found[key] = path
     if not found:
         raise DataError(root, "holds no universes", f"expected *{_SUFFIX} files in it or below")
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    return found
 
 
 def split_universes(names: Sequence[str], validation: float, seed: int) -> tuple[list[str], list[str]]:

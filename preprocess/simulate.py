@@ -21,8 +21,9 @@ from pathlib import Path
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError, DataError, printable
+from pipelines.folders import is_hidden
 from pipelines.formats.registry import FORMATS
-from pipelines.io import final_name, locked, remove_temporaries, write_file
+from pipelines.io import locked, remove_temporaries, write_file
 from pipelines.sample import SPLITS, SplitName
 from pipelines.settings import add_flags, build
 from preprocess.conversion.progress import STOPPED, track
@@ -106,7 +107,7 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
     except FileNotFoundError:
         for split in SPLITS:
             folder = root / split
-            if folder.is_dir() and not all(final_name(path.name) for path in folder.iterdir()):
+            if folder.is_dir() and not all(is_hidden(path.name) for path in folder.iterdir()):
                 fault = f"holds {split}/ but no {SETTINGS}"
                 raise DataError(root, fault, "choose another folder to simulate into") from None
         return

@@ -25,6 +25,7 @@ from pipelines.dataset.open import list_folder, open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError, DataError, printable
+from pipelines.folders import is_hidden
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SPLITS
 from pipelines.tables import format_table
@@ -97,7 +98,7 @@ def _check_names(report: Report, entries: Sequence[str]) -> None:
         if is_unfinished(name):
             fault = f"{folder / name}: was left by a writer that was stopped; run it again"
             report.faults["files"].append(fault)
-        elif name not in known and name.endswith(suffixes):
+        elif name not in known and name.endswith(suffixes) and not is_hidden(name):
             where = "manifest" if report.manifest else DATA_LIST
             report.faults["files"].append(f"{folder / name}: is not in the {where}")
 

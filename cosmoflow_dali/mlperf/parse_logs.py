@@ -22,6 +22,7 @@ from cosmoflow_dali.mlperf.checkers import RULESETS, check_compliance
 from cosmoflow_dali.mlperf.read_events import RunEvents
 from cosmoflow_dali.training.logs import MLPERF
 from pipelines.errors import DataError
+from pipelines.folders import find_files
 
 BENCHMARK = "cosmoflow"
 
@@ -120,18 +121,22 @@ class Run:
 
 
 def read_logs(folder: Path, ruleset: str | None = None) -> list[Run]:
-    """Return the runs logged below `folder`, sorted by name.
+    """Return the runs logged below `folder`, also behind symbolic links, sorted by name.
 
     Logs are mlperf.log, result_*.txt, and each other .log, .txt or .out file with MLPerf lines. They are
-    checked by `ruleset`, by default that of the round that was open when they were written.
+    checked by `ruleset`, by default that of the round that was open when they were written. What cannot be
+    searched counts as an invalid run, because it may hold logs.
 
     Raises:
         DataError: There is no such log.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(folder, "is not a folder", "give the folder that holds the logs")
-    paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    paths, errors = find_files(folder, _SUFFIXES)
     runs = [_read(path, folder, ruleset) for path in sorted(paths, key=_natural) if _is_log(path)]
+    runs += [
+        _invalid(Run(Path(error.path), os.path.relpath(error.path, folder)), error.fault) for error in errors
+    ]
     if not runs:
         reason = f"contains no MLPerf log such as {MLPERF} or result_0.txt"
         raise DataError(folder, reason, "give the folder of a run")

@@ -16,7 +16,8 @@ from cosmoflow_dali.mlperf import checkers
 from cosmoflow_dali.mlperf.checkers import Verdict
 from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run
 from cosmoflow_dali.mlperf.scoring import Score
-from pipelines.errors import DataError, UserError, writing
+from pipelines.errors import DataError, UserError, reading, writing
+from pipelines.folders import find_files, is_hidden, is_present
 from pipelines.io import read_file, write_file
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ def _check(folder: Path, scores: Sequence[Score]) -> str:
             )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        empty = not any(folder.iterdir())
+        empty = all(is_hidden(name) for name in os.listdir(folder))
     if not empty:
         raise DataError(folder, "is not empty", "name a new folder for the submission")
     return rulesets[0]
@@ -126,9 +127,12 @@ def _add_code(folder: Path, runs: Sequence[Run]) -> str:
     if not sources or any(os.path.isabs(each) or not (_ROOT / each).is_file() for each in sources):
         return f"{target.relative_to(folder)}: another program wrote these logs; add its code"
     target = _made(target / "cosmoflow-dali")
-    for part in _CODE:
-        if (_ROOT / part).is_dir():
-            shutil.copytree(_ROOT / part, target / part, ignore=shutil.ignore_patterns("__pycache__"))
-        elif (_ROOT / part).is_file():
-            shutil.copy(_ROOT / part, target / part)
+    for part in filter(is_present, (_ROOT / name for name in _CODE)):
+        files, errors = find_files(part, ("",))
+        for error in errors:
+            raise error
+        for file in files:
+            if "__pycache__" not in file.parts:
+                with reading(file):
+                    shutil.copy(file, _made((target / file.relative_to(_ROOT)).parent))
     return f"{target.relative_to(folder)}: add the configuration that was used"

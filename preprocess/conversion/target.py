@@ -14,9 +14,10 @@ from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, ListedFile, writ
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import list_folder
 from pipelines.errors import DataError, writing
+from pipelines.folders import is_hidden
 from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.registry import FORMATS
-from pipelines.io import LOCK_FILE, final_name, remove_temporaries
+from pipelines.io import final_name, remove_temporaries
 from pipelines.sample import SampleSpec
 from preprocess.conversion.journal import is_journal, load_records, write_journal
 
@@ -112,17 +113,17 @@ def list_files(format_name: str, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def files_by_entry(folder: Path, format_name: str) -> dict[str, list[str]]:
-    """Return the files in `folder` by the name of their entry, without records, locks and temporary files.
+    """Return the files in `folder` by the name of their entry, without records, locks and other hidden files.
 
     A file that is not of `format_name` stands under its own name.
     """
     found: dict[str, list[str]] = defaultdict(list)
     suffixes = FORMATS[format_name].written_suffixes
     for name in list_folder(folder):
-        # A temporary file of another program is not ours to remove.
+        # A temporary file of another program is hidden too, but `reopen` would remove it.
         final = final_name(name)
-        own = final is not None and (_is_record(final) or final.endswith(suffixes))
-        if not (own or name == LOCK_FILE or _is_record(name)):
+        foreign = final is not None and not (_is_record(final) or final.endswith(suffixes))
+        if foreign or not (is_hidden(name) or _is_record(name)):
             suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), "")
             found[name.removesuffix(suffix)].append(name)
     return found

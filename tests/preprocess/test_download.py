@@ -322,9 +322,16 @@ def test_no_path_leaves_the_folder(bad: tarfile.TarInfo, tmp_path: Path) -> None
 
 def test_other_files_are_skipped_and_duplicates_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("README", "x/train/a.tfrecord", "x/train/b.txt", "x/validation/a.tfrecord"):
+        names = "README", "x/train/a.tfrecord", "x/train/b.txt", "./x/validation/a.tfrecord"
+        for name in (
+            *names,
+            "x/train/._a.tfrecord",
+            "__MACOSX/x/train/._a.tfrecord",
+            ".old/train/a.tfrecord",
+        ):
             tar.addfile(member(name), io.BytesIO())
     assert unpack(tmp_path / "a.tar", tmp_path) == 2
+    assert not [path for path in (tmp_path / "train").iterdir() if path.name.startswith(".")]
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         for name in ("x/train/a.tfrecord", "y/train/a.tfrecord"):
             tar.addfile(member(name), io.BytesIO())

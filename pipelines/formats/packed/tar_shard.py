@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipelines.errors import DataError, reading
 from pipelines.filesystem import open_regular, raise_open_file_limit
+from pipelines.folders import is_hidden
 from pipelines.formats.signatures import recognize_file
 from pipelines.io import (
     TarMember,
@@ -73,7 +74,7 @@ def write_shard(
 
 
 def read_members(path: Path) -> tuple[TarMember, ...]:
-    """Return the regular files in the tar archive at `path`, found by reading its headers.
+    """Return the regular files in the tar archive at `path` that are not hidden, by reading its headers.
 
     Raises:
         DataError: the archive is not complete, or has members that are neither files nor folders.
@@ -86,6 +87,8 @@ def read_members(path: Path) -> tuple[TarMember, ...]:
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
             for entry in tar:
+                if is_hidden(entry.name) and entry.size >= 0:
+                    continue
                 if not entry.name.isprintable() or entry.size < 0:
                     # The name would go into messages, and into the manifest.
                     fault = f"has a member {entry.name!a} of {entry.size} bytes"

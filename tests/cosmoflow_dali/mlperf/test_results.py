@@ -110,6 +110,32 @@ def ten(folder: Path, changes: Mapping[int, dict[str, Any]] | None = None, **set
     return folder
 
 
+def test_runs_behind_links_count_once_and_hidden_files_do_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logs = tmp_path / "logs"
+    log(logs / "1" / "mlperf.log", seed=1)
+    log(tmp_path / "scratch" / "2" / "mlperf.log", seed=2, start=START + 1000)
+    log(tmp_path / "alone.txt", seed=3, start=START + 2000)
+    (logs / "2").symlink_to(tmp_path / "scratch" / "2")
+    (logs / "result_3.txt").symlink_to("../alone.txt")
+    (logs / "0_latest").symlink_to("1")
+    (logs / "1" / "all").symlink_to("..")
+    (logs / "1" / "._mlperf.log").write_bytes(b"\0\5\x16\7")
+    log(logs / ".Trash-1000" / "mlperf.log", seed=4)
+    figures = tmp_path / "figures.json"
+    assert main([str(logs), "--json", str(figures)]) == 0
+    names = [run["name"] for run in json.loads(figures.read_text())["logs"]]
+    assert names == ["1/mlperf.log", "2/mlperf.log", "result_3.txt"]
+    assert len(caplog.records) == 2
+    # What cannot be searched may hold logs.
+    (logs / "5").symlink_to("/nowhere/5")
+    with pytest.raises(SystemExit):
+        main([str(logs), "--json", str(figures)])
+    *_, last = json.loads(figures.read_text())["logs"]
+    assert last["name"] == "5" and "cannot be read" in last["faults"][0]
+
+
 @pytest.fixture
 def results(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[Done, dict[str, Any]]]:
     """Return a function that runs the program and returns its outcome and, if written, its figures."""

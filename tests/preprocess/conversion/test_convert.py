@@ -207,6 +207,18 @@ def test_folder_with_foreign_files_is_unchanged(tmp_path: Path) -> None:
 
 
 @inline
+def test_hidden_files_in_the_target_are_left_alone(tmp_path: Path) -> None:
+    source, target = write_tiny(tmp_path / "in", train=3, validation=1), tmp_path / "out"
+    hidden = [target / "train" / name for name in (".DS_Store", ".nfs000a1", "._universe_0000_000.tfrecord")]
+    hidden[0].parent.mkdir(parents=True)
+    for path in hidden:
+        path.write_bytes(b"1")
+    for _ in range(2):
+        done = program("preprocess.convert", "-i", source, "-o", target, "--to", "tfrecord", "--workers", 1)
+        assert done.code == 0, done.err
+    assert all(path.exists() for path in hidden) and len(open_folder(target / "train")) == 3
+
+
 def test_invalid_arguments_are_one_line(tiny: Path, tmp_path: Path) -> None:
     data, out = tiny / "train", tmp_path / "out"
     for ranks, arguments, message in (

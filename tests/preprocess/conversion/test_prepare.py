@@ -71,6 +71,38 @@ def test_names_crops_and_splits(universes: Path, tmp_path: Path) -> None:
     assert verify([str(tmp_path / "out")]) == 0
 
 
+def test_universes_behind_links_are_cut_once_each(
+    universes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = set(find_universes(universes))
+    # Another file system, and a universe alone.
+    (universes / "21691").rename(tmp_path / "moved")
+    (universes / "21691").symlink_to(tmp_path / "moved")
+    write_universe(tmp_path / "single.hdf5", 9)
+    (universes / "21692" / "one.hdf5").symlink_to(tmp_path / "single.hdf5")
+    # The same again, and a loop.
+    (universes / "again").symlink_to(universes / "21690")
+    (universes / "copy.hdf5").symlink_to(universes / "21690" / "univ_ics_0.hdf5")
+    (universes / "21690" / "up").symlink_to("..")
+    for index in range(3):
+        (universes / "21690" / f"._univ_ics_{index}.hdf5").write_bytes(b"\0\5\x16\7")
+    assert set(find_universes(universes)) == names | {"21692_one"}
+    assert len(caplog.records) == 3
+    (universes / "lost").symlink_to("/nowhere/lost")
+    with pytest.raises(UnreadableError) as raised:
+        find_universes(universes)
+    assert raised.value.path == str(universes / "lost")
+
+
+def test_universes_of_one_name_can_be_told_apart_by_their_links(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_universe(tmp_path / str(number) / "same" / "u.hdf5", number)
+    (tmp_path / "in").mkdir()
+    for number in (1, 2):
+        (tmp_path / "in" / f"link{number}").symlink_to(tmp_path / str(number) / "same")
+    assert list(find_universes(tmp_path / "in")) == ["link1_u", "link2_u"]
+
+
 def test_crops_equal_those_of_numpy_split(tmp_path: Path) -> None:
     # The reference cuts with three nested numpy.split.
     write_universe(tmp_path / "u.hdf5", 3)

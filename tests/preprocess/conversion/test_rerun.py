@@ -272,7 +272,7 @@ def test_files_of_a_killed_run_that_lost_its_last_records_are_converted_again(tm
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     data = tiny(tmp_path)
-    names = (".notes.tmp", ".thesis.tex.77.tmp", ".journal.of.mine", "thesis.tex", "other_000_data.npy")
+    names = (".thesis.tex.77.tmp", "thesis.tex", "other_000_data.npy")
     for state, name in itertools.product((None, finish, kill), names):
         target = tmp_path / f"{state and state.__name__}{name}"
         target.mkdir()

@@ -40,6 +40,22 @@ def test_converted_folder_has_no_faults(sound: Path, capsys: pytest.CaptureFixtu
     assert err == ""
 
 
+def test_hidden_files_are_no_faults(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = shutil.copytree(sound, tmp_path / "data")
+    for path in list((data / "train").iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    (data / "train" / ".DS_Store").write_bytes(b"Bud1")
+    assert main([str(data)]) == 0 and capsys.readouterr().err == ""
+    # A new manifest and new lists do not name them.
+    for split in ("train", "validation"):
+        for record in (data / split).glob("[fm]*.*l*"):
+            record.unlink()
+    assert main([str(data), "--write"]) == 0
+    assert (
+        "._" not in (data / "train" / MANIFEST).read_text() + (data / "train" / "files_data.lst").read_text()
+    )
+
+
 def _flip(path: Path, at: int = -1) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1

@@ -176,6 +176,24 @@ def test_folders_and_pax_times_are_skipped(format_name: int, tmp_path: Path) -> 
     assert member.name == "data/a.packed" and read_member(tmp_path / "a.tar", *member) == b"sample"
 
 
+def test_hidden_members_are_skipped(shard: Path, tmp_path: Path) -> None:
+    expected = read_members(shard)
+    with tarfile.open(shard) as source, tarfile.open(tmp_path / "mac.tar", "w") as target:
+        for entry in source:
+            content = source.extractfile(entry)
+            assert content is not None
+            apple = tarfile.TarInfo(f"./._{entry.name}")
+            apple.size = 4
+            target.addfile(apple, io.BytesIO(b"\0\5\x16\7"))
+            snapshot = tarfile.TarInfo(f".snapshot/{entry.name}")
+            snapshot.type, snapshot.linkname = tarfile.SYMTYPE, entry.name
+            target.addfile(snapshot)
+            entry.name = f"./{entry.name}"
+            target.addfile(entry, content)
+    found = read_members(tmp_path / "mac.tar")
+    assert [(f.name.removeprefix("./"), f.bytes) for f in found] == [(f.name, f.bytes) for f in expected]
+
+
 def test_missing_shards_and_names_that_are_too_long_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AccessError):
         read_members(tmp_path / "none.tar")
