@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmarks import harness
-from cosmoflow_dali.reporting.plot_style import BLUE, INK, STYLE
+from cosmoflow_dali.reporting.plot_style import BLUE, INK, plot_style
 
 
 class Figures(Protocol):
@@ -28,27 +28,31 @@ def draw(results: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
     Prints where the picture is, or that matplotlib is missing.
     """
     try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
+        with plot_style():
+            _draw(results, path)
     except ImportError:
         print("not drawn: matplotlib is not installed")
-        return
-    with rc_context(STYLE):
-        figure = Figure(figsize=(11, 0.5 + 3.2 * len(results)), layout="constrained", dpi=110)
-        rows = figure.subplots(len(results), 2, squeeze=False)
-        for (setting, candidates), axes in zip(results.items(), rows, strict=True):
-            names = list(candidates)[::-1]
-            for axis, quantity, label in zip(
-                axes, ("samples_per_s", "cpu_ms"), ("samples/s", "CPU ms per sample"), strict=True
-            ):
-                spreads = [getattr(candidates[name], quantity) for name in names]
-                medians = [spread.median for spread in spreads]
-                errors = [[s.median - s.p10 for s in spreads], [s.p90 - s.median for s in spreads]]
-                bars = axis.barh(names, medians, xerr=errors, color=BLUE, ecolor=INK)
-                axis.bar_label(bars, fmt=lambda value: f" {value:.0f}" if value >= 100 else f" {value:.3g}")
-                axis.set_xlabel(label)
-                axis.margins(x=0.15)
-            axes[0].set_title(setting, loc="left")
-            axes[1].set_yticklabels([])
-        figure.savefig(path)
-    print("drawn to", path)
+    else:
+        print("drawn to", path)
+
+
+def _draw(results: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.5 + 3.2 * len(results)), layout="constrained", dpi=110)
+    rows = figure.subplots(len(results), 2, squeeze=False)
+    for (setting, candidates), axes in zip(results.items(), rows, strict=True):
+        names = list(candidates)[::-1]
+        for axis, quantity, label in zip(
+            axes, ("samples_per_s", "cpu_ms"), ("samples/s", "CPU ms per sample"), strict=True
+        ):
+            spreads = [getattr(candidates[name], quantity) for name in names]
+            medians = [spread.median for spread in spreads]
+            errors = [[s.median - s.p10 for s in spreads], [s.p90 - s.median for s in spreads]]
+            bars = axis.barh(names, medians, xerr=errors, color=BLUE, ecolor=INK)
+            axis.bar_label(bars, fmt=lambda value: f" {value:.0f}" if value >= 100 else f" {value:.3g}")
+            axis.set_xlabel(label)
+            axis.margins(x=0.15)
+        axes[0].set_title(setting, loc="left")
+        axes[1].set_yticklabels([])
+    figure.savefig(path)

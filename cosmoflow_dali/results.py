@@ -26,7 +26,7 @@ from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run, read_logs
 from cosmoflow_dali.mlperf.published import ROWS
 from cosmoflow_dali.mlperf.read_events import TARGET_MAE
 from cosmoflow_dali.mlperf.scoring import Score, summarize
-from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, STYLE
+from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, plot_style
 from pipelines.console import check_output
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
@@ -193,11 +193,10 @@ def _run_tree(run: Run) -> dict[str, Any]:
 
 def draw(scores: Sequence[Score]) -> bytes:
     """Return a PNG picture of each score's runs over time."""
-    # Imported here because matplotlib is slow to import, and most calls draw nothing.
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    with plot_style():
+        # Imported here because matplotlib is slow to import, and most calls draw nothing.
+        from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
         figure = Figure(figsize=(8, 3 * max(1, len(scores))), layout="constrained", dpi=150)
         for number, score in enumerate(scores, 1):
             _draw_runs(figure.add_subplot(len(scores), 1, number), score)

@@ -10,14 +10,11 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, STYLE
+from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, plot_style
 from cosmoflow_dali.reporting.scores import score_rows
 from cosmoflow_dali.training.logs import METRICS
 from cosmoflow_dali.training.run_dir import CONFIG, PREDICTIONS, SUMMARY
@@ -25,10 +22,13 @@ from pipelines.errors import printable
 from pipelines.io import write_file
 from pipelines.sample import HALF_RANGE, PARAMETERS, Parameter
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 REPORT = "report.html"
 
 _SYMBOLS = {"Omega_m": r"$\Omega_m$", "sigma_8": r"$\sigma_8$", "n_s": "$n_s$", "H_0": "$H_0$"}
-_STYLE = STYLE | {
+_SETTINGS = {
     # Text remains searchable text, and the file small.
     "svg.fonttype": "none",
     # A fixed salt, so that the same run gives the same file.
@@ -42,7 +42,11 @@ svg { width: 100%; height: auto; }
 
 
 def write_report(run: Path) -> Path:
-    """Write report.html into the folder `run` of a finished run; return its path."""
+    """Write report.html into the folder `run` of a finished run; return its path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     records = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     for record in records:
@@ -120,7 +124,9 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _picture(columns: int, height: float, draw: Callable[[list[Axes]], None]) -> str:
     """Return the SVG element of a row of axes that `draw` fills."""
-    with rc_context(_STYLE):
+    with plot_style(_SETTINGS):
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(11.0, height), dpi=150, layout="constrained")
         draw(list(figure.subplots(1, columns)))
         buffer = io.StringIO()

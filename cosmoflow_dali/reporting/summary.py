@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cosmoflow_dali.reporting import ridge_baseline, system_info
+from cosmoflow_dali.reporting.html_report import write_report
 from cosmoflow_dali.reporting.scores import score_rows
 from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.run_dir import SUMMARY, Run, write_predictions
@@ -74,10 +75,8 @@ def _write_report(folder: Path) -> None:
     """Write report.html if matplotlib is installed."""
     start = time.perf_counter()
     try:
-        # matplotlib takes a third of the program's start-up time, and only rank 0 needs it.
-        from cosmoflow_dali.reporting.html_report import write_report
+        report = write_report(folder)
     except ImportError:
         logger.info("no report: matplotlib is not installed")
         return
-    report = write_report(folder)
     logger.info("report %s (%.0f s)", report, time.perf_counter() - start)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -80,13 +84,33 @@ def test_page_has_the_scores_and_escapes_text(run_folder: Path) -> None:
 
 
 def test_no_report_without_matplotlib(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "cosmoflow_dali.reporting.html_report")
     with caplog.at_level("INFO", "cosmoflow_dali"):
-        summary._write_report(tmp_path)
-    assert "no report: matplotlib is not installed" in caplog.text and not list(tmp_path.iterdir())
+        summary._write_report(run_folder)
+    assert "no report: matplotlib is not installed" in caplog.text
+    assert not (run_folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"text.usetex": True},
+        {"savefig.format": "pdf", "savefig.dpi": 3000},
+        {"path.sketch": (1, 100, 2), "font.family": "serif", "axes.facecolor": "black"},
+    ],
+)
+def test_page_does_not_depend_on_the_users_matplotlibrc(run_folder: Path, settings: Any) -> None:
+    expected = write_report(run_folder).read_bytes()
+    with matplotlib.rc_context(settings):
+        assert write_report(run_folder).read_bytes() == expected
+
+
+def test_pictures_are_drawn_where_a_variable_names_a_missing_backend() -> None:
+    code = "from cosmoflow_dali.reporting.plot_style import plot_style\nwith plot_style(): pass"
+    environment = os.environ | {"MPLBACKEND": "module://backend_of_a_notebook"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_page_of_the_same_run_is_identical(run_folder: Path) -> None:
