@@ -26,6 +26,12 @@ _CHUNK = 1 << 20
 _ATTEMPTS = 5
 """Consecutive attempts without new content before giving up."""
 
+_USER_AGENT = "cosmoflow-dali"
+"""Some servers refuse the name that Python's library gives by itself."""
+
+_TEMPORARY = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_EARLY, http.HTTPStatus.TOO_MANY_REQUESTS)
+"""Refusals below 500 after which the same request may succeed (RFC 9110, 6585 and 8470)."""
+
 
 class _TransferError(Exception):
     """The transfer broke off or the server sent something else; another attempt may succeed."""
@@ -76,7 +82,8 @@ def fetch(
 def _fetch_rest(url: str, part: Path, shown: bool, timeout: float) -> None:
     """Append the missing content to `part`."""
     size = _size(part)
-    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
+    headers = {"Accept-Encoding": "identity", "User-Agent": _USER_AGENT}
+    request = urllib.request.Request(url, headers=headers)
     if size and _tag(part).exists() and (tag := _tag(part).read_text(encoding="latin-1")):
         request.add_header("Range", f"bytes={size}-")
         # If the file has changed since, the server sends all of the new one.
@@ -127,7 +134,7 @@ def _network_errors(url: str, part: Path) -> Iterator[None]:
         error.close()
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             part.unlink()  # It is longer than the file, so it is of something else.
-        elif error.code < http.HTTPStatus.INTERNAL_SERVER_ERROR:
+        elif error.code < http.HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in _TEMPORARY:
             raise DataError(url, f"answers {error.code} {error.reason}", "check the address") from error
         raise _TransferError(f"answers {error.code} {error.reason}") from error
     except (http.client.HTTPException, OSError) as error:

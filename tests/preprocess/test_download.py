@@ -149,6 +149,18 @@ def get(server: Server, path: Path, **options: str) -> None:
     fetch(server.url, path, shown=False, timeout=0.5, pause=0.0, **options)
 
 
+def refuses_pythons_library(handler: Handler) -> None:
+    """Answer 403 to Python's urllib, as some hosts of data sets do."""
+    if "urllib" in handler.headers["User-Agent"]:
+        return handler.send(403, b"")
+    return well(handler)
+
+
+def asks_for_patience(status: int) -> Answer:
+    """Answer `status`, a refusal that is temporary."""
+    return lambda handler: handler.send(status, b"", Retry_After="1")
+
+
 @pytest.mark.parametrize(
     "answers",
     [
@@ -167,6 +179,19 @@ def test_transfer_completes_after_errors(answers: list[Answer], server: Server, 
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     if answers == [breaks_off]:
         assert server.asked == [None, f"bytes={len(server.content) // 3}-"]
+
+
+@pytest.mark.parametrize("status", [408, 425, 429])
+def test_a_temporary_refusal_is_tried_again(status: int, server: Server, tmp_path: Path) -> None:
+    server.content, server.answers = b"content", [asks_for_patience(status)] * 3
+    get(server, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == server.content
+
+
+def test_a_server_that_refuses_pythons_library(server: Server, tmp_path: Path) -> None:
+    server.content, server.answers = b"content", [refuses_pythons_library]
+    get(server, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == server.content
 
 
 def test_another_run_resumes(server: Server, tmp_path: Path) -> None:
