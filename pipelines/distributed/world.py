@@ -5,9 +5,12 @@ Imports nothing heavy and communicates with no other rank; `pipelines.distribute
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.distributed.environment import read_rank_info
@@ -19,10 +22,42 @@ if TYPE_CHECKING:
 
 IN_ORDER = "start equally many ranks on every node, numbered node by node"
 
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""The hierarchies of control groups, and the groups of this process; see cgroups(7)."""
+
 
 def available_cores() -> int:
-    """Return the number of cores this process may run on: all, or those that the launcher bound it to."""
-    return len(os.sched_getaffinity(0))
+    """Return the number of cores this process may use.
+
+    These are the cores that the launcher bound it to, or all, but no more than the CPU time that a container
+    or a batch system grants it: `docker --cpus=2` leaves all cores of the host visible.
+    """
+    return min([len(os.sched_getaffinity(0)), *(max(1, math.ceil(quota)) for quota in _cpu_quotas())])
+
+
+def _cpu_quotas() -> Iterator[float]:
+    """Yield each limit of CPU time of this process's groups and of those around them, in cores."""
+    try:
+        groups = [line.split(":", 2)[1:] for line in _OWN_CGROUPS.read_text().splitlines()]
+    except OSError:
+        return
+    for controllers, path in groups:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # Version 2 has one hierarchy without a name. A container may see its own group as the topmost folder.
+        root = _CGROUPS / "cpu" if controllers else _CGROUPS
+        folder = root / path.lstrip("/")
+        for group in {folder, *(parent for parent in folder.parents if parent.is_relative_to(root)), root}:
+            with suppress(OSError, ValueError):
+                if controllers:
+                    quota, period = (
+                        (group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+                    )
+                else:
+                    quota, period = (group / "cpu.max").read_text().split()
+                # No limit is "max" in version 2, and -1 in version 1.
+                if (cores := int(quota) / int(period)) > 0:
+                    yield cores
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from pipelines.distributed.world import World
+from pipelines.distributed import world as module
+from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError
 
 
@@ -64,3 +67,38 @@ def test_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(ConfigError):
         World(5, 8, 5, 8, "srun").device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        # Version 2 of control groups: docker --cpus=3, half a core, no limit, a limit around the own group.
+        ("0::/\n", {"cpu.max": "300000 100000"}, 3),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "max 100000"}, 8),
+        ("0::/\n", {"cpu.max": "9900000 100000"}, 8),
+        ("0::/slurm/job_7/step_0\n", {"slurm/job_7/cpu.max": "250000 100000", "slurm/cpu.max": "max 1"}, 3),
+        # Version 1: a container does not see the folder of its group's path.
+        (
+            "4:cpu,cpuacct:/docker/3f\n",
+            {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("3:cpuset:/a\n2:cpuacct:/a\n", {"cpuset/a/cpu.max": "100000 100000"}, 8),
+        ("0::/\n", {"cpu.max": ""}, 8),
+        ("", {}, 8),
+    ],
+)
+def test_cores_are_no_more_than_the_quota_of_a_container(
+    own: str, files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = tmp_path / "groups"
+    for name, text in files.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(module, "_CGROUPS", groups)
+    monkeypatch.setattr(module, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert available_cores() == cores
