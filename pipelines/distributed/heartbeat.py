@@ -249,7 +249,7 @@ class HeartbeatClient(FailureDetector):
         # While rank 0 is frozen, calls of the store block without a limit: another thread checks rank 0.
         self._root_watch = threading.Thread(target=self._watch_root, name="heartbeat of rank 0", daemon=True)
         # It accepts nothing.
-        self._listener = socket.create_server((connection.getsockname()[0], 0))
+        self._listener = socket.create_server((connection.getsockname()[0], 0), family=connection.family)
         self._address = self._listener.getsockname()[:2]
         super().__init__(store, rank, timing)
         self._root_watch.start()

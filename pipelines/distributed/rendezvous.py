@@ -16,15 +16,20 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.distributed.environment import integer
+from pipelines.distributed.interfaces import is_loopback
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
+LOOPBACK = "127.0.0.1"
+
 _FIRST_PORT, _PORTS, _ATTEMPTS = 20000, 12000, 8
 """Ports that no system assigns by itself. If one is in use, the next ones are tried."""
 
+
+_LAST_PORT = 65535
 
 _ANSWER_TIMEOUT = 30.0
 """Seconds for the program at a port to answer as a store does, which includes a DNS query of its address."""
@@ -62,19 +67,19 @@ def find_endpoint(world: World, environ: Mapping[str, str]) -> Endpoint:
     named = world.launcher == "srun" and environ.get("RENDEZVOUS_ADDR")
     if given and not named and world.num_instances == 1:
         address, port = environ["MASTER_ADDR"], _master_port(environ)
-        return Endpoint(address, (port,), f"{address}:{port}", timeout)
+        # Launchers choose the port by arithmetic, without testing it.
+        ports = range(port, min(port + _ATTEMPTS, _LAST_PORT + 1))
+        return Endpoint(address, tuple(ports), f"{address}:{port}", timeout)
     if world.launcher == "srun":
         # Steps of one job may share a node, so the ports depend on both numbers.
         key = f"slurm {environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
-        address = environ.get("RENDEZVOUS_ADDR") or (
-            "127.0.0.1" if world.single_node else _first_node(environ)
-        )
+        address = environ.get("RENDEZVOUS_ADDR") or (LOOPBACK if world.single_node else _first_node(environ))
         return Endpoint(address, _ports(key), key, timeout)
     if world.launcher == "mpirun":
         if not world.single_node or "PMIX_NAMESPACE" not in environ:
             return _by_mpi(world, timeout)
         key = f"pmix {environ['PMIX_NAMESPACE']} {world.instance}"
-        return Endpoint("127.0.0.1", _ports(key), key, timeout)
+        return Endpoint(LOOPBACK, _ports(key), key, timeout)
     if world.num_instances > 1:
         raise ConfigError("--instances", world.num_instances, "needs mpirun or torchrun as launcher")
     fault = f"{world.size} ranks started by {world.launcher}: set MASTER_ADDR and MASTER_PORT"
@@ -87,17 +92,21 @@ def serve_store(endpoint: Endpoint, size: int) -> TCPStore:
     Raises:
         UserError: No port is free.
     """
+    local = endpoint.address == LOOPBACK
+    both = not local and socket.has_dualstack_ipv6()
     for port in endpoint.ports:
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("127.0.0.1" if endpoint.address == "127.0.0.1" else "", port))
-            listener.listen(2 * size)
+            listener = socket.create_server(
+                (LOOPBACK if local else "", port),
+                family=socket.AF_INET6 if both else socket.AF_INET,
+                backlog=2 * size,
+                dualstack_ipv6=both,
+            )
         except OSError as error:
-            listener.close()
             fault = str(error)
         else:
-            return open_store(endpoint.address, port, listener)
+            # The address may be one that only other hosts can resolve or reach.
+            return open_store(LOOPBACK, port, listener)
     raise UserError(
         f"rank 0 cannot listen at port {endpoint.ports[-1]} ({fault}); does another run use it? "
         "Set MASTER_PORT to another"
@@ -156,7 +165,7 @@ def open_store(address: str, port: int, listener: socket.socket | None = None) -
 
 
 def _master_port(environ: Mapping[str, str]) -> int:
-    return integer(environ, "MASTER_PORT", least=1, most=65535)
+    return integer(environ, "MASTER_PORT", least=1, most=_LAST_PORT)
 
 
 def _ports(key: str) -> tuple[int, ...]:
@@ -173,22 +182,33 @@ def _first_node(environ: Mapping[str, str]) -> str:
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first.group())
 
 
-def _free_address(world: World) -> tuple[str, int]:
-    """Return an address of this host, which is rank 0's, and a free port."""
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return "127.0.0.1" if world.single_node else socket.getfqdn(), probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def _reachable_address(address: str, port: int) -> str:
+    """Return an address of this host for the hosts that reach `address`, where something listens at `port`.
+
+    If `address` is that of this host, it is the one; the host's name may be one that others cannot resolve.
+    """
+    with socket.create_connection((address, port), _ANSWER_TIMEOUT) as connection:
+        own = str(connection.getsockname()[0])
+    return address if is_loopback(own) else own
 
 
 def _by_torchrun(world: World, environ: Mapping[str, str], timeout: float) -> Endpoint:
     """Exchange the endpoint through the store of torchrun's agents, which occupies MASTER_PORT."""
-    store = open_store(environ["MASTER_ADDR"], _master_port(environ))
+    agents = environ["MASTER_ADDR"], _master_port(environ)
+    store = open_store(*agents)
     store.set_timeout(timedelta(seconds=timeout))
     # The store outlives the ranks: after a restart they need an endpoint of their own.
     run, attempt = (environ.get(f"TORCHELASTIC_{name}") for name in ("RUN_ID", "RESTART_COUNT"))
     key = f"rendezvous/{run}/{attempt}/{world.instance}"
     if world.is_root:
-        store.set(key, " ".join(map(str, _free_address(world))))
+        own = LOOPBACK if world.single_node else _reachable_address(*agents)
+        store.set(key, f"{own} {_free_port()}")
     address, port = store.get(key).decode().split()
     return Endpoint(address, (int(port),), key, timeout)
 
@@ -212,7 +232,8 @@ def _by_mpi(world: World, timeout: float) -> Endpoint:
     if MPI.COMM_WORLD.size != started:
         fault = f"mpirun started {started} ranks, so mpi4py was built for another MPI than this mpirun"
         raise ConfigError("mpi4py", MPI.COMM_WORLD.size, fault)
-    addresses = MPI.COMM_WORLD.allgather(_free_address(world) if world.is_root else None)
+    host = LOOPBACK if world.single_node else socket.getfqdn()
+    addresses = MPI.COMM_WORLD.allgather((host, _free_port()) if world.is_root else None)
     address, port = addresses[world.instance * world.size]
     alarm.cancel()
     # MPI is not used after this. To finalise it at exit would make a rank that fails wait for the others,

@@ -7,7 +7,6 @@ process group, collectives are plain calls, and torch is not imported.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +20,8 @@ from pipelines.distributed.heartbeat import (
     HeartbeatServer,
     HeartbeatTiming,
 )
-from pipelines.distributed.rendezvous import find_endpoint, join_store, open_store, serve_store
+from pipelines.distributed.interfaces import interface, is_loopback
+from pipelines.distributed.rendezvous import LOOPBACK, find_endpoint, join_store, open_store, serve_store
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
 from pipelines.filesystem import raise_open_file_limit
@@ -34,6 +34,9 @@ T = TypeVar("T")
 _COLLECTIVE_TIMEOUT = {"nccl": timedelta(minutes=30), "gloo": timedelta(days=7)}
 """Longest wait for another rank in a collective: on the CPU a rank may convert files for days. Failed ranks
 are detected by heartbeats, much earlier."""
+
+_ROOT_ADDRESS = "root address"
+"""Key of the store: the address of rank 0's host as another node sees it."""
 
 _ROOT_MESSAGE_SECONDS = 5.0
 """Time for rank 0 to print an error that all ranks have seen, if the ranks are not connected."""
@@ -86,15 +89,14 @@ class Session:
             return
         timing = HeartbeatTiming.read(os.environ, world.size)
         endpoint = find_endpoint(world, os.environ)
-        if world.single_node and "lo" in (name for _, name in socket.if_nameindex()):
-            # On one node gloo need not find out which of its interfaces others can reach.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         import torch.distributed as dist
+
+        own = LOOPBACK
 
         if world.is_root:
             raise_open_file_limit(3 * world.size + 256)
             store = serve_store(endpoint, world.size)
-            monitored = open_store(endpoint.address, store.port)
+            monitored = open_store(LOOPBACK, store.port)
             self._detector = HeartbeatServer(monitored, endpoint, world, timing)
         else:
             # If rank 0 fails, one rank of each node reports it; rank 1 may be on the node of rank 0.
@@ -104,8 +106,19 @@ class Session:
             except UserError as error:
                 raise (RankError(world, error) if reports else error) from error
             self._detector = HeartbeatClient(monitored, connection, world.rank, timing, reports=reports)
+            own = connection.getsockname()[0]
             store = open_store(endpoint.address, monitored.port)
+            if world.rank == world.size - 1:
+                # If there are several nodes, this rank is not on that of rank 0.
+                store.set(_ROOT_ADDRESS, connection.getpeername()[0])
         backend = "nccl" if cuda else "gloo"
+        if not cuda and "GLOO_SOCKET_IFNAME" not in os.environ:
+            # By itself gloo takes the address that the host's name resolves to, which others may not reach.
+            if is_loopback(own) and not world.single_node:
+                store.set_timeout(_COLLECTIVE_TIMEOUT[backend])
+                own = store.get(_ROOT_ADDRESS).decode()
+            if (name := interface(own)) is not None:
+                os.environ["GLOO_SOCKET_IFNAME"] = name
         dist.init_process_group(
             backend,
             store=store,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
-from pipelines.distributed.rendezvous import Endpoint, find_endpoint, serve_store
+from pipelines.distributed.rendezvous import Endpoint, find_endpoint, join_store, serve_store
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError
 
@@ -72,5 +74,40 @@ def test_senseless_addresses_are_refused() -> None:
 def test_address_of_a_hook_is_used_unless_the_user_gives_another() -> None:
     hook = STEP | {"SLURM_STEP_NODELIST": "n[1-2]", "MASTER_ADDR": "n1.cluster", "MASTER_PORT": "61100"}
     endpoint = find_endpoint(TWO_NODES, hook)
-    assert (endpoint.address, endpoint.ports) == ("n1.cluster", (61100,))
+    assert (endpoint.address, endpoint.ports[0]) == ("n1.cluster", 61100)
     assert find_endpoint(TWO_NODES, hook | {"RENDEZVOUS_ADDR": "10.0.0.7"}).address == "10.0.0.7"
+
+
+def test_a_port_that_another_program_uses_is_passed_over() -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        endpoint = find_endpoint(World(0, 2, 0, 2, "torchrun"), environ)
+        assert endpoint.ports[0] == port
+        assert serve_store(endpoint, 2).port in endpoint.ports[1:]
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+@pytest.mark.parametrize("address", ["::1", "127.0.0.1", "localhost"])
+def test_a_store_is_reached_by_addresses_of_both_families(address: str) -> None:
+    endpoint = Endpoint(address, (0,), "key", 10)
+    served = serve_store(endpoint, 2)
+    served.set("key", "")
+    store, connection = join_store(endpoint._replace(ports=(served.port,)))
+    assert store.check(["key"])
+    connection.close()
+
+
+def test_rank_0_listens_even_if_its_host_cannot_resolve_the_address() -> None:
+    assert serve_store(Endpoint("no-such-host.invalid", (0,), "key", 10), 2).port
+
+
+def test_torchrun_on_several_nodes_needs_no_name_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.getfqdn", lambda: "name-that-only-this-host-knows")
+    store = serve_store(Endpoint("localhost", (0,), "key", 10), 2)
+    environ = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    assert find_endpoint(World(0, 2, 0, 1, "torchrun"), environ).address == "localhost"

@@ -55,6 +55,19 @@ with report_errors(world) as session:
     assert statuses == {0} and words == "error of rank 1\nerror of rank 0\n" * 3
 
 
+def test_gloo_uses_the_interface_that_reaches_rank_0_and_not_the_hosts_name() -> None:
+    program = """
+import os
+with report_errors(world) as session:
+    session.connect()
+    assert session.gather(os.environ["GLOO_SOCKET_IFNAME"]) == ["lo"] * 3
+"""
+    nodes = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "HEARTBEAT_INTERVAL": "1"}
+    with Ranks([sys.executable, "-c", HEAD + program], range(3), 3, **nodes) as ranks:
+        statuses, _ = ranks.end(60)
+    assert statuses == {0}
+
+
 def test_instance_of_one_rank_uses_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
