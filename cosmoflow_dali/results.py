@@ -31,7 +31,7 @@ from pipelines.console import check_output
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
 from pipelines.errors import UserError, printable
-from pipelines.filesystem import refuse_input
+from pipelines.filesystem import provide_scratch, refuse_input
 from pipelines.output import write_output
 from pipelines.tables import format_table
 
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures = json.dumps(_tree(runs, scores), indent=2).encode() + b"\n"
             write_output(arguments.json, lambda file: file.write(figures))
         if arguments.plot is not None:
+            provide_scratch(arguments.plot.parent)
             picture = draw(scores)
             write_output(arguments.plot, lambda file: file.write(picture))
         failed = _submit(arguments.submission, scores) if arguments.submission is not None else 0

@@ -42,6 +42,7 @@ from pipelines.distributed.node_groups import check_nodes
 from pipelines.distributed.session import Session, exit_now
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import UserError
+from pipelines.filesystem import provide_scratch
 from pipelines.folders import is_hidden, is_present
 from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.loader import Loader
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         session.connect(device)
         check_nodes(session)
         run = session.run_on_root(lambda: _prepare_run(arguments, session))
+        provide_scratch(run.folder)
         lengths = run.checkpoint.logs if run.checkpoint else None
         with RunLogs(run.folder if world.is_root else None, lengths) as logs:
             if run.checkpoint is None:

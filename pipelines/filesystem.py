@@ -12,6 +12,7 @@ import logging
 import os
 import resource
 import stat
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -134,3 +135,19 @@ def raise_open_file_limit(count: int) -> int:
         count = count if hard == resource.RLIM_INFINITY else min(count, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
     return count
+
+
+def provide_scratch(folder: Path) -> None:
+    """Have libraries keep temporary files and compiled kernels in `folder` if they have no other place.
+
+    If neither TMPDIR, /tmp, /var/tmp nor the working folder can be written, torch's optimizers and matplotlib
+    cannot be imported. Triton keeps its kernels in the home folder.
+    """
+    folder = folder.absolute()
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        # For this process, and those that it starts.
+        tempfile.tempdir = os.environ["TMPDIR"] = str(folder)

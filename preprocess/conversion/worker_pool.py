@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from pipelines.errors import UserError
+from pipelines.filesystem import report_unsupported
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,7 +37,8 @@ def run_tasks(
 ) -> Generator[tuple[Item, Result]]:
     """Run `task` on each of `items` in worker processes; yield (item, result) in any order.
 
-    No worker outlives the iterator.
+    No worker outlives the iterator. Without semaphores, for which /dev/shm must be writable, this process
+    runs the tasks.
 
     Args:
         task: A picklable callable, such as a frozen dataclass at the top of its module.
@@ -48,12 +50,18 @@ def run_tasks(
     Raises:
         UserError: A worker process died. Errors of `task` are raised as they are.
     """
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        _start_worker,
-        (os.getpid(), _InheritedDescriptor(lock)),
-    )
+    try:
+        pool = ProcessPoolExecutor(
+            workers,
+            multiprocessing.get_context("spawn"),
+            _start_worker,
+            (os.getpid(), _InheritedDescriptor(lock)),
+        )
+    except OSError as error:
+        report_unsupported("/dev/shm", "semaphores", error, "one process does all the work")
+        for item in items:
+            yield item, task(item)
+        return
     others = set(multiprocessing.active_children())
     running: dict[Future[Result], Item] = {}
     finished: SimpleQueue[Future[Result]] = SimpleQueue()

@@ -109,9 +109,13 @@ class SimulateTask:
         """Simulate universe item[1] of split item[0]; return the lengths of the files written, in bytes."""
         split, universe = item
         # The bits must not depend on the number of cores.
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        return [
-            file.bytes
-            for sample_id, sample in simulate_universe(self.config, split, universe)
-            for file in FORMATS[self.config.format].write(self.root / split, sample_id, sample)
-        ]
+        try:
+            return [
+                file.bytes
+                for sample_id, sample in simulate_universe(self.config, split, universe)
+                for file in FORMATS[self.config.format].write(self.root / split, sample_id, sample)
+            ]
+        finally:
+            torch.set_num_threads(threads)

@@ -9,9 +9,11 @@ import mmap
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from helpers import read_sample, tiny_sample
 
 from pipelines import filesystem
 from pipelines.errors import AccessError, DataError, UnreadableError
-from pipelines.filesystem import free_space, open_regular, refuse_input
+from pipelines.filesystem import free_space, open_regular, provide_scratch, refuse_input
 from pipelines.formats.npy import map_sample
 from pipelines.formats.packed.format import sample_members
 from pipelines.formats.packed.tar_shard import ShardHandle, clear_handle_cache, read_member
@@ -242,3 +244,24 @@ def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path: Path) -> No
     (tmp_path / "copy").write_bytes(b"content")
     for name in ("copy", "new"):
         refuse_input(tmp_path / name, [tmp_path / "none", source])
+
+
+def test_scratch_is_provided_where_there_is_no_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "own"))
+    # Set first, so that it is removed again after the test.
+    monkeypatch.setenv("TRITON_CACHE_DIR", "x")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "own").mkdir()
+    provide_scratch(Path("run"))
+    assert tempfile.gettempdir() == str(tmp_path / "own") and "TRITON_CACHE_DIR" not in os.environ
+    # As in a container whose only writable folder is that of the run.
+    refusal = FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+    monkeypatch.setattr(tempfile, "gettempdir", mock.Mock(side_effect=refusal))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    provide_scratch(Path("run"))
+    assert tempfile.tempdir == os.environ["TMPDIR"] == str(tmp_path / "run")
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "run" / "triton")

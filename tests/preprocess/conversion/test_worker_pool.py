@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import ROOT, environment, kill, started_by, wait_until_gone
 
+from pipelines import filesystem
 from pipelines.errors import DataError, UserError
 from pipelines.io import LOCK_FILE
 from preprocess.conversion.worker_pool import run_tasks
@@ -89,3 +92,14 @@ time.sleep(60)
         kill(workers)
         wait_until_gone(workers)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOENT, errno.EACCES, errno.ENOSYS])
+def test_without_semaphores_one_process_does_the_work(
+    number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = OSError(number, os.strerror(number))
+    monkeypatch.setattr("_multiprocessing.SemLock", mock.Mock(side_effect=refusal))
+    monkeypatch.setattr(filesystem, "_reported", set())
+    assert list(run_tasks(abs, iter([-1, 2, -3]), 4)) == [(-1, 1), (2, 2), (-3, 3)]
+    assert caplog.text.count("/dev/shm") == 1 and os.strerror(number) in caplog.text
