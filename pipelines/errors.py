@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -114,7 +115,22 @@ class ConfigError(UserError):
 
     def __init__(self, key: str, value: object, remedy: str) -> None:
         self.key, self.value, self.remedy = key, value, remedy
-        super().__init__(f"{key} = {value!r}: {remedy}")
+        super().__init__(f"{key} = {yaml_text(value)}: {remedy}")
+
+
+def yaml_text(value: object) -> str:
+    """Return `value` as a YAML file has it, in one line; anything that YAML does not have, by its `str`."""
+    # Errors are rare, and most programs need no YAML otherwise.
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_multi_representer(object, lambda dumper, other: dumper.represent_str(str(other)))
+    text: str = yaml.dump(
+        value, Dumper=Dumper, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
+    )
+    return " ".join(text.removesuffix("...\n").split())
 
 
 def check_field(settings: object, name: str, valid: bool, remedy: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, yaml_text
 
 Tree: TypeAlias = dict[str, Any]
 
@@ -101,7 +101,7 @@ def set_key(tree: Tree, key: str, value: Any) -> None:
     elif isinstance(child := tree.setdefault(name, {}), dict):
         set_key(child, rest, value)
     else:
-        raise ConfigError(key, value, f"{name} = {child!r} has no settings below it")
+        raise ConfigError(key, value, f"{name} = {yaml_text(child)} has no settings below it")
 
 
 def build(cls: Any, tree: Tree, prefix: str = "") -> Any:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import ConfigError, DataError, printable
+from pipelines.errors import ConfigError, DataError, printable, yaml_text
 from pipelines.folders import is_hidden
 from pipelines.formats.registry import FORMATS
 from pipelines.io import locked, remove_temporaries, write_file
@@ -80,7 +80,7 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
                 for _, written in track(running, len(universes), "simulated", "universe", shown=shown):
                     lengths += written
     except OSError as error:
-        raise DataError(root, f"cannot be written ({error})", "choose another folder") from error
+        raise DataError(root, f"cannot be written ({error.strerror})", "choose another folder") from error
     if shown:
         seconds, size = time.perf_counter() - start, sum(lengths) / 1e6
         print(f"simulated {len(universes)} universes: {len(lengths)} files, {size:.1f} MB, {seconds:.1f} s")
@@ -117,8 +117,8 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
         there = recorded.get(key) if isinstance(recorded, dict) else None
         can_grow = key in SPLITS and isinstance(there, int)
         if value != there and not (can_grow and value > there):
-            choice = f"{there!r} or more" if can_grow else f"{there!r}"
-            fault = f"{root} was made with {there!r}; choose {choice}, or another folder"
+            made = yaml_text(there)
+            fault = f"{root} was made with {made}; choose {made}{' or more' * can_grow}, or another folder"
             raise ConfigError(f"simulate.{key}", value, fault)
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.errors import check_field
+from pipelines.errors import check_field, yaml_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class StepDecayConfig:
         check_field(self, "base_lr", self.base_lr >= self.initial_lr, remedy)
         check_field(self, "warmup_epochs", self.warmup_epochs >= 0, "must be at least 0")
         check_field(self, "decay_epochs", rising, "must rise from at least 0")
-        remedy = f"must be as many as decay_epochs = {epochs}, each between 0 and 1"
+        remedy = f"must be as many as decay_epochs = {yaml_text(epochs)}, each between 0 and 1"
         valid = len(factors) == len(epochs) and all(0 < factor < 1 for factor in factors)
         check_field(self, "decay_factors", valid, remedy)
 

@@ -57,8 +57,13 @@ def check_compliance(path: Path, ruleset: str) -> tuple[str, ...]:
             mlp_compliance.main(str(path), f"{USAGE}_{ruleset}.0/common.yaml", checker)
         except Exception as error:
             # The checker computes with logged values of any type.
-            return (f"the checker failed: {error!r}",)
+            return (f"the checker failed: {exception_text(error)}",)
     return tuple(map(_brief, (*checker.overwritable.values(), *checker.not_overwritable)))
+
+
+def exception_text(error: Exception) -> str:
+    """Return type and arguments of `error`, one that a library did not mean for users, in one line."""
+    return " ".join(f"{type(error).__name__}: {', '.join(map(str, error.args))}".split())
 
 
 def _brief(message: str) -> str:
@@ -114,7 +119,7 @@ def check_convergence(folder: Path, subject: Path, ruleset: str) -> Verdict:
             )
         except Exception as error:
             # The checker relies on values that only compliant logs have.
-            return Verdict(checker, str(subject), False, (f"the checker failed: {error!r}",))
+            return Verdict(checker, str(subject), False, (f"the checker failed: {exception_text(error)}",))
     messages = [message]
     for record in records:
         args: Any = record.args

@@ -18,7 +18,7 @@ from mlperf_logging.compliance_checker.mlp_parser import parse_file
 from mlperf_logging.compliance_checker.mlp_parser.ruleset_300 import TOKEN
 from mlperf_logging.mllog import constants
 
-from cosmoflow_dali.mlperf.checkers import RULESETS, check_compliance
+from cosmoflow_dali.mlperf.checkers import RULESETS, check_compliance, exception_text
 from cosmoflow_dali.mlperf.read_events import RunEvents
 from cosmoflow_dali.training.logs import MLPERF
 from pipelines.errors import DataError
@@ -191,7 +191,7 @@ def _read(path: Path, folder: Path, ruleset: str | None) -> Run:
         fault = f"cannot be read ({error.strerror})"
     except (KeyError, OverflowError, TypeError) as error:
         # The parser handles broken JSON, but not valid JSON that is not an event.
-        lines, fault = [], f"contains a line that is not an event ({error!r})"
+        lines, fault = [], f"contains a line that is not an event ({exception_text(error)})"
     if run.ruleset is not None:
         run = replace(run, compliance_errors=check_compliance(path, run.ruleset))
     if not lines:

@@ -158,7 +158,7 @@ def _from_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
         DataError: the manifest names an unknown format or no sample, or two samples have the same id.
     """
     if manifest.format_name not in FORMATS:
-        fault = f"names the format {manifest.format_name!r}"
+        fault = f"names the format {manifest.format_name}"
         raise DataError(folder / MANIFEST, fault, f"known formats: {', '.join(sorted(FORMATS))}")
     if not manifest.entries:
         raise DataError(folder, "holds no samples", "its manifest is empty")

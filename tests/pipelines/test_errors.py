@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +40,20 @@ def test_files_of_a_source_are_unreadable_only_if_no_sample_was_read() -> None:
     assert DamagedSourceError([UNREADABLE, UNREADABLE], 2).unreadable == {"/a": UNREADABLE.fault}
     assert DamagedSourceError([UNREADABLE, UNREADABLE], 3).unreadable == {}
     assert DamagedSourceError([UNREADABLE, damaged], 2).unreadable == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        ("gpu", "gpu"),
+        ("3", "'3'"),
+        ((4, 8), "[4, 8]"),
+        ({"kind": "sgd", "momentum": None}, "{kind: sgd, momentum: null}"),
+        (Path("/data/set"), "/data/set"),
+        ("two\nlines", "'two lines'"),
+    ],
+)
+def test_values_are_shown_as_in_a_yaml_file(value: object, text: str) -> None:
+    assert str(ConfigError("a.key", value, "is wrong")) == f"a.key = {text}: is wrong"

@@ -97,7 +97,7 @@ def test_unusable_folders_are_refused_before_a_run_begins(tmp_path: Path) -> Non
     assert "3" in line and "4" in line
     assert "3 training samples" in refused(data, run, ranks=2, loader={"batch_size": 2}).err
     if not torch.cuda.is_available():
-        assert "device = 'cuda'" in refused(data, run, loader={"batch_size": 1}, device="cuda").err
+        assert "device = cuda" in refused(data, run, loader={"batch_size": 1}, device="cuda").err
     # The embedded default's samples are 32 voxels wide. These are not simulated, so they are kept.
     before = sorted(path.name for path in data.rglob("*"))
     done = program(TRAIN, "--data-dir", data, "--batch-size", 2, "--run-dir", run)

@@ -315,7 +315,7 @@ def test_invalid_arguments_are_one_line(tiny: Path, tmp_path: Path) -> None:
     for flags, key in (
         (["--set", "loader.thread=2"], "loader.thread = 2"),
         (["--instances", "2"], "--instances = 2"),
-        (["--set", "data.stage.dir=$NO_SUCH/x"], "data.stage.dir = '$NO_SUCH/x'"),
+        (["--set", "data.stage.dir=$NO_SUCH/x"], "data.stage.dir = $NO_SUCH/x"),
         (["--set", "global_batch=8"], "global_batch = 8"),
     ):
         done = program(TRAIN, "--config", config, "--run-dir", tmp_path / str(len(key)), *flags)

@@ -479,7 +479,7 @@ def test_training_on_partitions_scores_every_sample_and_resumes(tmp_path: Path) 
     shutil.rmtree(tmp_path / "disk")
     ((code, _, err),) = as_srun(1, 1, line(4, 4, "--resume"))
     assert code == 1
-    assert "data.stage = 'one share': the run was trained on 2 shares drawn with seed 0" in err
+    assert "data.stage = one share: the run was trained on 2 shares drawn with seed 0" in err
     assert "Traceback" not in err
 
 
