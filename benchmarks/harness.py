@@ -22,6 +22,8 @@ from typing import Any, Literal
 import numpy as np
 
 from cosmoflow_dali.reporting import system_info
+from pipelines.errors import writing
+from pipelines.io import write_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _POLL, _POLLS, _IDLE = 0.03, 4, 0.1
@@ -149,9 +151,10 @@ def save(name: str, options: Mapping[str, Any], results: Mapping[str, Any], fold
         "hardware": system_info.hardware(),
         "results": results,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{time.strftime('%Y-%m-%dT%H%M%S')}_{name}.json"
-    path.write_text(json.dumps(record, indent=2, default=asdict) + "\n")
+    write_file(path, (json.dumps(record, indent=2, default=asdict) + "\n").encode())
     return path
 
 
@@ -182,7 +185,7 @@ def among(text: str, known: Iterable[str]) -> list[str]:
     """Parse comma-separated words, which must be in `known`."""
     parts = text.split(",")
     if unknown := set(parts) - set(known):
-        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is none of {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"{min(unknown)} is none of {', '.join(known)}")
     return parts
 
 

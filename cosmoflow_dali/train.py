@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_nodes(session)
         run = session.run_on_root(lambda: _prepare_run(arguments, session))
         provide_scratch(run.folder)
-        lengths = run.checkpoint.logs if run.checkpoint else None
-        with RunLogs(run.folder if world.is_root else None, lengths) as logs:
+        saved = (run.checkpoint.logs, run.checkpoint.mlperf_log) if run.checkpoint else ({}, "")
+        with RunLogs(run.folder if world.is_root else None, *saved) as logs:
             if run.checkpoint is None:
                 logs.mlperf.event(constants.CACHE_CLEAR, value=arguments.caches_cleared, time_ms=start_ms)
                 logs.mlperf.start(constants.INIT_START, time_ms=start_ms)
@@ -198,8 +198,6 @@ def _train(
         reason = trainer.run()
         if reason is StopReason.STOPPED:
             return None
-        missed = reason is StopReason.FINISHED and config.target_mae is not None
-        logs.mlperf.end(constants.RUN_STOP, metadata={"status": "aborted" if missed else "success"})
         # A run that is resumed after its last epoch was not evaluated by this process.
         evaluation = trainer.evaluation or trainer.validate()
     timer = trainer.timer

@@ -117,7 +117,8 @@ def download(url: str, root: Path, sha256: str | None) -> int:
         except DataError:
             archive.unlink()
             raise
-        archive.unlink()
+        with writing(archive):
+            archive.unlink()
     status = verify(root, workers=available_cores(), write=True)
     if status != 0:
         splits = " and ".join(SPLITS)

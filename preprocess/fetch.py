@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipelines.errors import AccessError, DataError
+from pipelines.errors import AccessError, DataError, writing
 from pipelines.filesystem import free_space
 from pipelines.formats.signatures import recognize_file
 
@@ -72,11 +72,13 @@ def fetch(
     found = path if path.exists() else part
     if sha256 is not None and (digest := _sha256(found)) != sha256.lower():
         kind = recognize_file(found)
-        found.unlink()
+        with writing(found):
+            found.unlink()
         fault = f"its SHA-256 is {digest}, not {sha256}" + (f"; it holds {kind}" if kind else "")
         raise DataError(url, fault, "fetch it again, or check the expected sum")
-    found.replace(path)
-    _tag(part).unlink(missing_ok=True)
+    with writing(path):
+        found.replace(path)
+        _tag(part).unlink(missing_ok=True)
 
 
 def _fetch_rest(url: str, part: Path, shown: bool, timeout: float) -> None:

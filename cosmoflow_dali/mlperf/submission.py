@@ -16,7 +16,7 @@ from cosmoflow_dali.mlperf import checkers
 from cosmoflow_dali.mlperf.checkers import Verdict
 from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run
 from cosmoflow_dali.mlperf.scoring import Score
-from pipelines.errors import DataError, UserError, reading, writing
+from pipelines.errors import DataError, UserError, writing
 from pipelines.folders import find_files, is_hidden, is_present
 from pipelines.io import read_file, write_file
 
@@ -80,7 +80,7 @@ def _check(folder: Path, scores: Sequence[Score]) -> str:
     for name, scaling in subjects:
         if subjects.count((name, scaling)) > 1:
             raise UserError(
-                f"submission_platform = {name!r}: its {scaling} runs differ in nodes, status or batch; "
+                f"submission_platform = {name}: its {scaling} runs differ in nodes, status or batch; "
                 "give the folder of one kind of run at a time"
             )
     with writing(folder):
@@ -92,7 +92,8 @@ def _check(folder: Path, scores: Sequence[Score]) -> str:
 
 
 def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -133,6 +134,7 @@ def _add_code(folder: Path, runs: Sequence[Run]) -> str:
             raise error
         for file in files:
             if "__pycache__" not in file.parts:
-                with reading(file):
-                    shutil.copy(file, _made((target / file.relative_to(_ROOT)).parent))
+                copy = _made((target / file.relative_to(_ROOT)).parent) / file.name
+                write_file(copy, read_file(file))
+                shutil.copymode(file, copy)
     return f"{target.relative_to(folder)}: add the configuration that was used"

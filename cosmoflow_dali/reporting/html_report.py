@@ -184,7 +184,7 @@ def _draw_time(axes: list[Axes], steps: list[dict[str, Any]], phases: dict[str, 
     wait, total = np.array(_column(steps, "data_wait_ms")), np.array(_column(steps, "step_ms"))
     at, colors = _column(steps, "epochs"), [ORANGE, LIGHT_BLUE]
     axes[0].stackplot(at, wait, total - wait, labels=["data wait", "compute"], colors=colors)
-    axes[0].set(xlabel="epoch", ylabel="ms per step", ylim=(0, 1.35 * total.max()))
+    axes[0].set(xlabel="epoch", ylabel="ms per step", ylim=(0, 1.35 * max(total, default=1.0)))
     axes[0].legend(loc="upper right", ncols=2)
     phases = {name: seconds for name, seconds in phases.items() if seconds}
     bars = axes[1].barh(list(phases), list(phases.values()), color=LIGHT_BLUE)

@@ -8,6 +8,7 @@ draw (order, symmetry, dropout) is seeded by (seed, epoch, step).
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -18,10 +19,12 @@ from typing import Any
 
 import torch
 
-from pipelines.errors import DataError
-from pipelines.io import TEMPORARY_SUFFIX, write_atomically
+from pipelines.errors import DataError, writing
+from pipelines.io import TEMPORARY_SUFFIX, write_file
 
-VERSION = 1
+VERSION = 2
+"""Version 1 has no `mlperf_log`."""
+
 KEEP = 3
 """Number of checkpoints kept, so that an older one can replace a damaged one."""
 
@@ -36,6 +39,15 @@ class Position:
 
     epoch: int = 0
     samples: int = 0
+
+    @property
+    def begun_epochs(self) -> int:
+        """Number of epochs that are done or begun."""
+        return self.epoch + (self.samples > 0)
+
+    def __str__(self) -> str:
+        done = f"{self.epoch} epoch{'s' * (self.epoch != 1)}"
+        return f"{done} and {self.samples} samples of the next" if self.samples else done
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +69,7 @@ class Checkpoint:
         division: Partition of the data among the nodes; part of the plan.
         skipped: Paths of the damaged samples of each split that were skipped so far.
         logs: Bytes of each log file that belong to this state; the rest was written later.
+        mlperf_log: These bytes of the MLPerf log; empty in version 1.
     """
 
     config: dict[str, Any]
@@ -73,17 +86,23 @@ class Checkpoint:
     division: str = "one share"
     skipped: dict[str, list[str]] = field(default_factory=dict)
     logs: dict[str, int] = field(default_factory=dict)
+    mlperf_log: str = ""
 
     def save(self, directory: Path) -> Path:
         """Write this checkpoint into `directory`, remove all but the newest `KEEP`, and return its path."""
-        directory.mkdir(parents=True, exist_ok=True)
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"epoch{self.position.epoch:05d}_sample{self.position.samples:09d}.pt"
         state = {name: getattr(self, name) for name in self.__slots__}
         state |= {"version": VERSION, "position": [self.position.epoch, self.position.samples]}
-        write_atomically(path, lambda file: torch.save(state, file))
+        # Into memory: torch replaces an error of the file by one of its own, without the reason.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_file(path, buffer.getbuffer())
         # Only one rank writes here, so temporary files are those of a killed process.
-        for old in [*_newest_first(directory)[KEEP:], *directory.glob(f".*{TEMPORARY_SUFFIX}")]:
-            old.unlink()
+        with writing(directory):
+            for old in [*_newest_first(directory)[KEEP:], *directory.glob(f".*{TEMPORARY_SUFFIX}")]:
+                old.unlink()
         return path
 
     @staticmethod
@@ -105,8 +124,8 @@ class Checkpoint:
             raise DataError(path, f"is not a readable checkpoint ({reason})", "use an older one") from error
         if not isinstance(state, dict) or "version" not in state:
             raise DataError(path, "is not a checkpoint of this program", "give a checkpoint (.pt) of a run")
-        if (version := state.pop("version")) != VERSION:
-            remedy = f"this program reads version {VERSION}"
+        if (version := state.pop("version")) not in (1, VERSION):
+            remedy = f"this program reads versions 1 to {VERSION}"
             raise DataError(path, f"has checkpoint version {version}", remedy)
         return Checkpoint(**state | {"position": Position(*state["position"])})
 

@@ -1,28 +1,35 @@
 """Output of a running training: metrics.jsonl, the MLPerf log, and messages on the console.
 
-Only rank 0 writes the files. Both are append-only, and a checkpoint records their lengths, so that a
-resumed run truncates what was written after it and the logs read as those of one run.
+Only rank 0 writes the files. Both are append-only, and on the disk before a checkpoint that records their
+lengths, so that a resumed run truncates what was written after it and the logs read as those of one run.
+A disk may still lose lines. Of the MLPerf log, whose lines are few and whose times count, the checkpoint
+has a copy; metrics.jsonl then has a gap.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlperf_logging.mllog.mllog import MLLogger
 from tqdm import tqdm
 
 from pipelines.distributed.world import World
-from pipelines.errors import printable, writing
+from pipelines.errors import AccessError, printable, writing
+from pipelines.filesystem import sync_file
+from pipelines.io import read_file, write_file
 
 METRICS = "metrics.jsonl"
 MLPERF = "mlperf.log"
+_RUN_STOP = b'"key": "run_stop"'
 _ROOT = str(Path(__file__).resolve().parents[2])
 _LINE_INTERVAL = 15.0
 """Seconds between messages about progress if standard error is not a terminal."""
@@ -35,18 +42,35 @@ class RunLogs:
 
     Attributes:
         mlperf: The MLPerf logger (`event`, `start`, `end`); see mlperf_logging.
+        run_stop_ms: Time of the run_stop of the run that is resumed, in Unix ms; None if it has none.
     """
 
-    def __init__(self, folder: Path | None, lengths: dict[str, int] | None = None) -> None:
-        """Open the logs in `folder`, truncated to `lengths` bytes; without a `folder`, write nothing."""
+    def __init__(
+        self, folder: Path | None, lengths: Mapping[str, int] = MappingProxyType({}), mlperf_log: str = ""
+    ) -> None:
+        """Open the logs in `folder`; without a `folder`, write nothing.
+
+        Args:
+            folder: Folder of the run.
+            lengths: Bytes of each log to keep, by name.
+            mlperf_log: The bytes to keep of the MLPerf log, if they are known.
+        """
+        self.run_stop_ms: int | None = None
         metrics, mlperf = (logging.Logger(name, logging.INFO) for name in (METRICS, MLPERF))
         self._files: list[_RaisingHandler] = []
         if folder:
             for log in (metrics, mlperf):
                 path = folder / log.name
-                with open(path, "ab") as file:
-                    file.truncate((lengths or {}).get(log.name, 0))
-                log.addHandler(handler := _RaisingHandler(path, encoding="utf-8"))
+                present = read_file(path) if path.exists() else b""
+                copy = mlperf_log.encode() if log is mlperf else b""
+                kept = _recover(path, present, lengths.get(log.name, 0), copy)
+                if log is mlperf and lengths:
+                    self.run_stop_ms = _time_of_run_stop(copy or _whole_lines(present))
+                    # A resumed run logs its end itself.
+                    kept = b"".join(line for line in kept.splitlines(True) if _RUN_STOP not in line)
+                write_file(path, kept)
+                with writing(path):
+                    log.addHandler(handler := _RaisingHandler(path, encoding="utf-8"))
                 self._files.append(handler)
         self._metrics = metrics
         self.mlperf = MLLogger(mlperf, default_namespace="", root_dir=_ROOT)
@@ -55,18 +79,48 @@ class RunLogs:
         """Append `record` to metrics.jsonl as one line; raise AccessError if that fails."""
         self._metrics.info(json.dumps(record))
 
-    def lengths(self) -> dict[str, int]:
-        """Return the bytes in each file so far, by name."""
-        return {path.name: path.stat().st_size for path in (Path(file.baseFilename) for file in self._files)}
+    def sync(self) -> tuple[dict[str, int], str]:
+        """Wait until all lines are on the disk; return the bytes in each file by name, and the MLPerf log."""
+        lengths, mlperf_log = {}, ""
+        for path, file in ((Path(file.baseFilename), file) for file in self._files):
+            assert file.stream is not None, "the file is open until the logs are closed"
+            with writing(path):
+                sync_file(file.stream.fileno(), path)
+                lengths[path.name] = os.fstat(file.stream.fileno()).st_size
+            if path.name == MLPERF:
+                mlperf_log = read_file(path).decode()
+        return lengths, mlperf_log
 
     def __enter__(self) -> RunLogs:
         return self
 
     def __exit__(self, *error: object) -> None:
         # After an error, closing may fail again to write what a full disk has refused.
-        with suppress(OSError) if any(error) else nullcontext():
+        with suppress(AccessError) if any(error) else nullcontext():
             for file in self._files:
-                file.close()
+                with writing(file.baseFilename):
+                    file.close()
+
+
+def _recover(path: Path, present: bytes, length: int, copy: bytes) -> bytes:
+    """Return the first `length` bytes of the log at `path`: its `copy`, or else those that are `present`."""
+    kept = _whole_lines(present[:length])
+    if kept != (copy or kept) or len(kept) < length:
+        remedy = "they are restored from the checkpoint" if copy else "their lines are missing from here on"
+        logger.warning("%s: lost %d of %d bytes; %s", path, length - len(kept), length, remedy)
+    return copy or kept
+
+
+def _whole_lines(content: bytes) -> bytes:
+    """Return `content` up to the first line that a crash cut off or left as zero bytes."""
+    content = content.partition(b"\0")[0]
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _time_of_run_stop(mlperf_log: bytes) -> int | None:
+    """Return the time of the last run_stop in `mlperf_log`, in Unix ms."""
+    events = [line for line in mlperf_log.splitlines() if _RUN_STOP in line]
+    return int(json.loads(events[-1].partition(b" ")[2])["time_ms"]) if events else None
 
 
 class _RaisingHandler(logging.FileHandler):

@@ -11,6 +11,7 @@ report.html       the pictures
 
 from __future__ import annotations
 
+import io
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from cosmoflow_dali.config import TrainConfig, flatten, read_yaml, resolve
 from cosmoflow_dali.training.checkpoint import Checkpoint
 from cosmoflow_dali.training.evaluation import Evaluation
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.errors import ConfigError, DataError
+from pipelines.errors import ConfigError, DataError, yaml_text
 from pipelines.io import TEMPORARY_SUFFIX, write_file
 from pipelines.plan import plan_epoch
 from pipelines.sample import PARAMETERS, to_physical
@@ -102,8 +103,8 @@ def resume_run(folder: Path, config: TrainConfig, ranks: int) -> tuple[TrainConf
     """Return `config` with the seed of the run in `folder`, and its newest checkpoint, if any.
 
     Raises:
-        ConfigError: `config` differs from the run's in a setting that affects the weights, or `ranks`
-            do not keep its global batch.
+        ConfigError: `config` differs from the run's in a setting that affects the weights, `ranks` do not
+            keep its global batch, or the run has done more than `config.epochs`.
     """
     earlier = resolve(read_yaml(folder / CONFIG))
     if config.seed is None:
@@ -112,13 +113,18 @@ def resume_run(folder: Path, config: TrainConfig, ranks: int) -> tuple[TrainConf
     old, new = flatten(earlier), flatten(config)
     for key in old.keys() | new.keys():
         if old.get(key) != new.get(key) and (not key.startswith(mutable) or key == "loader.apply_log"):
-            advice = f"the run in {folder} has {old.get(key)!r}; keep it, or start a new run"
+            advice = f"the run in {folder} has {yaml_text(old.get(key))}; keep it, or start a new run"
             raise ConfigError(key, new.get(key), advice)
     checkpoint = Checkpoint.newest(folder / CHECKPOINTS)
     batch = config.loader.batch_size
     if checkpoint is not None and checkpoint.global_batch != batch * ranks:
         advice = f"times {ranks} ranks is not the run's global batch of {checkpoint.global_batch}; change one"
         raise ConfigError("loader.batch_size", batch, advice)
+    if checkpoint is not None and (least := checkpoint.position.begun_epochs) > config.epochs:
+        advice = (
+            f"the run in {folder} has done {checkpoint.position}; give at least {least}, or start a new run"
+        )
+        raise ConfigError("epochs", config.epochs, advice)
     return config, checkpoint
 
 
@@ -167,4 +173,6 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
     true, predicted = to_physical(evaluation.targets), to_physical(evaluation.predictions)
     table, header = np.column_stack([evaluation.index, true, predicted]), ",".join(["index", *columns])
     formats = ["%d", *("%.7g" for _ in columns)]
-    np.savetxt(folder / PREDICTIONS, table, formats, ",", newline="\r\n", header=header, comments="")
+    text = io.BytesIO()
+    np.savetxt(text, table, formats, ",", newline="\r\n", header=header, comments="")
+    write_file(folder / PREDICTIONS, text.getbuffer())

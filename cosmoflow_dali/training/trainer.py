@@ -115,23 +115,37 @@ class Trainer:
 
     def run(self) -> StopReason:
         """Train to the target quality, the last epoch, or a signal."""
+        if reason := self._finished():
+            logger.info("the run has done %s (%s): nothing is left to train", self.position, reason.value)
+            # The run stopped when its last epoch ended, in an earlier process.
+            self._log_run_stop(reason, self._logs.run_stop_ms)
+            return reason
         with self._stop, emit_nvtx(enabled=self._config.compute.nvtx):
-            while not self._target_reached():
-                if self.position.epoch == self._config.epochs:
-                    return StopReason.FINISHED
+            while not (reason := self._finished()):
                 if not self._train_epoch():
                     return StopReason.STOPPED
                 self._end_epoch()
-            return StopReason.REACHED
+            return reason
 
     def validate(self) -> Evaluation:
         """Score the network on the validation split; raise UserError if an output is not finite."""
         with autocast(self._config.compute.precision, self._device):
             return evaluate(self._model, self._validation, self._session, epoch=self.position.epoch)
 
-    def _target_reached(self) -> bool:
-        target = self._config.target_mae
-        return target is not None and self._scores is not None and self._scores["mae"] <= target
+    def _finished(self) -> StopReason | None:
+        """Return why there is no step left to train, or None if there is one."""
+        target, scores = self._config.target_mae, self._scores
+        if self.position.samples:
+            return None  # The scores are those of the epoch before.
+        if target is not None and scores is not None and scores["mae"] <= target:
+            return StopReason.REACHED
+        return StopReason.FINISHED if self.position.epoch >= self._config.epochs else None
+
+    def _log_run_stop(self, reason: StopReason, time_ms: int | None = None) -> None:
+        """Log the end of the run, at `time_ms` (Unix ms) or now."""
+        missed = reason is StopReason.FINISHED and self._config.target_mae is not None
+        status = "aborted" if missed else "success"
+        self._logs.mlperf.end(constants.RUN_STOP, metadata={"status": status}, time_ms=time_ms)
 
     def _train_epoch(self) -> bool:
         """Train the rest of the current epoch; return False if a signal stopped it."""
@@ -249,6 +263,8 @@ class Trainer:
         parameters = ", ".join(f"{name} {value:.3f}" for name, value in each.items())
         logger.info("epoch %d: validation MAE %.4f (%s)", epoch["epoch_num"], mae, parameters)
         self.position = Position(epoch["epoch_num"])
+        if reason := self._finished():
+            self._log_run_stop(reason)
         self._save()
 
     def _log_skipped(self) -> None:
@@ -263,6 +279,8 @@ class Trainer:
     def _save(self) -> None:
         if not self._session.world.is_root:
             return
+        with self._session.stall_guard("writing the logs"):
+            lengths, mlperf_log = self._logs.sync()
         checkpoint = Checkpoint(
             config=dataclasses.asdict(self._config),
             seed=self._run.seed,
@@ -277,7 +295,8 @@ class Trainer:
             scores=self._scores,
             seconds=dict(self.seconds),
             skipped=self._skipped,
-            logs=self._logs.lengths(),
+            logs=lengths,
+            mlperf_log=mlperf_log,
         )
         with self._session.stall_guard("writing a checkpoint"):
             checkpoint.save(self._run.folder / CHECKPOINTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -90,9 +91,10 @@ def report_errors(world: World, stopped: str = "stopped") -> Iterator[Session]:
         session.report_failure(stopped, seen_by_all_ranks=False)
         exit_now(128 + signal.SIGINT, world)
     except OSError as error:
-        # A file system that is gone, or a permission that was revoked: the text names the file.
-        print(f"error: {RankError(world, UserError(str(error)))}", file=sys.stderr, flush=True)
-        session.report_failure(str(error), seen_by_all_ranks=False)
+        # A file system that is gone, or a permission that was revoked.
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error)
+        print(f"error: {RankError(world, UserError(text))}", file=sys.stderr, flush=True)
+        session.report_failure(text, seen_by_all_ranks=False)
         exit_now(1, world)
     except Exception as error:
         if world.size == 1:

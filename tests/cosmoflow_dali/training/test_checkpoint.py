@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
 from cosmoflow_dali.training.checkpoint import KEEP, Checkpoint, Position
-from pipelines.errors import DataError
+from pipelines.errors import AccessError, DataError
 
 
 def checkpoint(epoch: int = 0, samples: int = 8) -> Checkpoint:
@@ -29,6 +31,7 @@ def checkpoint(epoch: int = 0, samples: int = 8) -> Checkpoint:
         seconds={"train": 1.5},
         skipped={"train": ["a.npy"], "validation": []},
         logs={"metrics.jsonl": 12},
+        mlperf_log=':::MLLOG {"key": "run_start"}\n',
     )
 
 
@@ -107,15 +110,58 @@ def test_damaged_newest_checkpoint_falls_back_with_a_warning(
     assert found is not None and found.position == Position(1, 0)
 
 
-def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_failed_save_is_an_error_of_the_path_and_leaves_the_older_checkpoint(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = checkpoint(1).save(tmp_path)
 
-    monkeypatch.setattr("torch.save", fails)
-    with pytest.raises(DataError) as failure:
-        checkpoint().save(tmp_path)
-    assert "No space" in failure.value.fault
-    assert list(tmp_path.iterdir()) == []
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    # Some file systems report a full disk only here.
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(AccessError) as failure:
+        checkpoint(2).save(tmp_path)
+    assert os.strerror(number) in failure.value.fault and "epoch00002" in failure.value.path
+    assert list(tmp_path.iterdir()) == [older]
+
+
+def test_write_that_fails_in_the_middle_of_a_save_is_an_error_of_the_path(tmp_path: Path) -> None:
+    older = checkpoint(1).save(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel accepts a part of the content, then refuses with EFBIG, as a full disk does with ENOSPC.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (older.stat().st_size // 2, limits[1]))
+    try:
+        with pytest.raises(AccessError) as failure:
+            checkpoint(2).save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.strerror(errno.EFBIG) in failure.value.fault
+    assert list(tmp_path.iterdir()) == [older]
+
+
+def test_version_1_has_no_copy_of_the_mlperf_log(tmp_path: Path) -> None:
+    path = checkpoint().save(tmp_path)
+    state = torch.load(path, weights_only=True)
+    del state["mlperf_log"]
+    torch.save(state | {"version": 1}, path)
+    assert Checkpoint.load(path).mlperf_log == ""
+    torch.save(state | {"version": 3}, path)
+    with pytest.raises(DataError):
+        Checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("position", "begun", "text"),
+    [
+        (Position(3), 3, "3 epochs"),
+        (Position(1), 1, "1 epoch"),
+        (Position(2, 8), 3, "2 epochs and 8 samples of the next"),
+    ],
+)
+def test_position_counts_the_epochs_that_are_begun(position: Position, begun: int, text: str) -> None:
+    assert (position.begun_epochs, str(position)) == (begun, text)
 
 
 def test_other_files_are_refused_by_path(tmp_path: Path) -> None:

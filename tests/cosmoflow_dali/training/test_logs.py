@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,14 +22,80 @@ def test_logs_are_truncated_to_the_checkpoint(tmp_path: Path) -> None:
     with RunLogs(tmp_path) as logs:
         logs.metric({"step": 1})
         logs.mlperf.event("run_start")
-        at_checkpoint = logs.lengths()
+        at_checkpoint = logs.sync()
         logs.metric({"step": 2})
         logs.mlperf.event("run_stop")
-    with RunLogs(tmp_path, at_checkpoint) as logs:
+    with RunLogs(tmp_path, *at_checkpoint) as logs:
         logs.metric({"step": 2})
     assert lines(tmp_path) == [1, 2]
     events = (tmp_path / "mlperf.log").read_text().splitlines()
     assert [json.loads(event.removeprefix(":::MLLOG "))["key"] for event in events] == ["run_start"]
+
+
+CUTS: dict[str, Callable[[bytes], bytes | None]] = {
+    "whole": lambda content: content,
+    "last bytes": lambda content: content[:-10],
+    "all bytes": lambda _: b"",
+    "file": lambda _: None,
+    "last bytes are zero": lambda content: content[:-10] + bytes(10),
+    "all bytes are zero": lambda content: bytes(len(content)),
+    "zero bytes inside": lambda content: content[:20] + bytes(30) + content[50:],
+    "whole, and zero bytes behind": lambda content: content + bytes(512),
+}
+"""Logs as a crash leaves them."""
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_what_a_crash_took_from_a_log_is_never_zero_bytes(
+    cut: Callable[[bytes], bytes | None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RunLogs(tmp_path) as logs:
+        for step in range(5):
+            logs.metric({"step": step})
+            logs.mlperf.event("epoch_start", metadata={"epoch_num": step})
+        saved = logs.sync()
+    whole = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "mlperf.log")}
+    for name, content in whole.items():
+        left = cut(content)
+        if left is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_bytes(left)
+    with caplog.at_level("WARNING"), RunLogs(tmp_path, *saved) as logs:
+        logs.metric({"step": 5})
+    # The checkpoint's copy, with the original times.
+    assert (tmp_path / "mlperf.log").read_bytes() == whole["mlperf.log"]
+    steps = lines(tmp_path)
+    assert steps == [*range(len(steps) - 1), 5]
+
+    assert [name in caplog.text for name in whole] == [len(steps) < 6] * 2, caplog.text
+
+
+def test_run_stop_keeps_its_time_for_a_run_that_is_over(tmp_path: Path) -> None:
+    with RunLogs(tmp_path) as logs:
+        logs.mlperf.event("run_start")
+        before = logs.sync()
+        logs.mlperf.end("run_stop", time_ms=1234)
+        after = logs.sync()
+    # A checkpoint of an earlier version was saved before run_stop and has no copy of the log.
+    for saved in (after, (before[0], "")):
+        content = (tmp_path / "mlperf.log").read_bytes()
+        with RunLogs(tmp_path, *saved) as logs:
+            assert logs.run_stop_ms == 1234
+            assert b"run_stop" not in (tmp_path / "mlperf.log").read_bytes()
+            logs.mlperf.end("run_stop", time_ms=logs.run_stop_ms)
+        assert (tmp_path / "mlperf.log").read_bytes().count(b"run_stop") == 1
+        (tmp_path / "mlperf.log").write_bytes(content)
+
+
+def test_logs_are_on_the_disk_before_a_checkpoint_remembers_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    with RunLogs(tmp_path) as logs:
+        monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+        logs.sync()
+    assert [Path(path).name for path in synced] == ["metrics.jsonl", "mlperf.log"]
 
 
 def test_logs_start_empty_without_a_checkpoint(tmp_path: Path) -> None:
@@ -42,7 +110,7 @@ def test_logs_without_a_folder_write_nothing(tmp_path: Path, monkeypatch: pytest
     with RunLogs(None) as logs:
         logs.metric({"step": 1})
         logs.mlperf.event("run_start")
-        assert logs.lengths() == {}
+        assert logs.sync() == ({}, "")
     assert list(tmp_path.iterdir()) == []
 
 
