@@ -34,8 +34,8 @@ from cosmoflow_dali.reporting.summary import write_results
 from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.logs import RunLogs, configure_logging
 from cosmoflow_dali.training.run_dir import CONFIG, Run, check_data, check_partition, create_run, resume_run
-from cosmoflow_dali.training.stop_signal import handle_stop_signals
-from cosmoflow_dali.training.trainer import StopReason, Trainer
+from cosmoflow_dali.training.stop_signal import StopReason, handle_stop_signals
+from cosmoflow_dali.training.trainer import Trainer
 from pipelines.dataset.open import list_folder, open_folder
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.node_groups import check_nodes

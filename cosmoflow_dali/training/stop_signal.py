@@ -1,9 +1,10 @@
-"""Requests to stop training, as signals."""
+"""Reasons for the end of training, and requests for it as signals."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from enum import Enum
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,17 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], object]) -> d
     # nohup has a program ignore SIGHUP, so that it outlives the terminal.
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
     return {number: signal.signal(number, handler) for number in STOP_SIGNALS if number not in ignored}
+
+
+class StopReason(Enum):
+    """Reason for the end of training."""
+
+    REACHED = "reached"
+    """The target quality was reached."""
+    FINISHED = "finished"
+    """All epochs are done."""
+    STOPPED = "stopped"
+    """A signal asked for it; a checkpoint was saved."""
 
 
 class StopSignal:

@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import time
 from datetime import timedelta
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from cosmoflow_dali.training.checkpoint import Checkpoint, Position
 from cosmoflow_dali.training.evaluation import Evaluation, evaluate
 from cosmoflow_dali.training.logs import Progress, RunLogs
 from cosmoflow_dali.training.run_dir import CHECKPOINTS, Run
-from cosmoflow_dali.training.stop_signal import StopSignal
+from cosmoflow_dali.training.stop_signal import StopReason, StopSignal
 from cosmoflow_dali.training.timer import StepTimer
 from pipelines.distributed.session import Session
 from pipelines.errors import UserError
@@ -40,17 +39,6 @@ from pipelines.loading.loader import Loader
 from pipelines.sample import Batch
 
 logger = logging.getLogger(__name__)
-
-
-class StopReason(Enum):
-    """Reason for the end of training."""
-
-    REACHED = "reached"
-    """The target quality was reached."""
-    FINISHED = "finished"
-    """All epochs are done."""
-    STOPPED = "stopped"
-    """A signal asked for it; a checkpoint was saved."""
 
 
 class Trainer:
@@ -117,7 +105,6 @@ class Trainer:
         """Train to the target quality, the last epoch, or a signal."""
         if reason := self._finished():
             logger.info("the run has done %s (%s): nothing is left to train", self.position, reason.value)
-            # The run stopped when its last epoch ended, in an earlier process.
             self._log_run_stop(reason, self._logs.run_stop_ms)
             return reason
         with self._stop, emit_nvtx(enabled=self._config.compute.nvtx):
@@ -142,10 +129,11 @@ class Trainer:
         return StopReason.FINISHED if self.position.epoch >= self._config.epochs else None
 
     def _log_run_stop(self, reason: StopReason, time_ms: int | None = None) -> None:
-        """Log the end of the run, at `time_ms` (Unix ms) or now."""
+        """Log the end of the run: at `time_ms` (Unix ms), that of an earlier process, or now."""
         missed = reason is StopReason.FINISHED and self._config.target_mae is not None
-        status = "aborted" if missed else "success"
-        self._logs.mlperf.end(constants.RUN_STOP, metadata={"status": status}, time_ms=time_ms)
+        self._logs.mlperf.end(
+            constants.RUN_STOP, metadata={"status": "aborted" if missed else "success"}, time_ms=time_ms
+        )
 
     def _train_epoch(self) -> bool:
         """Train the rest of the current epoch; return False if a signal stopped it."""

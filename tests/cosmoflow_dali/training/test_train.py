@@ -369,7 +369,7 @@ def test_resume_refuses_other_samples_and_another_order(tmp_path: Path) -> None:
         other = shutil.copytree(data, tmp_path / str(number))
         change(other, split)
         refused = program(TRAIN, "--run-dir", run, "--config", config, "--resume", "--data-dir", other)
-        assert refused.code == 1 and f"error: data.dir = '{other}': its {split} samples" in refused.err
+        assert refused.code == 1 and f"error: data.dir = {other}: its {split} samples" in refused.err
     # The same samples in another folder and format.
     assert program("preprocess.convert", "-i", data, "-o", tmp_path / "packed", "--to", "packed").code == 0
     moved = ("--data-dir", tmp_path / "packed", "--set", "loader.on_bad_sample=skip")
