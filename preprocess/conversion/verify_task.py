@@ -13,6 +13,7 @@ from zlib_ng import zlib_ng
 
 from pipelines.dataset.manifest import Entry
 from pipelines.errors import DataError
+from pipelines.folders import is_present
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile, read_file
@@ -64,7 +65,7 @@ class VerifyTask:
         name, record = item
         format_ = FORMATS[self.format_name]
         paths = {suffix: self.folder / (name + suffix) for suffix in format_.written_suffixes}
-        present = {suffix: path for suffix, path in paths.items() if path.exists()}
+        present = {suffix: path for suffix, path in paths.items() if is_present(path)}
         expected = [file.suffix for file in record.files] if record else format_.suffixes
         missing = (self.folder / (name + suffix) for suffix in expected if suffix not in present)
         result = VerifyResult([Fault("files", f"{path}: is missing; convert it again") for path in missing])

@@ -56,6 +56,18 @@ def test_hidden_files_are_no_faults(sound: Path, tmp_path: Path, capsys: pytest.
     )
 
 
+def test_a_link_to_nowhere_is_not_called_missing(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(sound, tmp_path / "data")
+    path = _data(data / "train")
+    path.unlink()
+    path.symlink_to("/nowhere/sample")
+    assert main([str(data)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line and "/nowhere/sample" in line
+
+
 def _flip(path: Path, at: int = -1) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
