@@ -95,7 +95,19 @@ def _universe(path: Path) -> Iterator[Any]:
                 found = file.get(name)
             if not isinstance(found, h5py.Dataset):
                 raise DataError(path, f"has no data set {name}", "expected a universe of the published set")
+            for code, label in _missing_filters(found):
+                fault = f"{name} is compressed with the HDF5 filter {code}{f' ({label})' if label else ''}"
+                raise DataError(
+                    path, fault, "set HDF5_PLUGIN_PATH to its plugin, or rewrite the file: h5repack -f GZIP=4"
+                )
         yield file
+
+
+def _missing_filters(dataset: h5py.Dataset) -> list[tuple[int, str]]:
+    """Return number and name of each filter of `dataset` that this HDF5 neither has nor finds as a plugin."""
+    settings = dataset.id.get_create_plist()
+    filters = (settings.get_filter(index) for index in range(settings.get_nfilters()))
+    return [(code, name.decode()) for code, _, _, name in filters if not h5py.h5z.filter_avail(code)]
 
 
 @contextmanager

@@ -170,6 +170,19 @@ def write_times(path: Path) -> None:
         h5py.h5d.create(file.id, b"full", h5py.h5t.UNIX_D32LE, space)
 
 
+def compress(path: Path, name: str, shape: tuple[int, ...], code: int) -> None:
+    """Write a universe whose data set `name` is compressed with a filter that HDF5 itself has not."""
+    write_universe(path, 1, **{name: None})
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_chunk(shape)
+    settings.set_filter(code, h5py.h5z.FLAG_OPTIONAL, ())
+    with h5py.File(path, "a") as file:
+        made = h5py.h5d.create(
+            file.id, name.encode(), h5py.h5t.STD_I16LE, h5py.h5s.create_simple(shape), settings
+        )
+        made.write_direct_chunk((0,) * len(shape), b"compressed", 0)
+
+
 def lose(path: Path) -> None:
     """Replace a universe by a link to nothing."""
     path.unlink()
@@ -177,6 +190,12 @@ def lose(path: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    # Numbers of https://github.com/HDFGroup/hdf5_plugins: blosc and zstd.
+    "blosc": (
+        lambda path: compress(path, "full", (EDGE, EDGE, EDGE, 4), 32001),
+        "full is compressed with the HDF5 filter 32001; set HDF5_PLUGIN_PATH",
+    ),
+    "zstd": (lambda path: compress(path, "unitPar", (4,), 32015), "with the HDF5 filter 32015; set"),
     "no counts": (lambda path: write_universe(path, 1, full=None), "has no data set full"),
     "no target": (lambda path: write_universe(path, 1, unitPar=None), "has no data set unitPar"),
     "floats": (lambda path: write_universe(path, 1, full=np.ones((8, 8, 8, 4))), "full is float64"),
