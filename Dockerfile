@@ -24,5 +24,6 @@ RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
     && mkdir --parents data runs results \
     && chown cosmoflow data runs results
 USER 10000
-ENV PYTHON=python
+# Packages in a home that is mounted must not hide those of the image.
+ENV PYTHON=python PYTHONNOUSERSITE=1
 ENTRYPOINT ["python", "-m", "cosmoflow_dali.train"]

@@ -34,6 +34,7 @@ printf '%s\\n' "srun $*|$RUN|$SEED|$STAGED_SINCE|$CONFIG_FILE|$DATADIR|$STAGING_
 [[ -n "${RUNS_STEPS:-}" ]] || exit 0
 while [[ "$1" == -* ]]; do shift; done
 export SLURM_STEP_NUM_TASKS=8 SLURM_PROCID=0 SLURM_LOCALID=3 SLURM_STEP_TASKS_PER_NODE=8
+[[ "${SLURM_EXPORT_ENV:-ALL}" == ALL ]] || exec env -i PATH="$PATH" RECORD="$RECORD" "$@"
 exec "$@"
 """
 
@@ -216,6 +217,10 @@ INVALID = (
     ({"SEED": "abc"}, "SEED abc"),
     ({"RENDEZVOUS_TIMEOUT": "long"}, "RENDEZVOUS_TIMEOUT long"),
     ({"CONT": "x", "STAGING_DIR": "$TMPDIR/x"}, "STAGING_DIR $TMPDIR/x"),
+    ({"CONT": "x", "DATADIR": "/gpfs/my data"}, "DATADIR /gpfs/my data: a path with a blank, comma or colon"),
+    ({"CONT": "x", "DATADIR": "/gpfs/Om=0.3,s8=0.8"}, "DATADIR /gpfs/Om=0.3,s8=0.8"),
+    ({"CONT": "x", "STAGING_DIR": "/raid/a:b"}, "STAGING_DIR /raid/a:b"),
+    ({"CONT": "x", "LOGDIR": "re,sults"}, "LOGDIR "),
     ({"DGXNGPU": "all"}, "DGXNGPU all"),
 )
 
@@ -354,6 +359,15 @@ def test_models_start_after_incomplete_staging(checkout: Path) -> None:
     assert sum("run_and_time.sh" in line for line in commands) == 2
 
 
+def test_variables_reach_the_ranks_of_a_job_that_exports_none(checkout: Path) -> None:
+    # sbatch --export=NONE sets this variable, and srun obeys it.
+    done, _ = sh(checkout, RUN, SLURM_EXPORT_ENV="NONE", RUNS_STEPS="1", SEED="5", **QUIET)
+    assert done.returncode == 0, done.stderr
+    words = (checkout / "record").read_text().splitlines()
+    assert words[words.index("--seed") + 1] == "5"
+    assert words[words.index("--run-dir") + 1].endswith("results/77/1")
+
+
 def test_container_mounts(checkout: Path) -> None:
     folder = checkout.parent / f"{checkout.name}.elsewhere"
     folder.mkdir()
@@ -443,6 +457,8 @@ def test_names_of_a_run_are_those_of_the_working_folder(checkout: Path, elsewher
 def test_names_of_a_job_are_those_of_the_folder_of_its_submission(
     submitted: str, checkout: Path, elsewhere: Path
 ) -> None:
+    # Pyxis cannot mount a folder with blanks in its name.
+    elsewhere = elsewhere.rename(checkout / "a_user's_#1_folder")
     script = f'cd "{elsewhere}"; sbatch -N 2 -t 1 ../run.sub --epochs 3'
     given = {"CONT": "image", "DATADIR": "data", "CONFIG_FILE": "own.yaml", "LOGDIR": "logs"}
     # Without SLURM's answer, the user names the checkout.

@@ -76,6 +76,13 @@ def test_missing_variable_is_named(tmp_path: Path) -> None:
         assert done.returncode != 0 and missing in done.stderr
 
 
+def test_path_that_cannot_be_mounted_is_named(tmp_path: Path) -> None:
+    given = {"DATA_SRC_DIR": str(tmp_path), "DATA_DST_DIR": str(tmp_path / "my data"), "CONT": "image"}
+    done = submit(tmp_path, **given)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: DATA_DST_DIR {tmp_path}/my data: ")
+    assert not (tmp_path / "my data").exists()
+
+
 def test_failed_rank_fails_the_job(tmp_path: Path) -> None:
     done = submit(tmp_path, DATA_SRC_DIR=str(tmp_path / "none"), DATA_DST_DIR=str(tmp_path / "dst"))
     assert done.returncode != 0 and "cannot be listed" in done.stderr
