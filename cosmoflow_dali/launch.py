@@ -19,6 +19,7 @@ from typing import NoReturn
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError, UserError, printable
+from pipelines.filesystem import read_text
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _FORWARDED = (
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _on_hosts(hostfile: Path, nodes: int) -> list[str]:
     """Return the mpirun command that starts ranks on the first `nodes` hosts of `hostfile`."""
     try:
-        lines = hostfile.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = read_text(hostfile, errors="surrogateescape").splitlines()
     except OSError as error:
         raise DataError(hostfile, f"cannot be read ({error.strerror})", "list one host per line") from error
     hosts = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -111,6 +111,22 @@ def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
     raise DataError(path, f"is a {kind}, not a file", "give a file, or remove it from its folder")
 
 
+def read_text(path: str | os.PathLike[str], errors: str = "strict") -> str:
+    """Return the text of the file at `path`, or of a pipe that this process has inherited.
+
+    Args:
+        errors: As in `open`.
+
+    Raises:
+        DataError: It is a folder, FIFO, socket or device.
+        OSError: It cannot be read.
+    """
+    # /dev/stdin, and the /dev/fd/63 of a shell's `<(...)`, which have a writer, lead to /proc.
+    inherited = os.path.realpath(path).startswith("/proc/")
+    with open(path if inherited else open_regular(path), encoding="utf-8", errors=errors) as file:
+        return file.read()
+
+
 def kind_of(state: os.stat_result) -> str:
     """Return "file", "folder", "FIFO", "socket" or "device"."""
     kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from pipelines.errors import DataError
+from pipelines.filesystem import read_text
 
 _MAX_VALUES = 10_000
 """Values in a document with its aliases written out, at most: nine aliases of aliases make billions."""
@@ -82,11 +83,11 @@ def read_yaml(path: Path) -> Any:
     """Return the content of the YAML file at `path`.
 
     Raises:
-        DataError: The file is not valid YAML; names the line and the key.
+        DataError: The file is not valid YAML, which names the line and the key, or is no file.
         OSError: The file cannot be read.
     """
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
+        return parse_yaml(read_text(path))
     except ValueError as error:
         raise DataError(path, f"is not valid YAML ({error})", "fix the file") from error
 

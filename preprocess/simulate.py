@@ -21,6 +21,7 @@ from pathlib import Path
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError, DataError, printable, yaml_text
+from pipelines.filesystem import read_text
 from pipelines.folders import is_hidden
 from pipelines.formats.registry import FORMATS
 from pipelines.io import locked, remove_temporaries, write_file
@@ -103,7 +104,7 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
     """Raise an error if `root` was made with other settings, or by something else."""
     path = root / SETTINGS
     try:
-        recorded = json.loads(path.read_bytes())
+        recorded = json.loads(read_text(path))
     except FileNotFoundError:
         for split in SPLITS:
             folder = root / split

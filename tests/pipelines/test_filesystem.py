@@ -17,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import read_sample, tiny_sample
+from helpers import program, read_sample, tiny_sample
 
 from pipelines import filesystem
 from pipelines.errors import AccessError, DataError, UnreadableError
@@ -28,6 +28,7 @@ from pipelines.formats.packed.tar_shard import ShardHandle, clear_handle_cache, 
 from pipelines.formats.registry import FORMATS
 from pipelines.io import map_file, read_file, write_file
 from pipelines.sample import SampleSpec
+from pipelines.strict_yaml import read_yaml
 
 
 def failing(number: int) -> Callable[..., Any]:
@@ -265,3 +266,26 @@ def test_scratch_is_provided_where_there_is_no_temporary_folder(
     provide_scratch(Path("run"))
     assert tempfile.tempdir == os.environ["TMPDIR"] == str(tmp_path / "run")
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "run" / "triton")
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("cosmoflow_dali.train", ["--config"]),
+        ("cosmoflow_dali.launch", ["--nodes", "2", "--hostfile"]),
+    ],
+)
+def test_a_fifo_as_a_text_file_is_refused_at_once(module: str, words: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    done = program(module, *words, tmp_path / "fifo")
+    assert done.code == 1 and done.err == (
+        f"error: {tmp_path}/fifo: is a FIFO, not a file; give a file, or remove it from its folder\n"
+    )
+
+
+def test_a_pipe_of_the_shell_is_read(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    with open(read) as reader:
+        with open(write, "w") as writer:
+            writer.write("epochs: 3\n")
+        assert read_yaml(Path(f"/dev/fd/{reader.fileno()}")) == {"epochs": 3}

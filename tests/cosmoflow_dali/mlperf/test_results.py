@@ -478,3 +478,15 @@ def test_flag_chooses_the_rules_and_a_submission_has_one_round(results: Results,
     log(tmp_path / "logs" / "result_2.txt", seed=3, start=start + 3 * 365 * 86400)
     done, _ = results(tmp_path / "logs", "--submission", tmp_path / "mixed")
     assert done.code == 1 and "2.0 and 3.0" in done.err and not (tmp_path / "mixed").exists()
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_a_log_is_not_overwritten_by_the_figures(flag: str, tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "result_0.txt"
+    log.parent.mkdir()
+    log.write_text("no MLPerf line\n")
+    (tmp_path / "link").symlink_to(log)
+    for output in (log, tmp_path / "link"):
+        done = program("cosmoflow_dali.results", tmp_path / "logs", flag, output)
+        assert done.code == 1 and done.err.startswith(f"error: {output}: is the input {log} itself")
+        assert log.read_text() == "no MLPerf line\n"
