@@ -6,6 +6,7 @@ systems/SYSTEM.json, and the code in benchmarks/cosmoflow.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -136,5 +137,6 @@ def _add_code(folder: Path, runs: Sequence[Run]) -> str:
             if "__pycache__" not in file.parts:
                 copy = _made((target / file.relative_to(_ROOT)).parent) / file.name
                 write_file(copy, read_file(file))
-                shutil.copymode(file, copy)
+                with contextlib.suppress(OSError):  # FAT and CIFS have no modes.
+                    shutil.copymode(file, copy)
     return f"{target.relative_to(folder)}: add the configuration that was used"

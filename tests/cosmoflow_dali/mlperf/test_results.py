@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 from helpers import ROOT, Done, config_file, program, write_tiny
 
+from cosmoflow_dali.mlperf.parse_logs import Run
+from cosmoflow_dali.mlperf.submission import _add_code
 from cosmoflow_dali.results import main
 
 START = 1_695_000_000
@@ -490,3 +494,17 @@ def test_a_log_is_not_overwritten_by_the_figures(flag: str, tmp_path: Path) -> N
         done = program("cosmoflow_dali.results", tmp_path / "logs", flag, output)
         assert done.code == 1 and done.err.startswith(f"error: {output}: is the input {log} itself")
         assert log.read_text() == "no MLPerf line\n"
+
+
+def test_code_is_added_on_a_file_system_without_modes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    _add_code(tmp_path, [Run(tmp_path / "log", "log", source="cosmoflow_dali/train.py")])
+    code = tmp_path / "benchmarks" / "cosmoflow" / "implementations" / "cosmoflow-dali"
+    for name in ("cosmoflow_dali/train.py", "pipelines/formats/packed/gather.c", "run.sub"):
+        assert (code / name).read_bytes() == (ROOT / name).read_bytes()
+    assert not list(code.rglob("__pycache__"))
