@@ -40,7 +40,8 @@ class Arguments:
 
     Args:
         config: Resolved configuration.
-        run_dir: Folder of the run; if not given, a new one named after the configuration and the time.
+        run_dir: Folder of the run; if not given, one named after the configuration and the time.
+        must_be_new: The run gets a new folder, with a number behind the name if `run_dir` is taken.
         resume: Continue the run in `run_dir`.
         instances: Number of training instances that the ranks are divided into.
         caches_cleared: The page caches were cleared just before.
@@ -49,6 +50,7 @@ class Arguments:
 
     config: TrainConfig
     run_dir: Path
+    must_be_new: bool
     resume: bool
     instances: int = 1
     caches_cleared: bool = False
@@ -71,8 +73,8 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     since = values["staged_since"]
     if since is not None and config.data.stage is None:
         raise ConfigError("--staged-since", since, "nothing is staged without data.stage.dir")
-    run_dir = run_dir or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Arguments(config, run_dir, resume, instances, values["caches_cleared"], since)
+    folder = run_dir or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Arguments(config, folder, run_dir is None, resume, instances, values["caches_cleared"], since)
 
 
 def select_instance(arguments: Arguments, instance: int) -> Arguments:

@@ -15,7 +15,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -33,7 +33,16 @@ from cosmoflow_dali.models.open import OpenCosmoFlow
 from cosmoflow_dali.reporting.summary import write_results
 from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.logs import RunLogs, configure_logging
-from cosmoflow_dali.training.run_dir import CONFIG, Run, check_data, check_partition, create_run, resume_run
+from cosmoflow_dali.training.run_dir import (
+    CONFIG,
+    Run,
+    check_data,
+    check_partition,
+    create_run,
+    lock_run,
+    resume_run,
+    save_config,
+)
 from cosmoflow_dali.training.stop_signal import StopReason, handle_stop_signals
 from cosmoflow_dali.training.trainer import Trainer
 from pipelines.dataset.open import list_folder, open_folder
@@ -70,14 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = world.device(arguments.config.device)
     # From here on rank 0 of each instance prints the errors that all ranks of the instance have seen.
     stopped = "stopped; resume from the last checkpoint with --run-dir RUN --resume"
-    with report_errors(world, stopped) as session:
+    with report_errors(world, stopped) as session, ExitStack() as locks:
         configure_logging(world)
         arguments = select_instance(arguments, world.instance)
         configure_torch(device, world.cores, arguments.config.compute.precision)
         start_ms = arguments.staged_since or round(1e3 * time.time())
         session.connect(device)
         check_nodes(session)
-        run = session.run_on_root(lambda: _prepare_run(arguments, session))
+        run = session.run_on_root(lambda: _prepare_run(arguments, session, locks))
         provide_scratch(run.folder)
         saved = (run.checkpoint.logs, run.checkpoint.mlperf_log) if run.checkpoint else ({}, "")
         with RunLogs(run.folder if world.is_root else None, *saved) as logs:
@@ -94,12 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _prepare_run(arguments: Arguments, session: Session) -> Run:
-    """Create or resume the run folder, and simulate missing data, on rank 0."""
+def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Run:
+    """Create or resume the run folder, locked in `locks`, and simulate missing data, on rank 0."""
     folder, config, checkpoint, seconds = arguments.run_dir, arguments.config, None, {}
     with session.stall_guard("looking for a run to resume"):
         resumes = arguments.resume and (folder / CONFIG).exists()
         if resumes:
+            locks.enter_context(lock_run(folder))
             config, checkpoint = resume_run(folder, config, session.world.size)
     if config.seed is None:
         config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
@@ -111,10 +121,12 @@ def _prepare_run(arguments: Arguments, session: Session) -> Run:
         fingerprints = {"train": train.fingerprint(), "validation": validation.fingerprint()}
     run = Run(folder, config, checkpoint, train, validation, fingerprints, seconds)
     check_data(run, session.world.size)
-    create_run(run, resumes=resumes)
     if not resumes:
-        logger.info("run folder %s, seed %d", folder, run.seed)
-    elif checkpoint is None:
+        run = create_run(run, locks, must_be_new=arguments.must_be_new)
+        logger.info("run folder %s, seed %d", run.folder, run.seed)
+        return run
+    save_config(folder, config)
+    if checkpoint is None:
         logger.info("resuming %s from the beginning, as it has no checkpoint", folder)
     else:
         position = checkpoint.position

@@ -1,4 +1,4 @@
-"""File access: atomic writes, direct reads and writes, and folder locks."""
+"""File access: atomic writes, and direct reads and writes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,11 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 import crc32c
 
-from pipelines.errors import AccessError, reading, writing
+from pipelines.errors import reading, writing
 from pipelines.filesystem import UNSUPPORTED, open_regular, report_unsupported, sync_file, sync_folder
 
 TEMPORARY_SUFFIX = ".tmp"
 """Suffix of a file that is being written; a leftover one can be removed safely."""
-
-LOCK_FILE = ".lock"
-"""The file that a writer of a folder locks: NFS and Lustre keep locks of the folder itself on one node.
-
-It is never removed, as another process may be waiting for its lock."""
 
 _TEMPORARY = re.compile(rf"\.(.+)\.\d+{re.escape(TEMPORARY_SUFFIX)}")
 """Name of a temporary file; the group is its final name."""
@@ -171,50 +166,6 @@ def final_name(name: str) -> str | None:
     """Return the final name of the temporary file `name`, or None if it is not one of `write_atomically`."""
     found = _TEMPORARY.fullmatch(name)
     return found and found[1]
-
-
-@contextlib.contextmanager
-def locked(folder: Path, wait: Callable[[], object]) -> Iterator[int]:
-    """Hold an exclusive lock on `folder`; yield its descriptor.
-
-    A child process that inherits the descriptor keeps the lock if this process is killed. On a file
-    system without locks everyone gets the lock.
-
-    Args:
-        wait: called before waiting for another process that holds the lock; may raise instead.
-
-    Raises:
-        AccessError: the lock file cannot be opened or locked.
-    """
-    path = folder / LOCK_FILE
-    with open(_open_lock(path), "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno == errno.EBADF:
-                fault = "belongs to another user, and cannot be locked"
-                raise AccessError(path, fault, "remove it while no program writes there") from error
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise AccessError.writing(path, error) from error
-        yield file.fileno()
-
-
-def _open_lock(path: Path) -> int:
-    """Open the lock file at `path`, creating it if needed."""
-    with writing(path):
-        try:
-            # Open for writing, which NFS requires, and with the folder's own permissions.
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:
-            with contextlib.suppress(OSError):
-                return os.open(path, os.O_RDONLY)
-            raise
-        with contextlib.suppress(OSError):
-            os.fchmod(descriptor, os.stat(path.parent).st_mode & 0o666)
-        return descriptor
 
 
 def read_file(path: Path, *, direct: bool = False) -> bytes:

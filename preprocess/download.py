@@ -24,7 +24,7 @@ from pipelines.folders import is_hidden, is_present
 from pipelines.formats.signatures import recognize_file
 from pipelines.formats.tfrecord import TFRECORD_SUFFIX
 from pipelines.sample import SPLITS
-from preprocess.conversion.progress import STOPPED
+from preprocess.conversion.progress import STOPPED, lock_target
 from preprocess.fetch import fetch
 from preprocess.verify import verify
 
@@ -107,6 +107,11 @@ def download(url: str, root: Path, sha256: str | None) -> int:
         return 0
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
+    with lock_target(root):
+        return _download(url, root, sha256)
+
+
+def _download(url: str, root: Path, sha256: str | None) -> int:
     if not all((root / split).is_dir() for split in SPLITS):
         archive = root / PurePosixPath(url).name
         fetch(url, archive, sha256=sha256, shown=True)

@@ -24,10 +24,10 @@ from pipelines.errors import ConfigError, DataError, printable, yaml_text
 from pipelines.filesystem import read_text
 from pipelines.folders import is_hidden
 from pipelines.formats.registry import FORMATS
-from pipelines.io import locked, remove_temporaries, write_file
+from pipelines.io import remove_temporaries, write_file
 from pipelines.sample import SPLITS, SplitName
 from pipelines.settings import add_flags, build
-from preprocess.conversion.progress import STOPPED, track
+from preprocess.conversion.progress import STOPPED, lock_target, track
 from preprocess.conversion.worker_pool import run_tasks
 from preprocess.simulator.universe import SimulateConfig, SimulateTask
 
@@ -67,8 +67,7 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
     try:
         for split in SPLITS:
             (root / split).mkdir(parents=True, exist_ok=True)
-        waiting = f"{root}: waiting for another process that writes into it"
-        with locked(root, lambda: shown and print(printable(waiting), file=sys.stderr)) as lock:
+        with lock_target(root, shown=shown) as lock:
             _check_settings(config, root)
             for folder in (root, *(root / split for split in SPLITS)):
                 remove_temporaries(folder)

@@ -7,13 +7,17 @@ checkpoints/      the newest checkpoints
 predictions.csv   the validation set at the end: true and predicted parameters
 summary.json      the results
 report.html       the pictures
+.lock             the process that trains, while it does; see `pipelines.distributed.locks`
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import yaml
@@ -23,6 +27,7 @@ from cosmoflow_dali.config import TrainConfig, flatten, read_yaml, resolve
 from cosmoflow_dali.training.checkpoint import Checkpoint
 from cosmoflow_dali.training.evaluation import Evaluation
 from pipelines.dataset.dataset import SampleDataset
+from pipelines.distributed.locks import LOCK_FILE, locked
 from pipelines.errors import ConfigError, DataError, yaml_text
 from pipelines.io import TEMPORARY_SUFFIX, write_file
 from pipelines.plan import plan_epoch
@@ -32,6 +37,9 @@ CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 PREDICTIONS = "predictions.csv"
 CHECKPOINTS = "checkpoints"
+
+_GRACE = 5.0
+"""Seconds for a process of the run that was killed to end: the system frees its memory first."""
 
 MUTABLE_ON_RESUME = (
     "data.dir",
@@ -78,20 +86,58 @@ class Run:
         return self.config.seed
 
 
-def create_run(run: Run, *, resumes: bool) -> None:
-    """Make the folder of `run` and write config.yaml; raise DataError if it has another run.
+def lock_run(folder: Path) -> AbstractContextManager[int]:
+    """Lock the run in `folder` for this process; raise DataError if another process has it."""
 
-    With `resumes`, the folder has this run already.
+    def refuse(holder: str) -> NoReturn:
+        remedy = "wait until it has ended, or name another --run-dir"
+        raise DataError(folder, f"is in use by {holder}", remedy)
+
+    return locked(folder, refuse, grace=_GRACE)
+
+
+def create_run(run: Run, locks: ExitStack, *, must_be_new: bool) -> Run:
+    """Make the folder of the new `run`, lock it in `locks`, and write config.yaml.
+
+    Args:
+        run: The run, with the folder that it is to have.
+        locks: Keeps the lock of the folder.
+        must_be_new: Take another name if the folder exists; otherwise it may exist and be empty.
+
+    Returns:
+        The run with the folder that it has.
+
+    Raises:
+        DataError: The folder is not empty, is in use, or cannot be written.
     """
     folder = run.folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if must_be_new:
+            folder = _make_new(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+        locks.enter_context(lock_run(folder))
         # Ignore temporary files of a process that was killed while it created a run.
-        if not resumes and any(not path.name.endswith(TEMPORARY_SUFFIX) for path in folder.iterdir()):
+        names = (path.name for path in folder.iterdir() if path.name != LOCK_FILE)
+        if not all(name.endswith(TEMPORARY_SUFFIX) for name in names):
             raise DataError(folder, "is not empty", "add --resume to resume its run, or name another folder")
         save_config(folder, run.config)
     except OSError as error:
         raise DataError(folder, f"cannot be written ({error.strerror})", "name another --run-dir") from error
+    return replace(run, folder=folder)
+
+
+def _make_new(folder: Path) -> Path:
+    """Make `folder`, or the first of `folder`-2, `folder`-3, ... that is not there; return its path."""
+    for number in itertools.count(1):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if not path.is_dir():
+                raise  # One of its parents is a file.
+    raise AssertionError("unreachable")
 
 
 def save_config(folder: Path, config: TrainConfig) -> None:

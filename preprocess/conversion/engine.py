@@ -13,10 +13,9 @@ from pipelines.dataset.manifest import Entry
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.session import Session
 from pipelines.errors import ConfigError, printable, writing
-from pipelines.io import locked
 from pipelines.sample import SampleSpec
 from preprocess.conversion.journal import Journal
-from preprocess.conversion.progress import STOPPED, track
+from preprocess.conversion.progress import STOPPED, lock_target, track
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
 from preprocess.conversion.target import check_folder, commit, reopen
 from preprocess.conversion.task_result import TaskResult, WorkItem
@@ -99,7 +98,7 @@ def run_conversion(
             assert plan is not None, "rank 0 has the plan"
             with writing(plan.target):
                 plan.target.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(_locked(plan.target))
+            lock = stack.enter_context(lock_target(plan.target))
             records = check_folder(*plan.target_arguments)
             settings = {"samples_per_shard": plan.samples_per_shard, "samples": list(plan.samples)}
             reopen(plan.target, plan.format_name, plan.spec, records.values(), **settings)
@@ -160,7 +159,7 @@ def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, uni
             # The splits of a data set belong together: if one is refused, the others must not change either.
             for plan in plans:
                 if plan.target.exists():
-                    with _locked(plan.target):
+                    with lock_target(plan.target):
                         check_folder(*plan.target_arguments)
 
         session.connect()
@@ -186,12 +185,6 @@ def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, uni
                     file=sys.stderr,
                 )
     return 1 if total.faults else 0
-
-
-def _locked(target: Path) -> contextlib.AbstractContextManager[int]:
-    """Lock `target`; print a line if another process has to end first."""
-    waiting = f"{target}: waiting for another process that writes into it"
-    return locked(target, lambda: print(printable(waiting), file=sys.stderr))
 
 
 def _begin(items: Iterable[WorkItem], journal: Journal) -> Iterator[WorkItem]:

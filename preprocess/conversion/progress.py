@@ -1,17 +1,32 @@
-"""Progress of a long command on stderr."""
+"""Progress of a long command on stderr, and what it waits for."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from pipelines.distributed.locks import locked
+from pipelines.errors import printable
 
 T = TypeVar("T")
 
 STOPPED = "stopped; the same command resumes"
 """The last line of a command that Ctrl-C has ended."""
+
+
+def lock_target(folder: Path, *, shown: bool = True) -> AbstractContextManager[int]:
+    """Lock `folder`; print a line, if `shown`, when another process has to end first."""
+
+    def wait(holder: str) -> None:
+        if shown:
+            print(printable(f"{folder}: waiting for {holder}, which writes into it"), file=sys.stderr)
+
+    return locked(folder, wait)
 
 
 def track(items: Iterable[T], total: int, label: str, unit: str, *, shown: bool) -> Iterator[T]:

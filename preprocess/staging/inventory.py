@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.manifest import Manifest, SourceFingerprint
+from pipelines.distributed.locks import locked
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import DataError, UnreadableError, writing
 from pipelines.filesystem import refuse_input
-from pipelines.io import locked
 from preprocess.conversion.journal import load_records
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
 from preprocess.conversion.target import files_by_entry, remove_files, reopen
@@ -58,11 +58,11 @@ def find_missing(
         DataError: The folder is the source, or holds something else, or another node writes into it.
     """
 
-    def check_holder() -> None:
+    def check_holder(holder: str) -> None:
         # Only another model on this node may be staging the same. If another rank of this job holds the lock,
         # waiting would never end.
         if not world.other_local_ranks:
-            fault = "is being written into by another process or node"
+            fault = f"is being written into by {holder}"
             raise DataError(target, fault, "stage to each node's own disk, one run at a time")
 
     # Files that do not belong here are removed below.

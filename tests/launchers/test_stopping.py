@@ -71,7 +71,7 @@ def test_opening_the_data_set_is_guarded_against_stalls(
     monkeypatch.setattr(train, "open_folder", hang)
     arguments = parse(["--config", str(config_file(tmp_path / "c.yaml", tmp_path))])
     with pytest.raises(UserError, match=r"hangs while .'opening the data set'"):
-        train._prepare_run(arguments, Guarded(World()))
+        train._prepare_run(arguments, Guarded(World()), contextlib.ExitStack())
 
 
 def test_a_hangup_asks_training_to_stop_unless_nohup_has_it_ignored() -> None:

@@ -85,7 +85,7 @@ def test_files_of_a_run(name: str, whole_run: Callable[[str], Path]) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.yaml", "metrics.jsonl", "mlperf.log", "checkpoints", "predictions.csv", "summary.json",
-        "report.html",
+        "report.html", ".lock",
     }  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
     assert summary["samples"] == 7

@@ -38,11 +38,11 @@ from hypothesis import strategies as st
 
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.dataset.open import open_folder
+from pipelines.distributed.locks import LOCK_FILE
 from pipelines.distributed.session import RankError, Session
 from pipelines.distributed.world import World
 from pipelines.errors import AccessError
 from pipelines.formats.registry import FORMATS
-from pipelines.io import LOCK_FILE
 from pipelines.sample import Sample
 from preprocess.conversion.engine import ConversionReport, run_conversion
 from preprocess.conversion.progress import STOPPED

@@ -11,8 +11,8 @@ from helpers import program, tiny_sample, write_tiny
 
 from pipelines.dataset.manifest import Manifest
 from pipelines.dataset.open import open_folder
+from pipelines.distributed.locks import LOCK_FILE
 from pipelines.formats.registry import FORMATS
-from pipelines.io import LOCK_FILE
 
 CONVERT = "preprocess.convert"
 

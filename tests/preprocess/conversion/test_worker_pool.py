@@ -16,17 +16,17 @@ import pytest
 from helpers import ROOT, environment, kill, started_by, wait_until_gone
 
 from pipelines import filesystem
+from pipelines.distributed.locks import LOCK_FILE
 from pipelines.errors import DataError, UserError
-from pipelines.io import LOCK_FILE
 from preprocess.conversion.worker_pool import run_tasks
 
 PARENT = """
 import sys
 from pathlib import Path
-from pipelines.io import locked
+from pipelines.distributed.locks import locked
 from preprocess.conversion.worker_pool import run_tasks
 
-with locked(Path(sys.argv[1]), lambda: None) as lock:
+with locked(Path(sys.argv[1]), lambda holder: None) as lock:
     list(run_tasks(exec, [sys.argv[2]], 1, lock))
 """
 

@@ -30,11 +30,12 @@ from helpers import (
 from cosmoflow_dali.reporting.ridge_baseline import fit_ridge
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.dataset.open import open_folder
+from pipelines.distributed.locks import locked
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import AccessError, ConfigError, DataError, UserError
 from pipelines.formats.registry import FORMATS
-from pipelines.io import locked, read_file
+from pipelines.io import read_file
 from pipelines.loading.reader import Reader
 from preprocess.convert import convert
 from preprocess.staging.config import StageConfig, partition_indices
@@ -324,7 +325,7 @@ def test_two_models_on_one_node_stage_one_after_the_other(tmp_path: Path) -> Non
     data, disk = write_tiny(tmp_path / "data", train=2, validation=1), tmp_path / "disk"
     (disk / "train").mkdir(parents=True)
     with ThreadPoolExecutor(1) as other:
-        with locked(disk / "train", lambda: None):
+        with locked(disk / "train", lambda holder: None):
             waiting = other.submit(staged, data, disk, beside=1)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.3)
@@ -332,7 +333,7 @@ def test_two_models_on_one_node_stage_one_after_the_other(tmp_path: Path) -> Non
                 staged(data, disk)
             assert error.value.path == str(disk / "train")
         assert [one.samples for one in waiting.result(timeout=30)] == [2, 1]
-        with locked(disk / "train", lambda: None):
+        with locked(disk / "train", lambda holder: None):
             assert [one.samples for one in staged(data, disk)] == [0, 0]
 
 
