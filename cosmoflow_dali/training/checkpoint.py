@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +120,23 @@ class Checkpoint:
         except DataError:
             raise
         except Exception as error:  # zipfile, pickle and torch raise many types for a damaged file
+            if found := re.search(r"GLOBAL (\S+)", str(error)):
+                # torch's own message asks the user to trust the file.
+                raise _foreign(path, f"it holds {found[1]}, which is no tensor or plain value") from error
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(path, f"is not a readable checkpoint ({reason})", "use an older one") from error
         if not isinstance(state, dict) or "version" not in state:
-            raise DataError(path, "is not a checkpoint of this program", "give a checkpoint (.pt) of a run")
+            raise _foreign(path, "it has no version")
         if (version := state.pop("version")) not in (1, VERSION):
             remedy = f"this program reads versions 1 to {VERSION}"
             raise DataError(path, f"has checkpoint version {version}", remedy)
-        return Checkpoint(**state | {"position": Position(*state["position"])})
+        for part in fields(Checkpoint):
+            if part.name not in state and part.default is part.default_factory is MISSING:
+                raise _foreign(path, f"it has no {part.name}")
+            if part.name in ("config", "model", "optimizer") and not isinstance(state[part.name], dict):
+                raise _foreign(path, f"its {part.name} is not a mapping")
+        known = {part.name: state[part.name] for part in fields(Checkpoint) if part.name in state}
+        return Checkpoint(**known | {"position": Position(*state["position"])})
 
     @staticmethod
     def newest(directory: Path) -> Checkpoint | None:
@@ -138,6 +147,12 @@ class Checkpoint:
             except DataError as error:
                 logger.warning("%s; falling back to the checkpoint before it", error)
         return None
+
+
+def _foreign(path: Path, reason: str) -> DataError:
+    return DataError(
+        path, f"is not a checkpoint of this program ({reason})", "give a checkpoint (.pt) of a run"
+    )
 
 
 def _newest_first(directory: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from cosmoflow_dali.training.checkpoint import Checkpoint
 from pipelines.errors import DataError
 from pipelines.filesystem import open_regular
 from pipelines.sample import REDSHIFTS, SampleSpec
+
+_REASON_LENGTH = 200
+"""Characters of torch's message that are shown, at most: it may list every weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,13 @@ def load_model(path: Path) -> LoadedModel:
     checkpoint = Checkpoint.load(path)
     config = resolve(checkpoint.config)
     model = build_model(config.model, checkpoint.seed)
-    model.load_state_dict(checkpoint.model)
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        # The first line names the class.
+        reason = textwrap.shorten(str(error).splitlines()[-1], _REASON_LENGTH)
+        fault = f"holds weights of another network than its configuration describes ({reason})"
+        raise DataError(path, fault, "give a checkpoint as the run wrote it") from error
     # Within an epoch, the newest scores are those of older weights.
     scores = checkpoint.scores if checkpoint.position.samples == 0 else None
     rms = scores["residual_rms"] if scores else None

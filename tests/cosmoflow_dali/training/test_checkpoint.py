@@ -6,12 +6,16 @@ import errno
 import os
 import random
 import resource
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from cosmoflow_dali.config import resolve
+from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.training.checkpoint import KEEP, Checkpoint, Position
+from cosmoflow_dali.training.pretrained import load_model
 from pipelines.errors import AccessError, DataError
 
 
@@ -74,6 +78,46 @@ def test_temporary_file_of_a_killed_writer_is_removed_and_never_read(tmp_path: P
 def test_newest_without_checkpoints_is_none(tmp_path: Path) -> None:
     assert Checkpoint.newest(tmp_path) is None
     assert Checkpoint.newest(tmp_path / "missing") is None
+
+
+class HyperParameters:
+    """An object as other programs store it beside the weights."""
+
+
+def test_files_of_other_programs_are_refused_with_the_reason(tmp_path: Path) -> None:
+    path = checkpoint().save(tmp_path)
+    state = torch.load(path, weights_only=True)
+    for foreign, reason in (
+        ({"state_dict": state["model"], "hyper_parameters": HyperParameters()}, "HyperParameters"),
+        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        (state["model"], "it has no version"),
+        ({"version": 1, "state_dict": state["model"]}, "it has no config"),
+        ({name: value for name, value in state.items() if name != "position"}, "it has no position"),
+        (state | {"config": None}, "its config is not a mapping"),
+    ):
+        torch.save(foreign, path)
+        with pytest.raises(DataError) as refused:
+            Checkpoint.load(path)
+        assert refused.value.path == str(path) and reason in str(refused.value)
+        assert "trust" not in str(refused.value) and "older" not in str(refused.value)
+    # What someone adds to a checkpoint does no harm.
+    torch.save(state | {"comment": "the best one"}, path)
+    assert Checkpoint.load(path).position == Position(0, 8)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    config = resolve({"model": {"kind": "reference", "size": 8, "blocks": 1, "filters": 2}})
+    weights = build_model(config.model, 0).state_dict()
+    assert load_model(replace(checkpoint(), config=asdict(config), model=weights).save(tmp_path)).size == 8
+    for changed in (
+        {f"_orig_mod.{name}": value for name, value in weights.items()},
+        dict(list(weights.items())[1:]),
+        {name: value[:1] for name, value in weights.items()},
+    ):
+        path = replace(checkpoint(), config=asdict(config), model=changed).save(tmp_path)
+        with pytest.raises(DataError) as refused:
+            load_model(path)
+        assert refused.value.path == str(path) and "\n" not in str(refused.value)
 
 
 def test_flipped_bits_and_truncation_are_detected(tmp_path: Path) -> None:
