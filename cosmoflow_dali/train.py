@@ -129,8 +129,7 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
     if checkpoint is None:
         logger.info("resuming %s from the beginning, as it has no checkpoint", folder)
     else:
-        position = checkpoint.position
-        logger.info("resuming %s from epoch %d, sample %d", folder, position.epoch + 1, position.samples)
+        logger.info("resuming %s after %s", folder, checkpoint.position)
     return run
 
 

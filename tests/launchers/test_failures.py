@@ -82,4 +82,4 @@ def test_run_restarted_by_torchrun_resumes_exactly(tmp_path: Path) -> None:
         run(["kill", "-KILL", str(started_by(agent.processes[0].pid)[1])])
         statuses, words = agent.end(200)
     assert statuses == {0}, words
-    assert f"resuming {folder} from epoch" in words and metrics(folder) == metrics(whole)
+    assert f"resuming {folder} after " in words and metrics(folder) == metrics(whole)

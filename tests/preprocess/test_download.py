@@ -246,7 +246,7 @@ def test_program_downloads_unpacks_and_verifies(
     assert "content" in capsys.readouterr().out
     for split, count in (("train", 3), ("validation", 2)):
         assert len(open_folder(tmp_path / "small" / split)) == count
-    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["train", "validation"]
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [".lock", "train", "validation"]
     assert main(arguments) == 0
     assert len(server.asked) == 1
 
@@ -307,7 +307,7 @@ def test_invalid_archive_is_refused_and_fetched_again(
         main(arguments)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "small.tgz: " in line]
     assert end.value.code == 1 and line.startswith("error: ") and reason in line and ";" in line
-    assert list((tmp_path / "small").iterdir()) == []
+    assert [path.name for path in (tmp_path / "small").iterdir()] == [".lock"]
     if answer is promises_less:
         assert main(arguments) == 0
 

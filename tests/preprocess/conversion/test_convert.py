@@ -223,7 +223,7 @@ def test_invalid_arguments_are_one_line(tiny: Path, tmp_path: Path) -> None:
     data, out = tiny / "train", tmp_path / "out"
     for ranks, arguments, message in (
         (1, ["-i", data, "-o", data, "--to", "npy"], f"is the input {data} itself"),
-        (1, ["-i", data, "-o", out, "--to", "npz"], "--to = 'npz': expected one of npy"),
+        (1, ["-i", data, "-o", out, "--to", "npz"], "--to = npz: expected one of npy"),
         (1, ["-i", data, "-o", out, "--to", "npy", "--workers", "0"], "--workers = 0"),
         (1, ["-i", data / "none", "-o", out, "--to", "npy"], "cannot be listed (No such file"),
         (2, ["-i", data / "none", "-o", out, "--to", "npy"], "cannot be listed (No such file"),
