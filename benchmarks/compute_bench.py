@@ -107,16 +107,16 @@ def recipes(options: argparse.Namespace, device: torch.device, data: Path | None
             compute = ComputeConfig(precision="fp16", engine="graph")
             record = Recipe(_name(RECORD, batch_size), batch_size, compute, plain=True, optimizer="default")
             found.append(record)
-        for precision, engine, block, layout, optimizer in itertools.product(
+        for precision, engine, kernels, layout, optimizer in itertools.product(
             options.precision or (["bf16"] if gpu else ["fp32"]),
             options.engine,
-            options.first_block,
+            options.kernels,
             options.layout,
             options.optimizer,
         ):
-            compute = ComputeConfig(precision=precision, engine=engine, first_block=block)
+            compute = ComputeConfig(precision=precision, engine=engine, kernels=kernels)
             words = [precision, compute.engine_on(device), optimizer]
-            words += [word for word in (block, layout) if word not in ("plain", "channels_last")]
+            words += [word for word in (kernels, layout) if word not in ("auto", "channels_last")]
             name = _name(" ".join(words), batch_size)
             found.append(Recipe(name, batch_size, compute, layout=layout, optimizer=optimizer))
             if data is not None:
@@ -245,7 +245,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=harness.numbers, default=[1], help="comma-separated")
     parser.add_argument("--precision", type=_among("fp32", "tf32", "fp16", "bf16"), help="comma-separated")
     parser.add_argument("--engine", type=_among("auto", "eager", "graph", "compile"), default=["auto"])
-    parser.add_argument("--first-block", type=_among("plain", "triton"), default=["plain"])
+    parser.add_argument("--kernels", type=_among("auto", "torch", "triton"), default=["auto"])
     parser.add_argument("--layout", type=_among("channels_last", "contiguous"), default=["channels_last"])
     parser.add_argument("--optimizer", type=_among("auto", "apex", "fused"), default=["auto"])
     parser.add_argument("--steps", type=harness.positive, help="of a round (default: 3, on a GPU 30)")

@@ -89,8 +89,8 @@ def parts(folder: Path, scratch: Path) -> list[Part]:
     pytest = [*_PYTEST, "--rootdir", str(ROOT), "-o", f"pythonpath={ROOT} {tests}"]
     samples = scratch / "samples"
     bench = ["--rounds", "3", "--output", str(folder)]
-    blocks = "plain" if missing(("triton",)) else "plain,triton"
-    grid = ["--batch-size", "1,8", "--engine", "graph", "--first-block", blocks]
+    kernels = "torch" if missing(("triton",)) else "torch,auto"
+    grid = ["--batch-size", "1,8", "--engine", "graph", "--kernels", kernels]
     if not missing(_READS):
         grid += ["--loop", "--data-dir", str(samples)]
     io = ["--formats", "npy,packed", "--samples", "8", "--data-dir", str(samples)]
@@ -147,7 +147,6 @@ def run(part: Part, folder: Path, left: float) -> CheckStatus:
 
 def write_config(scratch: Path) -> None:
     """Write the configuration of 200 steps of the reference network on simulated universes."""
-    block = "plain" if missing(("triton",)) else "triton"
     tree = {
         "data": {
             "dir": str(scratch / "data"),
@@ -155,7 +154,7 @@ def write_config(scratch: Path) -> None:
         },
         "loader": {"batch_size": 4},
         "model": {"size": 32, "blocks": 4, "filters": 16, "dropout": 0.0},
-        "compute": {"precision": "bf16", "engine": "graph", "first_block": block},
+        "compute": {"precision": "bf16", "engine": "graph"},
         "epochs": 4,
         "shuffle": True,
         "device": "cuda",

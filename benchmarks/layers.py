@@ -11,11 +11,9 @@ from torch import nn
 from benchmarks.timing import timed
 from cosmoflow_dali.compute.engines import ComputeConfig
 from cosmoflow_dali.compute.step import autocast
-from cosmoflow_dali.models.blocks import max_block, plain_max_block
-from cosmoflow_dali.models.reference import CosmoFlow
+from cosmoflow_dali.models.blocks import plain_max_block
+from cosmoflow_dali.models.reference import Block, CosmoFlow
 from pipelines.sample import Batch
-
-Block = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _REPEATED = {"cpu": 2, "cuda": 50}
 """Repetitions of a block per measurement, by device type."""
@@ -42,9 +40,9 @@ def layers_alone(model: nn.Module, batch: Batch, compute: ComputeConfig, *, plai
     if not isinstance(model, CosmoFlow):
         return
     volume, device = batch.volume, batch.volume.device
-    for number, conv in enumerate(model.convs):
+    for number, (conv, own) in enumerate(zip(model.convs, model.blocks, strict=True)):
         weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
-        block = _block(compute, number, plain=plain)
+        block = plain_max_block if plain else own
         given = torch.rand_like(volume).requires_grad_(number > 0)
         with autocast(compute.precision, device):
             made = block(given, weight, bias)
@@ -85,15 +83,3 @@ def _captured(act: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph, stream=stream):
         act()
     return graph.replay
-
-
-def _block(compute: ComputeConfig, number: int, *, plain: bool) -> Block:
-    """Return the function that computes block `number` of the reference network."""
-    if plain:
-        return plain_max_block
-    if number == 0 and compute.first_block == "triton":
-        # Triton may not be installed.
-        from cosmoflow_dali.models.triton_block import first_block
-
-        return first_block
-    return max_block

@@ -23,6 +23,7 @@ from torch.nn import functional
 from benchmarks.layers import Layer, layers_alone
 from benchmarks.timing import synchronize, timed
 from cosmoflow_dali.compute.engines import ComputeConfig, make_engine, wrap_model
+from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
 from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.compute.step import autocast, input_dtype, make_scaler
 from cosmoflow_dali.compute.torch_setup import configure_torch
@@ -202,6 +203,10 @@ def _prepare(
         model = PlainOpen(shape) if isinstance(shape, OpenConfig) else PlainReference(shape)
     layout = torch.channels_last_3d if recipe.layout == "channels_last" else torch.contiguous_format
     model = model.to(device).to(memory_format=layout).train()  # type: ignore[call-overload]
+    compute = recipe.compute
+    if not recipe.plain:
+        names = choose_kernels(model, compute.kernels, compute.precision, recipe.batch_size, device)
+        use_kernels(model, names, compute.precision, recipe.batch_size)
     # Like logarithms of counts, half of them zeros.
     generator = torch.Generator().manual_seed(1)
     volume = torch.rand(recipe.batch_size, size, size, size, 4, generator=generator).sub_(0.5).clamp_(0)

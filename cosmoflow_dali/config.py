@@ -159,6 +159,9 @@ def resolve(tree: Tree, flags: Mapping[str, Any] | None = None) -> TrainConfig:
         # Configurations and checkpoints of earlier versions may have it.
         set_key(merged, "optimizer.implementation", "fused")
         logger.info("optimizer.implementation foreach was removed; using fused, which is the same rule")
+    if "compute.first_block" in flatten_tree(merged):
+        del merged["compute"]["first_block"]
+        logger.info("compute.first_block was replaced by compute.kernels; using its default unless it is set")
     if flatten_tree(merged).get("model.kind", "reference") == "reference":
         # If the flags set neither, the file decides.
         for given in (flags, flatten_tree(tree)):

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cosmoflow_dali.compute.kernels import Kernels
 from cosmoflow_dali.compute.step import Precision, forward_backward, input_dtype
-from cosmoflow_dali.models.reference import CosmoFlow
 from pipelines.errors import ConfigError, check_field
 from pipelines.sample import PARAMETERS, Batch, SampleSpec
 
@@ -36,7 +36,8 @@ class ComputeConfig:
             torch.compile. The last two require a GPU. "auto" is eager.
         micro_batch: Samples processed at a time, to save memory; must divide loader.batch_size.
         exchange: Data type of the gradient all-reduce.
-        first_block: "triton" computes the reference network's first block in one kernel, on a GPU.
+        kernels: Those of the reference network's blocks on a GPU: "torch", "triton", or for each block the
+            faster that agrees with float64 ("auto"); see `compute.kernels`.
         nvtx: Mark forward, backward, update and every operation for Nsight, on a GPU; slows training.
     """
 
@@ -44,7 +45,7 @@ class ComputeConfig:
     engine: Literal["auto", "eager", "graph", "compile"] = "auto"
     micro_batch: int | None = None
     exchange: Literal["fp32", "bf16"] = "fp32"
-    first_block: Literal["plain", "triton"] = "plain"
+    kernels: Kernels = "auto"
     nvtx: bool = False
 
     def __post_init__(self) -> None:
@@ -72,13 +73,8 @@ def wrap_model(model: nn.Module, config: ComputeConfig, device: torch.device, *,
     """Prepare `model` for the engine of `config`; over several `ranks`, average gradients during backward.
 
     Raises:
-        ConfigError: `config` requires a GPU or the reference network.
+        ConfigError: `config` requires a GPU.
     """
-    if config.first_block == "triton":
-        if not isinstance(model, CosmoFlow) or device.type != "cuda":
-            reason = f"needs the reference network on a GPU, not {type(model).__name__} on {device.type}"
-            raise ConfigError("compute.first_block", config.first_block, reason)
-        model.fuse_first_block()
     if ranks > 1 and device.type == "cuda":
         # Averages the statistics of batch normalisation over ranks; on a CPU, `norm_block` does.
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -88,7 +84,9 @@ def wrap_model(model: nn.Module, config: ComputeConfig, device: torch.device, *,
         return model
     # DDP's hooks use the stream that it is created on: for a graph, the captured one.
     with _capture_stream(device) if config.engine_on(device) == "graph" else nullcontext():
-        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        parallel = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
     if config.exchange == "bf16":
         parallel.register_comm_hook(None, lambda state, bucket: _allreduce_bf16(bucket))
     return parallel

@@ -169,7 +169,7 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
 def cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Convert `tensors` to the dtype of autocast on their device, if it is enabled."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor.to(dtype) for tensor in tensors)

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from cosmoflow_dali.models.blocks import LEAK, max_block
-from pipelines.errors import ConfigError, check_field
+from pipelines.errors import check_field
 from pipelines.sample import PARAMETERS, REDSHIFTS
+
+Block: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Computes a block from volume, kernel and bias; see `max_block`."""
 
 OUTPUT_SCALE = 1.2
 """Scale of the output, whose range is wider than the targets', where tanh is not yet flat."""
@@ -55,13 +58,17 @@ class ReferenceConfig:
 
 
 class CosmoFlow(nn.Module):
-    """The reference network: (B, 4, D, H, W) to targets (B, 4)."""
+    """The reference network: (B, 4, D, H, W) to targets (B, 4).
+
+    Attributes:
+        blocks: Function that computes each block.
+    """
 
     def __init__(self, config: ReferenceConfig, seed: int = 0) -> None:
         """Draw Glorot-uniform kernels from `seed` and set biases to zero, as Keras does."""
         super().__init__()
         self.config = config
-        self._first_block: Callable[..., torch.Tensor] = max_block
+        self.blocks: list[Block] = [max_block] * config.blocks
         widths = [len(REDSHIFTS), *(config.filters * 2**block for block in range(config.blocks))]
         self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, padding=1) for a, b in pairwise(widths))
         features = widths[-1] * (config.size // 2**config.blocks) ** 3
@@ -77,8 +84,7 @@ class CosmoFlow(nn.Module):
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
         """Return targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
         hidden = volume
-        for number, conv in enumerate(self.convs):
-            block = max_block if number else self._first_block
+        for block, conv in zip(self.blocks, self.convs, strict=True):
             hidden = block(hidden, conv.get_parameter("weight"), conv.get_parameter("bias"))
         # Keras flattens (D, H, W, C); the same order makes its dense kernels usable here.
         hidden = hidden.permute(0, 2, 3, 4, 1).flatten(1)
@@ -86,21 +92,6 @@ class CosmoFlow(nn.Module):
             hidden = functional.leaky_relu(dense(hidden), LEAK)
             hidden = functional.dropout(hidden, self.config.dropout, self.training)
         return OUTPUT_SCALE * torch.tanh(self.denses[-1](hidden))
-
-    def fuse_first_block(self) -> None:
-        """Compute the first block in one Triton kernel.
-
-        Raises:
-            ConfigError: Triton is not installed, or its kernel does not support the number of filters.
-        """
-        try:
-            from cosmoflow_dali.models.triton_block import FILTERS, first_block
-        except ImportError as error:
-            raise ConfigError("compute.first_block", "triton", "Triton is not installed") from error
-        if self.config.filters not in FILTERS:
-            reason = f"needs model.filters in {FILTERS}, not {self.config.filters}"
-            raise ConfigError("compute.first_block", "triton", reason)
-        self._first_block = first_block
 
     def decayed_parameters(self) -> list[nn.Parameter]:
         """Return the parameters subject to weight decay: the kernels of the hidden dense layers."""

@@ -70,6 +70,7 @@ class Checkpoint:
         skipped: Paths of the damaged samples of each split that were skipped so far.
         logs: Bytes of each log file that belong to this state; the rest was written later.
         mlperf_log: These bytes of the MLPerf log; empty in version 1.
+        kernels: Kernel of each block on a GPU; see `choose_kernels`.
     """
 
     config: dict[str, Any]
@@ -87,6 +88,7 @@ class Checkpoint:
     skipped: dict[str, list[str]] = field(default_factory=dict)
     logs: dict[str, int] = field(default_factory=dict)
     mlperf_log: str = ""
+    kernels: list[str] = field(default_factory=list)
 
     def save(self, directory: Path) -> Path:
         """Write this checkpoint into `directory`, remove all but the newest `KEEP`, and return its path."""

@@ -24,6 +24,7 @@ from torch.profiler import record_function
 
 from cosmoflow_dali.compute import augment
 from cosmoflow_dali.compute.engines import make_engine, wrap_model
+from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
 from cosmoflow_dali.compute.optim import build_optimizer, describe, restore_optimizer, set_lr
 from cosmoflow_dali.compute.schedule import lr_at
 from cosmoflow_dali.compute.step import autocast, input_dtype, make_scaler, seed_step
@@ -86,6 +87,7 @@ class Trainer:
         self._window: list[tuple[torch.Tensor, npt.NDArray[np.int64]]] = []
         if run.checkpoint is not None:
             self._restore(run.checkpoint)
+        self._kernels = self._use_kernels()
         self._parallel = wrap_model(self._model, compute, device, ranks=session.world.size)
         self._engine = make_engine(
             self._parallel, compute, self._scaler, train.split.spec, self._config.loader.batch_size, device
@@ -285,9 +287,22 @@ class Trainer:
             skipped=self._skipped,
             logs=lengths,
             mlperf_log=mlperf_log,
+            kernels=self._kernels,
         )
         with self._session.stall_guard("writing a checkpoint"):
             checkpoint.save(self._run.folder / CHECKPOINTS)
+
+    def _use_kernels(self) -> list[str]:
+        """Choose the kernels of the network's blocks, or use those of the checkpoint; return their names."""
+        compute, device = self._config.compute, self._device
+        batch = compute.micro_batch or self._config.loader.batch_size
+        names = self._run.checkpoint.kernels if self._run.checkpoint and device.type == "cuda" else []
+        if not names:
+            names = self._session.run_on_root(
+                lambda: choose_kernels(self._model, compute.kernels, compute.precision, batch, device)
+            )
+        use_kernels(self._model, names, compute.precision, batch)
+        return names
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._model.load_state_dict(checkpoint.model)

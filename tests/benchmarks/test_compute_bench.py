@@ -83,21 +83,21 @@ def test_incompatible_options_are_refused(capsys: pytest.CaptureFixture[str]) ->
 def test_recipe_that_cannot_start_reports_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     # In this process, which must keep its settings.
     monkeypatch.setattr(recipes, "configure_torch", lambda *_: None)
-    options = compute_bench._options([*FLAGS, "--first-block", "triton"])
+    options = compute_bench._options([*FLAGS, "--kernels", "triton"])
     *_, recipe = compute_bench.recipes(options, torch.device("cpu"))
     here, remote = multiprocessing.Pipe()
     recipes._serve(remote, recipe, "reference", 16, "cpu")
     error = here.recv()
-    assert isinstance(error, ConfigError) and error.key == "compute.first_block"
+    assert isinstance(error, ConfigError) and error.key == "compute.kernels"
 
 
 def test_options_span_named_recipes() -> None:
-    flags = ["--first-block", "plain,triton", "--layout", "channels_last,contiguous"]
+    flags = ["--kernels", "auto,triton", "--layout", "channels_last,contiguous"]
     options = compute_bench._options(["--batch-size", "2", "--precision", "bf16", *flags])
     _, *own = compute_bench.recipes(options, torch.device("cpu"))
-    assert {recipe.name: (recipe.compute.first_block, recipe.layout) for recipe in own} == {
-        "bf16 eager auto, batch 2": ("plain", "channels_last"),
-        "bf16 eager auto contiguous, batch 2": ("plain", "contiguous"),
+    assert {recipe.name: (recipe.compute.kernels, recipe.layout) for recipe in own} == {
+        "bf16 eager auto, batch 2": ("auto", "channels_last"),
+        "bf16 eager auto contiguous, batch 2": ("auto", "contiguous"),
         "bf16 eager auto triton, batch 2": ("triton", "channels_last"),
         "bf16 eager auto triton contiguous, batch 2": ("triton", "contiguous"),
     }

@@ -46,15 +46,27 @@ def gather(
         planes, byte_sum: those of the sample's `Header`.
         by_mean: divide by the mean of all values.
     """
+    rows = row_indices(blocks, planes, len(table))
     found = blocks.sum(dtype=torch.int64) % BYTE_SUM_MODULUS
     table = torch.where(found == byte_sum, table, torch.nan)
-    chunks = blocks.view(-1, planes, blocks.shape[-1])
-    rows = chunks[:, 0].long()
-    for plane in range(1, planes):
-        rows |= chunks[:, plane].long() << 8 * plane
-    rows = rows.view(-1).clamp_(max=len(table) - 1)
     if by_mean:
-        frequency = torch.bincount(rows, minlength=len(table))[:-1].double()
-        mean = (frequency @ table[:-1].double()).sum().div(rows.numel() * table.shape[-1])
-        table = table / mean.float()
+        table = divide_by_mean(table, rows)
     torch.index_select(table.to(out.dtype), 0, rows, out=out.view(-1, table.shape[-1]))
+
+
+def row_indices(blocks: torch.Tensor, planes: int, rows: int) -> torch.Tensor:
+    """Return each voxel's row, (voxels,) int64, at most `rows` - 1, from its planes in `blocks`."""
+    chunks = blocks.view(-1, planes, blocks.shape[-1])
+    indices = chunks[:, 0].long()
+    for plane in range(1, planes):
+        indices |= chunks[:, plane].long() << 8 * plane
+    return indices.view(-1).clamp_(max=rows - 1)
+
+
+def divide_by_mean(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return `table` divided by the mean of all values of the voxels `rows`; the last row counts as zeros."""
+    sums = table.double().sum(1)
+    sums[-1] = 0
+    # Not by bincount, which waits for the device.
+    mean = sums[rows].sum() / (rows.numel() * table.shape[-1])
+    return table / mean.float()

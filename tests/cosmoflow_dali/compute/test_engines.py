@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cosmoflow_dali.compute.engines import ComputeConfig, Engine, make_engine, wrap_model
+from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
 from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.compute.step import Precision, configure_float32, seed_step
 from cosmoflow_dali.models.open import OpenConfig, OpenCosmoFlow
@@ -47,6 +48,8 @@ def engine(model: nn.Module, compute: ComputeConfig, ranks: int = 1) -> tuple[En
     configure_float32(compute.precision)
     # The default scale overflows before it settles.
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, enabled=compute.precision == "fp16")
+    names = choose_kernels(model, compute.kernels, compute.precision, BATCH, device)
+    use_kernels(model, names, compute.precision, BATCH)
     parallel = wrap_model(model, compute, device, ranks=ranks)
     return make_engine(parallel, compute, scaler, SampleSpec(SIZE), BATCH, device), scaler
 
@@ -86,14 +89,14 @@ def test_graph_has_the_losses_and_gradients_of_eager(precision: Precision, micro
 @pytest.mark.parametrize("name", ["eager", "graph", "compile"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_fused_first_block_works_with_every_engine(
+def test_triton_works_with_every_engine(
     precision: Precision, name: Literal["eager", "graph", "compile"]
 ) -> None:
     plain, fused = (
         three_steps(network("reference", dropout=0.0), compute)
         for compute in (
-            ComputeConfig(precision, "eager"),
-            ComputeConfig(precision, name, first_block="triton"),
+            ComputeConfig(precision, "eager", kernels="torch"),
+            ComputeConfig(precision, name, kernels="triton"),
         )
     )
     # In half precision, rounding changes some maxima.

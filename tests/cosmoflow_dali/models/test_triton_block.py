@@ -10,8 +10,7 @@ from torch.nn import functional
 from cosmoflow_dali.compute.step import configure_float32, forward_backward
 from cosmoflow_dali.models.blocks import LEAK, plain_max_block
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
-from cosmoflow_dali.models.triton_block import first_block
-from pipelines.errors import ConfigError
+from cosmoflow_dali.models.triton_block import first_block, supports
 from pipelines.sample import Batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,7 +102,7 @@ def gradients_of_choice(
 def test_network_with_the_fused_block_has_the_same_gradients() -> None:
     shape = ReferenceConfig(size=8, blocks=2, filters=16, dense=(16, 8), dropout=0.0)
     plain, fused = (CosmoFlow(shape, seed=2).to(DEVICE) for _ in range(2))
-    fused.fuse_first_block()
+    fused.blocks[0] = first_block
     generator = torch.Generator().manual_seed(4)
     volume = torch.rand(2, 8, 8, 8, 4, generator=generator).to(DEVICE).permute(0, 4, 1, 2, 3)
     batch = Batch(volume, torch.rand(2, 4, generator=generator).to(DEVICE), np.arange(2))
@@ -134,8 +133,7 @@ def test_nan_is_propagated() -> None:
     assert torch.equal(found.isnan(), truth.isnan()) and found.isnan().any()
 
 
-def test_unsupported_number_of_filters_is_refused() -> None:
-    for filters in (8, 12, 128):
-        with pytest.raises(ConfigError) as error:
-            CosmoFlow(ReferenceConfig(size=2, blocks=1, filters=filters)).fuse_first_block()
-        assert error.value.key == "compute.first_block"
+def test_supported_shapes() -> None:
+    assert [filters for filters in (8, 12, 16, 32, 64, 128) if supports(filters, 16, 128)] == [16, 32, 64]
+    # 244 padded volumes of 128^3 have fewer than 2^31 numbers, 245 more.
+    assert supports(32, 244, 128) and not supports(32, 245, 128)

@@ -1,0 +1,195 @@
+"""Compilation of Triton kernels ahead of time, without a GPU, and figures of the machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+_OPTIONS = "num_warps", "num_stages"
+_ALIGNMENT = 16
+"""Divisor by which Triton specialises addresses and numbers at run time."""
+
+_LONG_LOOP = 40
+"""Instructions from which a loop is one of the source, not a wait for a barrier."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel, recorded instead of executed.
+
+    Attributes:
+        kernel: The kernel.
+        programs: Number of programs.
+        arguments: Its arguments by name: tensors, numbers and constants.
+        options: `num_warps` and `num_stages`, where given.
+    """
+
+    kernel: JITFunction[Any]
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        """Module and name of the kernel."""
+        return f"{self.kernel.__module__.rsplit('.', 1)[-1]}.{self.kernel.__name__.lstrip('_')}"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors: the memory traffic of a kernel that reads or writes each once."""
+        tensors = [value for value in self.arguments.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Record launches of Triton kernels in the body; nothing is compiled or executed."""
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction[Any], *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        options = {name: named.pop(name) for name in _OPTIONS if name in named}
+        arguments = dict(zip(kernel.arg_names, values, strict=False)) | named
+        programs = 1
+        for edge in grid:
+            programs *= edge
+        launches.append(Launch(kernel, programs, arguments, options))
+
+    with patch.object(JITFunction, "run", record):
+        yield launches
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Figures of a compiled kernel.
+
+    Attributes:
+        registers: Of a thread.
+        stack: Bytes of a thread in local memory, for values that its registers do not hold.
+        shared: Bytes of shared memory of a program.
+        warps: Of a program.
+        tensor_core: Number of instructions for tensor cores.
+        instructions: Total number of instructions.
+        loops: Number of instructions of each loop, the outermost first.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    tensor_core: int
+    instructions: int
+    loops: tuple[int, ...]
+
+    def executed(self, trips: Sequence[int]) -> int:
+        """Return the instructions that a warp executes.
+
+        Args:
+            trips: Iterations of each loop of the source, the outermost first. The compiler unrolls the
+                innermost ones if it has fewer loops.
+        """
+        if len(self.loops) > len(trips):
+            raise ValueError(f"the code has {len(self.loops)} loops, the source {len(trips)}")
+        total, repeats = self.instructions, 1
+        for size, count in zip(self.loops, trips, strict=False):
+            total += repeats * (count - 1) * size
+            repeats *= count
+        return total
+
+
+def compile_launch(launch: Launch, architecture: int) -> MachineCode:
+    """Compile the kernel of `launch` as its arguments specialise it, for sm_`architecture`.
+
+    Raises:
+        RuntimeError: Triton cannot compile it.
+    """
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        aligned = [["tt.divisibility", _ALIGNMENT]]
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            # The allocator aligns tensors.
+            signature[name], attributes[(position,)] = f"*{_TYPES[value.dtype]}", aligned
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if value % _ALIGNMENT == 0:
+                attributes[(position,)] = aligned
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    instructions, loops = _parse(code)
+    return MachineCode(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        tensor_core=sum(count for name, count in instructions.items() if "MMA" in name),
+        instructions=instructions.total(),
+        loops=loops,
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _parse(code: str) -> tuple[Counter[str], tuple[int, ...]]:
+    """Return the instructions of nvdisasm's `code` by name, and the length of each loop, outermost first."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    branches: list[tuple[int, int]] = []
+    end = 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(names)
+        if instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+ +)?)([A-Z][\w.]*)(.*);", line):
+            names.append(instruction[2].split(".")[0])
+            target = re.search(r"\.L_x_\d+", instruction[3])
+            if names[-1] == "BRA" and target and target[0] in labels:
+                branches.append((labels[target[0]], len(names)))
+            if names[-1] == "EXIT" and not instruction[1]:
+                # Behind it lie waits for barriers.
+                end = len(names)
+    loops = [last - first for first, last in branches if last <= end and last - first >= _LONG_LOOP]
+    return Counter(name for name in names if name != "NOP"), tuple(sorted(loops, reverse=True))
+
+
+def launches_of(call: Callable[[], object]) -> list[Launch]:
+    """Return the launches of `call`."""
+    with recorded_launches() as launches:
+        call()
+    return launches

@@ -1,0 +1,260 @@
+"""Choice of the kernels of each convolution block of the reference network on a GPU.
+
+Each candidate is checked against float64 on the run's own shapes, forward and backward, and those that agree
+are timed. The fastest one is used. A candidate that fails to compile, to launch or to agree is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import nn
+
+from cosmoflow_dali.compute.step import Precision, autocast, input_dtype
+from cosmoflow_dali.models.blocks import pool_then_activate
+from cosmoflow_dali.models.reference import Block, CosmoFlow
+from pipelines.errors import ConfigError, UserError
+from pipelines.sample import REDSHIFTS
+
+Kernels: TypeAlias = Literal["auto", "torch", "triton"]
+
+_TIMED_STEPS = 20
+"""Most timed steps of a candidate. The device runs them in a row, so that it need not wait for Python."""
+
+_SECONDS = 2.0
+"""Time limit of all timed steps of a network."""
+
+_ROUNDING: Mapping[str, float] = {"fp32": 1e-5, "tf32": 2**-10, "fp16": 2**-10, "bf16": 2**-7}
+"""Tolerance of a candidate, relative to the norm of the float64 result: twice the spacing of its numbers."""
+
+logger = logging.getLogger(__name__)
+
+
+class Shape(NamedTuple):
+    """Shape of a block: samples, input channels, filters, and edge of its input in voxels."""
+
+    batch: int
+    channels: int
+    filters: int
+    edge: int
+
+
+def block_shapes(model: nn.Module, batch: int) -> list[Shape]:
+    """Return the shapes of the blocks of `model` for `batch` samples at a time; none for the open network."""
+    if not isinstance(model, CosmoFlow):
+        return []
+    edge = model.config.size
+    kernels = [conv.get_parameter("weight") for conv in model.convs]
+    return [
+        Shape(batch, kernel.shape[1], kernel.shape[0], edge >> number)
+        for number, kernel in enumerate(kernels)
+    ]
+
+
+def candidates(number: int, shape: Shape, precision: Precision) -> dict[str, Block]:
+    """Return the candidates for block `number` by name, that of torch first.
+
+    Those of Triton are missing where Triton is not installed, or a kernel does not support the block.
+    """
+    found: dict[str, Block] = {"torch": pool_then_activate}
+    try:
+        from cosmoflow_dali.models import triton_block, triton_pool
+    except ImportError:
+        return found
+    if triton_pool.supports(shape.filters):
+        found["triton pool"] = triton_pool.pool_block
+    # Triton computes float32 products without tensor cores, and spills registers for it.
+    half = precision in ("fp16", "bf16")
+    if number == 0 and half and triton_block.supports(shape.filters, shape.batch, shape.edge):
+        found["triton block"] = triton_block.first_block
+    return found
+
+
+def choose_kernels(
+    model: nn.Module, kind: Kernels, precision: Precision, batch: int, device: torch.device
+) -> list[str]:
+    """Return the name of the candidate for each block of `model`; empty where there is no choice.
+
+    There is none for the open network and on a CPU.
+
+    Args:
+        model: The network.
+        kind: "torch", or "triton" for Triton's most fused candidate of each block, both without a check;
+            "auto" checks and times all candidates and logs the result.
+        precision: Of the training step.
+        batch: Samples that are processed at a time.
+        device: On which the network runs.
+
+    Raises:
+        ConfigError: `kind` is "triton", and a block has no candidate of Triton.
+        UserError: No candidate of a block agrees with float64.
+    """
+    shapes = block_shapes(model, batch) if device.type == "cuda" else []
+    found = [candidates(number, shape, precision) for number, shape in enumerate(shapes)]
+    if kind == "triton" and (not found or any(len(names) == 1 for names in found)):
+        reason = "needs Triton, the reference network of 8 filters or more, and a GPU; use auto"
+        raise ConfigError("compute.kernels", kind, reason)
+    if kind != "auto":
+        return [list(names)[0 if kind == "torch" else -1] for names in found]
+    count = sum(map(len, found))
+    return [
+        choose(f"block {number + 1}", names, shape, precision, device, _SECONDS / count)
+        for number, (names, shape) in enumerate(zip(found, shapes, strict=True))
+    ]
+
+
+def use_kernels(model: nn.Module, names: Sequence[str], precision: Precision, batch: int) -> None:
+    """Compute the blocks of `model` with the candidates `names`; see `choose_kernels`.
+
+    Raises:
+        ConfigError: A candidate is missing, for example because Triton is not installed.
+    """
+    for number, (name, shape) in enumerate(zip(names, block_shapes(model, batch), strict=bool(names))):
+        found = candidates(number, shape, precision)
+        if name not in found:
+            reason = f"the run computes block {number + 1} with it, but Triton is not installed: install it"
+            raise ConfigError("compute.kernels", name, reason)
+        assert isinstance(model, CosmoFlow)
+        model.blocks[number] = found[name]
+
+
+def choose(
+    title: str,
+    blocks: Mapping[str, Block],
+    shape: Shape,
+    precision: Precision,
+    device: torch.device,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> str:
+    """Return the name of the fastest of `blocks` that agrees with float64, and log it with all times.
+
+    Args:
+        title: Name of the block for the log.
+        blocks: Candidates by name.
+        shape: Of the block.
+        precision: Of the training step.
+        device: On which the block runs.
+        seconds: Time limit of a candidate's timed steps.
+        clock: Returns the time in seconds.
+
+    Raises:
+        UserError: No candidate agrees.
+    """
+    problem = _Problem(shape._replace(batch=1), device)
+    expected = problem.solve(pool_then_activate, torch.float64)
+    times: dict[str, float] = {}
+    words: list[str] = []
+    for name, block in blocks.items():
+        try:
+            with autocast(precision, device):
+                found = problem.solve(block, input_dtype(precision))
+            fault = _disagreement(found, expected, _ROUNDING[precision])
+            if not fault:
+                times[name] = _time_steps(block, shape, precision, device, seconds, clock)
+                words.append(f"{name} {1e3 * times[name]:.3f} ms")
+        except Exception as error:  # compilers raise many types
+            fault = (str(error) or type(error).__name__).strip().splitlines()[0]
+        if fault:
+            words.append(f"{name} left out: {fault}")
+    if not times:
+        raise UserError(
+            f"{title}: no kernel is correct at {precision} with torch {torch.__version__} and cuDNN "
+            f"{torch.backends.cudnn.version()} ({'; '.join(words)}); use another precision or version"
+        )
+    best = min(times, key=times.__getitem__)
+    logger.info("%s: %s (%s)", title, best, ", ".join(words))
+    return best
+
+
+class _Problem:
+    """A forward and backward pass of a block whose sums are exact in half precision.
+
+    Volume, gradient and kernel are small integers, and few numbers of the kernel are not zero: so candidates
+    agree on the maximum of each cell, where random numbers would tie after rounding.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(1)
+        edges = (shape.edge,) * 3
+
+        def draw(low: int, high: int, *size: int) -> torch.Tensor:
+            return torch.randint(low, high, size, generator=generator, dtype=torch.int8).to(device)
+
+        self._volume = draw(0, 3, shape.batch, *edges, shape.channels).permute(0, 4, 1, 2, 3)
+        taps = 27 * shape.channels
+        rare = torch.rand(shape.filters, taps, generator=generator).to(device) < 24 / taps
+        kernel = (2 * draw(0, 2, shape.filters, taps) - 1) * rare
+        self._kernel = kernel.view(shape.filters, shape.channels, 3, 3, 3)
+        self._bias = draw(-2, 3, shape.filters)
+        half = [edge // 2 for edge in edges]
+        self._gradient = draw(-1, 2, shape.batch, *half, shape.filters).permute(0, 4, 1, 2, 3)
+
+    def solve(self, block: Block, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return the result of `block`, then the gradients of volume (if it has one), kernel and bias."""
+        return _solve(block, *self.tensors(dtype))
+
+    def tensors(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return volume, kernel and bias, and the result's gradient, with a volume of `dtype`."""
+        wide = torch.promote_types(dtype, torch.float32)
+        # The first block's input is data.
+        volume = self._volume.to(dtype).requires_grad_(self._volume.shape[1] != len(REDSHIFTS))
+        kernel, bias = (value.to(wide).requires_grad_() for value in (self._kernel, self._bias))
+        return [volume, kernel, bias], self._gradient.to(dtype)
+
+
+def _solve(block: Block, inputs: list[torch.Tensor], gradient: torch.Tensor) -> list[torch.Tensor]:
+    """Return the result of `block` for `inputs`, and the gradients of those that have one."""
+    result = block(*inputs)
+    leaves = [value for value in inputs if value.requires_grad]
+    return [result.detach(), *torch.autograd.grad(result, leaves, gradient.to(result.dtype))]
+
+
+def _disagreement(
+    found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float
+) -> str | None:
+    """Return the reason why `found` differs from `expected` by more than `tolerance`, or None."""
+    parts = ["result", "gradient of the volume", "gradient of the kernel", "gradient of the bias"]
+    if len(found) == 3:
+        del parts[1]
+    for part, one, other in zip(parts, found, expected, strict=True):
+        error = ((one.double() - other).norm() / other.norm()).item()
+        # A comparison that NaN fails.
+        if not error <= tolerance:
+            return f"its {part} is off by {error:.2g} of its norm, more than {tolerance:.2g}"
+    return None
+
+
+def _time_steps(
+    block: Block,
+    shape: Shape,
+    precision: Precision,
+    device: torch.device,
+    seconds: float,
+    clock: Callable[[], float],
+) -> float:
+    """Return the mean seconds of a forward and backward pass, of as many as fit in `seconds`."""
+    inputs, gradient = _Problem(shape, device).tensors(input_dtype(precision))
+
+    def take(steps: int) -> float:
+        _synchronize(device)
+        start = clock()
+        for _ in range(steps):
+            with autocast(precision, device):
+                _solve(block, inputs, gradient)
+        _synchronize(device)
+        return clock() - start
+
+    # The first step includes cuDNN's own search.
+    take(1)
+    steps = int(min(_TIMED_STEPS, max(1, seconds / take(1))))
+    return take(steps) / steps
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
