@@ -93,7 +93,7 @@ def emulate(
 
 
 def _device_of(device: str, number: int) -> str:
-    return device if device == "cpu" else f"{device}:{number % torch.cuda.device_count()}"
+    return device if device == "cpu" else f"cuda:{number % torch.cuda.device_count()}"
 
 
 def _wait_for(processes: Sequence[SpawnProcess]) -> None:

@@ -148,6 +148,8 @@ class RecipeProcess:
 
 def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, where: str) -> None:
     device = torch.device(where)
+    # The record's program sets it, too.
+    torch.backends.cudnn.benchmark = recipe.compute.engine == "graph"
     if not recipe.plain:
         configure_torch(device, available_cores(), recipe.compute.precision)
     with contextlib.ExitStack() as held:
@@ -219,7 +221,7 @@ def _prepare(
     optimizer = (
         torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         if recipe.optimizer == "default"
-        else build_optimizer(SGDConfig(implementation=recipe.optimizer), model)
+        else build_optimizer(SGDConfig(implementation=recipe.optimizer), model, compute.precision)
     )
     parallel = wrap_model(model, recipe.compute, device, ranks=1)
     spec = SampleSpec(size)

@@ -6,6 +6,7 @@ All engines call the same `forward_backward`; they differ in how its kernels are
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from cosmoflow_dali.compute.step import Precision, forward_backward, input_dtype
 from pipelines.errors import ConfigError, check_field
 from pipelines.sample import PARAMETERS, Batch, SampleSpec
 
+logger = logging.getLogger(__name__)
+
 _WARM_UP = 11
 """Warm-up steps before a capture, as torch's documentation requires for DistributedDataParallel."""
 
@@ -33,7 +36,8 @@ class ComputeConfig:
     Args:
         precision: Numbers of the forward and backward pass; weights and optimizer stay float32.
         engine: "eager"; "graph", one CUDA graph of forward, backward and all-reduce; "compile",
-            torch.compile. The last two require a GPU. "auto" is eager.
+            torch.compile. The last two require a GPU. "auto" is a graph on a GPU, or eager if it cannot be
+            captured, with `nvtx`, and on a CPU.
         micro_batch: Samples processed at a time, to save memory; must divide loader.batch_size.
         exchange: Data type of the gradient all-reduce.
         kernels: Those of the reference network's blocks on a GPU: "torch", "triton", or for each block the
@@ -61,7 +65,9 @@ class ComputeConfig:
         gpu = device.type == "cuda"
         if self.nvtx and not gpu:
             raise ConfigError("compute.nvtx", self.nvtx, f"needs a GPU; leave it out on {device.type}")
-        if self.engine in ("auto", "eager"):
+        if self.engine == "auto":
+            return "graph" if gpu and not self.nvtx else "eager"
+        if self.engine == "eager":
             return "eager"
         if not gpu:
             reason = f"needs a GPU; on {device.type} use eager or auto"
@@ -114,6 +120,9 @@ class Engine:
         self._model, self._gradients = model, gradients
         self._warmed_up = not isinstance(model, DistributedDataParallel)
 
+    def close(self) -> None:
+        """Free what must be freed before the process group is."""
+
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Compute the gradients of `batch`; return the loss, (), on the device."""
         if not self._warmed_up:
@@ -129,9 +138,13 @@ class Engine:
 class GraphEngine(Engine):
     """Captures the step as a CUDA graph at the first batch and replays it for each batch."""
 
-    def __init__(self, model: nn.Module, gradients: Callable[[Batch], torch.Tensor], inputs: Batch) -> None:
+    def __init__(
+        self, model: nn.Module, gradients: Callable[[Batch], torch.Tensor], inputs: Batch, *, required: bool
+    ) -> None:
+        """Prepare a graph; unless it is `required`, launch each kernel if it cannot be captured."""
         super().__init__(model, gradients)
         self.inputs = self._static = inputs
+        self._required, self._captures = required, True
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss = torch.zeros(())
 
@@ -140,11 +153,26 @@ class GraphEngine(Engine):
         for static, tensor in ((self._static.volume, batch.volume), (self._static.target, batch.target)):
             if tensor is not static:
                 static.copy_(tensor)
+        if self._graph is None and self._captures:
+            try:
+                self._graph = self._capture()
+            except RuntimeError as error:
+                if self._required:
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                logger.warning("the step cannot be captured as a CUDA graph (%s): eager engine", reason)
+                self._captures = False
         if self._graph is None:
-            self._graph = self._capture()
+            return super().__call__(self._static)
         self._graph.replay()
         # The next replay overwrites the loss.
         return self._loss.clone()
+
+    def close(self) -> None:
+        """Free the graph: NCCL's communicators wait for the graphs that captured them."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph, self._captures = None, False
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         device = self._static.volume.device
@@ -180,9 +208,8 @@ def make_engine(
     shape = batch_size, spec.size, spec.size, spec.size, spec.channels
     volume = torch.zeros(shape, dtype=input_dtype(config.precision), device=device)
     target = torch.zeros(batch_size, len(PARAMETERS), device=device)
-    return GraphEngine(
-        model, gradients, Batch(volume.permute(0, 4, 1, 2, 3), target, np.full(batch_size, -1))
-    )
+    inputs = Batch(volume.permute(0, 4, 1, 2, 3), target, np.full(batch_size, -1))
+    return GraphEngine(model, gradients, inputs, required=config.engine == "graph")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from cosmoflow_dali.compute.step import Precision
 from pipelines.errors import ConfigError, check_field
 
 _LEAST_LR = 1e-20
@@ -33,8 +34,8 @@ class SGDConfig:
         momentum: Momentum, at least 0 and below 1.
         weight_decay: L2 penalty of the first two dense layers, in PyTorch's units (twice Keras's l2).
             Requires dropout 0; given without a dropout, it sets dropout to 0.
-        implementation: "auto" uses apex's FusedSGD on a GPU if NVIDIA's apex is installed, otherwise
-            torch's fused SGD.
+        implementation: "auto" uses apex's FusedSGD on a GPU if NVIDIA's apex is installed, except at
+            precision fp16; otherwise torch's fused SGD.
     """
 
     kind: Literal["sgd"] = "sgd"
@@ -64,7 +65,9 @@ class AdamConfig:
         check_field(self, "betas", valid, "must be two numbers, each at least 0 and below 1")
 
 
-def build_optimizer(config: SGDConfig | AdamConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: SGDConfig | AdamConfig, model: nn.Module, precision: Precision = "fp32"
+) -> torch.optim.Optimizer:
     """Return the optimizer of `model`'s parameters on their device; `set_lr` sets its rate for each step.
 
     Raises:
@@ -79,29 +82,34 @@ def build_optimizer(config: SGDConfig | AdamConfig, model: nn.Module) -> torch.o
     groups = [{"params": rest, "weight_decay": 0.0}]
     if decayed:
         groups.append({"params": decayed, "weight_decay": config.weight_decay})
-    optimizer = _build_sgd(config, groups, rest[0].device)
+    optimizer = _build_sgd(config, groups, rest[0].device, precision)
     for parameter in model.parameters():
         # If the scaler skips the first step, torch's fused SGD would continue from uninitialised momentum.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def describe(optimizer: torch.optim.Optimizer, config: SGDConfig | AdamConfig, device: torch.device) -> str:
+def describe(
+    optimizer: torch.optim.Optimizer,
+    config: SGDConfig | AdamConfig,
+    device: torch.device,
+    precision: Precision = "fp32",
+) -> str:
     """Return a one-line description of the optimizer for logs."""
     name = type(optimizer).__name__
     if type(optimizer).__module__.startswith("apex"):
         return f"apex {name}"
     wants_apex = isinstance(config, SGDConfig) and config.implementation == "auto" and device.type == "cuda"
-    return f"torch fused {name}" + (f" ({_apex_sgd(device)[1]})" if wants_apex else "")
+    return f"torch fused {name}" + (f" ({_apex_sgd(device, precision)[1]})" if wants_apex else "")
 
 
 def _build_sgd(
-    config: SGDConfig, groups: list[dict[str, Any]], device: torch.device
+    config: SGDConfig, groups: list[dict[str, Any]], device: torch.device, precision: Precision
 ) -> torch.optim.Optimizer:
     """Return the fastest available implementation that `config` allows."""
     kind, lr, momentum = config.implementation, 1e-3, config.momentum
     if kind == "apex" or (kind == "auto" and device.type == "cuda"):
-        fused, reason = _apex_sgd(device)
+        fused, reason = _apex_sgd(device, precision if kind == "auto" else "fp32")
         if fused is not None:
             return fused(groups, lr=lr, momentum=momentum)
         if kind == "apex":
@@ -109,10 +117,14 @@ def _build_sgd(
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
 
 
-def _apex_sgd(device: torch.device) -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
+def _apex_sgd(
+    device: torch.device, precision: Precision
+) -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
     """Return NVIDIA's FusedSGD, or None and the reason."""
     if device.type != "cuda":
         return None, "apex needs a GPU; use auto or fused"
+    if precision == "fp16":
+        return None, "with apex's, the gradient scaler of fp16 would wait for the GPU in every step"
     if importlib.util.find_spec("apex") is None:
         return None, f"apex is not installed; {_BUILD_APEX}"
     try:

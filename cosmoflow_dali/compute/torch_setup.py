@@ -14,9 +14,11 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def configure_torch(device: torch.device, cores: int, precision: Precision = "fp32") -> None:
-    """Set torch's threads to `cores`, float32 rounding by `precision`, and, on a CPU, tune malloc."""
+    """Set torch's threads to `cores`, float32 rounding by `precision`, cuDNN's search, and a CPU's malloc."""
     torch.set_num_threads(cores)
     configure_float32(precision)
+    # Shapes are constant, so cuDNN's search for the fastest algorithm pays.
+    torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         tune_malloc()
 

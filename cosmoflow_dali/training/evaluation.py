@@ -81,24 +81,25 @@ def evaluate(model: nn.Module, loader: Loader, session: Session, *, epoch: int =
     """
     was_training = model.training
     model.eval()
-    split, table = loader.split, None
+    split = loader.split
+    indices, outputs, truths = [], [], []
     with torch.no_grad():
         loaded = session.with_stall_guard(loader.batches(epoch), "waiting for a validation sample")
         for batch in session.tag_rank_errors(loaded):
-            if table is None:
-                # For each sample: 1 if it was seen, the network's output, and the target.
-                shape = split.total, 3, len(PARAMETERS)
-                table = torch.zeros(shape, dtype=torch.float64, device=batch.target.device)
-            real = np.flatnonzero(batch.index >= 0)
-            if len(real):
-                at = torch.from_numpy(split.global_indices(batch.index[real]))
-                rows = torch.from_numpy(real)
-                table[at, 0] = 1.0
-                table[at, 1] = model(batch.volume)[rows].double()
-                table[at, 2] = batch.target[rows].double()
+            # Nothing here waits for the device.
+            indices.append(batch.index)
+            outputs.append(model(batch.volume))
+            truths.append(batch.target.clone())
     model.train(was_training)
-    assert table is not None, "every rank takes part in every evaluation step"
-    seen, predictions, targets = session.sum(table).cpu().numpy().transpose(1, 0, 2)
+    read = np.concatenate(indices)
+    real = torch.from_numpy(read >= 0)
+    # For each sample: 1 if it was seen, the network's output, and the target.
+    table = torch.zeros(split.total, 3, len(PARAMETERS), dtype=torch.float64)
+    at = torch.from_numpy(split.global_indices(read[read >= 0]))
+    table[at, 0] = 1.0
+    table[at, 1] = torch.cat(outputs).cpu()[real].double()
+    table[at, 2] = torch.cat(truths).cpu()[real].double()
+    seen, predictions, targets = session.sum(table.to(outputs[0].device)).cpu().numpy().transpose(1, 0, 2)
     index = np.flatnonzero(seen[:, 0])
     if not index.size:
         raise DataError(split.root, "has no valid sample to score", "see preprocess.verify")

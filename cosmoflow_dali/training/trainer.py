@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from contextlib import closing
 from datetime import timedelta
 from typing import Any
 
@@ -69,11 +70,11 @@ class Trainer:
         self._session, self._device, self._logs = session, device, logs
         self._global_batch = self._config.loader.batch_size * session.world.size
         self._model = model.to(device)
-        self._optimizer = build_optimizer(self._config.optimizer, self._model)
         compute = self._config.compute
+        self._optimizer = build_optimizer(self._config.optimizer, self._model, compute.precision)
         self._scaler = make_scaler(compute.precision, device)
         self.compute_summary = (
-            f"{describe(self._optimizer, self._config.optimizer, device)}, "
+            f"{describe(self._optimizer, self._config.optimizer, device, compute.precision)}, "
             f"{compute.engine_on(device)} engine, {compute.precision} on {device.type}"
         )
         self.evaluation: Evaluation | None = None
@@ -109,7 +110,7 @@ class Trainer:
             logger.info("the run has done %s (%s): nothing is left to train", self.position, reason.value)
             self._log_run_stop(reason, self._logs.run_stop_ms)
             return reason
-        with self._stop, emit_nvtx(enabled=self._config.compute.nvtx):
+        with closing(self._engine), self._stop, emit_nvtx(enabled=self._config.compute.nvtx):
             while not (reason := self._finished()):
                 if not self._train_epoch():
                     return StopReason.STOPPED

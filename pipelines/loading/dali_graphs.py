@@ -82,6 +82,8 @@ def define_pipeline(define_nodes: Callable[[], Any], config: LoaderConfig, devic
     """Return a pipeline on `device`, not yet built, that outputs the nodes of `define_nodes`."""
     from nvidia.dali import pipeline_def
 
+    if device.type == "cuda" and device.index is None:
+        raise ValueError("DALI would build a pipeline for the CPU: the device needs an index, as cuda:0")
     return pipeline_def(
         define_nodes,
         batch_size=config.batch_size,

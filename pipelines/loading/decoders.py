@@ -23,7 +23,7 @@ from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import ConfigError
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.decode import PackedSample
-from pipelines.formats.packed.gather_gpu import PackedArrays, arrays_of, gather
+from pipelines.formats.packed.gather_gpu import PackedArrays, arrays_of, choose_gather
 from pipelines.formats.payload import CountsPayload, Payload
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.dali_graphs import counts_node, define_pipeline, files_node, packed_nodes
@@ -36,6 +36,17 @@ _READ_AHEAD = 2
 
 OnRead = Callable[[Payload], object]
 """Called in a reader thread with a payload that it has read."""
+
+
+def as_torch(output: Any, device: torch.device) -> torch.Tensor:
+    """Return a tensor that shares the memory of DALI's tensor `output`, on `device`.
+
+    On a GPU not by DLPack: when such a tensor is freed, DALI waits for the whole device, which also fails
+    while a CUDA graph is captured.
+    """
+    if device.type == "cuda":
+        return torch.as_tensor(output, device=device)
+    return torch.utils.dlpack.from_dlpack(output)
 
 
 class Decoder(Protocol):
@@ -83,7 +94,8 @@ class _DaliDecoder:
     def __init__(self, config: LoaderConfig, device: torch.device) -> None:
         self.depth = config.prefetch
         self._config, self._device = config, device
-        self._output_read = torch.cuda.Event() if device.type == "cuda" else None
+        # Blocking: a thread that waits for it uses no CPU.
+        self._output_read = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
 
     def reserve(self) -> Sequence[OnRead]:
         """See `Decoder`."""
@@ -92,7 +104,7 @@ class _DaliDecoder:
     def next(self, into: torch.Tensor | None) -> torch.Tensor:
         """See `Decoder`."""
         (output,) = self._run()
-        volume = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 4, 1, 2, 3)
+        volume = as_torch(output.as_tensor(), self._device).permute(0, 4, 1, 2, 3)
         if into is not None:
             volume = into.copy_(volume)
         elif volume.is_cuda:
@@ -225,10 +237,11 @@ class PackedCpuDecoder:
 
 
 class PackedGpuDecoder(_DaliDecoder):
-    """Packed samples on a GPU: DALI inflates them there, and torch gathers the values of each voxel."""
+    """Packed samples on a GPU: DALI inflates them there, and a kernel gathers the values of each voxel."""
 
     def __init__(self, spec: SampleSpec, config: LoaderConfig, device: torch.device) -> None:
         super().__init__(config, device)
+        self._gather = choose_gather(device)
         self._volume = torch.empty(config.batch_size, *spec.shape, device=device).permute(0, 4, 1, 2, 3)
         self._inputs: deque[PackedArrays] = deque()
         # Batches in the pipeline, with the arrays that DALI reads in place.
@@ -248,9 +261,9 @@ class PackedGpuDecoder(_DaliDecoder):
         volume = self._volume if into is None else into
         batch, _ = self._submitted.popleft()
         for row, packed in enumerate(batch):
-            gather(
-                torch.utils.dlpack.from_dlpack(blocks[row]),
-                torch.utils.dlpack.from_dlpack(tables[row]),
+            self._gather(
+                as_torch(blocks[row], self._device),
+                as_torch(tables[row], self._device),
                 volume[row].permute(1, 2, 3, 0),
                 planes=packed.header.planes,
                 byte_sum=packed.header.byte_sum,

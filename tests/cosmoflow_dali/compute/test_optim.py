@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from cosmoflow_dali.compute import optim
 from cosmoflow_dali.compute.optim import (
     AdamConfig,
     SGDConfig,
@@ -122,3 +126,14 @@ def test_apex_is_refused_or_replaced_where_it_is_missing(
     assert text.startswith("torch fused SGD (") and "not NVIDIA's" in text
     for config, device in ((SGDConfig(), CPU), (SGDConfig(implementation="fused"), gpu), (AdamConfig(), gpu)):
         assert describe(optimizer, config, device) == "torch fused SGD"
+
+
+def test_fp16_does_not_use_an_optimizer_that_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    found = SimpleNamespace(FusedSGD=torch.optim.SGD)
+    monkeypatch.setattr(importlib, "import_module", lambda name: found)
+    gpu = torch.device("cuda", 0)
+    fused, reason = optim._apex_sgd(gpu, "bf16")
+    assert fused is torch.optim.SGD and not reason
+    fused, reason = optim._apex_sgd(gpu, "fp16")
+    assert fused is None and "fp16" in reason

@@ -17,9 +17,10 @@ from reference_packed_reader import TABLE
 
 from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
+from pipelines.formats.packed import gather_gpu, gather_triton
 from pipelines.formats.packed.decode import PackedSample, open_packed
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.gather_gpu import arrays_of, gather
+from pipelines.formats.packed.gather_gpu import arrays_of, choose_gather, gather
 from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.dali_graphs import define_pipeline, packed_nodes
@@ -41,10 +42,13 @@ def decode_as_on_gpu(sample: PackedSample, dtype: torch.dtype, *, apply_log: boo
         block = reference.lz4_inflate(blocks[start : start + size].tobytes())
         chunk[: len(block)] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
     header = sample.header
-    out = torch.zeros(header.spec.shape, dtype=dtype)
     values, by_mean = look_up(table, apply_log=apply_log), not apply_log
-    gather(chunks, values, out, planes=header.planes, byte_sum=header.byte_sum, by_mean=by_mean)
-    return out
+    outputs = [torch.zeros(header.spec.shape, dtype=dtype) for _ in range(2)]
+    # Triton's kernel, in its interpreter, writes the same bits.
+    for function, out in zip((gather, gather_triton.gather), outputs, strict=True):
+        function(chunks, values, out, planes=header.planes, byte_sum=header.byte_sum, by_mean=by_mean)
+    assert torch.equal(*(out.view(torch.int16) for out in outputs))
+    return outputs[0]
 
 
 def look_up(table: npt.NDArray[np.int16], *, apply_log: bool) -> torch.Tensor:
@@ -97,6 +101,30 @@ def test_gather_writes_memory_of_either_layout() -> None:
     for out in (channels_last, channels_first):
         gather(blocks, table, out, planes=1, byte_sum=int(blocks.sum()), by_mean=False)
         assert torch.equal(out.reshape(8, 4), table[blocks.view(8).long()])
+
+
+def test_a_gather_that_differs_or_fails_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = torch.device("cpu")
+    triton = gather_triton.gather
+    assert choose_gather(device) is triton
+
+    def off_by_one(blocks: torch.Tensor, table: torch.Tensor, out: torch.Tensor, **options: Any) -> None:
+        triton(blocks, table, out, **options)
+        out[-1, -1] += 1
+
+    def ignores_damage(blocks: torch.Tensor, table: torch.Tensor, out: torch.Tensor, **options: Any) -> None:
+        triton(blocks, table, out, **options | {"byte_sum": int(blocks.sum())})
+
+    def fails(*tensors: torch.Tensor, **options: Any) -> None:
+        raise RuntimeError("no kernel image\nis available")
+
+    for bad in (off_by_one, ignores_damage, fails):
+        monkeypatch.setattr(gather_triton, "gather", bad)
+        caplog.clear()
+        assert choose_gather(device) is gather_gpu.gather
+        assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
 
 
 def test_the_packed_graph_is_serialised_without_a_gpu() -> None:
