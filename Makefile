@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 # A process a core, each with whole test modules, so that what a module's tests share is made once.
 PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help setup train test test-rest test-all gpu-check lint lint-python lint-generated lint-c lint-scripts docs image clean
+.PHONY: help setup train test test-rest test-all kernels gpu-check lint lint-python lint-generated lint-c lint-scripts docs image clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ test-rest: setup ## Run the tests that make test leaves out; those without their
 	$(PYTEST) -m "gpu or slurm or slow" $(ARGS)
 
 test-all: test test-rest ## Run all tests.
+
+kernels: setup ## Compile every Triton kernel for GPUs, without one, and model the time of a training step.
+	$(RUN) -W ignore benchmarks/kernel_report.py $(ARGS)
 
 gpu-check: ## Check a GPU with the Python that is there, without a set-up, in eight minutes.
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)

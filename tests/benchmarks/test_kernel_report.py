@@ -1,0 +1,105 @@
+"""Kernels compiled ahead of time: their figures, faults that end in status 1, and the model of a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import kernel_report
+from benchmarks.aot import Launch, MachineCode
+from benchmarks.step_model import CHIPS, Node, Part
+
+H100 = next(chip for chip in CHIPS if chip.name == "H100")
+
+COMPILED = """
+import json
+from dataclasses import asdict
+from benchmarks import step_model
+from benchmarks.aot import MachineCode, compile_launch, recorded_launches
+from benchmarks.kernel_report import _pool
+import torch
+with recorded_launches() as launches:
+    _pool(32, 16, torch.float16)
+code = [asdict(compile_launch(launch, 90)) for launch in launches]
+step_model.compile_launch = lambda *_: MachineCode(100, 0, 0, 8, 12, 600, ())
+parts = {
+    part.name: [sum(node.flops for node in part.nodes), sum(node.bytes for node in part.nodes)]
+    for part in step_model.model_step()
+}
+print(json.dumps([code, parts]))
+"""
+
+
+def test_kernels_are_compiled_and_the_step_has_the_operations_of_the_network() -> None:
+    # In a process that does not interpret kernels, as these tests do.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILED],
+        cwd=root, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (forward, backward), parts = json.loads(done.stdout)
+    for code in (forward, backward):
+        assert 0 < code["registers"] <= 255 and code["warps"] == 4
+        assert code["stack"] == code["tensor_core"] == 0 and code["instructions"] > 100
+    # The source of the backward pass has one loop.
+    assert forward["loops"] == [] and 0 < backward["loops"][0] < backward["instructions"]
+    for block, (channels, filters) in enumerate([(32, 64), (64, 128), (128, 256), (256, 512)], start=2):
+        flops = 2 * 27 * channels * filters * (128 >> (block - 1)) ** 3
+        assert parts[f"block {block} forward"][0] == flops
+        assert parts[f"block {block} backward"][0] == 2 * flops
+    # Two planes of bytes, four numbers a voxel.
+    assert parts["gather"][1] == pytest.approx((2 + 8) * 128**3, rel=0.01)
+    assert parts["optimizer"][1] == 5 * 4 * 8_907_556
+
+
+def test_loops_that_the_compiler_unrolled_are_part_of_the_code() -> None:
+    code = MachineCode(32, 0, 0, 4, 0, instructions=500, loops=(100,))
+    assert code.executed((3, 2)) == 500 + 2 * 100
+    nested = replace(code, loops=(100, 40))
+    assert nested.executed((3, 2)) == 500 + 2 * 100 + 3 * 1 * 40
+    with pytest.raises(ValueError, match="2 loops"):
+        nested.executed((3,))
+
+
+def named(module: str, name: str) -> Any:
+    """Return a kernel of this name without code."""
+    return SimpleNamespace(__module__=f"cosmoflow_dali.models.{module}", __name__=name)
+
+
+def test_faults_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"CHANNELS": 4, "FILTERS": 32, "cells": 128 * 1024, "CELLS": 128}
+    launch = Launch(named("triton_block", "_forward"), 1024, arguments, {})
+    good = MachineCode(100, 0, 20000, 8, 12, 600, (220,))
+    for change, word in (
+        ({"stack": 8}, "stack"),
+        ({"tensor_core": 0}, "tensor-core"),
+        ({"instructions": 60000}, "budget"),
+    ):
+        monkeypatch.setattr(kernel_report, "compile_launch", lambda *_, c=change: replace(good, **c))
+        (fault,) = kernel_report.examine("a", launch, 90).faults
+        assert word in fault
+    monkeypatch.setattr(kernel_report, "compile_launch", lambda *_: good)
+    assert kernel_report.examine("a", launch, 90).faults == ()
+
+
+def test_the_largest_resource_limits_a_kernel() -> None:
+    # 1 ms of each at the shares of the rates.
+    flops, moved = 1e-3 * 0.6 * H100.flops, 1e-3 * 0.85 * H100.bandwidth
+    part = Part("a", (Node(flops, moved / 2), Node(flops / 4, moved)))
+    limits = part.limits(H100)
+    assert limits == pytest.approx({"tensor cores": 1e-3, "memory": 1e-3, "launches": 6e-6})
+
+
+def test_tensors_count_once_as_traffic() -> None:
+    arguments = {"a": torch.empty(10, device="meta"), "b": torch.empty(6, dtype=torch.uint8), "count": 3}
+    assert Launch(named("a", "b"), 1, arguments, {}).bytes == 46
