@@ -3,8 +3,8 @@
 #   make image
 #   docker run --gpus all -v DATA:/data -v RUNS:/runs cosmoflow-dali --config configs/reference.yaml \
 #       --data-dir /data --run-dir /runs/first
-# The first of these images with torch 2.9, which the trainer needs, is 25.09.
-ARG BASE=nvcr.io/nvidia/pytorch:25.10-py3
+# The trainer needs torch 2.9.1; this image has 2.10.
+ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
 
 # What takes long to compile leaves only a wheel behind: mpi4py, against the image's MPI.
 FROM ${BASE} AS wheels

@@ -1,6 +1,6 @@
 """Check the project on a machine with a GPU in eight minutes, without set-up: `make gpu-check`.
 
-Runs the tests marked gpu and those of the first block, short benchmarks, and 200 steps of training, each in a
+Runs the tests marked gpu and those of the kernels, short benchmarks, and 200 steps of training, each in a
 separate process, with the packages of this Python. A part with missing packages, or without time left, is
 skipped with a reason. Output and results go to a dated folder in benchmarks/results.
 """
@@ -43,7 +43,7 @@ _TRAINS = (*_READS, "yaml", "mlperf_logging", "tqdm")
 # The project's pytest settings need plugins that may be missing here.
 _PYTEST = ["-m", "pytest", "-q", "-o", "addopts=", "--import-mode=importlib", "-c", os.devnull]
 _ON_GPU = ["-m", "gpu"]
-"""The tests of the first block detect the GPU themselves."""
+"""The tests of the kernels detect the GPU themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,12 @@ class CheckStatus:
 def parts(folder: Path, scratch: Path) -> list[Part]:
     """Return all parts, the most basic ones first."""
     tests = ROOT / "tests"
-    engines, block, parity, step = (
+    engines, block, pool, parity, step = (
         str(tests / "cosmoflow_dali" / name)
         for name in (
             "compute/test_engines.py",
             "models/test_triton_block.py",
+            "models/test_triton_pool.py",
             "models/test_keras_parity.py",
             "compute/test_step.py",
         )
@@ -97,7 +98,7 @@ def parts(folder: Path, scratch: Path) -> list[Part]:
     inflate = ["--data", str(samples / "8x128" / "packed")]
     train = ["--config", str(scratch / "train.yaml"), "--run-dir", str(folder / "run")]
     return [
-        Part("tests of the first block", ("pytest", "triton"), [*pytest, block], 70),
+        Part("tests of the kernels", ("pytest", "triton"), [*pytest, block, pool], 70),
         Part("tests of the data path", ("pytest", *_READS), [*pytest, *_ON_GPU, *data], 80),
         Part("compute_bench", (), ["benchmarks/compute_bench.py", *grid, *bench], 120),
         Part("io_bench", _READS, ["benchmarks/io_bench.py", *io, *bench], 50),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ class RecipeProcess:
 
 
 def _serve(requests: Connection, recipe: Recipe, network: Network, size: int, where: str) -> None:
+    # The choice of kernels, for the benchmark's output.
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device(where)
     # The record's program sets it, too.
     torch.backends.cudnn.benchmark = recipe.compute.engine == "graph"

@@ -27,6 +27,7 @@ from cosmoflow_dali.compute import augment
 from cosmoflow_dali.compute.engines import make_engine, wrap_model
 from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
 from cosmoflow_dali.compute.optim import build_optimizer, describe, restore_optimizer, set_lr
+from cosmoflow_dali.compute.preflight import check_convolutions
 from cosmoflow_dali.compute.schedule import lr_at
 from cosmoflow_dali.compute.step import autocast, input_dtype, make_scaler, seed_step
 from cosmoflow_dali.training.checkpoint import Checkpoint, Position
@@ -297,6 +298,7 @@ class Trainer:
         """Choose the kernels of the network's blocks, or use those of the checkpoint; return their names."""
         compute, device = self._config.compute, self._device
         batch = compute.micro_batch or self._config.loader.batch_size
+        self._session.run_on_all_ranks(lambda: check_convolutions(compute.precision, device))
         names = self._run.checkpoint.kernels if self._run.checkpoint and device.type == "cuda" else []
         if not names:
             names = self._session.run_on_root(
