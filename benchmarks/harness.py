@@ -23,7 +23,6 @@ import numpy as np
 
 from cosmoflow_dali.reporting import system_info
 from pipelines.errors import writing
-from pipelines.io import write_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _POLL, _POLLS, _IDLE = 0.03, 4, 0.1
@@ -151,10 +150,11 @@ def save(name: str, options: Mapping[str, Any], results: Mapping[str, Any], fold
         "hardware": system_info.hardware(),
         "results": results,
     }
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{time.strftime('%Y-%m-%dT%H%M%S')}_{name}.json"
-    write_file(path, (json.dumps(record, indent=2, default=asdict) + "\n").encode())
+    # Not by pipelines.io, which needs packages that are missing on machines with torch alone.
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2, default=asdict) + "\n")
     return path
 
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pytest
 from helpers import config_file, inline_workers, program, tiny_sample, write_tiny
 
 from pipelines.formats.registry import FORMATS
 
 NAME = os.fsdecode(b"caf\xe9\na\x1b[31m")
 SHOWN = r"caf\udce9\na\x1b[31m"
+
+
+@pytest.fixture(autouse=True)
+def names_stay_out_of_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    # pytest keeps log messages in its reports, which pytest-xdist cannot send with these names.
+    for package in ("cosmoflow_dali", "pipelines", "preprocess"):
+        monkeypatch.setattr(logging.getLogger(package), "propagate", False)
 
 
 def test_a_run_in_folders_of_any_name(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_threads_and_float32_rounding_are_set(
 def test_programs_configure_torch(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     monkeypatch.setattr(program, "configure_torch", lambda *arguments: calls.append(arguments))
-    arguments = ["nothing"] if program is predict else ["--data-dir", "nothing", "--device", "cpu"]
+    arguments = [__file__] if program is predict else ["--data-dir", "nothing", "--device", "cpu"]
     with pytest.raises(SystemExit):
         program.main(["--weights", "nothing.pt", *arguments])
     assert calls == [(CPU, World.detect().cores)]

@@ -107,7 +107,7 @@ def test_reported_failures_end_all_ranks_with_one_message() -> None:
         'raise RankError(world, UserError("disk full"))': r"error: rank 2 of 3: disk full\n",
         'raise UserError("only here")': r"error: rank 2 \(process \d+ on \S+\): exited: only here; all ranks",
         'raise ValueError("mistake")': r"Traceback [^$]*ValueError: mistake\nerror: rank 2 of 3: mistake\n",
-        'raise OSError(5, "no disk", "/data")': r"error: rank 2 of 3: \[Errno 5\] no disk: '/data'\n",
+        'raise OSError(5, "no disk", "/data")': r"error: rank 2 of 3: /data: no disk\n",
         'with session.stall_guard("reading"): time.sleep(60)': (
             r"error: rank 2 \(process \d+ on \S+\): stuck for [2-9] s in reading \(does a file system hang"
         ),
