@@ -23,7 +23,8 @@ from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import ConfigError
 from pipelines.formats.npy import Npy
 from pipelines.formats.packed.decode import PackedSample
-from pipelines.formats.packed.gather_gpu import PackedArrays, arrays_of, choose_gather
+from pipelines.formats.packed.gather_choice import choose_gather
+from pipelines.formats.packed.gather_gpu import PackedArrays, arrays_of
 from pipelines.formats.payload import CountsPayload, Payload
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.dali_graphs import counts_node, define_pipeline, files_node, packed_nodes

@@ -20,7 +20,8 @@ from pipelines.errors import DataError
 from pipelines.formats.packed import gather_gpu, gather_triton
 from pipelines.formats.packed.decode import PackedSample, open_packed
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.gather_gpu import arrays_of, choose_gather, gather
+from pipelines.formats.packed.gather_choice import choose_gather
+from pipelines.formats.packed.gather_gpu import arrays_of, gather
 from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.dali_graphs import define_pipeline, packed_nodes

@@ -1,0 +1,54 @@
+"""Choice between the gathers of packed samples on a GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+from pipelines.formats.packed.gather_gpu import gather
+
+Gather: TypeAlias = Callable[..., None]
+"""`gather`, or a function of the same parameters and results."""
+
+logger = logging.getLogger(__name__)
+
+
+def choose_gather(device: torch.device) -> Gather:
+    """Return Triton's gather if it equals torch's on `device`, otherwise torch's, and log the reason."""
+    try:
+        from pipelines.formats.packed import gather_triton
+
+        if _equals(gather_triton.gather, device):
+            return gather_triton.gather
+        reason = "it writes other values than torch's"
+    except Exception as error:  # an import, or a compiler, which raises many types
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    logger.warning(
+        "packed samples are gathered by torch, more slowly: Triton's kernel is left out (%s)", reason
+    )
+    return gather
+
+
+def _equals(candidate: Gather, device: torch.device) -> bool:
+    """Return True if `candidate` writes the same bits as `gather`, for intact and for damaged samples."""
+    generator = torch.Generator().manual_seed(1)
+    blocks = torch.randint(0, 4, (6, 5000), dtype=torch.uint8, generator=generator)
+    table = torch.randn(800, 4, generator=generator)
+    # Rows of 256 to 511 are beyond this one.
+    short = table[:300].clone()
+    table[-1] = short[-1] = torch.nan
+    byte_sum = int(blocks.sum())
+    blocks = blocks.to(device)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for values, found in ((table, byte_sum), (short, byte_sum), (table, byte_sum + 1)):
+            results = []
+            for function in (gather, candidate):
+                out = torch.zeros(15000, 4, dtype=dtype, device=device)
+                function(blocks, values.to(device), out, planes=2, byte_sum=found, by_mean=False)
+                results.append(out.view(torch.int16))
+            if not torch.equal(*results):
+                return False
+    return True
