@@ -23,8 +23,11 @@ from typing import Any, NoReturn
 
 import torch
 from mlperf_logging.mllog import constants
+from torch import nn
 
 from cosmoflow_dali.arguments import Arguments, parse, select_instance
+from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
+from cosmoflow_dali.compute.preflight import check_convolutions
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.mlperf.write_events import log_settings
@@ -51,8 +54,7 @@ from pipelines.distributed.node_groups import check_nodes
 from pipelines.distributed.session import Session, exit_now
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import UserError
-from pipelines.filesystem import provide_scratch
-from pipelines.folders import is_hidden, is_present
+from pipelines.filesystem import is_hidden, is_present, provide_scratch
 from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader
@@ -198,6 +200,7 @@ def _train(
         closing(load(run.train, shuffle=config.shuffle, ragged="drop")) as train,
         closing(load(run.validation, shuffle=False, ragged="pad")) as validation,
     ):
+        run = dataclasses.replace(run, kernels=_use_kernels(run, model, session, device))
         trainer = Trainer(run, model, train, validation, session=session, device=device, logs=logs)
         if run.checkpoint is None:
             samples = run.train.total, run.validation.total
@@ -223,6 +226,20 @@ def _train(
         "data_wait_fraction": {"mean": statistics.fmean(waits), "worst_rank": max(waits)},
         "seconds": seconds | trainer.seconds,
     }
+
+
+def _use_kernels(run: Run, model: nn.Module, session: Session, device: torch.device) -> list[str]:
+    """Choose the kernels of the blocks of `model`, or those of the checkpoint; return their names."""
+    compute = run.config.compute
+    batch = compute.micro_batch or run.config.loader.batch_size
+    session.run_on_all_ranks(lambda: check_convolutions(compute.precision, device))
+    names = run.checkpoint.kernels if run.checkpoint and device.type == "cuda" else []
+    if not names:
+        names = session.run_on_root(
+            lambda: choose_kernels(model, compute.kernels, compute.precision, batch, device)
+        )
+    use_kernels(model, names, compute.precision, batch)
+    return names
 
 
 def _exit_immediately(number: int, frame: FrameType | None) -> NoReturn:

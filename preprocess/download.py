@@ -20,7 +20,7 @@ from pipelines.dataset.open import list_folder
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import AccessError, ConfigError, DataError, printable, writing
-from pipelines.folders import is_hidden, is_present
+from pipelines.filesystem import is_hidden, is_present
 from pipelines.formats.signatures import recognize_file
 from pipelines.formats.tfrecord import TFRECORD_SUFFIX
 from pipelines.sample import SPLITS

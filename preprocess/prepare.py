@@ -20,7 +20,7 @@ from pipelines.distributed.cli import OneLineParser
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError
-from pipelines.folders import find_files
+from pipelines.filesystem import find_files
 from pipelines.plan import derive_seed
 from pipelines.sample import SPLITS, SampleSpec
 from preprocess.conversion.engine import ConversionPlan, run

@@ -21,8 +21,7 @@ from pathlib import Path
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError, DataError, printable, yaml_text
-from pipelines.filesystem import read_text
-from pipelines.folders import is_hidden
+from pipelines.filesystem import is_hidden, read_text
 from pipelines.formats.registry import FORMATS
 from pipelines.io import remove_temporaries, write_file
 from pipelines.sample import SPLITS, SplitName

@@ -25,7 +25,7 @@ from pipelines.dataset.open import list_folder, open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError, DataError, printable
-from pipelines.folders import is_hidden
+from pipelines.filesystem import is_hidden
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SPLITS
 from pipelines.tables import format_table

@@ -22,7 +22,7 @@ from cosmoflow_dali.mlperf.checkers import RULESETS, check_compliance, exception
 from cosmoflow_dali.mlperf.read_events import RunEvents
 from cosmoflow_dali.training.logs import MLPERF
 from pipelines.errors import DataError
-from pipelines.folders import find_files
+from pipelines.filesystem import find_files
 
 BENCHMARK = "cosmoflow"
 

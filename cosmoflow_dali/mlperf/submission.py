@@ -18,7 +18,7 @@ from cosmoflow_dali.mlperf.checkers import Verdict
 from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run
 from cosmoflow_dali.mlperf.scoring import Score
 from pipelines.errors import DataError, UserError, writing
-from pipelines.folders import find_files, is_hidden, is_present
+from pipelines.filesystem import find_files, is_hidden, is_present
 from pipelines.io import read_file, write_file
 
 _ROOT = Path(__file__).resolve().parents[2]

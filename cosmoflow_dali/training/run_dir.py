@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import itertools
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -69,6 +69,7 @@ class Run:
         validation: Validation samples.
         fingerprints: `SampleDataset.fingerprint` of each split, of the samples in `data.dir`.
         seconds: Time spent so far by this process, by phase.
+        kernels: Kernel of each block of the network on a GPU; see `choose_kernels`.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class Run:
     validation: SampleDataset
     fingerprints: dict[str, list[str]]
     seconds: dict[str, float]
+    kernels: list[str] = field(default_factory=list)
 
     @property
     def seed(self) -> int:

@@ -25,9 +25,7 @@ from torch.profiler import record_function
 
 from cosmoflow_dali.compute import augment
 from cosmoflow_dali.compute.engines import make_engine, wrap_model
-from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
 from cosmoflow_dali.compute.optim import build_optimizer, describe, restore_optimizer, set_lr
-from cosmoflow_dali.compute.preflight import check_convolutions
 from cosmoflow_dali.compute.schedule import lr_at
 from cosmoflow_dali.compute.step import autocast, input_dtype, make_scaler, seed_step
 from cosmoflow_dali.training.checkpoint import Checkpoint, Position
@@ -81,15 +79,13 @@ class Trainer:
         self.evaluation: Evaluation | None = None
         self.position = Position()
         self.seconds = {"train": 0.0, "evaluate": 0.0}
-        self.timer = StepTimer()
-        self._progress, self._stop = Progress(), StopSignal()
+        self.timer, self._progress, self._stop = StepTimer(), Progress(), StopSignal()
         self._skipped: dict[str, list[str]] = {"train": [], "validation": []}
         self._scores: dict[str, Any] | None = None
         # Loss and sample indices of each step since the ranks synchronized.
         self._window: list[tuple[torch.Tensor, npt.NDArray[np.int64]]] = []
         if run.checkpoint is not None:
             self._restore(run.checkpoint)
-        self._kernels = self._use_kernels()
         self._parallel = wrap_model(self._model, compute, device, ranks=session.world.size)
         self._engine = make_engine(
             self._parallel, compute, self._scaler, train.split.spec, self._config.loader.batch_size, device
@@ -217,9 +213,8 @@ class Trainer:
 
     def _record(self, kind: str, **values: Any) -> dict[str, Any]:
         """Return a record of metrics.jsonl at the current position."""
-        steps = self.steps
-        position = {"step": steps, "epoch": self.position.epoch, "samples": steps * self._global_batch}
-        return {"kind": kind, **position, **values}
+        place = {"step": self.steps, "epoch": self.position.epoch, "samples": self.steps * self._global_batch}
+        return {"kind": kind, **place, **values}
 
     def _check_finite(self, losses: list[float]) -> None:
         """Raise, on every rank, an error about the first of `losses` that is not finite."""
@@ -289,23 +284,10 @@ class Trainer:
             skipped=self._skipped,
             logs=lengths,
             mlperf_log=mlperf_log,
-            kernels=self._kernels,
+            kernels=self._run.kernels,
         )
         with self._session.stall_guard("writing a checkpoint"):
             checkpoint.save(self._run.folder / CHECKPOINTS)
-
-    def _use_kernels(self) -> list[str]:
-        """Choose the kernels of the network's blocks, or use those of the checkpoint; return their names."""
-        compute, device = self._config.compute, self._device
-        batch = compute.micro_batch or self._config.loader.batch_size
-        self._session.run_on_all_ranks(lambda: check_convolutions(compute.precision, device))
-        names = self._run.checkpoint.kernels if self._run.checkpoint and device.type == "cuda" else []
-        if not names:
-            names = self._session.run_on_root(
-                lambda: choose_kernels(self._model, compute.kernels, compute.precision, batch, device)
-            )
-        use_kernels(self._model, names, compute.precision, batch)
-        return names
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._model.load_state_dict(checkpoint.model)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.errors import DataError
-from pipelines.folders import is_hidden
+from pipelines.filesystem import is_hidden
 from pipelines.io import read_file, write_file
 
 DATA_LIST, LABEL_LIST = "files_data.lst", "files_label.lst"

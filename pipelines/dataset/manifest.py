@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.errors import DataError, reading
-from pipelines.folders import is_present
+from pipelines.filesystem import is_present
 from pipelines.io import TarMember, WrittenFile, read_file, write_file
 from pipelines.sample import SampleSpec
 

@@ -16,8 +16,7 @@ from pipelines.dataset.dataset import EXTENT, SampleDataset, dataset_from_shards
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError, DataError, reading, remedy_for_link
-from pipelines.filesystem import open_regular
-from pipelines.folders import is_hidden, is_present
+from pipelines.filesystem import is_hidden, is_present, open_regular
 from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.packed.format import PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS

@@ -14,7 +14,7 @@ from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, ListedFile, writ
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import list_folder
 from pipelines.errors import DataError, writing
-from pipelines.folders import is_hidden
+from pipelines.filesystem import is_hidden
 from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.registry import FORMATS
 from pipelines.io import final_name, remove_temporaries

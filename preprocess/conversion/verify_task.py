@@ -13,7 +13,7 @@ from zlib_ng import zlib_ng
 
 from pipelines.dataset.manifest import Entry
 from pipelines.errors import DataError
-from pipelines.folders import is_present
+from pipelines.filesystem import is_present
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile, read_file

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipelines.errors import DataError, reading
-from pipelines.filesystem import open_regular, raise_open_file_limit
-from pipelines.folders import is_hidden
+from pipelines.filesystem import is_hidden, open_regular, raise_open_file_limit
 from pipelines.formats.signatures import recognize_file
 from pipelines.io import (
     TarMember,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines.errors import AccessError
-from pipelines.folders import find_files, is_hidden, is_present
+from pipelines.filesystem import find_files, is_hidden, is_present
 
 
 def write(path: Path) -> Path:
