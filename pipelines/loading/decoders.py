@@ -150,7 +150,11 @@ class CountsDecoder(_DaliDecoder):
         self._start(lambda: counts_node(self._inputs, device, apply_log=config.apply_log))
 
     def submit(self, payloads: Sequence[Payload], upcoming: Indices) -> None:
-        """See `Decoder`."""
+        """See `Decoder`; RuntimeError if a mapped file was cut off, as the access would end the process."""
+        for payload in payloads:
+            mapped = payload.mapped if isinstance(payload, CountsPayload) else None
+            if mapped is not None and mapped.size() < len(mapped):
+                raise RuntimeError("a file was cut off after it had been mapped into memory")
         self._inputs.append([payload.counts for payload in payloads])  # type: ignore[union-attr]
 
     @staticmethod

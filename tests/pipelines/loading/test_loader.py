@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -316,6 +317,24 @@ def test_a_file_damaged_after_opening_is_named(
         assert Path(raised.value.path).is_relative_to(damaged)
         damaged.write_bytes(content)
         assert [index for index, _, _ in rows(loader.batches(0))] == list(range(SAMPLES))
+
+
+@pytest.mark.parametrize("length", [0, 200])
+def test_a_file_cut_off_after_it_was_mapped_is_named(
+    length: int, roots: dict[str, Path], tmp_path: Path
+) -> None:
+    # Access to a map beyond the end of its file ends the process with SIGBUS.
+    shutil.copytree(roots["npy"], tmp_path / "data")
+    with open_loader(tmp_path / "data", shuffle=False, batch_size=1) as loader:
+        batches = loader.batches(0)
+        next(batches)
+        step = loader._reading[-1]
+        ((index, _),) = [read.result() for read in step.reads]
+        damaged = loader.split.path(index)
+        os.truncate(damaged, length)
+        with pytest.raises(DataError) as raised:
+            rows(batches)
+        assert raised.value.path == str(damaged)
 
 
 def test_a_file_that_disappears_is_named(roots: dict[str, Path], tmp_path: Path) -> None:
