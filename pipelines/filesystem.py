@@ -179,6 +179,11 @@ def is_hidden(path: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
 
 
+def is_empty(folder: Path) -> bool:
+    """Return True if `folder` holds no files or folders but hidden ones, such as locks and .DS_Store."""
+    return all(map(is_hidden, os.listdir(folder)))
+
+
 def is_present(path: Path) -> bool:
     """Return True if `path` exists, or is a symbolic link that leads nowhere.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError, DataError, printable, yaml_text
-from pipelines.filesystem import is_hidden, read_text
+from pipelines.filesystem import is_empty, read_text
 from pipelines.formats.registry import FORMATS
 from pipelines.io import remove_temporaries, write_file
 from pipelines.sample import SPLITS, SplitName
@@ -106,7 +106,7 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
     except FileNotFoundError:
         for split in SPLITS:
             folder = root / split
-            if folder.is_dir() and not all(is_hidden(path.name) for path in folder.iterdir()):
+            if folder.is_dir() and not is_empty(folder):
                 fault = f"holds {split}/ but no {SETTINGS}"
                 raise DataError(root, fault, "choose another folder to simulate into") from None
         return

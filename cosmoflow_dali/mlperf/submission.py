@@ -18,7 +18,7 @@ from cosmoflow_dali.mlperf.checkers import Verdict
 from cosmoflow_dali.mlperf.parse_logs import BENCHMARK, Run
 from cosmoflow_dali.mlperf.scoring import Score
 from pipelines.errors import DataError, UserError, writing
-from pipelines.filesystem import find_files, is_hidden, is_present
+from pipelines.filesystem import find_files, is_empty, is_present
 from pipelines.io import read_file, write_file
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +86,7 @@ def _check(folder: Path, scores: Sequence[Score]) -> str:
             )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        empty = all(is_hidden(name) for name in os.listdir(folder))
+        empty = is_empty(folder)
     if not empty:
         raise DataError(folder, "is not empty", "name a new folder for the submission")
     return rulesets[0]

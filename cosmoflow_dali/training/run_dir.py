@@ -27,9 +27,10 @@ from cosmoflow_dali.config import TrainConfig, flatten, read_yaml, resolve
 from cosmoflow_dali.training.checkpoint import Checkpoint
 from cosmoflow_dali.training.evaluation import Evaluation
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.distributed.locks import LOCK_FILE, locked
+from pipelines.distributed.locks import locked
 from pipelines.errors import ConfigError, DataError, yaml_text
-from pipelines.io import TEMPORARY_SUFFIX, write_file
+from pipelines.filesystem import is_empty
+from pipelines.io import write_file
 from pipelines.plan import plan_epoch
 from pipelines.sample import PARAMETERS, to_physical
 
@@ -119,9 +120,8 @@ def create_run(run: Run, locks: ExitStack, *, must_be_new: bool) -> Run:
         else:
             folder.mkdir(parents=True, exist_ok=True)
         locks.enter_context(lock_run(folder))
-        # Ignore temporary files of a process that was killed while it created a run.
-        names = (path.name for path in folder.iterdir() if path.name != LOCK_FILE)
-        if not all(name.endswith(TEMPORARY_SUFFIX) for name in names):
+        # The lock is hidden, and so are temporary files of a process that was killed while it created a run.
+        if not is_empty(folder):
             raise DataError(folder, "is not empty", "add --resume to resume its run, or name another folder")
         save_config(folder, run.config)
     except OSError as error:

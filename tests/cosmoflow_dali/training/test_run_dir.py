@@ -47,6 +47,14 @@ def test_runs_of_the_same_second_have_folders_of_their_own(
     assert Path("runs/c-20240229-120000-2/report.html").exists()
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "._config.yaml", ".nfs0123", "notes.txt"])
+def test_folder_of_hidden_files_alone_is_empty(name: str, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).touch()
+    done = program(TRAIN, "--config", config, "--run-dir", tmp_path / "run")
+    assert (done.code == 0) == name.startswith("."), done.err
+
+
 @pytest.mark.parametrize("flags", [(), ("--resume",)])
 def test_run_that_another_process_has_is_refused(
     flags: tuple[str, ...], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
