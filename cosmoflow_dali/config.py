@@ -143,7 +143,7 @@ def read_yaml(path: Path) -> Tree:
         names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise DataError(path, f"cannot be read ({error.strerror})", f"configs/ has {names}") from error
     if not isinstance(tree, dict | None):
-        raise DataError(path, f"contains a {type(tree).__name__}", "expected `key: value` lines")
+        raise DataError(path, "contains a value without a key", "expected `key: value` lines")
     return tree or {}
 
 

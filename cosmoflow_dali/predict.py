@@ -1,7 +1,7 @@
 """Predict cosmological parameters from volumes: `python -m cosmoflow_dali.predict --weights W PATH ...`.
 
 A PATH is a sample in any format, a shard of packed samples, a folder of samples, one that holds both
-splits, or a pattern such as 'DIR/*.tfrecord'. Labels are not needed and not read.
+splits, or a pattern such as 'DIR/*.tfrecord' or 'DIR/**/*.tar'. Labels are not needed and not read.
 
 Writes CSV: one line per sample with the four parameters in physical units, each followed by its
 standard error. That is the root mean square residual on the validation split of the checkpoint's
@@ -26,11 +26,11 @@ from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.training.pretrained import LoadedModel, load_model
 from pipelines.console import check_output
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.dataset.open import open_path
+from pipelines.dataset.open import SAMPLE_SUFFIXES, open_path
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
 from pipelines.errors import DataError
-from pipelines.filesystem import refuse_input
+from pipelines.filesystem import find_files, refuse_input
 from pipelines.loading.transforms import check_input, transform
 from pipelines.output import write_output
 from pipelines.sample import HALF_RANGE, PARAMETERS, to_physical
@@ -75,10 +75,27 @@ def _expand(paths: Iterable[Path]) -> Iterator[Path]:
     for path in paths:
         if path.exists():
             yield path
-        elif matched := sorted(glob.glob(str(path), recursive=True)):
-            yield from map(Path, matched)
+        elif matched := _match(path):
+            yield from matched
         else:
             raise DataError(path, "does not exist", "check the path")
+
+
+def _match(pattern: Path) -> list[Path]:
+    """Return what `pattern` matches, sorted; with the part `**`, the samples in all folders below."""
+    # A folder that exists may have brackets in its name.
+    base = next(folder for folder in pattern.parents if folder.exists())
+    parts = pattern.relative_to(base).parts
+    start = parts[: parts.index("**")] if "**" in parts else parts
+    matched = [base / name for name in glob.glob(str(Path(*start)), root_dir=base)]
+    if start != parts:
+        # Unlike glob, find_files follows links that form a loop once.
+        found = [find_files(folder, SAMPLE_SUFFIXES) for folder in matched]
+        if errors := [error for _, below in found for error in below]:
+            raise errors[0]
+        rest = "/".join(parts[len(start) + 1 :]) or "*"
+        matched = [path for paths, _ in found for path in paths if path.match(rest)]
+    return sorted(matched)
 
 
 def _open(loaded: LoadedModel, paths: Iterable[Path], output: Path | None) -> Iterator[SampleDataset]:

@@ -31,6 +31,9 @@ def from_reference_weights(mapping: Mapping[str, npt.ArrayLike]) -> CosmoFlow:
     for name in names:
         if name not in arrays:
             raise UserError(f"missing weight {name}; found {', '.join(sorted(arrays)) or 'none'}")
+        axes = 1 if name.endswith("/bias") else 5 if name.startswith("conv") else 2
+        if arrays[name].ndim != axes or not arrays[name].size:
+            raise UserError(f"weight {name} has shape {arrays[name].shape}; expected {axes} axes")
     if unexpected := sorted(arrays.keys() - set(names)):
         raise UserError(f"unexpected weight {unexpected[0]}; the network has {', '.join(names)}")
     model = CosmoFlow(_config(arrays, blocks))

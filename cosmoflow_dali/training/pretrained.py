@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,15 @@ from cosmoflow_dali.config import resolve
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.keras_weights import from_reference_weights
 from cosmoflow_dali.training.checkpoint import Checkpoint
-from pipelines.errors import DataError
+from pipelines.errors import DataError, UserError
 from pipelines.filesystem import open_regular
+from pipelines.formats.signatures import recognize_file
 from pipelines.sample import REDSHIFTS, SampleSpec
 
 _REASON_LENGTH = 200
 """Characters of torch's message that are shown, at most: it may list every weight."""
+
+_REMEDY = "give reference weights or a checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,12 @@ def _load_npz(path: Path) -> LoadedModel:
                 for name in archive.files
                 if name.startswith(prefix) and name.endswith(("/kernel", "/bias"))
             }
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = f"is not a readable .npz file ({error})"
-        raise DataError(path, reason, "give reference weights or a checkpoint") from error
-    model = from_reference_weights(weights)
+    except Exception as error:  # numpy and zipfile raise many types for a damaged file or one of another kind
+        kind = recognize_file(path)
+        reason = f"it holds {kind}" if kind and kind != "a zip archive" else error
+        raise DataError(path, f"is not a readable .npz file ({reason})", _REMEDY) from error
+    try:
+        model = from_reference_weights(weights)
+    except (UserError, ValueError) as error:  # ValueError: an array of text
+        raise DataError(path, f"has no weights of the reference network ({error})", _REMEDY) from error
     return LoadedModel(path, model.eval(), model.config.size, apply_log=True)

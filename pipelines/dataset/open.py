@@ -23,8 +23,10 @@ from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import GZIP_MAGIC, TFRECORD_SUFFIX
 from pipelines.sample import SPLITS, SampleSpec
 
-_SUFFIXES = tuple(dict.fromkeys(format_.suffix for format_ in FORMATS.values()))
-_EXPECTED = " or ".join(f"*{suffix}" for suffix in _SUFFIXES)
+SAMPLE_SUFFIXES = tuple(dict.fromkeys(format_.suffix for format_ in FORMATS.values()))
+"""Suffixes of files that hold samples."""
+
+_EXPECTED = " or ".join(f"*{suffix}" for suffix in SAMPLE_SUFFIXES)
 
 _UNKNOWN_SPEC = SampleSpec(1)
 
@@ -42,7 +44,7 @@ def split_dirs(root: Path) -> list[str]:
     # A split that is a link to nowhere is refused when it is opened.
     found: list[str] = [split for split in SPLITS if is_present(root / split)]
     for name in list_folder(root) if found else ():
-        if name.endswith(_SUFFIXES) and not is_hidden(name):
+        if name.endswith(SAMPLE_SUFFIXES) and not is_hidden(name):
             fault = f"holds {name} beside {' and '.join(found)}"
             raise DataError(root, fault, "give one of these folders, or keep the sample elsewhere")
     return found or ["."]
@@ -64,13 +66,13 @@ def open_folder(folder: Path, *, labeled: bool = True) -> SampleDataset:
     if manifest is not None:
         return replace(_from_manifest(folder, manifest), labeled=labeled)
     names = list_folder(folder)
-    named = [name for name in names if name.endswith(_SUFFIXES)]
+    named = [name for name in names if name.endswith(SAMPLE_SUFFIXES)]
     found = [name for name in named if not is_hidden(name)]
     if not found:
         hidden = f" but {named[0]}, and names that begin with a dot are skipped" if named else ""
         raise DataError(folder, f"holds no samples{hidden}", f"expected {_EXPECTED} files")
     labels = {name for name in names if name.endswith(LABEL_SUFFIX)}
-    suffix = next(filter(found[0].endswith, _SUFFIXES))
+    suffix = next(filter(found[0].endswith, SAMPLE_SUFFIXES))
     for name in found:
         if not name.endswith(suffix):
             raise DataError(folder, f"holds {found[0]} and {name}", "keep one format a folder")

@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,6 +155,55 @@ def test_each_sample_of_a_shard_a_folder_and_a_pattern_has_a_line(
         assert done.code == 0, done.err
         files = predicted(done.out)
         assert len(files) == count and all(str(data) in file for file in files)
+
+
+def test_patterns_reach_each_sample_once(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_tiny(tmp_path / "set [1]", train=2, validation=1)
+    (data / "train" / "loop").symlink_to(data)
+    (data / "validation" / "loop").symlink_to(data)
+    (data / "train" / "._a_data.npy").write_bytes(b"\0\5\x16\7")
+    monkeypatch.chdir(data)
+    for pattern, count in (
+        (data / "**", 3),
+        (data / "**" / "*_data.npy", 3),
+        (data / "**" / "train" / "*.npy", 2),
+        (tmp_path / "*" / "**" / "universe_0000*", 1),
+        (Path("**"), 3),
+        (data / "t*" / "*_data.npy", 2),
+    ):
+        done = program(PREDICT, "--weights", weights, pattern)
+        assert done.code == 0 and len(predicted(done.out)) == count, (pattern, done)
+    for pattern in (data / "**" / "*.tar", tmp_path / "**[", Path("no") / "**"):
+        done = program(PREDICT, "--weights", weights, pattern)
+        assert done.code == 1 and done.err.splitlines()[-1].startswith(f"error: {pattern}: "), done
+
+
+ARRAYS: dict[str, dict[str, Any]] = {
+    "another program's": {"arr_0": np.ones(3)},
+    "a part": {"conv0/kernel": np.ones((3, 3, 3, 4, 8), np.float32)},
+    "another rank": {"conv0/kernel": np.ones((3, 3)), "conv0/bias": np.ones(3)},
+    "text": {"conv0/kernel": np.array("x"), "conv0/bias": np.array(["y"])},
+    "objects": {"conv0/kernel": np.array([None]), "conv0/bias": np.array([None])},
+}
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, "an array", "a page", "nothing", "damage"])
+def test_arrays_that_are_no_weights_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    sample = FORMATS["npy"].write(tmp_path, "a", tiny_sample(1))[-1].path
+    path = tmp_path / "w.npz"
+    if name in ARRAYS:
+        np.savez(path, **ARRAYS[name])
+    elif name == "an array":
+        shutil.copy(sample, path)
+    elif name == "damage":
+        content = bytearray((DATA / "keras_small.npz").read_bytes())
+        content[1000:-4000] = bytes(len(content) - 5000)
+        path.write_bytes(content)
+    else:
+        path.write_text("<html>404</html>" if name == "a page" else "")
+    assert refused(program(PREDICT, "--weights", path, sample), path)
 
 
 def test_lines_are_written_as_they_are_predicted(weights: Path, tmp_path: Path) -> None:
