@@ -136,11 +136,11 @@ def compile_launch(launch: Launch, architecture: int) -> MachineCode:
             signature[name], attributes[(position,)] = f"*{_TYPES[value.dtype]}", aligned
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
+        elif value == 1 and not parameter.do_not_specialize:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-            if value % _ALIGNMENT == 0:
+            if value % _ALIGNMENT == 0 and not parameter.do_not_specialize:
                 attributes[(position,)] = aligned
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), launch.options)

@@ -44,7 +44,8 @@ def gather(
     )  # fmt: skip
 
 
-@triton.jit
+# Not specialised by what differs between samples: a step would wait for the compiler.
+@triton.jit(do_not_specialize=["last"])
 def _gather(
     blocks, words, found, written, chunk_voxels, last,
     PLANES: tl.constexpr, ROW_WORDS: tl.constexpr, VOXELS: tl.constexpr,
@@ -68,7 +69,7 @@ def _gather(
         tl.store(written + at + word, tl.load(words + row * ROW_WORDS + word, mask=inside), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["expected", "last"])
 def _invalidate(
     words, found, written, expected, count, last, ROW_WORDS: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
