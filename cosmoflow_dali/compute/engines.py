@@ -36,8 +36,8 @@ class ComputeConfig:
     Args:
         precision: Numbers of the forward and backward pass; weights and optimizer stay float32.
         engine: "eager"; "graph", one CUDA graph of forward, backward and all-reduce; "compile",
-            torch.compile. The last two require a GPU. "auto" is a graph on a GPU, or eager if it cannot be
-            captured, with `nvtx`, and on a CPU.
+            torch.compile. The last two require a GPU. "auto" is a graph on a GPU, or eager if a single
+            rank's step cannot be captured, with `nvtx`, and on a CPU.
         micro_batch: Samples processed at a time, to save memory; must divide loader.batch_size.
         exchange: Data type of the gradient all-reduce.
         kernels: Those of the reference network's blocks on a GPU: "torch", "triton", or for each block the
@@ -141,10 +141,14 @@ class GraphEngine(Engine):
     def __init__(
         self, model: nn.Module, gradients: Callable[[Batch], torch.Tensor], inputs: Batch, *, required: bool
     ) -> None:
-        """Prepare a graph; unless it is `required`, launch each kernel if it cannot be captured."""
+        """Prepare a graph; unless it is `required`, launch each kernel if it cannot be captured.
+
+        Over several ranks it is required: a capture that fails on one of them breaks its exchange of
+        gradients.
+        """
         super().__init__(model, gradients)
         self.inputs = self._static = inputs
-        self._required, self._captures = required, True
+        self._required, self._captures = required or isinstance(model, DistributedDataParallel), True
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss = torch.zeros(())
 
@@ -154,14 +158,7 @@ class GraphEngine(Engine):
             if tensor is not static:
                 static.copy_(tensor)
         if self._graph is None and self._captures:
-            try:
-                self._graph = self._capture()
-            except RuntimeError as error:
-                if self._required:
-                    raise
-                reason = str(error).strip().splitlines()[0]
-                logger.warning("the step cannot be captured as a CUDA graph (%s): eager engine", reason)
-                self._captures = False
+            self._graph = self._capture()
         if self._graph is None:
             return super().__call__(self._static)
         self._graph.replay()
@@ -174,7 +171,8 @@ class GraphEngine(Engine):
             self._graph.reset()
             self._graph, self._captures = None, False
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        """Return the step's graph; None if it cannot be captured and is not required."""
         device = self._static.volume.device
         graph = torch.cuda.CUDAGraph()
         with _preserve_state(self._model, device):
@@ -185,8 +183,25 @@ class GraphEngine(Engine):
             # Missing gradients are allocated in the graph's memory, and each replay overwrites them.
             self._model.zero_grad(set_to_none=True)
             # DALI's threads allocate memory during the capture, which must not invalidate it.
-            with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
-                self._loss = self._gradients(self._static)
+            capture = functools.partial(torch.cuda.graph, capture_error_mode="thread_local")
+            try:
+                # The outer context restores the stream, which a capture that fails does not.
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream(device)),
+                    capture(graph, stream=_stream(device)),
+                ):
+                    self._loss = self._gradients(self._static)
+            except RuntimeError as error:
+                if self._required:
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                logger.warning("the step cannot be captured as a CUDA graph (%s): eager engine", reason)
+                # Torch's allocator still refers to it.
+                self._captures, self._failed = False, graph
+                # Torch 2.9 refuses to draw random numbers, as dropout does, until a capture succeeds.
+                with capture(torch.cuda.CUDAGraph()):
+                    torch.zeros((), device=device)
+                return None
         return graph
 
 
@@ -216,11 +231,13 @@ def make_engine(
 def _preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore the model's buffers and the random state after the body; only gradients change."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
 
 
 @functools.cache
