@@ -70,11 +70,20 @@ class Evaluation:
         }
 
 
-def evaluate(model: nn.Module, loader: Loader, session: Session, *, epoch: int = 0) -> Evaluation:
-    """Score `model` on the split that the loaders of all ranks cover together, in the order of `epoch`.
+def evaluate(
+    model: nn.Module, loader: Loader, session: Session, epoch: int = 0, micro_batch: int | None = None
+) -> Evaluation:
+    """Score `model` on the split that the loaders of all ranks cover together.
 
     Each rank fills in the rows of its samples, and the sum over ranks completes the table. A sample
     that pads a last batch therefore counts once.
+
+    Args:
+        model: The network.
+        loader: This rank's.
+        session: The ranks.
+        epoch: Epoch in whose order the samples are read.
+        micro_batch: Samples of a batch processed at a time; all by default.
 
     Raises:
         UserError: On every rank, if an output is not finite or no sample is valid.
@@ -82,13 +91,14 @@ def evaluate(model: nn.Module, loader: Loader, session: Session, *, epoch: int =
     was_training = model.training
     model.eval()
     split = loader.split
-    indices, outputs, truths = [], [], []
+    indices, truths = [], []
+    outputs: list[torch.Tensor] = []
     with torch.no_grad():
         loaded = session.with_stall_guard(loader.batches(epoch), "waiting for a validation sample")
         for batch in session.tag_rank_errors(loaded):
             # Nothing here waits for the device.
             indices.append(batch.index)
-            outputs.append(model(batch.volume))
+            outputs += map(model, batch.volume.split(micro_batch or len(batch.volume)))
             truths.append(batch.target.clone())
     model.train(was_training)
     read = np.concatenate(indices)

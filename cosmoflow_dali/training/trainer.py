@@ -77,8 +77,7 @@ class Trainer:
             f"{compute.engine_on(device)} engine, {compute.precision} on {device.type}"
         )
         self.evaluation: Evaluation | None = None
-        self.position = Position()
-        self.seconds = {"train": 0.0, "evaluate": 0.0}
+        self.position, self.seconds = Position(), {"train": 0.0, "evaluate": 0.0}
         self.timer, self._progress, self._stop = StepTimer(), Progress(), StopSignal()
         self._skipped: dict[str, list[str]] = {"train": [], "validation": []}
         self._scores: dict[str, Any] | None = None
@@ -116,8 +115,9 @@ class Trainer:
 
     def validate(self) -> Evaluation:
         """Score the network on the validation split; raise UserError if an output is not finite."""
-        with autocast(self._config.compute.precision, self._device):
-            return evaluate(self._model, self._validation, self._session, epoch=self.position.epoch)
+        compute, epoch = self._config.compute, self.position.epoch
+        with autocast(compute.precision, self._device):
+            return evaluate(self._model, self._validation, self._session, epoch, compute.micro_batch)
 
     def _finished(self) -> StopReason | None:
         """Return why there is no step left to train, or None if there is one."""
