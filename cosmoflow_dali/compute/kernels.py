@@ -23,7 +23,13 @@ from pipelines.sample import REDSHIFTS
 Kernels: TypeAlias = Literal["auto", "torch", "triton"]
 
 _TIMED_STEPS = 20
-"""Most timed steps of a candidate. The device runs them in a row, so that it need not wait for Python."""
+"""Most timed steps of a candidate."""
+
+_LEAD_CYCLES = 50_000_000
+"""Cycles by which a GPU starts later than Python, some 30 ms: it then runs steps in a row, as in a graph."""
+
+_CHECKED_EDGE = 128
+"""Largest edge that is checked: in float64, larger volumes may not fit in a GPU's memory."""
 
 _SECONDS = 2.0
 """Time limit of all timed steps of a network."""
@@ -65,7 +71,7 @@ def candidates(number: int, shape: Shape, precision: Precision) -> dict[str, Blo
         from cosmoflow_dali.models import triton_block, triton_pool
     except ImportError:
         return found
-    if triton_pool.supports(shape.filters):
+    if triton_pool.supports(shape.filters, shape.batch, shape.edge):
         found["triton pool"] = triton_pool.pool_block
     # Triton computes float32 products without tensor cores, and spills registers for it.
     half = precision in ("fp16", "bf16")
@@ -116,7 +122,7 @@ def use_kernels(model: nn.Module, names: Sequence[str], precision: Precision, ba
     for number, (name, shape) in enumerate(zip(names, block_shapes(model, batch), strict=bool(names))):
         found = candidates(number, shape, precision)
         if name not in found:
-            reason = f"the run computes block {number + 1} with it, but Triton is not installed: install it"
+            reason = f"the run computes block {number + 1} with it, and it is not available: install Triton"
             raise ConfigError("compute.kernels", name, reason)
         assert isinstance(model, CosmoFlow)
         model.blocks[number] = found[name]
@@ -140,20 +146,20 @@ def choose(
         precision: Of the training step.
         device: On which the block runs.
         seconds: Time limit of a candidate's timed steps.
-        clock: Returns the time in seconds.
+        clock: Returns the time in seconds; a GPU's own is used instead.
 
     Raises:
         UserError: No candidate agrees.
     """
-    problem = _Problem(shape._replace(batch=1), device)
-    expected = problem.solve(pool_then_activate, torch.float64)
+    checked = shape._replace(batch=1, edge=min(shape.edge, _CHECKED_EDGE))
+    inputs, gradient = _problem(checked, precision, device)
+    wide = [value.detach().double().requires_grad_(value.requires_grad) for value in inputs]
+    expected = _solve(pool_then_activate, wide, gradient, "fp32")
     times: dict[str, float] = {}
     words: list[str] = []
     for name, block in blocks.items():
         try:
-            with autocast(precision, device):
-                found = problem.solve(block, input_dtype(precision))
-            fault = _disagreement(found, expected, _ROUNDING[precision])
+            fault = _disagreement(_solve(block, inputs, gradient, precision), expected, _ROUNDING[precision])
             if not fault:
                 times[name] = _time_steps(block, shape, precision, device, seconds, clock)
                 words.append(f"{name} {1e3 * times[name]:.3f} ms")
@@ -163,53 +169,47 @@ def choose(
             words.append(f"{name} left out: {fault}")
     if not times:
         raise UserError(
-            f"{title}: no kernel is correct at {precision} with torch {torch.__version__} and cuDNN "
-            f"{torch.backends.cudnn.version()} ({'; '.join(words)}); use another precision or version"
+            f"{title}: no kernel works at {precision} with torch {torch.__version__} and cuDNN "
+            f"{torch.backends.cudnn.version()} ({'; '.join(words)}); use a smaller batch, another precision "
+            "or version"
         )
     best = min(times, key=times.__getitem__)
     logger.info("%s: %s (%s)", title, best, ", ".join(words))
     return best
 
 
-class _Problem:
-    """A forward and backward pass of a block whose sums are exact in half precision.
+def _problem(
+    shape: Shape, precision: Precision, device: torch.device
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return volume, kernel and bias, and the result's gradient, of a block of `shape` in a training step.
 
-    Volume, gradient and kernel are small integers, and few numbers of the kernel are not zero: so candidates
-    agree on the maximum of each cell, where random numbers would tie after rounding.
+    They are small integers, and few numbers of the kernel are not zero: so all sums are exact in half
+    precision, and candidates agree on each cell's maximum, where random numbers would tie after rounding.
     """
+    generator = torch.Generator(device).manual_seed(1)
+    half = input_dtype(precision)
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(1)
-        edges = (shape.edge,) * 3
+    def draw(low: int, high: int, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randint(low, high, size, generator=generator, device=device, dtype=dtype)
 
-        def draw(low: int, high: int, *size: int) -> torch.Tensor:
-            return torch.randint(low, high, size, generator=generator, dtype=torch.int8).to(device)
-
-        self._volume = draw(0, 3, shape.batch, *edges, shape.channels).permute(0, 4, 1, 2, 3)
-        taps = 27 * shape.channels
-        rare = torch.rand(shape.filters, taps, generator=generator).to(device) < 24 / taps
-        kernel = (2 * draw(0, 2, shape.filters, taps) - 1) * rare
-        self._kernel = kernel.view(shape.filters, shape.channels, 3, 3, 3)
-        self._bias = draw(-2, 3, shape.filters)
-        half = [edge // 2 for edge in edges]
-        self._gradient = draw(-1, 2, shape.batch, *half, shape.filters).permute(0, 4, 1, 2, 3)
-
-    def solve(self, block: Block, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Return the result of `block`, then the gradients of volume (if it has one), kernel and bias."""
-        return _solve(block, *self.tensors(dtype))
-
-    def tensors(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return volume, kernel and bias, and the result's gradient, with a volume of `dtype`."""
-        wide = torch.promote_types(dtype, torch.float32)
-        # The first block's input is data.
-        volume = self._volume.to(dtype).requires_grad_(self._volume.shape[1] != len(REDSHIFTS))
-        kernel, bias = (value.to(wide).requires_grad_() for value in (self._kernel, self._bias))
-        return [volume, kernel, bias], self._gradient.to(dtype)
+    batch, channels, filters, edge = shape
+    taps = 27 * channels
+    volume = draw(0, 3, batch, edge, edge, edge, channels, dtype=half).permute(0, 4, 1, 2, 3)
+    rare = torch.rand(filters, taps, generator=generator, device=device) < 24 / taps
+    kernel = ((2 * draw(0, 2, filters, taps) - 1) * rare).view(filters, channels, 3, 3, 3)
+    gradient = draw(-1, 2, batch, edge // 2, edge // 2, edge // 2, filters, dtype=half)
+    # The first block's input is data.
+    volume.requires_grad_(channels != len(REDSHIFTS))
+    inputs = [volume, kernel.requires_grad_(), draw(-2, 3, filters).requires_grad_()]
+    return inputs, gradient.permute(0, 4, 1, 2, 3)
 
 
-def _solve(block: Block, inputs: list[torch.Tensor], gradient: torch.Tensor) -> list[torch.Tensor]:
+def _solve(
+    block: Block, inputs: list[torch.Tensor], gradient: torch.Tensor, precision: Precision
+) -> list[torch.Tensor]:
     """Return the result of `block` for `inputs`, and the gradients of those that have one."""
-    result = block(*inputs)
+    with autocast(precision, gradient.device):
+        result = block(*inputs)
     leaves = [value for value in inputs if value.requires_grad]
     return [result.detach(), *torch.autograd.grad(result, leaves, gradient.to(result.dtype))]
 
@@ -222,10 +222,10 @@ def _disagreement(
     if len(found) == 3:
         del parts[1]
     for part, one, other in zip(parts, found, expected, strict=True):
-        error = ((one.double() - other).norm() / other.norm()).item()
+        error, norm = (one.double() - other).norm().item(), other.norm().item()
         # A comparison that NaN fails.
-        if not error <= tolerance:
-            return f"its {part} is off by {error:.2g} of its norm, more than {tolerance:.2g}"
+        if not error <= tolerance * norm:
+            return f"its {part} is off by {error:.2g}, more than {tolerance:.2g} of its norm {norm:.2g}"
     return None
 
 
@@ -238,23 +238,27 @@ def _time_steps(
     clock: Callable[[], float],
 ) -> float:
     """Return the mean seconds of a forward and backward pass, of as many as fit in `seconds`."""
-    inputs, gradient = _Problem(shape, device).tensors(input_dtype(precision))
+    inputs, gradient = _problem(shape, precision, device)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            _solve(block, inputs, gradient, precision)
 
     def take(steps: int) -> float:
-        _synchronize(device)
-        start = clock()
-        for _ in range(steps):
-            with autocast(precision, device):
-                _solve(block, inputs, gradient)
-        _synchronize(device)
-        return clock() - start
+        if device.type != "cuda":
+            start = clock()
+            run(steps)
+            return clock() - start
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Meanwhile Python launches the steps.
+        torch.cuda._sleep(_LEAD_CYCLES)
+        first.record()
+        run(steps)
+        last.record()
+        last.synchronize()
+        return 1e-3 * first.elapsed_time(last)
 
     # The first step includes cuDNN's own search.
     take(1)
     steps = int(min(_TIMED_STEPS, max(1, seconds / take(1))))
     return take(steps) / steps
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -25,9 +25,13 @@ _PROGRAMS = 1024
 """Programs of the backward pass; their sums are added in a fixed order, so results are reproducible."""
 
 
-def supports(filters: int) -> bool:
-    """Return True if `pool_block` supports this number of filters."""
-    return filters in (8, 16, 32, 64, 128, 256, 512, 1024)
+def supports(filters: int, batch: int, edge: int) -> bool:
+    """Return True if `pool_block` supports `batch` volumes of `edge` voxels with this number of filters.
+
+    Numbers of elements have 32 bits, also in the round after the backward pass's last.
+    """
+    elements = batch * (edge // 2) ** 3 * filters
+    return filters in (8, 16, 32, 64, 128, 256, 512, 1024) and elements <= (1 << 31) - _PROGRAMS * _ELEMENTS
 
 
 def pool_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

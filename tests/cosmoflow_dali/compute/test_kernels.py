@@ -113,6 +113,37 @@ def test_the_project_s_own_candidates_agree(precision: Precision) -> None:
         assert pick({"block": first_block}, precision=precision) == "block"
 
 
+def test_a_gradient_of_zeros_can_agree() -> None:
+    # The only cell's gradient is drawn as zero.
+    assert pick({"torch": pool_then_activate}, Shape(1, 6, 1, 2)) == "torch"
+
+
+def test_large_volumes_are_checked_in_part_and_timed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_CHECKED_EDGE", 4)
+    seen = []
+
+    def recording(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(volume.shape))
+        return pool_then_activate(volume, kernel, bias)
+
+    assert pick({"torch": recording}) == "torch"
+    assert seen[0] == (1, 4, 4, 4, 4) and set(seen[1:]) == {(2, 4, 8, 8, 8)}
+
+
+def test_gradients_are_computed_outside_of_autocast() -> None:
+    # As in a step, where the loss is computed in it and differentiated behind it.
+    enabled = []
+
+    def recording(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        result = pool_then_activate(volume, kernel, bias)
+        result.register_hook(lambda gradient: enabled.append(torch.is_autocast_enabled("cpu")))
+        enabled.append(torch.is_autocast_enabled("cpu"))
+        return result
+
+    assert pick({"torch": recording}, precision="bf16") == "torch"
+    assert set(enabled[::2]) == {True} and set(enabled[1::2]) == {False}
+
+
 def test_shapes_follow_the_network() -> None:
     model = CosmoFlow(ReferenceConfig(size=16, blocks=3, filters=4, dense=(8, 8)))
     assert block_shapes(model, 2) == [(2, 4, 4, 16), (2, 4, 8, 8), (2, 8, 16, 4)]

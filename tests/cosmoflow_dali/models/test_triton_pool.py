@@ -74,5 +74,8 @@ def test_backward_programs_loop_over_elements(monkeypatch: pytest.MonkeyPatch) -
     test_equals_torch((1, 16, 16, 18), 16, torch.float32)
 
 
-def test_supported_numbers_of_filters() -> None:
-    assert [filters for filters in (4, 8, 24, 32, 512, 2048) if supports(filters)] == [8, 32, 512]
+def test_supported_shapes() -> None:
+    assert [filters for filters in (4, 8, 24, 32, 512, 2048) if supports(filters, 16, 8)] == [8, 32, 512]
+    # 255 pooled volumes of 64^3 have fewer than 2^31 numbers, also behind the last round; 256 have 2^31.
+    assert supports(32, 255, 128) and not supports(32, 256, 128)
+    assert supports(32, 31, 256) and not supports(32, 32, 256)
