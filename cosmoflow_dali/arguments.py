@@ -41,7 +41,7 @@ class Arguments:
     Args:
         config: Resolved configuration.
         run_dir: Folder of the run; if not given, one named after the configuration and the time.
-        must_be_new: The run gets a new folder, with a number behind the name if `run_dir` is taken.
+        must_be_new: The run gets a new folder, with a number appended to the name if `run_dir` exists.
         resume: Continue the run in `run_dir`.
         instances: Number of training instances that the ranks are divided into.
         caches_cleared: The page caches were cleared just before.
@@ -100,7 +100,7 @@ def _parse_setting(text: str) -> tuple[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     text = "Train CosmoFlow. Flags override the configuration file, which overrides the defaults."
-    parser = OneLineParser(prog="python -m cosmoflow_dali.train", description=text)
+    parser = OneLineParser("cosmoflow_dali.train", text)
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="YAML file (default: configs/default.yaml)")
     known = {setting.key: setting for setting in settings(TrainConfig)}

@@ -30,12 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     world = launched()
     with report_errors(world) as session:
-        parser = OneLineParser(prog="python -m cosmoflow_dali.evaluate", description=__doc__)
+        parser = OneLineParser("cosmoflow_dali.evaluate", __doc__)
         parser.add_argument("--data-dir", type=Path, required=True, help="folder with train/ and validation/")
         parser.add_argument("--weights", type=Path, required=True, help="a checkpoint or a reference .npz")
-        parser.add_argument("--split", choices=SPLITS, default="validation")
+        parser.add_argument("--split", choices=SPLITS, default="validation", help="samples to score")
         parser.add_argument("--batch-size", type=int, default=4, help="samples per batch on each rank")
-        parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        text = "auto is a GPU if there is one"
+        parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
         arguments = parser.parse_args(argv)
         config = LoaderConfig(batch_size=arguments.batch_size)
         device = world.device(arguments.device)

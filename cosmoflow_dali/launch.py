@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from pipelines.console import print_line
 from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.distributed.environment import integer
 from pipelines.distributed.world import World
-from pipelines.errors import ConfigError, DataError, UserError, printable
+from pipelines.errors import ConfigError, UserError, reading
 from pipelines.filesystem import read_text
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
@@ -31,7 +33,7 @@ _FORWARDED = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = OneLineParser(prog="python -m cosmoflow_dali.launch", description="Train on several nodes.")
+    parser = OneLineParser("cosmoflow_dali.launch", "Train on several nodes.")
     parser.add_argument("--nodes", type=int, required=True, help="number of nodes")
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="OpenMPI host file, one host per line")
     parser.add_argument("--local", action="store_true", help="start one rank per node on this machine")
@@ -58,10 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _on_hosts(hostfile: Path, nodes: int) -> list[str]:
     """Return the mpirun command that starts ranks on the first `nodes` hosts of `hostfile`."""
-    try:
+    with reading(hostfile):
         lines = read_text(hostfile, errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise DataError(hostfile, f"cannot be read ({error.strerror})", "list one host per line") from error
     hosts = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if len(hosts) < nodes:
         raise ConfigError("--nodes", nodes, f"{hostfile} lists only {len(hosts)} hosts")
@@ -76,12 +76,8 @@ def _on_hosts(hostfile: Path, nodes: int) -> list[str]:
 
 def _ranks_per_node() -> int:
     """Return DGXNGPU, or else the number of GPUs of this machine, as run.sub counts them; at least 1."""
-    text = os.environ.get("DGXNGPU")
-    if text is None:
-        return max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError("DGXNGPU", text, "expected a whole number, at least 1")
-    return int(text)
+    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return integer(os.environ, "DGXNGPU", max(1, found), least=1)
 
 
 def _mpirun(ranks: int) -> list[str]:
@@ -95,7 +91,7 @@ def _mpirun(ranks: int) -> list[str]:
 
 def _call(line: Sequence[str]) -> NoReturn:
     """Print and become the command `line`, which then receives the signals that are sent to this process."""
-    print(printable(shlex.join(line)), file=sys.stderr, flush=True)
+    print_line(shlex.join(line), sys.stderr)
     os.execv(line[0], list(line))
 
 
@@ -112,8 +108,8 @@ def _submit(nodes: int, arguments: Sequence[str]) -> int:
         raise UserError(f"sbatch failed with status {done.returncode}; see its message above")
     job = done.stdout.strip().partition(";")[0]
     logs = Path.cwd() / os.environ.get("LOGDIR", "results") / os.environ.get("DATESTAMP", job)
-    print(printable(f"job {job} on {nodes} nodes, runs in {logs}"))
-    print(printable(f"follow it:  tail -F {Path.cwd()}/slurm-{job}.out {logs}/1.log"))
+    print_line(f"job {job} on {nodes} nodes, runs in {logs}")
+    print_line(f"follow it:  tail -F {Path.cwd()}/slurm-{job}.out {logs}/1.log")
     print(f"save a checkpoint and stop, to resume later:  scancel --signal=TERM {job}")
     print(f"end it:  scancel {job}")
     return 0

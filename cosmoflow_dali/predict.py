@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     world = World()
     with report_errors(world):
-        parser = OneLineParser(prog="python -m cosmoflow_dali.predict", description=__doc__)
+        parser = OneLineParser("cosmoflow_dali.predict", __doc__)
         parser.add_argument("--weights", type=Path, required=True, help="a checkpoint or a reference .npz")
-        parser.add_argument("--output", type=Path, help="CSV file (default: standard output)")
+        parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file (default: standard output)")
         text = "samples, shards or folders of them, in any format"
         parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=text)
         arguments = parser.parse_args(argv)

@@ -27,10 +27,10 @@ from cosmoflow_dali.mlperf.published import ROWS
 from cosmoflow_dali.mlperf.read_events import TARGET_MAE
 from cosmoflow_dali.mlperf.scoring import Score, summarize
 from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, plot_style
-from pipelines.console import check_output
+from pipelines.console import check_output, print_line
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World
-from pipelines.errors import UserError, printable
+from pipelines.errors import UserError
 from pipelines.filesystem import provide_scratch, refuse_input
 from pipelines.output import write_output
 from pipelines.tables import format_table
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     with report_errors(World()):
         text = "Check the MLPerf logs of many runs and print the scores that a submission reports."
-        parser = OneLineParser(prog="python -m cosmoflow_dali.results", description=text)
+        parser = OneLineParser("cosmoflow_dali.results", text)
         parser.add_argument("logdir", type=Path, metavar="LOGDIR", help="folder with MLPerf logs, any depth")
         text = "check all logs by the rules of this round (default: by the time of each log)"
         parser.add_argument("--ruleset", choices=RULESETS, help=text)
@@ -66,12 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(format_table(_log_rows(runs), left=(0, 8)))
         for run in runs:
             for error in run.compliance_errors[:_MAX_ERRORS]:
-                print(printable(f"{run.name}: fails compliance: {error}"))
+                print_line(f"{run.name}: fails compliance: {error}")
             if (more := len(run.compliance_errors) - _MAX_ERRORS) > 0:
-                print(printable(f"{run.name}: fails compliance: {more} more errors"))
+                print_line(f"{run.name}: fails compliance: {more} more errors")
         print("\n" + format_table(_score_rows(scores)))
         for note in _notes(scores):
-            print(printable(f"note: {note}"))
+            print_line(f"note: {note}")
         if arguments.json is not None:
             figures = json.dumps(_tree(runs, scores), indent=2).encode() + b"\n"
             write_output(arguments.json, lambda file: file.write(figures))
@@ -95,13 +95,14 @@ def _submit(folder: Path, scores: Sequence[Score]) -> int:
     from cosmoflow_dali.mlperf.submission import write_submission
 
     verdicts, notes = write_submission(folder, scores)
-    print("\n" + printable(f"wrote {folder}"))
+    print()
+    print_line(f"wrote {folder}")
     for verdict in verdicts:
-        print(printable(f"{verdict.checker}, {verdict.subject}: {'passes' if verdict.passed else 'fails'}"))
+        print_line(f"{verdict.checker}, {verdict.subject}: {'passes' if verdict.passed else 'fails'}")
         for message in verdict.messages:
-            print(printable(f"  {message}"))
+            print_line(f"  {message}")
     for note in notes:
-        print(printable(f"note: {note}"))
+        print_line(f"note: {note}")
     return sum(not verdict.passed for verdict in verdicts)
 
 

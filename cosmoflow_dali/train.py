@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_logging(job)
         arguments = parse(argv)
         if arguments.instances > 1:
-            # Rank 0 is in order itself and cannot print this error.
+            # The error does not occur on rank 0, so each rank that has it prints it.
             with session.own_errors():
                 job.check_order()
         world = job.partition_ranks(arguments.instances)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from pipelines.errors import AccessError
+from pipelines.errors import AccessError, printable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -97,6 +97,11 @@ def _text_stream(raw: _Stream, old: TextIO | None) -> io.TextIOWrapper:
     encoding = old.encoding if old else "utf-8"
     buffer = io.BufferedWriter(raw)
     return io.TextIOWrapper(buffer, encoding, errors="backslashreplace", line_buffering=by_line)
+
+
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print `text` as one line, to standard output or `file`; it may quote names with any character."""
+    print(printable(text), file=file)
 
 
 def check_output() -> None:

@@ -32,7 +32,7 @@ UNSUPPORTED = frozenset(
 """Numbers of the errors by which a file system refuses an operation that it does not have."""
 
 _FOLDER_CANNOT_SYNC = UNSUPPORTED | {errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
-"""The same for syncing a folder; the last two are those of a folder that may be written and not read."""
+"""The same for syncing a folder; the last two occur for a folder that can be written but not read."""
 
 _reported: set[str] = set()
 """Operations that `report_unsupported` has reported in this process."""
@@ -49,10 +49,10 @@ def report_unsupported(path: str | os.PathLike[str], operation: str, error: OSEr
 
 
 def sync_file(descriptor: int, path: Path) -> None:
-    """Sync the file `path`, open as `descriptor`, to the disk, if its file system can do that.
+    """Sync the file `path`, open as `descriptor`, to the disk where its file system supports that.
 
     Raises:
-        AccessError: The file system can do that, and it failed.
+        AccessError: Syncing is supported and failed.
     """
     try:
         os.fsync(descriptor)
@@ -63,11 +63,7 @@ def sync_file(descriptor: int, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the names in `folder` to the disk, if its file system can do that.
-
-    Raises:
-        AccessError: The file system can do that, and it failed.
-    """
+    """Sync the names in `folder` to the disk where its file system supports that; see `sync_file`."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -88,7 +84,7 @@ def free_space(folder: Path) -> tuple[int, int] | None:
         if error.errno not in UNSUPPORTED:
             raise AccessError.reading(folder, error) from error
         return None
-    # FUSE file systems without this operation answer that they have no blocks at all.
+    # FUSE file systems without this operation report zero blocks.
     return (state.f_bavail * state.f_frsize, state.f_frsize) if state.f_blocks and state.f_frsize else None
 
 
@@ -135,7 +131,7 @@ def kind_of(state: os.stat_result) -> str:
 
 def refuse_input(output: Path, inputs: Iterable[Path]) -> None:
     """Raise DataError if `output` is one of `inputs`, also by a symbolic or hard link."""
-    # Whatever reads or writes one that cannot be accessed reports that.
+    # A file that cannot be accessed is reported where it is read or written.
     with contextlib.suppress(OSError):
         found = os.stat(output)
         for path in inputs:
@@ -188,7 +184,7 @@ def is_present(path: Path) -> bool:
     """Return True if `path` exists, or is a symbolic link that leads nowhere.
 
     Raises:
-        AccessError: The folder does not allow to see that.
+        AccessError: The folder cannot be searched.
     """
     with reading(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(path)

@@ -26,7 +26,7 @@ def write_output(path: Path, write: Callable[[BinaryIO], object]) -> None:
         write: fills the open file; an exception from it leaves an earlier file as it was.
 
     Raises:
-        DataError: it is a folder, or a FIFO that no program reads.
+        DataError: it is a folder, or a FIFO without a reader.
         AccessError: it cannot be written.
     """
     try:
@@ -51,13 +51,13 @@ def write_output(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _open_stream(path: Path) -> int:
-    """Open a FIFO or device for writing; DataError if no program reads the FIFO."""
+    """Open a FIFO or device for writing; DataError if the FIFO has no reader."""
     try:
         # Without O_NONBLOCK, opening a FIFO would wait for a reader.
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ENXIO:
-            raise DataError(path, "is read by no program", "start its reader, or name a file") from error
+            raise DataError(path, "has no reader", "start one, or name a file") from error
         raise
     os.set_blocking(descriptor, True)
     return descriptor

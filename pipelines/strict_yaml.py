@@ -1,8 +1,8 @@
-"""YAML without its silent surprises.
+"""Strict reading of YAML.
 
-YAML 1.1 lets the second of two equal keys replace the first, and reads 1:30 as 90, 010 as 8, and a date as
-no text. Here a key that is given twice is an error, and such values remain the text that was written, which
-no numeric setting accepts.
+In YAML 1.1 the second of two equal keys replaces the first, 1:30 is the number 90, 010 is 8, and a date is
+not text. Here a duplicate key is an error, and such values remain the text that was written, which no numeric
+setting accepts.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def read_yaml(path: Path) -> Any:
     """Return the content of the YAML file at `path`.
 
     Raises:
-        DataError: The file is not valid YAML, which names the line and the key, or is no file.
+        DataError: The file is not valid YAML (the error names line and key), or is not a regular file.
         OSError: The file cannot be read.
     """
     try:

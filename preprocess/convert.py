@@ -97,7 +97,7 @@ def convert_tfrecords(name: str, to: str, argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("-p", "--num-processes", type=int, help="processes of each rank")
     parser.add_argument(
-        "-c", "--compression", type=str.lower, choices=["gzip"], help="of the TFRecords (default: as found)"
+        "-c", "--compression", type=str.lower, choices=["gzip"], help="of TFRecords (default: as found)"
     )
     arguments = parser.read(argv)
     expected = "tfrecord_gzip" if arguments.compression else None
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser("convert", "Convert samples between all formats that the project reads.")
     parser.add_argument("--to", required=True, help="one of " + ", ".join(sorted(FORMATS)))
     parser.add_argument("--workers", type=int, help="processes of each rank (default: two a core)")
-    text = f"of packed samples (default: {SAMPLES_PER_SHARD})"
+    text = "samples of each shard of packed samples"
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help=text)
     arguments = parser.read(argv)
     return convert(
@@ -123,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(name: str, description: str) -> OneLineParser:
-    parser = OneLineParser(prog=f"python -m preprocess.{name}", description=description)
-    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="samples, or both splits")
-    parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder that becomes the same")
+    parser = OneLineParser(f"preprocess.{name}", description)
+    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder of samples or splits")
+    parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder to write")
     return parser
 
 

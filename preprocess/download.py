@@ -15,11 +15,12 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from pipelines.console import print_line
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.dataset.open import list_folder
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import AccessError, ConfigError, DataError, printable, writing
+from pipelines.errors import AccessError, ConfigError, DataError, writing
 from pipelines.filesystem import is_hidden, is_present
 from pipelines.formats.signatures import recognize_file
 from pipelines.formats.tfrecord import TFRECORD_SUFFIX
@@ -103,7 +104,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 def download(url: str, root: Path, sha256: str | None) -> int:
     """Download the data set at `url` to `root` and verify it; return the exit status."""
     if all((root / split / MANIFEST).exists() for split in SPLITS):
-        print(printable(f"{root}: complete"))
+        print_line(f"{root}: complete")
         return 0
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ def _download(url: str, root: Path, sha256: str | None) -> int:
         archive = root / PurePosixPath(url).name
         fetch(url, archive, sha256=sha256, shown=True)
         try:
-            print(printable(f"{root}: {unpack(archive, root)} samples"))
+            print_line(f"{root}: {unpack(archive, root)} samples")
         except AccessError:
             raise
         except DataError:
@@ -128,21 +129,18 @@ def _download(url: str, root: Path, sha256: str | None) -> int:
     if status != 0:
         splits = " and ".join(SPLITS)
         remedy = f"remove {splits} there and run the same command again"
-        print(printable(f"error: {root}: has the faults above; {remedy}"), file=sys.stderr)
+        print_line(f"error: {root}: has the faults above; {remedy}", sys.stderr)
     return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 if the data set is there and has no faults."""
-    parser = OneLineParser(
-        prog="python -m preprocess.download", description="Download the small published set and check it."
-    )
+    parser = OneLineParser("preprocess.download", "Download the small published set and check it.")
     parser.add_argument("--small", action="store_true", help="32 + 32 samples, 179 MB; required")
-    parser.add_argument(
-        "-o", "--output-dir", type=Path, default=Path("data/small"), help="(default: data/small)"
-    )
-    parser.add_argument("--url", default=URL, help="of the archive, a tar of train/ and validation/")
-    parser.add_argument("--sha256", help="of the archive; its own CRCs are checked in any case")
+    text = "folder of the data set"
+    parser.add_argument("-o", "--output-dir", type=Path, default=Path("data/small"), help=text)
+    parser.add_argument("--url", default=URL, help="address of the archive, a tar of train/ and validation/")
+    parser.add_argument("--sha256", help="SHA-256 of the archive; its own CRCs are checked in any case")
     arguments = parser.read(argv)
     with report_errors(World(), STOPPED):
         if not arguments.small:

@@ -11,7 +11,6 @@ stopped resumes when the same command is started again.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def find_universes(root: Path) -> dict[str, Path]:
         raise errors[0]
     found: dict[str, Path] = {}
     for path in paths:
-        # `root` may be written as "."; of a folder behind a link the name of the link counts.
+        # `root` may be given as ".". A folder that is a link has the name of the link.
         folder = path.parent.resolve() if path.parent == root else path.parent
         key = f"{folder.name}_{path.name.removesuffix(_SUFFIX)}"
         if key in found:
@@ -93,18 +92,15 @@ def plan_preparation(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 if every universe has been cut."""
-    parser = OneLineParser(
-        prog="python -m preprocess.prepare",
-        description="Cut HDF5 universes into samples and write them as TFRecords.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    text = "Cut HDF5 universes into samples and write them as TFRecords."
+    parser = OneLineParser("preprocess.prepare", text)
     parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder with universes below")
     parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--sample-size", type=int, default=128, help="voxels along each edge of a sample")
     parser.add_argument("--gzip", action="store_true", help="compress, as the published set is")
     parser.add_argument("--validation", type=float, default=1 / 9, help="fraction of the universes")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of those")
-    parser.add_argument("--workers", type=int, help="processes of each rank; None: two a core")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw of those")
+    parser.add_argument("--workers", type=int, help="processes of each rank (default: two a core)")
     arguments = parser.read(argv)
 
     def make_plans() -> list[ConversionPlan]:

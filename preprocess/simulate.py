@@ -9,7 +9,6 @@ are refused there.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -18,9 +17,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from pipelines.console import print_line
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import ConfigError, DataError, printable, yaml_text
+from pipelines.errors import ConfigError, DataError, writing, yaml_text
 from pipelines.filesystem import is_empty, read_text
 from pipelines.formats.registry import FORMATS
 from pipelines.io import remove_temporaries, write_file
@@ -57,13 +57,12 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
     _check_settings(config, root)
     if not _missing(config, root):
         if shown:
-            print(printable(f"{root}: complete"))
+            print_line(f"{root}: complete")
         return
     if workers < 1:
         raise ConfigError("workers", workers, "expected at least one process")
     start = time.perf_counter()
-
-    try:
+    with writing(root):
         for split in SPLITS:
             (root / split).mkdir(parents=True, exist_ok=True)
         with lock_target(root, shown=shown) as lock:
@@ -78,8 +77,6 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
             with contextlib.closing(running):
                 for _, written in track(running, len(universes), "simulated", "universe", shown=shown):
                     lengths += written
-    except OSError as error:
-        raise DataError(root, f"cannot be written ({error.strerror})", "choose another folder") from error
     if shown:
         seconds, size = time.perf_counter() - start, sum(lengths) / 1e6
         print(f"simulated {len(universes)} universes: {len(lengths)} files, {size:.1f} MB, {seconds:.1f} s")
@@ -123,11 +120,8 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 0 when the data set is complete."""
-    parser = OneLineParser(
-        prog="python -m preprocess.simulate",
-        description="Simulate universes and write their samples in the published format.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    text = "Simulate universes and write their samples in the published format."
+    parser = OneLineParser("preprocess.simulate", text)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the data set")
     add_flags(parser, SimulateConfig)
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes")

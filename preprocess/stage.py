@@ -15,11 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.console import print_line
 from pipelines.dataset.open import open_folder
 from pipelines.distributed.cli import OneLineParser, launched, report_errors
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
-from pipelines.errors import UserError, printable
+from pipelines.errors import UserError
 from pipelines.sample import SPLITS
 from pipelines.settings import add_flags, build
 from preprocess.conversion.progress import STOPPED
@@ -29,13 +30,13 @@ from preprocess.staging.stager import describe, stage
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 if every sample is on every node that needs it."""
-    parser = OneLineParser(
-        prog="python -m preprocess.stage", description="Stage a data set to the disk of every node."
+    parser = OneLineParser("preprocess.stage", "Stage a data set to the disk of every node.")
+    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder of train and validation")
+    parser.add_argument(
+        "-o", "--output-dir", dest="dir", required=True, help="folder on each node's own disk"
     )
-    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="holds train and validation")
-    parser.add_argument("-o", "--output-dir", dest="dir", required=True, help="on each node's own disk")
     add_flags(parser, StageConfig)
-    parser.add_argument("--models", type=int, default=1, help="number that train side by side")
+    parser.add_argument("--models", type=int, default=1, help="number of models trained side by side")
     arguments = parser.read(argv)
     world, faults = launched(), 0
     with report_errors(world, STOPPED) as session:
@@ -46,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         splits = session.run_on_root(lambda: {str(name): open_folder(source / name) for name in SPLITS})
         for dataset, report in stage(splits, config.folder, config, session, num_instances):
             if world.is_root:
-                print(printable(describe(dataset, report, world.nodes)))
+                print_line(describe(dataset, report, world.nodes))
                 for fault in dict.fromkeys(report.faults):
-                    print(printable(f"error: {fault}"), file=sys.stderr)
+                    print_line(f"error: {fault}", sys.stderr)
             faults += len(report.faults)
         if faults:
             raise UserError(f"{faults} samples are damaged and on no node; fix them and stage again")

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.console import check_output
+from pipelines.console import check_output, print_line
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import list_folder, open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import ConfigError, DataError, printable
+from pipelines.errors import ConfigError, DataError
 from pipelines.filesystem import is_hidden
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SPLITS
@@ -158,30 +158,26 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
         for check in CHECKS:
             faults = sorted(report.faults[check])
             for fault in faults[:_MAX_LINES]:
-                print(printable(f"{check}: {fault}"), file=sys.stderr)
+                print_line(f"{check}: {fault}", sys.stderr)
             if len(faults) > _MAX_LINES:
                 more = len(faults) - _MAX_LINES
-                line = f"{check}: {more} more of these in {report.dataset.root}"
-                print(printable(line), file=sys.stderr)
+                print_line(f"{check}: {more} more of these in {report.dataset.root}", sys.stderr)
     for path in sorted(path for report in reports for path in report.empty)[:_MAX_LINES]:
-        line = f"note: {path}: holds no particles; loader.apply_log: false cannot use it"
-        print(printable(line), file=sys.stderr)
+        print_line(f"note: {path}: holds no particles; loader.apply_log: false cannot use it", sys.stderr)
     for report in reports:
         if write and report.manifest is None and not any(report.faults.values()):
             dataset = report.dataset
             entries = [report.entries[name] for name in dataset.entry_names]
             commit(dataset.root, dataset.format_name, dataset.spec, entries)
-            print(printable(f"wrote {dataset.root / MANIFEST}"))
+            print_line(f"wrote {dataset.root / MANIFEST}")
     return 1 if any(any(report.faults.values()) for report in reports) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 without faults."""
-    parser = OneLineParser(
-        prog="python -m preprocess.verify", description="Check every file of a data set, and print a table."
-    )
+    parser = OneLineParser("preprocess.verify", "Check every file of a data set, and print a table.")
     parser.add_argument("dir", type=Path, metavar="DIR", help="samples, or train and validation")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: cores)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
     parser.add_argument(
         "--write", action="store_true", help="give a folder without faults a manifest and lists"
     )

@@ -28,7 +28,7 @@ from cosmoflow_dali.training.checkpoint import Checkpoint
 from cosmoflow_dali.training.evaluation import Evaluation
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.distributed.locks import locked
-from pipelines.errors import ConfigError, DataError, yaml_text
+from pipelines.errors import ConfigError, DataError, writing, yaml_text
 from pipelines.filesystem import is_empty
 from pipelines.io import write_file
 from pipelines.plan import plan_epoch
@@ -114,7 +114,7 @@ def create_run(run: Run, locks: ExitStack, *, must_be_new: bool) -> Run:
         DataError: The folder is not empty, is in use, or cannot be written.
     """
     folder = run.folder
-    try:
+    with writing(folder):
         if must_be_new:
             folder = _make_new(folder)
         else:
@@ -124,8 +124,6 @@ def create_run(run: Run, locks: ExitStack, *, must_be_new: bool) -> Run:
         if not is_empty(folder):
             raise DataError(folder, "is not empty", "add --resume to resume its run, or name another folder")
         save_config(folder, run.config)
-    except OSError as error:
-        raise DataError(folder, f"cannot be written ({error.strerror})", "name another --run-dir") from error
     return replace(run, folder=folder)
 
 

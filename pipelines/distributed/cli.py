@@ -21,8 +21,24 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Add its default to the help of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that raises UserError where argparse would print its usage on every rank."""
+    """A parser that raises UserError where argparse would print its usage on every rank.
+
+    Args:
+        module: Name of the program's module.
+        description: Text above the options.
+    """
+
+    def __init__(self, module: str, description: str | None) -> None:
+        super().__init__(f"python -m {module}", description=description, formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a UserError."""

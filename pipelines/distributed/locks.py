@@ -43,10 +43,10 @@ RENEWAL_INTERVAL = 10.0
 """Seconds between two changes of a lock file by its holder."""
 
 STALE_TIMEOUT = 60.0
-"""Seconds without a change after which a holder on another system is dead."""
+"""Seconds without a change after which a holder on another system counts as ended."""
 
 _SETTLING = 2.0
-"""Seconds within which two processes that found the same dead holder have written their records."""
+"""Seconds within which two processes that found the same ended holder have written their records."""
 
 _RECORD_BYTES = 512
 """Length of a record, filled with spaces: a write of so few bytes is not mixed with another."""
@@ -185,9 +185,7 @@ class _Lock:
                 raise AccessError(self._path, fault, "remove it while no program writes there") from error
             if error.errno not in UNSUPPORTED | {errno.EIO}:
                 raise AccessError.writing(self._path, error) from error
-            instead = (
-                f"a process on another node counts as ended after {STALE_TIMEOUT:.0f} s without a sign of it"
-            )
+            instead = f"a lock of another node that is not renewed for {STALE_TIMEOUT:.0f} s has ended"
             report_unsupported(self._path, "locks", error, instead)
             return None
 
@@ -211,7 +209,7 @@ class _Lock:
             os.pwrite(self._descriptor, self._record, 0)
         except OSError as error:
             if error.errno == errno.EBADF:
-                return True  # The file of another user, open for reading: flock alone has to do.
+                return True  # Another user's file, open for reading only: the lock is flock alone.
             raise AccessError.writing(self._path, error) from error
         self._is_recorded = True
         if settles:
@@ -223,7 +221,7 @@ class _Lock:
         pause = _SETTLING
         while self._is_recorded and not ended.wait(pause):
             pause = RENEWAL_INTERVAL
-            # A renewal that fails is one that is missing.
+            # A failed renewal counts as a missing one.
             with contextlib.suppress(OSError):
                 # By name, as someone may have removed the file.
                 content = self._path.read_bytes()

@@ -44,7 +44,7 @@ def _cpu_quotas() -> Iterator[float]:
     for controllers, path in groups:
         if controllers and "cpu" not in controllers.split(","):
             continue
-        # Version 2 has one hierarchy without a name. A container may see its own group as the topmost folder.
+        # Version 2 has one hierarchy without a name. In a container the topmost folder may be the own group.
         root = _CGROUPS / "cpu" if controllers else _CGROUPS
         folder = root / path.lstrip("/")
         for group in {folder, *(parent for parent in folder.parents if parent.is_relative_to(root)), root}:
@@ -126,7 +126,7 @@ class World:
 
     @property
     def nodes(self) -> int:
-        """Number of nodes, if all have equally many ranks, which `check_nodes` makes sure of."""
+        """Number of nodes, if all have equally many ranks, which `check_nodes` verifies."""
         return max(1, self.size // self.local_size)
 
     @property

@@ -161,7 +161,7 @@ class CountsDecoder(_DaliDecoder):
     def _on_read(payload: Payload) -> None:
         """Make the kernel read a mapped file before DALI's threads access it."""
         if isinstance(payload, CountsPayload) and payload.mapped is not None:
-            with contextlib.suppress(OSError):  # It is only an advice.
+            with contextlib.suppress(OSError):  # The call is only a hint.
                 payload.mapped.madvise(mmap.MADV_WILLNEED)
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipelines.console import print_line
 from pipelines.dataset.manifest import Entry
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.session import Session
-from pipelines.errors import ConfigError, printable, writing
+from pipelines.errors import ConfigError, writing
 from pipelines.sample import SampleSpec
 from preprocess.conversion.journal import Journal
 from preprocess.conversion.progress import STOPPED, lock_target, track
@@ -174,9 +175,9 @@ def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, uni
             )
         if world.is_root:
             numbers = f"{total.written} samples converted, {total.up_to_date} up to date"
-            print(printable(f"{target}: {numbers}, {time.perf_counter() - start:.1f} s"))
+            print_line(f"{target}: {numbers}, {time.perf_counter() - start:.1f} s")
             for fault in total.faults:
-                print(printable(f"error: {fault}"), file=sys.stderr)
+                print_line(f"error: {fault}", sys.stderr)
             if total.faults:
                 print(
                     f"error: {len(total.faults)} {unit}s are damaged or cannot be read; fix them and run the "

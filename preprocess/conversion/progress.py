@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from pipelines.console import print_line
 from pipelines.distributed.locks import locked
-from pipelines.errors import printable
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ def lock_target(folder: Path, *, shown: bool = True) -> AbstractContextManager[i
 
     def wait(holder: str) -> None:
         if shown:
-            print(printable(f"{folder}: waiting for {holder}, which writes into it"), file=sys.stderr)
+            print_line(f"{folder}: waiting for {holder}, which writes into it", sys.stderr)
 
     return locked(folder, wait)
 
