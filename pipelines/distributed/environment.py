@@ -54,7 +54,7 @@ def read_rank_info(environ: Mapping[str, str]) -> RankInfo | None:
     same = [launcher for launcher in found if launcher.position(environ) == position]
     for outer in found:
         if outer not in same:
-            _check_nesting(inner, position, outer, outer.position(environ))
+            _check_nesting(environ, inner, position, outer, outer.position(environ))
     rank, size = position
     ranks = {
         each.local_rank: integer(environ, each.local_rank) for each in same if each.local_rank in environ
@@ -149,12 +149,18 @@ def _ranks_of_node(environ: Mapping[str, str], launcher: _Launcher) -> int:
 
 
 def _check_nesting(
-    launcher: _Launcher, own: tuple[int, int], outer: _Launcher, around: tuple[int, int]
+    environ: Mapping[str, str],
+    launcher: _Launcher,
+    own: tuple[int, int],
+    outer: _Launcher,
+    around: tuple[int, int],
 ) -> None:
     """Raise ConfigError unless `outer` can have started `launcher` once per task."""
     each, rest = divmod(own[1], around[1])
     # An mpirun in a SLURM step has one daemon per task, numbered differently; each starts at least one rank.
-    if each == 0 or (launcher.name != "mpirun" and (rest or own[0] // each != around[0])):
+    # So has torchrun, which numbers its agents by the names of their hosts, n10 before n9.
+    own_order = launcher.name == "mpirun" or environ.get("GROUP_WORLD_SIZE") == str(around[1])
+    if each == 0 or (not own_order and (rest or own[0] // each != around[0])):
         raise ConfigError(
             f"{launcher.rank} and {launcher.size}",
             f"{own[0]} and {own[1]}",

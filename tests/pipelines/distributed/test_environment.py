@@ -27,6 +27,7 @@ def srun(rank: int, tasks: str, local: int, node: int = 0) -> str:
 HOOK = "RANK=13 WORLD_SIZE=16 LOCAL_RANK=5 MASTER_ADDR=n1 MASTER_PORT=61100 OMP_NUM_THREADS=1"
 RECIPE = "RANK=13 WORLD_SIZE=16"
 TORCHRUN = "RANK=13 WORLD_SIZE=16 LOCAL_RANK=5 LOCAL_WORLD_SIZE=8"
+AGENT = f"{TORCHRUN} GROUP_RANK=1 GROUP_WORLD_SIZE=2"
 OMPI = (
     "OMPI_COMM_WORLD_RANK=13 OMPI_COMM_WORLD_SIZE=16 "
     "OMPI_COMM_WORLD_LOCAL_RANK=5 OMPI_COMM_WORLD_LOCAL_SIZE=8 PMIX_RANK=13"
@@ -63,6 +64,9 @@ WORLDS = {
     f"{TORCHRUN} {srun(1, '2 1(x2)', 0, 1)}": (13, 16, 5, 8, "torchrun"),
     f"{TORCHRUN} {srun(1, '2 1(x2)', 0, 1)} PMI_RANK=1 PMI_SIZE=2 PMIX_RANK=1": (13, 16, 5, 8, "torchrun"),
     f"{OMPI} {srun(0, '2 1(x2)', 0)}": (13, 16, 5, 8, "mpirun"),
+    # torchrun's agents have an order of their own, and may have different numbers of ranks.
+    f"{AGENT} {srun(0, '2 1(x2)', 0)}": (13, 16, 5, 8, "torchrun"),
+    f"{AGENT.replace('=16', '=15')} {srun(0, '2 1(x2)', 0)}": (13, 15, 5, 8, "torchrun"),
     f"{HYDRA} {srun(1, '2 1(x2)', 0, 1)}": (13, 16, 5, 8, "mpirun"),
     f"{OMPI} {srun(0, '1 1', 0)}": (13, 16, 5, 8, "mpirun"),
     # One rank: a batch script or the shell of salloc, which no step has started, and one that is told so.
@@ -100,6 +104,8 @@ REFUSED = {
     f"RANK=0 WORLD_SIZE=1 {STEP}": "RANK and WORLD_SIZE",
     f"RANK=0 WORLD_SIZE=16 {STEP}": "RANK and WORLD_SIZE",
     f"RANK=0 WORLD_SIZE=16 {srun(1, '2 1(x2)', 0, 1)}": "RANK and WORLD_SIZE",
+    # Each task has started a torchrun of its own.
+    f"{AGENT.replace('WORLD_SIZE=2', 'WORLD_SIZE=1')} {srun(0, '2 1(x2)', 0)}": "RANK and WORLD_SIZE",
     f"OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1 {STEP}": "OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE",
     f"{RECIPE} LOCAL_RANK=0 {STEP}": "LOCAL_RANK",
     f"{RECIPE} LOCAL_RANK=5 LOCAL_WORLD_SIZE=16 {STEP}": "LOCAL_WORLD_SIZE",
