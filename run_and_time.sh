@@ -6,7 +6,9 @@
 # docs/scale.md lists the variables. Arguments are passed to the trainer. Relative names are those of the working
 # folder.
 set -euo pipefail
-CHECKOUT="$(realpath -s "${CHECKOUT:-$(dirname "$0")}")"
+SCRIPT="$0"
+[[ ! -L "${SCRIPT}" ]] || SCRIPT="$(realpath "${SCRIPT}")"
+CHECKOUT="$(realpath -s "${CHECKOUT:-$(dirname "${SCRIPT}")}")"
 # The modules of the checkout, and none of the working folder.
 export PYTHONPATH="${CHECKOUT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONSAFEPATH=1
 

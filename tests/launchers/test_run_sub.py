@@ -453,12 +453,22 @@ def test_names_of_a_run_are_those_of_the_working_folder(checkout: Path, elsewher
         assert recorded[3] == f"{checkout}/configs/{'reference' if name else 'default'}.yaml"
 
 
-@pytest.mark.parametrize("submitted", ["{checkout}/run.sub --epochs 3", "{checkout}/run.sub", ""])
+def test_script_may_be_started_by_a_symbolic_link(checkout: Path, elsewhere: Path) -> None:
+    (elsewhere / "train").symlink_to("../run_and_time.sh")
+    for command in ("./train", "bash train", 'PATH="$PWD:$PATH" train'):
+        done, _ = sh(checkout, f'cd "{elsewhere}"; {command}', CONFIG_FILE="own.yaml", PYTHON="../bin/python")
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "submitted", ["{checkout}/run.sub --epochs 3", "{checkout}/run.sub", "{checkout}/bin/job --epochs 3", ""]
+)
 def test_names_of_a_job_are_those_of_the_folder_of_its_submission(
     submitted: str, checkout: Path, elsewhere: Path
 ) -> None:
     # Pyxis cannot mount a folder with blanks in its name.
     elsewhere = elsewhere.rename(checkout / "a_user's_#1_folder")
+    (checkout / "bin" / "job").symlink_to("../run.sub")
     script = f'cd "{elsewhere}"; sbatch -N 2 -t 1 ../run.sub --epochs 3'
     given = {"CONT": "image", "DATADIR": "data", "CONFIG_FILE": "own.yaml", "LOGDIR": "logs"}
     # Without SLURM's answer, the user names the checkout.
