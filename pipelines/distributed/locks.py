@@ -67,6 +67,7 @@ class _Holder:
         pid: Its process ID.
         started: Time of its start, in clock ticks since the boot.
         since: Date of the lock.
+        inode: Number of the lock file; a copy of the file has another.
         token: Random; different for two locks of one process.
     """
 
@@ -75,12 +76,15 @@ class _Holder:
     pid: int
     started: int
     since: str
+    inode: int
     token: str
 
     @staticmethod
-    def this_process() -> _Holder:
-        pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
-        return _Holder(socket.gethostname(), _system(), pid, _start(pid) or 0, since, secrets.token_hex(8))
+    def this_process(descriptor: int) -> _Holder:
+        """Return the record of this process for the lock file open as `descriptor`."""
+        pid, since, inode = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), os.fstat(descriptor).st_ino
+        token = secrets.token_hex(8)
+        return _Holder(socket.gethostname(), _system(), pid, _start(pid) or 0, since, inode, token)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
@@ -145,7 +149,7 @@ class _Lock:
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path, self._descriptor = path, descriptor
-        self._record = json.dumps(asdict(_Holder.this_process())).ljust(_RECORD_BYTES).encode()
+        self._record = json.dumps(asdict(_Holder.this_process(descriptor))).ljust(_RECORD_BYTES).encode()
         self._state: tuple[bytes, int] | None = None
         self._unchanged_since, self._changes, self._is_recorded = 0.0, -1, False
 
@@ -154,7 +158,7 @@ class _Lock:
         start, pause, announced, waits = time.monotonic(), 0.005, False, False
         while True:
             flocked = self._flock()
-            holder, running = self._look()
+            holder, running = self._look(flocked)
             if running is False and flocked is not False:
                 if self._write_record(settles=flocked is None):
                     return
@@ -189,16 +193,19 @@ class _Lock:
             report_unsupported(self._path, "locks", error, instead)
             return None
 
-    def _look(self) -> tuple[str, bool | None]:
+    def _look(self, flocked: bool | None) -> tuple[str, bool | None]:
         """Return a description of the process in the file, and whether it runs; None if that is not known."""
         content, now = os.pread(self._descriptor, _RECORD_BYTES, 0), time.monotonic()
-        state = content, os.fstat(self._descriptor).st_mtime_ns
+        file = os.fstat(self._descriptor)
+        state = content, file.st_mtime_ns
         if state != self._state:
             self._state, self._unchanged_since, self._changes = state, now, self._changes + 1
         if not content:
             return "another process", False
         holder = _parse(content)
         running = holder.is_running() if holder else None
+        if flocked and running and holder and holder.inode != file.st_ino:
+            running = False  # It holds the folder that this one is a copy of.
         if running is None and now - self._unchanged_since >= STALE_TIMEOUT:
             running = False
         return str(holder or "another process"), running

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -187,6 +188,15 @@ def test_an_ended_process_of_this_system_is_replaced_at_once(tmp_path: Path) -> 
     write_record(tmp_path, pid=os.getpid(), started=started)
     with locked(tmp_path, refuse):
         pass
+
+
+def test_a_copy_of_a_locked_folder_is_free(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run", refuse):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        with locked(tmp_path / "copy", refuse):
+            for name in ("run", "copy"):
+                assert f"process {os.getpid()} " in holder_of(tmp_path / name)
 
 
 @pytest.mark.parametrize("content", ["another system", "no record"])
