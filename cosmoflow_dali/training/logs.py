@@ -8,6 +8,7 @@ has a copy; metrics.jsonl then has a gap.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -65,7 +66,7 @@ class RunLogs:
                 copy = mlperf_log.encode() if log is mlperf else b""
                 kept = _recover(path, present, lengths.get(log.name, 0), copy)
                 if log is mlperf and lengths:
-                    self.run_stop_ms = _time_of_run_stop(copy or _whole_lines(present))
+                    self.run_stop_ms = _time_of_run_stop(copy or _intact_lines(present))
                     # A resumed run logs its end itself.
                     kept = b"".join(line for line in kept.splitlines(True) if _RUN_STOP not in line)
                 write_file(path, kept)
@@ -104,17 +105,24 @@ class RunLogs:
 
 def _recover(path: Path, present: bytes, length: int, copy: bytes) -> bytes:
     """Return the first `length` bytes of the log at `path`: its `copy`, or else those that are `present`."""
-    kept = _whole_lines(present[:length])
+    kept = _intact_lines(present[:length])
     if kept != (copy or kept) or len(kept) < length:
-        remedy = "they are restored from the checkpoint" if copy else "their lines are missing from here on"
+        remedy = "they are restored from the checkpoint" if copy else "their lines are missing"
         logger.warning("%s: lost %d of %d bytes; %s", path, length - len(kept), length, remedy)
     return copy or kept
 
 
-def _whole_lines(content: bytes) -> bytes:
-    """Return `content` up to the first line that a crash cut off or left as zero bytes."""
-    content = content.partition(b"\0")[0]
-    return content[: content.rfind(b"\n") + 1]
+def _intact_lines(content: bytes) -> bytes:
+    """Return `content` without lines that a crash cut off, or in which it left other bytes."""
+    return b"".join(line for line in io.BytesIO(content) if line.endswith(b"\n") and _is_record(line))
+
+
+def _is_record(line: bytes) -> bool:
+    """Return True if `line` is a JSON object, as in metrics.jsonl, or one behind the prefix of MLPerf."""
+    try:
+        return isinstance(json.loads(line.decode().removeprefix(":::MLLOG ")), dict)
+    except ValueError:
+        return False
 
 
 def _time_of_run_stop(mlperf_log: bytes) -> int | None:

@@ -40,6 +40,8 @@ CUTS: dict[str, Callable[[bytes], bytes | None]] = {
     "last bytes are zero": lambda content: content[:-10] + bytes(10),
     "all bytes are zero": lambda content: bytes(len(content)),
     "zero bytes inside": lambda content: content[:20] + bytes(30) + content[50:],
+    "bytes of another file inside": lambda content: content[:20] + b"\xff\x80\n7\n{" + content[26:],
+    "a line break is lost": lambda content: content.replace(b"\n", b" ", 1),
     "whole, and zero bytes behind": lambda content: content + bytes(512),
 }
 """Logs as a crash leaves them."""
@@ -66,8 +68,7 @@ def test_what_a_crash_took_from_a_log_is_never_zero_bytes(
     # The checkpoint's copy, with the original times.
     assert (tmp_path / "mlperf.log").read_bytes() == whole["mlperf.log"]
     steps = lines(tmp_path)
-    assert steps == [*range(len(steps) - 1), 5]
-
+    assert steps == sorted({*steps, 5}) and set(steps) <= set(range(6))
     assert [name in caplog.text for name in whole] == [len(steps) < 6] * 2, caplog.text
 
 
