@@ -158,7 +158,7 @@ def _inflate_members(path: str, content: bytes, limit: int) -> bytes:
     while at < len(content) and left:
         if stream.eof:
             if content[at : at + 2] != GZIP_MAGIC:
-                raise DataError(path, f"{len(content) - at} trailing bytes after the gzip stream", REMEDY)
+                raise DataError(path, f"{len(content) - at} trailing bytes behind the gzip stream", REMEDY)
             stream = zlib_ng.decompressobj(wbits=_GZIP_WBITS)
         # The stream copies what it does not use, so that many small members need small chunks.
         chunk = view[at : at + _CHUNK]
