@@ -262,7 +262,7 @@ def test_one_gzip_member_is_read_and_trailing_bytes_are_refused(
         np.testing.assert_array_equal(read_sample(path).counts, counts)
         for more in (b"\0", bytes(512), member[:1], member[-8:], b"\0" + member[-8:]):
             path.write_bytes(member + more)
-            with pytest.raises(DataError, match=f"{len(more)} trailing bytes after the gzip stream"):
+            with pytest.raises(DataError, match=f"{len(more)} trailing bytes behind the gzip stream"):
                 read_sample(path)
         for damaged in (member[:-8] + b"????" + member[-4:], member[:-4] + b"????", member[:-9], member[:40]):
             path.write_bytes(damaged)

@@ -92,7 +92,7 @@ STREAMS: dict[str, tuple[bytes, str | None]] = {
     "cut in the header": (gzip.compress(RECORD)[:6], "is cut off"),
     "cut in the stream": (gzip.compress(RECORD)[:3000], "is cut off"),
     "cut in the trailer": (gzip.compress(RECORD)[:-5], "is cut off"),
-    "garbage behind it": (gzip.compress(RECORD) + b"garbage", "7 trailing bytes after the gzip stream"),
+    "garbage behind it": (gzip.compress(RECORD) + b"garbage", "7 trailing bytes behind the gzip stream"),
     "two members": (gzip.compress(RECORD) * 2, "holds more than one record"),
     "a stream in a stream": (gzip.compress(gzip.compress(RECORD)), "holds gzip data instead of a TFRecord"),
 }
