@@ -19,7 +19,8 @@ if [[ -z "${CONFIG_FILE:-}" || ! -f "${CONFIG_FILE}" ]]; then
 fi
 PYTHON="${PYTHON:-${CHECKOUT}/.venv/bin/python}"
 LOGDIR="${LOGDIR:-results}"
-RUN="${RUN:-$(date +%y%m%d%H%M%S)}"
+# To the nanosecond, as many runs may start in the same second.
+RUN="${RUN:-$(date +%y%m%d%H%M%S.%N)}"
 
 # Quote a value as a YAML string.
 text() {

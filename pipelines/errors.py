@@ -74,6 +74,11 @@ _REMEDIES = {
 
 def _remedy(error: OSError) -> str:
     """Return the remedy for `error`."""
+    if isinstance(error, FileExistsError) and error.filename:  # There is no folder, so none is made.
+        name = os.fsdecode(error.filename)
+        if os.path.islink(name):
+            return f"create {os.readlink(name)}, which the symbolic link {name} leads to, or remove the link"
+        return f"remove the file {name}, or choose another place"
     found = (remedy for remedy, numbers in _REMEDIES.items() if error.errno in numbers)
     return next(found, "check its disk or mount, or choose another place")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from pipelines.console import print_line
 from pipelines.distributed.cli import OneLineParser, report_errors
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import ConfigError, DataError, writing, yaml_text
+from pipelines.errors import AccessError, ConfigError, DataError, writing, yaml_text
 from pipelines.filesystem import is_empty, read_text
 from pipelines.formats.registry import FORMATS
 from pipelines.io import remove_temporaries, write_file
@@ -107,7 +107,9 @@ def _check_settings(config: SimulateConfig, root: Path) -> None:
                 fault = f"holds {split}/ but no {SETTINGS}"
                 raise DataError(root, fault, "choose another folder to simulate into") from None
         return
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise AccessError.reading(path, error) from error
+    except ValueError as error:
         raise DataError(path, f"cannot be read ({error})", "remove the folder, or choose another") from error
     for key, value in {"version": _VERSION, **asdict(config)}.items():
         there = recorded.get(key) if isinstance(recorded, dict) else None

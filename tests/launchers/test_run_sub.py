@@ -460,6 +460,16 @@ def test_script_may_be_started_by_a_symbolic_link(checkout: Path, elsewhere: Pat
         assert done.returncode == 0, done.stderr
 
 
+def test_runs_that_start_together_have_folders_of_their_own(checkout: Path) -> None:
+    done, _ = sh(
+        checkout,
+        'for i in 1 2 3; do RECORD="$RECORD$i" ./run_and_time.sh & done; wait; cat "$RECORD"? > "$RECORD"',
+    )
+    assert done.returncode == 0, done.stderr
+    folders = {recorded[recorded.index("--run-dir") + 1] for recorded in calls(checkout)}
+    assert len(folders) == 3 and all(folder.startswith("results/") for folder in folders)
+
+
 @pytest.mark.parametrize(
     "submitted", ["{checkout}/run.sub --epochs 3", "{checkout}/run.sub", "{checkout}/bin/job --epochs 3", ""]
 )

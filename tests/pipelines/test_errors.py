@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.distributed.session import RankError
 from pipelines.distributed.world import World
-from pipelines.errors import AccessError, ConfigError, DataError, UserError
+from pipelines.errors import AccessError, ConfigError, DataError, UserError, writing
 from preprocess.conversion.task_result import DamagedSourceError
 
 UNREADABLE = AccessError.reading("/a", OSError(5, "Input/output error"))
@@ -33,6 +33,15 @@ def test_errors_survive_pickling(error: UserError) -> None:
     assert type(sent) is type(error) and str(sent) == str(error)
     if isinstance(error, DamagedSourceError):
         assert vars(sent) == vars(error)
+
+
+def test_remedy_for_a_folder_that_cannot_be_made_names_what_is_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere/at/all")
+    for folder, named in (("file", "file"), ("link", "nowhere/at/all"), ("link/train", "nowhere/at/all")):
+        with pytest.raises(AccessError) as refused, writing(tmp_path / folder):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        assert named in refused.value.remedy and "remove the " in refused.value.remedy
 
 
 def test_files_of_a_source_are_unreadable_only_if_no_sample_was_read() -> None:
