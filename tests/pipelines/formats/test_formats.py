@@ -299,7 +299,7 @@ def test_gzip_members_are_read_as_one_stream(
         (halves[0] + halves[1][:-20], "cut off"),
         (halves[0] + halves[1][:5], "cut off"),
         (halves[0] + b"\x1f\x8bgarbage", "damaged"),
-        (halves[0] + halves[1] + bytes(512), "512 trailing bytes after"),
+        (halves[0] + halves[1] + bytes(512), "512 trailing bytes behind"),
         (halves[0] + halves[1][:-5] + b"?" + halves[1][-4:], "damaged"),
         (gzip.compress(record) + gzip.compress(bytes(8 << 20)), "inflates to more"),
     ):
