@@ -21,7 +21,8 @@ import contextlib
 import itertools
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks.layers import Layer
-from benchmarks.limits import copy_rate, matrix_rate, step_flops
+from benchmarks.limits import Limits, measure_limits, step_flops
 from benchmarks.picture import draw
-from benchmarks.recipes import Recipe, RecipeProcess
+from benchmarks.recipes import Recipe, RecipeProcess, Timing
 from cosmoflow_dali.compute.engines import ComputeConfig
-from cosmoflow_dali.compute.step import configure_float32, input_dtype
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
 from pipelines.tables import format_table
@@ -54,14 +54,6 @@ STEPS = {"cpu": 3, "cuda": 30}
 TARGETS = {128: {"share_of_matrix": 0.62, "speed_of_plain": 1.35}, 32: {"speed_of_plain": 1.5}}
 """Targets of float32 on a CPU, by size: minimum fraction of the matrix product's rate, and minimum ratio of
 the samples per second to those of plain PyTorch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Rates of the machine: operations per second of a matrix product, by precision, and bytes of a copy."""
-
-    matrix: dict[str, float]
-    copy: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,21 +122,18 @@ def _name(title: str, batch_size: int) -> str:
     return f"{title}, batch {batch_size}"
 
 
-def measure_limits(precisions: set[str], device: torch.device) -> Limits:
-    """Measure the limits of the idle `device`."""
-    matrix = {}
-    for precision in sorted(precisions):
-        configure_float32(precision)  # type: ignore[arg-type]
-        matrix[precision] = matrix_rate(input_dtype(precision), device)  # type: ignore[arg-type]
-    return Limits(matrix, copy_rate(device))
-
-
 def run(
     options: argparse.Namespace, device: torch.device, data: Path | None = None
-) -> tuple[Limits, dict[str, Result]]:
-    """Measure all rows in turns; with `data`, packed samples, also whole loops."""
+) -> Iterator[tuple[Limits, dict[str, Result]]]:
+    """Measure all rows in turns; with `data`, packed samples, also whole loops.
+
+    Yields:
+        The limits and the rows measured so far: first none, then all after each round, and at last with the
+        blocks of one row more each time.
+    """
     entries, steps = recipes(options, device, data), options.steps or STEPS[device.type]
     limits = measure_limits({recipe.compute.precision for recipe in entries}, device)
+    yield limits, {}
     flops = step_flops(options.network, options.size)
     with contextlib.ExitStack() as stack:
         candidates = {}
@@ -153,36 +142,57 @@ def run(
             candidates[recipe.name] = stack.enter_context(contextlib.closing(candidate))
         for candidate in candidates.values():
             candidate.wait()
-        readings: dict[str, list[harness.Reading]] = {recipe.name: [] for recipe in entries}
-        forwards: dict[str, list[float]] = {recipe.name: [] for recipe in entries}
+        timings: dict[str, list[Timing]] = {recipe.name: [] for recipe in entries}
         for _ in range(options.rounds):
             for recipe in entries:
-                wall, cpu, forward = candidates[recipe.name].take_steps(steps)
-                size = recipe.batch_size
-                readings[recipe.name].append(harness.Reading(wall / size, cpu / size))
-                forwards[recipe.name].append(1e3 * forward / size)
-        results = {}
+                timings[recipe.name].append(candidates[recipe.name].take_steps(steps))
+            peaks = {name: candidate.peak() for name, candidate in candidates.items()}
+            results = _results(entries, timings, peaks, limits, flops)
+            yield limits, results
         for recipe in entries:
-            own = readings[recipe.name]
-            rate = harness.Spread.of(1 / reading.wall for reading in own)
-            record = readings.get(_name(RECORD, recipe.batch_size))
-            resident = readings[recipe.name.removesuffix(_LOOP)] if recipe.data else None
-            results[recipe.name] = Result(
-                precision=recipe.compute.precision,
-                samples_per_s=rate,
-                forward_ms=harness.Spread.of(forwards[recipe.name]),
-                cpu_ms=harness.Spread.of(1e3 * reading.cpu for reading in own),
-                tflops=1e-12 * flops * rate.median,
-                share_of_matrix=flops * rate.median / limits.matrix[recipe.compute.precision],
-                speed_of_plain=harness.ratio(readings[_name(PLAIN, recipe.batch_size)], own, "wall"),
-                speed_of_record=harness.ratio(record, own, "wall") if record else None,
-                speed_of_resident=harness.ratio(resident, own, "wall") if resident else None,
-                peak=candidates[recipe.name].peak(),
-                layers=[] if recipe.data else candidates[recipe.name].layers(),
-            )
+            if not recipe.data:
+                layers = candidates[recipe.name].layers()
+                results[recipe.name] = replace(results[recipe.name], layers=layers)
+                yield limits, results
         if options.profile:
             candidates[entries[-1].name].profile(str(options.profile))
-    return limits, results
+
+
+def _results(
+    entries: Sequence[Recipe],
+    timings: Mapping[str, Sequence[Timing]],
+    peaks: Mapping[str, int],
+    limits: Limits,
+    flops: float,
+) -> dict[str, Result]:
+    """Return the rows of `entries`, without layers."""
+    results = {}
+    sizes = {recipe.name: recipe.batch_size for recipe in entries}
+    readings = {
+        name: [harness.Reading(wall / sizes[name], cpu / sizes[name]) for wall, cpu, _ in own]
+        for name, own in timings.items()
+    }
+    for recipe in entries:
+        own = readings[recipe.name]
+        rate = harness.Spread.of(1 / reading.wall for reading in own)
+        record = readings.get(_name(RECORD, recipe.batch_size))
+        resident = readings[recipe.name.removesuffix(_LOOP)] if recipe.data else None
+        results[recipe.name] = Result(
+            precision=recipe.compute.precision,
+            samples_per_s=rate,
+            forward_ms=harness.Spread.of(
+                1e3 * forward / recipe.batch_size for *_, forward in timings[recipe.name]
+            ),
+            cpu_ms=harness.Spread.of(1e3 * reading.cpu for reading in own),
+            tflops=1e-12 * flops * rate.median,
+            share_of_matrix=flops * rate.median / limits.matrix[recipe.compute.precision],
+            speed_of_plain=harness.ratio(readings[_name(PLAIN, recipe.batch_size)], own, "wall"),
+            speed_of_record=harness.ratio(record, own, "wall") if record else None,
+            speed_of_resident=harness.ratio(resident, own, "wall") if resident else None,
+            peak=peaks[recipe.name],
+            layers=[],
+        )
+    return results
 
 
 def show(
@@ -290,11 +300,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
 
             root = options.data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             data = make_splits(root, ["packed"], options.samples, options.size)["packed"].root
-        limits, results = run(options, device, data)
+        started = time.localtime()
+        for limits, results in run(options, device, data):
+            record = {"limits": limits, "bars": TARGETS, **results}
+            if options.output:
+                path = harness.save("compute_bench", vars(options), record, options.output, started)
     show(options, device, limits, results)
     if options.output:
-        record = {"limits": limits, "bars": TARGETS, **results}
-        path = harness.save("compute_bench", vars(options), record, options.output)
         title = f"{options.network} network, {options.size}^3"
         print("written to", path)
         draw({title: results}, path.with_suffix(".png"))

@@ -137,24 +137,34 @@ def ratio(one: Iterable[Reading], other: Iterable[Reading], quantity: Literal["w
     return Spread.of(getattr(a, quantity) / getattr(b, quantity) for a, b in pairs)
 
 
-def save(name: str, options: Mapping[str, Any], results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+def save(
+    name: str,
+    options: Mapping[str, Any],
+    results: Mapping[str, Any],
+    folder: Path = RESULTS,
+    started: time.struct_time | None = None,
+) -> Path:
     """Write `results` with options, versions and hardware to a dated JSON file; return its path.
 
-    Dataclasses become objects. Options that are paths are omitted.
+    Dataclasses become objects. Options that are paths are omitted. The file that was `started` then is
+    replaced, by default one that starts now.
     """
+    started = started or time.localtime()
     record = {
         "benchmark": name,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z", started),
         "options": {key: value for key, value in options.items() if not isinstance(value, Path)},
         "versions": system_info.versions(),
         "hardware": system_info.hardware(),
         "results": results,
     }
-    path = folder / f"{time.strftime('%Y-%m-%dT%H%M%S')}_{name}.json"
+    path = folder / f"{time.strftime('%Y-%m-%dT%H%M%S', started)}_{name}.json"
     # Not by pipelines.io, which needs packages that are missing on machines with torch alone.
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2, default=asdict) + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=2, default=asdict) + "\n")
+        temporary.replace(path)
     return path
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.recipes import Network, shape_of
 from benchmarks.timing import timed
+from cosmoflow_dali.compute.step import configure_float32, input_dtype
 from cosmoflow_dali.models.build import build_model
 
 MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}
@@ -17,6 +20,27 @@ MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}
 
 COPIED = 1 << 30
 """Bytes of the measured copy."""
+
+
+WARM_UP = {"cpu": 0.0, "cuda": 0.5}
+"""Seconds of work before a measurement, by device type: a GPU that was idle first raises its clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Rates of the machine: operations per second of a matrix product, by precision, and bytes of a copy."""
+
+    matrix: dict[str, float]
+    copy: float
+
+
+def measure_limits(precisions: set[str], device: torch.device) -> Limits:
+    """Measure the limits of the idle `device`."""
+    matrix = {}
+    for precision in sorted(precisions):
+        configure_float32(precision)  # type: ignore[arg-type]
+        matrix[precision] = matrix_rate(input_dtype(precision), device)  # type: ignore[arg-type]
+    return Limits(matrix, copy_rate(device))
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -33,15 +57,21 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     if device.type == "cpu" and dtype == torch.float32:
         left, right = a.numpy(), b.numpy()
         products.append(lambda: left @ right)
-    best = min(timed(product, 1, device)[0] for product in products for _ in range(6))
-    return 2.0 * size**3 / best
+    return 2.0 * size**3 / min(_least_seconds(product, device) for product in products)
 
 
 def copy_rate(device: torch.device) -> float:
     """Return bytes per second that a copy reads and writes, the best of six runs."""
     source, target = (torch.zeros(COPIED // 4, device=device) for _ in range(2))
-    best = min(timed(lambda: target.copy_(source), 1, device)[0] for _ in range(6))
-    return 2.0 * source.nbytes / best
+    return 2.0 * source.nbytes / _least_seconds(lambda: target.copy_(source), device)
+
+
+def _least_seconds(act: Callable[[], object], device: torch.device) -> float:
+    """Return the shortest time of six calls after those of the warm-up."""
+    end = time.perf_counter() + WARM_UP[device.type]
+    while time.perf_counter() < end:
+        timed(act, 1, device)
+    return min(timed(act, 1, device)[0] for _ in range(6))
 
 
 def step_flops(network: Network, size: int) -> float:

@@ -170,6 +170,9 @@ def _answer(
 ) -> None:
     """Answer requests until "end"; `start` is the peak memory in bytes before `prepared` was made."""
     step, forward, model, batch = prepared
+    if device.type == "cuda":
+        # The choice of kernels takes more than a step.
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         step()
     with torch.no_grad():

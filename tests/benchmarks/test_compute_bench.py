@@ -50,6 +50,54 @@ def test_rows_are_measured_and_saved(
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+class FakeProcess:
+    """Takes steps of a second; stopped when its blocks are to be measured."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def take_steps(self, steps: int) -> tuple[float, float, float]:
+        return 1.0, 1.0, 1.0
+
+    def peak(self) -> int:
+        return 1
+
+    def layers(self) -> list[object]:
+        raise KeyboardInterrupt
+
+    def close(self) -> None: ...
+
+
+def test_rows_are_saved_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(limits.MATRIX_SIZE, "cpu", 512)
+    monkeypatch.setattr(limits, "COPIED", 1 << 24)
+    monkeypatch.setattr(compute_bench, "RecipeProcess", FakeProcess)
+    with pytest.raises(KeyboardInterrupt):
+        compute_bench.main([*FLAGS, "--output", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    saved = json.loads(path.read_text())["results"]
+    assert saved.keys() == {"limits", "bars", "plain PyTorch, batch 2", "fp32 eager auto, batch 2"}
+    assert saved["fp32 eager auto, batch 2"]["samples_per_s"]["median"] == 2.0
+
+
+def test_limits_are_measured_after_the_clock_has_risen(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    calls: list[float] = []
+
+    def timed(act: object, times: int, device: torch.device) -> tuple[float, float]:
+        # Ever slower, as an idle GPU is not: the first calls must not count.
+        calls.append(float(len(calls) + 1))
+        return calls[-1], 0.0
+
+    monkeypatch.setattr(limits, "timed", timed)
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(limits, "COPIED", 1 << 10)
+    monkeypatch.setitem(limits.WARM_UP, "cpu", 4.0)
+    assert limits.copy_rate(torch.device("cpu")) == 2 * 1024 / 4.0
+    assert len(calls) == 3 + 6 and limits.WARM_UP["cuda"] > 0
+
+
 @pytest.mark.slow
 def test_whole_loop_reads_samples_during_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
