@@ -1,16 +1,19 @@
 """Check the project on a machine with a GPU in eight minutes, without set-up: `make gpu-check`.
 
 Runs the tests marked gpu and those of the kernels, short benchmarks, and 200 steps of training, each in a
-separate process, with the packages of this Python. A part with missing packages, or without time left, is
-skipped with a reason. Output and results go to a dated folder in benchmarks/results.
+separate process, with the packages of this Python; what torch.compile compiles comes last. A part with
+missing packages, or without time left, is skipped with a reason. Output and results go to a dated folder in
+benchmarks/results as soon as they are there. Without a GPU the parts are listed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,13 +38,17 @@ SECONDS = 470
 _LEAST = 10
 """Minimum time left to start a part."""
 
+_GRACE = 5
+"""Seconds in which a part whose time is over may still write what it found, as pytest its failures."""
+
 _READS = ("nvidia.dali", "crc32c", "lz4", "zlib_ng")
 """Packages for reading samples."""
 
 _TRAINS = (*_READS, "yaml", "mlperf_logging", "tqdm")
 
 # The project's pytest settings need plugins that may be missing here.
-_PYTEST = ["-m", "pytest", "-q", "-o", "addopts=", "--import-mode=importlib", "-c", os.devnull]
+# With -v each result is written at once.
+_PYTEST = ["-m", "pytest", "-v", "-o", "addopts=", "--import-mode=importlib", "-c", os.devnull]
 _ON_GPU = ["-m", "gpu"]
 """The tests of the kernels detect the GPU themselves."""
 
@@ -69,7 +76,7 @@ class CheckStatus:
 def parts(folder: Path, scratch: Path) -> list[Part]:
     """Return all parts, the most basic ones first."""
     tests = ROOT / "tests"
-    engines, block, pool, parity, step = (
+    engines, block, pool, parity, step, convolutions = (
         str(tests / "cosmoflow_dali" / name)
         for name in (
             "compute/test_engines.py",
@@ -77,6 +84,7 @@ def parts(folder: Path, scratch: Path) -> list[Part]:
             "models/test_triton_pool.py",
             "models/test_keras_parity.py",
             "compute/test_step.py",
+            "compute/test_preflight.py",
         )
     )
     data = [
@@ -97,16 +105,20 @@ def parts(folder: Path, scratch: Path) -> list[Part]:
     io = ["--formats", "npy,packed", "--samples", "8", "--data-dir", str(samples)]
     inflate = ["--data", str(samples / "8x128" / "packed")]
     train = ["--config", str(scratch / "train.yaml"), "--run-dir", str(folder / "run")]
+    eagerly, compiled = [*_ON_GPU, "-k", "not compile"], [*_ON_GPU, "-k", "compile"]
     return [
+        Part("tests of convolutions", ("pytest",), [*pytest, convolutions], 40),
         Part("tests of the kernels", ("pytest", "triton"), [*pytest, block, pool], 70),
         Part("tests of the data path", ("pytest", *_READS), [*pytest, *_ON_GPU, *data], 80),
         Part("compute_bench", (), ["benchmarks/compute_bench.py", *grid, *bench], 120),
         Part("io_bench", _READS, ["benchmarks/io_bench.py", *io, *bench], 50),
         Part("inflate_bench", _READS, ["benchmarks/inflate_bench.py", *inflate, *bench], 25),
         Part("200 steps of training", _TRAINS, ["-m", "cosmoflow_dali.train", *train], 60),
-        Part("tests of the engines", ("pytest", "triton"), [*pytest, *_ON_GPU, engines], 120),
-        Part("tests of parity", ("pytest",), [*pytest, *_ON_GPU, parity], 90),
-        Part("tests of steps", ("pytest", *_TRAINS), [*pytest, *_ON_GPU, step], 90),
+        Part("tests of the engines", ("pytest", "triton"), [*pytest, *eagerly, engines], 90),
+        Part("tests of parity", ("pytest",), [*pytest, *eagerly, parity], 60),
+        Part("tests of steps", ("pytest", *_TRAINS), [*pytest, *eagerly, step], 90),
+        Part("tests of compiled engines", ("pytest", "triton"), [*pytest, *compiled, engines], 120),
+        Part("tests of compiled parity", ("pytest",), [*pytest, *compiled, parity], 90),
     ]
 
 
@@ -130,20 +142,31 @@ def run(part: Part, folder: Path, left: float) -> CheckStatus:
         return CheckStatus(part.name, "left out", "the time limit is reached", 0.0)
     limit = min(part.seconds, left)
     start = time.monotonic()
-    with open(folder / f"{part.name.replace(' ', '_')}.txt", "wb") as output:
+    with (
+        open(folder / f"{part.name.replace(' ', '_')}.txt", "wb") as output,
+        subprocess.Popen(
+            [sys.executable, *part.arguments],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
-            done = subprocess.run(
-                [sys.executable, *part.arguments],
-                cwd=ROOT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-                check=False,
-            )
+            code = process.wait(limit)
+            outcome, reason = ("failed", f"exit status {code}") if code else ("passed", "")
         except subprocess.TimeoutExpired:
-            return CheckStatus(part.name, "timed out", f"after {limit:.0f} s", time.monotonic() - start)
-    reason = f"exit status {done.returncode}" if done.returncode else ""
-    return CheckStatus(part.name, "failed" if reason else "passed", reason, time.monotonic() - start)
+            outcome, reason = "timed out", f"after {limit:.0f} s"
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+        finally:
+            # Its own processes would keep memory of the GPU.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return CheckStatus(part.name, outcome, reason, time.monotonic() - start)
 
 
 def write_config(scratch: Path) -> None:
@@ -164,6 +187,19 @@ def write_config(scratch: Path) -> None:
     (scratch / "train.yaml").write_text(json.dumps(tree))
 
 
+def _list(parts: Sequence[Part]) -> None:
+    """Print the command of each part, or the packages that it lacks."""
+    print("with a GPU, these parts would run one after the other:")
+    for part in parts:
+        lacks = missing(part.needs)
+        action = (
+            f"left out, missing packages: {', '.join(lacks)}"
+            if lacks
+            else " ".join(part.arguments).replace(f"{ROOT}/", "")
+        )
+        print(f"{part.name:28} {part.seconds:4} s  {action}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 1 where a part failed or there is no GPU."""
     parser = argparse.ArgumentParser(
@@ -172,24 +208,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=harness.RESULTS, help="where the dated folder is made")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
+        _list(parts(Path("RESULTS"), Path("SCRATCH")))
         print("error: torch sees no CUDA GPU here; `make test-all` is what runs without one", file=sys.stderr)
         return 1
     folder = options.output / f"{time.strftime('%Y-%m-%dT%H%M%S')}_gpu_check"
     folder.mkdir(parents=True)
     outcomes, end = [], time.monotonic() + SECONDS
+    record: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": system_info.versions(),
+        "hardware": system_info.hardware(),
+    }
     with tempfile.TemporaryDirectory() as scratch:
         write_config(Path(scratch))
         for part in parts(folder, Path(scratch)):
             outcomes.append(run(part, folder, end - time.monotonic()))
             last = outcomes[-1]
             print(f"{last.name:28} {last.outcome:9} {last.seconds:5.0f} s  {last.reason}", flush=True)
-    record = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": system_info.versions(),
-        "hardware": system_info.hardware(),
-        "parts": [asdict(outcome) for outcome in outcomes],
-    }
-    (folder / "gpu_check.json").write_text(json.dumps(record, indent=2) + "\n")
+            record["parts"] = [asdict(outcome) for outcome in outcomes]
+            (folder / "gpu_check.json").write_text(json.dumps(record, indent=2) + "\n")
     print("written to", folder)
     return int(any(outcome.outcome in ("failed", "timed out") for outcome in outcomes))
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers import wait_until_gone
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import Part
+from benchmarks.gpu_check import CheckStatus, Part
 
 ROOT = Path(__file__).resolve().parents[2]
 LACKING = [
@@ -27,6 +31,9 @@ class Without:
 
     def find_spec(self, name, path=None, target=None):
         return None if name.partition(".")[0] in {LACKING!r} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 
 sys.meta_path[:] = map(Without, sys.meta_path)
 """
@@ -45,7 +52,7 @@ def test_bare_python_runs_steps_and_collects_tests() -> None:
         for part in gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
         if part.name.startswith("tests") and {*part.needs} <= {"pytest", "triton"}
     ]
-    assert len(bare_parts) == 3
+    assert len(bare_parts) == 6
     collected = [[*part.arguments[2:], "--collect-only"] for part in bare_parts]
     done = bare(f"""
 import contextlib, pathlib, pytest, torch
@@ -93,6 +100,72 @@ def test_hanging_part_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert (found.outcome, found.reason) == ("timed out", "after 1 s") and found.seconds < 30
 
 
+def test_a_part_that_times_out_can_write_its_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "_LEAST", 0)
+    child = tmp_path / "child"
+    # As pytest ends at Ctrl-C.
+    program = f"""
+import pathlib, subprocess, time
+try:
+    pathlib.Path({str(child)!r}).write_text(str(subprocess.Popen(["sleep", "60"]).pid))
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("one test failed")
+"""
+    found = gpu_check.run(Part("a part", (), ["-c", program], 2), tmp_path, 100.0)
+    assert found.outcome == "timed out" and found.seconds < 30
+    assert (tmp_path / "a_part.txt").read_text() == "one test failed\n"
+    wait_until_gone([int(child.read_text())])
+
+
+def test_all_parts_run_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "_LEAST", 0)
+    commands = {"passes": "", "fails": "1 / 0", "hangs": "import time; print('begun'); time.sleep(60)"}
+    fake = [Part(name, (), ["-c", command], 30) for name, command in commands.items()]
+    fake = [*fake, Part("lacks", ("no_such_package",), [], 9), Part("late", (), ["-c", ""], 30)]
+    monkeypatch.setattr(gpu_check, "parts", lambda folder, scratch: fake)
+    # The time is over when the third part hangs, before the fifth.
+    monkeypatch.setattr(gpu_check, "SECONDS", 4)
+    records: list[int] = []
+    monkeypatch.setattr(gpu_check, "run", spy(gpu_check.run, records, tmp_path))
+    assert gpu_check.main(["--output", str(tmp_path)]) == 1
+    outcomes = ["passed", "failed", "timed out", "left out", "left out"]
+    printed = capsys.readouterr().out
+    assert [line.split("  ")[0] for line in printed.splitlines()[:-1]] == [part.name for part in fake]
+    (path,) = tmp_path.glob("*/gpu_check.json")
+    record = json.loads(path.read_text())
+    assert [part["outcome"] for part in record["parts"]] == outcomes and "hardware" in record
+    assert "begun" in (path.parent / "hangs.txt").read_text()
+    # What was known was written before the next part began.
+    assert records == [0, 1, 2, 3, 4]
+
+
+def spy(run: Callable[..., CheckStatus], records: list[int], output: Path) -> Callable[..., CheckStatus]:
+    """Return `run`, before which the number of parts in the record is added to `records`."""
+
+    def spied(*arguments: Any) -> CheckStatus:
+        found = [json.loads(path.read_text())["parts"] for path in output.glob("*/gpu_check.json")]
+        records.append(len(found[0]) if found else 0)
+        return run(*arguments)
+
+    return spied
+
+
+def test_compiled_cases_come_last() -> None:
+    parts = gpu_check.parts(Path("/nowhere"), Path("/nowhere"))
+    compiled = [part.arguments[-2] == "compile" for part in parts]
+    assert compiled == sorted(compiled) and compiled.count(True) == 2
+    for part in parts:
+        names = {Path(argument).name for argument in part.arguments}
+        if names & {"test_engines.py", "test_keras_parity.py"}:
+            assert {"compile", "not compile"} & names
+
+
 def test_total_time_is_limited_to_eight_minutes(tmp_path: Path) -> None:
     assert gpu_check.SECONDS < 480
     found = gpu_check.run(Part("a part", (), ["-c", "1 / 0"], 100), tmp_path, 3.0)
@@ -110,7 +183,10 @@ def test_all_gpu_tests_are_in_a_part() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main(["--output", str(tmp_path)]) == 1
-    assert "no CUDA GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    printed = capsys.readouterr()
+    assert "no CUDA GPU" in printed.err and not list(tmp_path.iterdir())
+    for part in gpu_check.parts(Path("/nowhere"), Path("/nowhere")):
+        assert any(line.startswith(part.name) for line in printed.out.splitlines())
 
 
 def test_training_configuration_is_valid(tmp_path: Path) -> None:

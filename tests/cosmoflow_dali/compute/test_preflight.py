@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from cosmoflow_dali.compute import preflight
-from cosmoflow_dali.compute.kernels import choose
+from cosmoflow_dali.compute import kernels, preflight
+from cosmoflow_dali.compute.kernels import Shape, choose
 from cosmoflow_dali.compute.preflight import check_convolutions, known_fault
 from cosmoflow_dali.compute.step import Precision
 from cosmoflow_dali.models.blocks import pool_then_activate
@@ -82,3 +82,28 @@ def test_a_slow_version_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytes
         check_convolutions("bf16", GPU)
         check_convolutions("bf16", torch.device("cpu"))
     assert len(caplog.messages) == 1
+
+
+def slow_convolutions(shape: Shape, precision: Precision, device: torch.device) -> set[str]:
+    """Return what a block's forward and backward pass runs in place of cuDNN's or oneDNN's convolutions."""
+    inputs, gradient = kernels._problem(shape, precision, device)
+    with torch.profiler.profile() as trace:
+        kernels._solve(pool_then_activate, inputs, gradient, precision)
+    names = {event.key for event in trace.key_averages()}
+    assert any("conv" in name for name in names)
+    return {name for name in names if "slow_conv" in name or "vol2col" in name}
+
+
+def test_the_profiler_finds_slow_convolutions() -> None:
+    # On a CPU torch leaves a single sample to its own convolution.
+    shape, cpu = Shape(2, 16, 32, 8), torch.device("cpu")
+    assert slow_convolutions(shape, "fp32", cpu) == set()
+    assert slow_convolutions(shape._replace(batch=1), "fp32", cpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_cudnn_computes_all_convolutions(precision: Precision) -> None:
+    for block in range(5):
+        shape = Shape(1, 4 if block == 0 else 16 << block, 32 << block, 128 >> block)
+        assert slow_convolutions(shape, precision, GPU) == set()
