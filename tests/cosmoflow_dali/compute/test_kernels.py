@@ -21,6 +21,9 @@ from cosmoflow_dali.models.triton_pool import pool_block
 from pipelines.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+"""Of Triton's kernels: their interpreter is in use without a GPU."""
+
 FIRST, LATER = Shape(2, 4, 16, 8), Shape(2, 16, 32, 4)
 Tensors = Sequence[torch.Tensor]
 
@@ -44,7 +47,8 @@ class Clock:
 def pick(
     blocks: dict[str, Block], shape: Shape = FIRST, clock: Clock | None = None, precision: Precision = "fp32"
 ) -> str:
-    return choose("block 1", blocks, shape, precision, CPU, 0.1, clock or time.perf_counter)
+    device = CPU if clock else DEVICE
+    return choose("block 1", blocks, shape, precision, device, 0.1, clock or time.perf_counter)
 
 
 def test_the_fastest_candidate_is_chosen() -> None:
@@ -113,6 +117,35 @@ def test_the_project_s_own_candidates_agree(precision: Precision) -> None:
         assert pick({"block": first_block}, precision=precision) == "block"
 
 
+@pytest.mark.parametrize(
+    ("edge", "filters"),
+    [
+        *((2, 64), (4, 16), (4, 64), (6, 32), (8, 16)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, 64), (16, 32), (18, 16))),
+    ],
+)
+def test_triton_s_candidates_agree_at_all_shapes(edge: int, filters: int) -> None:
+    for block, channels in ((first_block, 4), (pool_block, 8)):
+        inputs, gradient = kernels._problem(
+            Shape(3 if edge < 16 else 1, channels, filters, edge), "fp16", DEVICE
+        )
+        exact = [value.detach().double().requires_grad_(value.requires_grad) for value in inputs]
+        found = kernels._solve(block, inputs, gradient, "fp16")
+        expected = kernels._solve(pool_then_activate, exact, gradient, "fp32")
+        assert kernels._disagreement(found, expected, 2**-10) is None
+
+
+def test_blocks_have_even_edges() -> None:
+    # The kernels have no code for others.
+    for size, blocks in itertools.product(range(1, 65), range(1, 6)):
+        try:
+            config = ReferenceConfig(size=size, blocks=blocks, filters=1, dense=(1, 1))
+        except ConfigError as error:
+            assert error.key == "size" and size % 2**blocks
+            continue
+        assert all(shape.edge % 2 == 0 for shape in block_shapes(CosmoFlow(config), 1))
+
+
 def test_a_gradient_of_zeros_can_agree() -> None:
     # The only cell's gradient is drawn as zero.
     assert pick({"torch": pool_then_activate}, Shape(1, 6, 1, 2)) == "torch"
@@ -136,8 +169,8 @@ def test_gradients_are_computed_outside_of_autocast() -> None:
 
     def recording(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         result = pool_then_activate(volume, kernel, bias)
-        result.register_hook(lambda gradient: enabled.append(torch.is_autocast_enabled("cpu")))
-        enabled.append(torch.is_autocast_enabled("cpu"))
+        result.register_hook(lambda gradient: enabled.append(torch.is_autocast_enabled(DEVICE.type)))
+        enabled.append(torch.is_autocast_enabled(DEVICE.type))
         return result
 
     assert pick({"torch": recording}, precision="bf16") == "torch"

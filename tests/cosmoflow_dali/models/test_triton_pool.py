@@ -50,9 +50,15 @@ def test_equals_torch(shape: tuple[int, ...], channels: int, dtype: torch.dtype)
 def test_nan_is_the_maximum() -> None:
     values, bias = inputs((1, 4, 4, 4), 16, torch.float32)
     with torch.no_grad():
-        values[0, 3, 1, 2, 3] = float("nan")
-        found, expected = pool(values, bias), by_torch(values, bias)
+        values[0, 3, 1, 2, 3] = values[0, 3, 0, 2, 2] = float("nan")
+    results = [pool(values, bias), by_torch(values, bias)]
+    found, expected = results
     assert found.isnan().sum() == 1 and torch.equal(found.isnan(), expected.isnan())
+    # One of the two gets the gradient, the same as by torch.
+    of_found, of_expected = (
+        torch.autograd.grad(result, values, torch.ones_like(result))[0] for result in results
+    )
+    assert torch.equal(of_found != 0, of_expected != 0)
 
 
 def test_block_has_the_gradients_of_torchs_block() -> None:

@@ -30,6 +30,9 @@ from pipelines.loading.transforms import lookup_node, transform
 from pipelines.plan import RankSlice
 from pipelines.sample import Batch
 
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+"""Of Triton's kernel: its interpreter is in use without a GPU."""
+
 ROW_BEYOND_TABLE = reference.write(TABLE, [[0, 1, 2, 1], [2, 3, 0, 1]], size=2)
 SHORT_BLOCK = reference.write(TABLE, [[0, 1, 2, 1], [2, 2, 0]], size=2, byte_sum=9)
 
@@ -44,12 +47,13 @@ def decode_as_on_gpu(sample: PackedSample, dtype: torch.dtype, *, apply_log: boo
         chunk[: len(block)] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
     header = sample.header
     values, by_mean = look_up(table, apply_log=apply_log), not apply_log
-    outputs = [torch.zeros(header.spec.shape, dtype=dtype) for _ in range(2)]
+    chunks, values = chunks.to(DEVICE), values.to(DEVICE)
+    outputs = [torch.zeros(header.spec.shape, dtype=dtype, device=DEVICE) for _ in range(2)]
     # Triton's kernel, in its interpreter, writes the same bits.
     for function, out in zip((gather, gather_triton.gather), outputs, strict=True):
         function(chunks, values, out, planes=header.planes, byte_sum=header.byte_sum, by_mean=by_mean)
     assert torch.equal(*(out.view(torch.int16) for out in outputs))
-    return outputs[0]
+    return outputs[0].cpu()
 
 
 def look_up(table: npt.NDArray[np.int16], *, apply_log: bool) -> torch.Tensor:
@@ -95,6 +99,22 @@ def test_a_short_block_makes_its_whole_sample_nan() -> None:
         assert decode_as_on_gpu(packed, torch.float32, apply_log=apply_log).isnan().all()
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+@pytest.mark.parametrize(("chunks", "voxels"), [(1, 1), (3, 7), (2, 2049), (1, 5000)])
+def test_kernel_gathers_any_planes_and_chunks(planes: int, chunks: int, voxels: int) -> None:
+    generator = torch.Generator().manual_seed(planes)
+    blocks = torch.randint(0, 256, (chunks * planes, voxels), dtype=torch.uint8, generator=generator)
+    # Most rows are beyond the table.
+    blocks.view(chunks, planes, voxels)[:, 1:, : voxels // 2] = 0
+    for rows, byte_sum in ((2, int(blocks.sum())), (200, int(blocks.sum())), (200, 2**32 - 1)):
+        table = torch.randn(rows, 4, generator=generator).to(DEVICE)
+        table[-1] = torch.nan
+        outputs = [torch.zeros(chunks * voxels, 4, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+        for function, out in zip((gather, gather_triton.gather), outputs, strict=True):
+            function(blocks.to(DEVICE), table, out, planes=planes, byte_sum=byte_sum, by_mean=False)
+        assert torch.equal(*(out.view(torch.int16) for out in outputs))
+
+
 def test_gather_writes_memory_of_either_layout() -> None:
     blocks = torch.randint(0, 3, (2, 4), dtype=torch.uint8)
     table = torch.tensor([*TABLE, [0, 0, 0, 0]], dtype=torch.float32)
@@ -107,9 +127,8 @@ def test_gather_writes_memory_of_either_layout() -> None:
 def test_a_gather_that_differs_or_fails_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    device = torch.device("cpu")
     triton = gather_triton.gather
-    assert choose_gather(device) is triton
+    assert choose_gather(DEVICE) is triton
 
     def off_by_one(blocks: torch.Tensor, table: torch.Tensor, out: torch.Tensor, **options: Any) -> None:
         triton(blocks, table, out, **options)
@@ -124,7 +143,7 @@ def test_a_gather_that_differs_or_fails_is_left_out(
     for bad in (off_by_one, ignores_damage, fails):
         monkeypatch.setattr(gather_triton, "gather", bad)
         caplog.clear()
-        assert choose_gather(device) is gather_gpu.gather
+        assert choose_gather(DEVICE) is gather_gpu.gather
         assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
 
 
