@@ -15,7 +15,7 @@ import csv
 import glob
 import io
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -56,14 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_torch(torch.device("cpu"), world.cores)
         loaded = load_model(arguments.weights)
         if output is None:
-            _write_rows(sys.stdout, check_output, loaded, _open(loaded, paths, output))
+            _write_rows(sys.stdout, loaded, _open(loaded, paths, output))
             return 0
         refuse_input(output, [arguments.weights])
 
         def write(file: BinaryIO) -> None:
             # A name that is not valid UTF-8 is written as it is.
             text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-            _write_rows(text, text.flush, loaded, _open(loaded, paths, output))
+            _write_rows(text, loaded, _open(loaded, paths, output))
             text.detach()
 
         write_output(output, write)
@@ -108,16 +108,15 @@ def _open(loaded: LoadedModel, paths: Iterable[Path], output: Path | None) -> It
             yield dataset
 
 
-def _write_rows(
-    file: TextIO, flush: Callable[[], object], loaded: LoadedModel, datasets: Iterable[SampleDataset]
-) -> None:
+def _write_rows(file: TextIO, loaded: LoadedModel, datasets: Iterable[SampleDataset]) -> None:
     """Write the CSV file, and flush it after the line of each sample."""
     writer, header = csv.writer(file), [HEADER]
     for dataset in datasets:
         for index in range(len(dataset)):
             row = _predict(loaded, dataset, index)
             writer.writerows([*header, row])
-            flush()
+            file.flush()
+            check_output()
             header = []
 
 

@@ -225,7 +225,7 @@ def test_lines_are_written_as_they_are_predicted(weights: Path, tmp_path: Path) 
 
 
 def refused(done: Done, path: Path) -> bool:
-    """Whether `done` is a refusal of `path` in one line."""
+    """Return True if `done` is a refusal of `path` in one line."""
     return done.code == 1 and done.err.startswith(f"error: {path}: ") and done.err.count("\n") == 1
 
 

@@ -53,7 +53,7 @@ def test_other_programs_keep_their_working_folder(tmp_path: Path) -> None:
 def test_workers_do_not_take_modules_of_the_working_folder(tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(DATA / "tfrecord_gzip")
     line = ["-m", "preprocess.convert", "-i", "data", "-o", "made", "--to", "npy", "--workers", "2"]
-    # Workers import these before they are told of the path.
+    # Workers import these before they receive the path.
     stdlib = ("pickle.py", "socket.py", "random.py") if sys.version_info >= (3, 11) else ()
     done = run_in(tmp_path, (*DECOYS, *FOLDERS), line)
     assert done.returncode == 0, done.stderr

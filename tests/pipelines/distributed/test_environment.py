@@ -69,7 +69,7 @@ WORLDS = {
     f"{AGENT.replace('=16', '=15')} {srun(0, '2 1(x2)', 0)}": (13, 15, 5, 8, "torchrun"),
     f"{HYDRA} {srun(1, '2 1(x2)', 0, 1)}": (13, 16, 5, 8, "mpirun"),
     f"{OMPI} {srun(0, '1 1', 0)}": (13, 16, 5, 8, "mpirun"),
-    # One rank: a batch script or the shell of salloc, which no step has started, and one that is told so.
+    # One rank: a batch script or the shell of salloc, which no step has started; and a size of 1.
     "HOME=/": (0, 1, 0, 1, "none"),
     "SLURM_PROCID=0 SLURM_NTASKS=16 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_TASKS_PER_NODE=8(x2)": (
         0, 1, 0, 1, "none",

@@ -27,7 +27,7 @@ def test_nodes_with_different_numbers_of_ranks_are_refused(monkeypatch: pytest.M
 
 
 def test_groups_need_ranks_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Dealt to two nodes in turn, and two nodes of which each believes to hold both ranks.
+    # Dealt to two nodes in turn; both ranks counted on each of two nodes.
     cyclic: list[object] = [("a", 2, 0), ("b", 2, 0), ("a", 2, 1), ("b", 2, 1)]
     for world, hosts, rank in (
         (World(0, 4, 0, 2), cyclic, 1),
