@@ -192,9 +192,10 @@ class GraphEngine(Engine):
                 ):
                     self._loss = self._gradients(self._static)
             except RuntimeError as error:
-                if self._required:
-                    raise
                 reason = str(error).strip().splitlines()[0]
+                if self._required:
+                    advice = f"the step cannot be captured ({reason}); use eager"
+                    raise ConfigError("compute.engine", "graph", advice) from error
                 logger.warning("the step cannot be captured as a CUDA graph (%s): eager engine", reason)
                 # Torch's allocator still refers to it.
                 self._captures, self._failed = False, graph

@@ -16,6 +16,7 @@ from cosmoflow_dali.compute.engines import ComputeConfig, GraphEngine
 from cosmoflow_dali.compute.step import forward_backward
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
+from pipelines.errors import ConfigError
 from pipelines.sample import Batch
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -141,8 +142,9 @@ def test_a_step_that_cannot_be_captured_is_launched_eagerly(
 def test_a_required_graph_that_cannot_be_captured_is_an_error(cuda: Callable[..., FakeCuda]) -> None:
     cuda(failures=1)
     graph, _, batch = make_graph(required=True)
-    with pytest.raises(RuntimeError, match="previous error"):
+    with pytest.raises(ConfigError, match="previous error") as error:
         graph(batch)
+    assert error.value.key == "compute.engine" and "\n" not in str(error.value)
 
 
 def test_over_several_ranks_a_graph_is_required(
@@ -151,8 +153,9 @@ def test_over_several_ranks_a_graph_is_required(
     cuda(failures=1)
     monkeypatch.setattr(engines, "DistributedDataParallel", Counting)
     graph, _, batch = make_graph(required=False)
-    with pytest.raises(RuntimeError, match="previous error"):
+    with pytest.raises(ConfigError, match="previous error") as error:
         graph(batch)
+    assert error.value.key == "compute.engine" and "\n" not in str(error.value)
 
 
 def test_a_step_that_fails_without_a_capture_is_an_error(cuda: Callable[..., FakeCuda]) -> None:
