@@ -82,13 +82,16 @@ def _expand(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def _match(pattern: Path) -> list[Path]:
-    """Return what `pattern` matches, sorted; with the part `**`, the samples in all folders below."""
+    """Return the samples and folders that `pattern` matches, sorted; with the part `**`, samples alone."""
     # A folder that exists may have brackets in its name.
     base = next(folder for folder in pattern.parents if folder.exists())
     parts = pattern.relative_to(base).parts
     start = parts[: parts.index("**")] if "**" in parts else parts
     matched = [base / name for name in glob.glob(str(Path(*start)), root_dir=base)]
-    if start != parts:
+    if start == parts:
+        # Labels, lists and the like lie beside samples.
+        matched = [path for path in matched if path.is_dir() or path.name.endswith(SAMPLE_SUFFIXES)]
+    else:
         # Unlike glob, find_files follows links that form a loop once.
         found = [find_files(folder, SAMPLE_SUFFIXES) for folder in matched]
         if errors := [error for _, below in found for error in below]:

@@ -172,6 +172,7 @@ def test_patterns_reach_each_sample_once(
         (tmp_path / "*" / "**" / "universe_0000*", 1),
         (Path("**"), 3),
         (data / "t*" / "*_data.npy", 2),
+        (data / "train" / "u*", 2),
     ):
         done = program(PREDICT, "--weights", weights, pattern)
         assert done.code == 0 and len(predicted(done.out)) == count, (pattern, done)
