@@ -18,7 +18,7 @@ def input_statistics(
     """Return mean and standard deviation of each redshift's input, (4,) float32 each, over up to 128 samples.
 
     Raises:
-        DataError: All these samples are damaged.
+        DataError: None of these samples can be used.
     """
     split = reader.split
     count = min(len(split), _STATISTICS_SAMPLES)
@@ -30,8 +30,8 @@ def input_statistics(
             values = transform(sample.counts, apply_log=apply_log).astype(np.float64)
             moments.append([values.mean(axis=(0, 1, 2)), np.square(values).mean(axis=(0, 1, 2))])
     if not moments:
-        fault = f"all {count} samples read are damaged"
-        raise DataError(split.root, fault, "check it with python -m preprocess.verify")
+        first = next(iter(reader.skipped.values()))
+        raise DataError(split.root, f"none of the {count} samples read can be used", f"the first: {first}")
     mean, square = np.mean(moments, axis=0)
     # Rounding may make the variance of constant input negative; such input is only shifted.
     variance = square - mean**2

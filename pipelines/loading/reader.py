@@ -60,7 +60,8 @@ class Reader:
             index: Sample to read; -1 for a padding payload.
 
         Raises:
-            DataError: The samples of more than MAX_CONSECUTIVE_BAD consecutive files are damaged.
+            DataError: The samples of more than MAX_CONSECUTIVE_BAD consecutive files are damaged; that of
+                the first.
         """
         if index < 0:
             return index, self._padding_payload
@@ -73,8 +74,11 @@ class Reader:
             payload = self._unless_damaged(candidate, self._read_payload)
             if payload is not None:
                 return candidate, payload
-        fault = f"this sample and the next {tried - 1} are damaged"
-        raise DataError(self.split.path(index), fault, "check the folder with python -m preprocess.verify")
+        try:
+            return index, self._read_payload(index)
+        except DataError as error:
+            fault = f"{error.fault} (unusable samples in a row: {tried})"
+            raise DataError(error.path, fault, error.remedy) from error
 
     @functools.cached_property
     def _padding_payload(self) -> Payload:

@@ -209,7 +209,7 @@ def test_many_consecutive_damaged_samples_are_not_skipped(tmp_path: Path) -> Non
     for path in sorted((data / "train").glob("*_label.npy"))[1:]:
         np.save(path, np.full(4, np.nan, np.float32))
     done = refused(data, tmp_path / "run", loader={"batch_size": 4, "on_bad_sample": "skip"})
-    assert "the next 15 are damaged" in done.err
+    assert "unusable samples in a row: 16" in done.err and "_label.npy: the target is" in done.err
 
 
 def _empty(path: Path) -> None:

@@ -15,11 +15,14 @@ from pipelines.errors import DataError
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.tar_shard import clear_handle_cache, write_shard
 from pipelines.formats.payload import CountsPayload
+from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
+from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader
 from pipelines.loading.transforms import transform
 from pipelines.plan import Ragged, RankSlice
+from pipelines.sample import Sample
 
 
 @pytest.fixture
@@ -63,9 +66,21 @@ def test_missing_and_damaged_shards_are_skipped_as_a_whole(tmp_path: Path) -> No
     assert reader.payload(0)[0] == reader.payload(39)[0] == 40
     assert len(reader.skipped) == 40
     packed.files(40)[0].write_bytes(b"no")
-    with pytest.raises(DataError, match="this sample and the next 59 are damaged") as raised:
+    with pytest.raises(DataError, match="unusable samples in a row: 60") as raised:
         reader.payload(0)
-    assert raised.value.path == str(packed.path(0))
+    assert packed.path(0).is_relative_to(raised.value.path)
+
+
+def test_the_reason_why_no_sample_can_be_used_is_that_of_the_first(tmp_path: Path) -> None:
+    for index in range(3):
+        counts = np.zeros_like(tiny_sample(index).counts)
+        FORMATS["npy"].write(tmp_path, str(index), Sample(counts, tiny_sample(index).target))
+    reader = Reader(open_folder(tmp_path), "skip", apply_log=False)
+    for read in (lambda: reader.payload(1), lambda: input_statistics(reader, apply_log=False)):
+        with pytest.raises(DataError, match=r"no particles.*loader.apply_log"):
+            read()
+    # Nothing is wrong with the files: another setting reads them.
+    assert Reader(reader.split, "skip").payload(1)[0] == 1
 
 
 @pytest.mark.parametrize(
