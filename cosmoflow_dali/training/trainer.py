@@ -202,7 +202,7 @@ class Trainer:
             data_wait_ms=1e3 * waited / count,
             step_ms=1e3 * seconds / count,
         )
-        with self._session.stall_guard("writing metrics.jsonl"):
+        with self._session.own_errors(), self._session.stall_guard("writing metrics.jsonl"):
             self._logs.metric(record)
         left = (self._config.epochs * len(self._train) - self.steps) * self._global_batch / rate
         self._progress.advance(
@@ -266,7 +266,7 @@ class Trainer:
     def _save(self) -> None:
         if not self._session.world.is_root:
             return
-        with self._session.stall_guard("writing the logs"):
+        with self._session.own_errors(), self._session.stall_guard("writing the logs"):
             lengths, mlperf_log = self._logs.sync()
         checkpoint = Checkpoint(
             config=dataclasses.asdict(self._config),
@@ -286,7 +286,7 @@ class Trainer:
             mlperf_log=mlperf_log,
             kernels=self._run.kernels,
         )
-        with self._session.stall_guard("writing a checkpoint"):
+        with self._session.own_errors(), self._session.stall_guard("writing a checkpoint"):
             checkpoint.save(self._run.folder / CHECKPOINTS)
 
     def _restore(self, checkpoint: Checkpoint) -> None:

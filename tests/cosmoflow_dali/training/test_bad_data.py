@@ -156,6 +156,17 @@ def test_full_disk_is_one_line(tmp_path: Path) -> None:
     assert "cannot be written (File too large)" in err and "Traceback" not in err
 
 
+def test_checkpoint_that_rank_0_cannot_write_is_one_line_of_two_ranks(tmp_path: Path) -> None:
+    data, run = write_tiny(tmp_path / "data", train=8, validation=1), tmp_path / "run"
+    config = config_file(tmp_path / "c.yaml", data, loader={"batch_size": 2}, epochs=1)
+    run.mkdir()
+    shutil.copy(config, run / "config.yaml")
+    (run / "checkpoints").touch()
+    done = program(TRAIN, "--config", config, "--run-dir", run, "--resume", ranks=2)
+    assert done.code == 1 and done.err.count("error: ") == 1, done.err
+    assert f"{run}/checkpoints: cannot be written" in done.err
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_damaged_samples_are_skipped_counted_and_named(ranks: int, tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=16, validation=5)
