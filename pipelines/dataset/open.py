@@ -188,7 +188,7 @@ def _in_list_order(folder: Path, found: Sequence[str], names: Collection[str]) -
             fault = "is in another folder" if "/" in name else f"is not one of the {_EXPECTED} files here"
         raise DataError(path, f"lists {name}, which {fault}", remedy)
     if not listed:
-        raise DataError(path, "is empty", remedy)
+        raise DataError(path, "lists no sample (names that begin with a dot are skipped)", remedy)
     if LABEL_LIST in names:
         labels = [file.name for file in read_list(folder / LABEL_LIST)]
         if labels != [name.removesuffix(DATA_SUFFIX) + LABEL_SUFFIX for name in listed]:

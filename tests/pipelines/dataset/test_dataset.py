@@ -100,7 +100,8 @@ def test_a_list_may_name_what_the_links_of_its_folder_lead_to(tmp_path: Path) ->
             b"universe_0001_000_data.npy\n./universe_0001_000_data.npy 12\n",
             "universe_0001_000_data.npy twice",
         ),
-        (b"\xef\xbb\xbf \r\n._a_data.npy\r\n", "is empty"),
+        (b"\xef\xbb\xbf \r\n._a_data.npy\r\n", "lists no sample"),
+        (b".\\a_data.npy\r\n", "lists no sample"),
     ],
 )
 def test_contradictory_lists_are_refused_for_the_true_reason(
@@ -164,7 +165,7 @@ def test_lists_that_do_not_match_the_files_are_refused(tmp_path: Path) -> None:
     for data, label, message in (
         ("universe_0009_000_data.npy\n", "", "lists universe_0009_000_data.npy, which does not exist"),
         ("universe_0001_000_data.npy\n" * 2, "", "lists universe_0001_000_data.npy twice"),
-        ("\n", "", "is empty"),
+        ("\n", "", "lists no sample"),
         ("universe_0001_000_data.npy\n", "universe_0002_000_label.npy\n", "does not list the labels"),
     ):
         (train / "files_data.lst").write_text(data)
