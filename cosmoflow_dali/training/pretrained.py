@@ -88,6 +88,8 @@ def _load_npz(path: Path) -> LoadedModel:
                 for name in archive.files
                 if name.startswith(prefix) and name.endswith(("/kernel", "/bias"))
             }
+    except DataError:
+        raise
     except Exception as error:  # numpy and zipfile raise many types for a damaged file or one of another kind
         kind = recognize_file(path)
         reason = f"it holds {kind}" if kind and kind != "a zip archive" else error

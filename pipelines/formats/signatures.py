@@ -7,6 +7,9 @@ import re
 import zlib
 from pathlib import Path
 
+from pipelines.errors import DataError
+from pipelines.filesystem import open_regular
+
 SIGNATURE_BYTES = 512
 """First bytes of a file that `recognize` needs."""
 
@@ -49,8 +52,8 @@ def recognize(start: bytes) -> str | None:
 
 
 def recognize_file(path: Path) -> str | None:
-    """Return `recognize` of the file at `path`; None if it cannot be read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    """Return `recognize` of the file at `path`; None if it is not a file or cannot be read."""
+    with contextlib.suppress(OSError, DataError), open(open_regular(path), "rb") as file:
         return recognize(file.read(SIGNATURE_BYTES))
     return None
 
