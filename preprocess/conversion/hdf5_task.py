@@ -87,6 +87,10 @@ def _universe(path: Path) -> Iterator[Any]:
             if "unable to lock file" not in str(error) or error.errno == errno.EAGAIN:
                 raise
             reason = OSError(error.errno, os.strerror(error.errno or errno.ENOLCK))
+            # HDF5 heeds this variable before it heeds `locking`, and reads it only when it is loaded.
+            if (value := os.environ.get("HDF5_USE_FILE_LOCKING")) is not None:
+                fault = f"cannot be locked ({reason.strerror}), as HDF5_USE_FILE_LOCKING = {value} demands"
+                raise AccessError(path, fault, "set HDF5_USE_FILE_LOCKING to FALSE") from error
             report_unsupported(path, "locks", reason, "HDF5 files are read without them")
             file = h5py.File(path, "r", locking=False)
     with file:

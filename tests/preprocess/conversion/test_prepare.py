@@ -15,7 +15,7 @@ import pytest
 from helpers import program
 
 from pipelines.dataset.open import open_folder
-from pipelines.errors import DataError, UnreadableError
+from pipelines.errors import AccessError, DataError, UnreadableError
 from preprocess.conversion.hdf5_task import crops, universe_shape
 from preprocess.prepare import find_universes, main, split_universes
 from preprocess.verify import main as verify
@@ -287,6 +287,13 @@ def test_universes_are_read_where_files_cannot_be_locked(
         return theirs(path, mode, locking=locking)
 
     monkeypatch.setattr(h5py, "File", refuse_locks)
+    # HDF5 would not let `locking` overrule this variable.
+    for value in ("TRUE", "BEST_EFFORT"):
+        monkeypatch.setenv("HDF5_USE_FILE_LOCKING", value)
+        with pytest.raises(AccessError) as raised:
+            universe_shape(next(universes.rglob("*.hdf5")))
+        assert raised.value.remedy == "set HDF5_USE_FILE_LOCKING to FALSE" and False not in opened
+    monkeypatch.delenv("HDF5_USE_FILE_LOCKING")
     assert main(["-i", str(universes), "-o", str(tmp_path / "out"), "--sample-size", "4"]) == 0
     assert len(open_folder(tmp_path / "out" / "train")) == 64 and False in opened
 
