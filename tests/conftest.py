@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 if not torch.cuda.is_available():
     # Read when Triton is imported, which torch may do before the tests of kernels.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# In a script's background job Ctrl-C is ignored, which the programs that tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
