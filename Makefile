@@ -9,6 +9,7 @@ NODES ?=
 HOSTFILE ?=
 LOCAL ?=
 VENV := .venv
+C_FILES := $(wildcard pipelines/formats/packed/*.c)
 TRAINER := cosmoflow_dali.train
 ifneq ($(NODES),)
 TRAINER := cosmoflow_dali.launch --nodes $(NODES) $(if $(HOSTFILE),--hostfile $(HOSTFILE)) $(if $(LOCAL),--local) --
@@ -24,7 +25,7 @@ help: ## List the commands.
 
 setup: $(VENV)/.done ## Make the virtual environment in .venv with every pinned dependency.
 
-$(VENV)/.done: pyproject.toml constraints.txt pipelines/formats/packed/gather.c
+$(VENV)/.done: pyproject.toml constraints.txt $(C_FILES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch==2.13.0
@@ -63,8 +64,8 @@ lint-generated: setup
 	$(RUN) docs/settings.py --check
 
 lint-c:
-	if command -v $(CC) >/dev/null; then $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only pipelines/formats/packed/gather.c; \
-	else echo "gather.c is not checked: there is no C compiler"; fi
+	if command -v $(CC) >/dev/null; then $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only $(C_FILES); \
+	else echo "C files are not checked: there is no C compiler"; fi
 
 lint-scripts: setup
 	$(VENV)/bin/shellcheck --external-sources *.sub *.sh .ci/run configs/*.sh

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks.samples import add_sample_options, chosen_samples
-from pipelines.formats.packed.encode import tabulate
+from pipelines.formats.packed.distinct import tabulate
 from pipelines.loading.transforms import lookup_table
 from pipelines.sample import Sample
 from pipelines.tables import format_table

@@ -9,6 +9,7 @@ import lz4.block
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.formats.packed.distinct import tabulate
 from pipelines.formats.packed.header import BLOCK_ENTRY, BYTE_SUM_MODULUS, Header, padded
 from pipelines.sample import Sample, SampleSpec
 
@@ -47,25 +48,6 @@ def encode(sample: Sample, *, slices: int | None = None) -> Iterator[bytes]:
     header = Header(SampleSpec(size, channels), slices, planes, *lengths, sample.target, *sums)
     yield header.pack(np.array(directory, BLOCK_ENTRY), table_block)
     yield from content
-
-
-def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-    """Return the distinct voxels of `counts` (rows, C), the most frequent first, and each voxel's row.
-
-    Equally frequent ones are sorted by their counts, the last channel first, which improves the
-    compression of the table.
-    """
-    voxels = np.ascontiguousarray(counts).reshape(-1, counts.shape[-1])
-    if voxels.shape[-1] == 4:
-        keys = voxels.view(np.uint64)[:, 0]
-        distinct, rows, frequency = np.unique(keys, return_inverse=True, return_counts=True)
-        table = distinct[:, None].view(np.int16)
-    else:
-        table, rows, frequency = np.unique(voxels, axis=0, return_inverse=True, return_counts=True)
-    order = np.lexsort((*table.T, -frequency))
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return table[order], rank[rows.reshape(-1)]
 
 
 def _compress(content: npt.NDArray[np.uint8]) -> bytes:

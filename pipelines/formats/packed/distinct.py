@@ -1,0 +1,75 @@
+"""The distinct voxels of a sample, which are the rows of its table; see docs/packed.md."""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_ITEM = 8
+"""Bytes of a voxel that distinct.c compares: int16 at four redshifts."""
+
+
+def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.unsignedinteger]]:
+    """Return the distinct voxels of `counts` (D, H, W, C), and each voxel's row among them.
+
+    Returns:
+        The table (rows, C) int16, the most frequent voxel first. Equally frequent ones are sorted by their
+        counts, the last channel first, which improves the compression of the table.
+        The row of each voxel (voxels,), uint16 if the table has up to 65,536 rows, otherwise uint32.
+    """
+    voxels = np.ascontiguousarray(counts).reshape(-1, counts.shape[-1])
+    fast = _compiled is not None and voxels.strides[0] == _ITEM
+    table, rows, frequency = (_find if fast else _find_numpy)(voxels)
+    order = np.lexsort((*table.T, -frequency))
+    rank = np.empty(len(order), np.uint16 if len(order) <= 1 << 16 else np.uint32)
+    rank[order] = np.arange(len(order))
+    # Mode "wrap" is faster, as it checks no bounds.
+    return table[order], np.take(rank, rows, mode="wrap")
+
+
+def _find(voxels: npt.NDArray[np.int16]) -> tuple[npt.NDArray[Any], ...]:
+    """Return the distinct ones of `voxels` (voxels, C), each one's row among them, and their frequencies."""
+    assert _compiled is not None
+    count = len(voxels)
+    bits = max(1, (2 * count - 1).bit_length())
+    # For the worst case; memory that is not written is not taken.
+    slots, distinct = np.empty(1 << bits, np.uint32), np.empty((count, voxels.shape[-1]), np.int16)
+    frequency, rows = np.empty(count, np.uint32), np.empty(count, np.uint32)
+    addresses = (array.ctypes.data for array in (slots, distinct, frequency, rows))
+    slots_at, *results = addresses
+    found = _compiled(voxels.ctypes.data, count, secrets.randbits(64) | 1, slots_at, bits, *results)
+    return distinct[:found], rows, frequency[:found].astype(np.int64)
+
+
+def _find_numpy(voxels: npt.NDArray[np.int16]) -> tuple[npt.NDArray[Any], ...]:
+    """Return what `_find` does, in another order; also for other numbers of channels."""
+    if voxels.shape[-1] == 4:
+        keys = voxels.view(np.uint64)[:, 0]
+        distinct, rows, frequency = np.unique(keys, return_inverse=True, return_counts=True)
+        table = distinct[:, None].view(np.int16)
+    else:
+        table, rows, frequency = np.unique(voxels, axis=0, return_inverse=True, return_counts=True)
+    return table, rows.reshape(-1), frequency
+
+
+def _load() -> Callable[..., int] | None:
+    """Load distinct.c; None if it was not compiled."""
+    try:
+        compiled: Any = np.ctypeslib.load_library("_distinct", __file__).find_distinct_1
+    except (OSError, AttributeError):
+        # Not built; or for another kind of machine that shares this checkout, or from an older distinct.c.
+        return None
+    compiled.restype = ctypes.c_uint32
+    pointer = ctypes.c_void_p
+    compiled.argtypes = [pointer, ctypes.c_size_t, ctypes.c_uint64, pointer, ctypes.c_int, *[pointer] * 3]
+    return compiled
+
+
+_compiled = _load()
+COMPILED = _compiled is not None
+"""True if the voxels are found by distinct.c; NumPy takes about ten times as long."""
