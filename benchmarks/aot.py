@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -144,19 +145,26 @@ def compile_launch(launch: Launch, architecture: int) -> MachineCode:
                 attributes[(position,)] = aligned
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), launch.options)
+    return _examine(compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
+
+
+@functools.cache
+def _examine(cubin: bytes, shared: int, warps: int) -> MachineCode:
+    """Return the figures of the machine code `cubin`, which takes as long as to compile it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+        # Its analysis of data flow would add nothing to this code, and a third to the time.
+        code = _run("nvdisasm", "-c", "--no-dataflow", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     instructions, loops = _parse(code)
     return MachineCode(
         registers=int(found[1]),
         stack=int(found[2]),
-        shared=compiled.metadata.shared,
-        warps=compiled.metadata.num_warps,
+        shared=shared,
+        warps=warps,
         tensor_core=sum(count for name, count in instructions.items() if "MMA" in name),
         instructions=instructions.total(),
         loops=loops,

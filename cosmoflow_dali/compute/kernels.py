@@ -151,22 +151,18 @@ def choose(
     Raises:
         UserError: No candidate agrees.
     """
-    checked = shape._replace(batch=1, edge=min(shape.edge, _CHECKED_EDGE))
-    inputs, gradient = _problem(checked, precision, device)
-    wide = [value.detach().double().requires_grad_(value.requires_grad) for value in inputs]
-    expected = _solve(pool_then_activate, wide, gradient, "fp32")
+    faults = find_faults(blocks, shape, precision, device)
     times: dict[str, float] = {}
     words: list[str] = []
     for name, block in blocks.items():
-        try:
-            fault = _disagreement(_solve(block, inputs, gradient, precision), expected, _ROUNDING[precision])
-            if not fault:
+        if not faults[name]:
+            try:
                 times[name] = _time_steps(block, shape, precision, device, seconds, clock)
                 words.append(f"{name} {1e3 * times[name]:.3f} ms")
-        except Exception as error:  # compilers raise many types
-            fault = (str(error) or type(error).__name__).strip().splitlines()[0]
-        if fault:
-            words.append(f"{name} left out: {fault}")
+            except Exception as error:  # compilers raise many types
+                faults[name] = _first_line(error)
+        if faults[name]:
+            words.append(f"{name} left out: {faults[name]}")
     if not times:
         raise UserError(
             f"{title}: no kernel works at {precision} with torch {torch.__version__} and cuDNN "
@@ -176,6 +172,28 @@ def choose(
     best = min(times, key=times.__getitem__)
     logger.info("%s: %s (%s)", title, best, ", ".join(words))
     return best
+
+
+def find_faults(
+    blocks: Mapping[str, Block], shape: Shape, precision: Precision, device: torch.device
+) -> dict[str, str]:
+    """Return why each of `blocks` does not agree with float64 at one sample of `shape`; "" if it does."""
+    checked = shape._replace(batch=1, edge=min(shape.edge, _CHECKED_EDGE))
+    inputs, gradient = _problem(checked, precision, device)
+    wide = [value.detach().double().requires_grad_(value.requires_grad) for value in inputs]
+    expected = _solve(pool_then_activate, wide, gradient, "fp32")
+    faults = {}
+    for name, block in blocks.items():
+        try:
+            found = _solve(block, inputs, gradient, precision)
+            faults[name] = _disagreement(found, expected, _ROUNDING[precision]) or ""
+        except Exception as error:  # compilers raise many types
+            faults[name] = _first_line(error)
+    return faults
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def _problem(

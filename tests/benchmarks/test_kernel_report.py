@@ -17,6 +17,7 @@ import torch
 from benchmarks import kernel_report
 from benchmarks.aot import Launch, MachineCode
 from benchmarks.step_model import CHIPS, Node, Part
+from cosmoflow_dali.models.blocks import pool_then_activate
 
 H100 = next(chip for chip in CHIPS if chip.name == "H100")
 
@@ -101,6 +102,18 @@ def test_faults_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert word in fault
     monkeypatch.setattr(kernel_report, "compile_launch", lambda *_: good)
     assert kernel_report.examine("a", launch, 90).faults == ()
+
+
+def test_kernels_that_disagree_in_the_interpreter_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(*inputs: torch.Tensor) -> torch.Tensor:
+        return 1.01 * pool_then_activate(*inputs)
+
+    monkeypatch.setattr(kernel_report, "first_block", off)
+    monkeypatch.setattr(kernel_report, "pool_block", pool_then_activate)
+    faults = kernel_report.interpret()
+    assert len(faults) == 12 and all(fault.startswith("triton block, ") for fault in faults)
+    monkeypatch.setattr(kernel_report, "first_block", pool_then_activate)
+    assert kernel_report.interpret() == []
 
 
 def test_the_largest_resource_limits_a_kernel() -> None:
