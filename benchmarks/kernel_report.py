@@ -49,14 +49,15 @@ SIZE, FILTERS = 128, 32
 HALF = torch.float16, torch.bfloat16
 
 BUDGETS = {
-    "triton_block.forward": 150,
+    "triton_block.forward": 170,
     "triton_block.backward": 450,
     "triton_pool.forward": 100,
     "triton_pool.backward": 75,
     "gather_triton.gather": 35,
     "gather_triton.invalidate": 4,
 }
-"""Limit of a thread's instructions for each element of the output, some tenths above those of today."""
+"""Limit of a thread's instructions for each element of the output, some tenths above those of
+Triton 3.9.0; 3.6.0 needs 162 for 16 filters on sm_100."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.interpret:
         faults = interpret()
-        print(*(f"error: {fault}" for fault in faults), sep="\n", end="", file=sys.stderr)
+        for fault in faults:
+            print(f"error: {fault}", file=sys.stderr)
         return int(bool(faults))
     # The interpreter replaces Triton's compiler in the whole process.
     checked = subprocess.Popen(
