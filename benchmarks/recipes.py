@@ -227,26 +227,26 @@ def _prepare(
     optimizer = (
         torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         if recipe.optimizer == "default"
-        else build_optimizer(SGDConfig(implementation=recipe.optimizer), model, compute.precision)
+        else build_optimizer(
+            SGDConfig(implementation=recipe.optimizer), model, compute.precision, compute.engine_on(device)
+        )
     )
     parallel = wrap_model(model, recipe.compute, device, ranks=1)
     spec = SampleSpec(size)
-    gradients = make_engine(parallel, recipe.compute, scaler, spec, recipe.batch_size, device)
+    engine = make_engine(parallel, recipe.compute, optimizer, scaler, spec, recipe.batch_size, device)
 
-    if gradients.inputs is not None:
-        gradients.inputs.volume.copy_(batch.volume)
-        gradients.inputs.target.copy_(batch.target)
-        batch = gradients.inputs
+    if engine.inputs is not None:
+        engine.inputs.volume.copy_(batch.volume)
+        engine.inputs.target.copy_(batch.target)
+        batch = engine.inputs
     coming: Iterator[Batch] = itertools.repeat(batch)
     if recipe.data is not None:
-        coming = _read(recipe.data, recipe.batch_size, device, gradients.inputs, held)
+        coming = _read(recipe.data, recipe.batch_size, device, engine.inputs, held)
 
     def step() -> None:
-        gradients(next(coming))
         if recipe.optimizer != "default":
             set_lr(optimizer, 1e-3)
-        scaler.step(optimizer)
-        scaler.update()
+        engine(next(coming))
 
     def forward() -> torch.Tensor:
         with autocast(recipe.compute.precision, device):

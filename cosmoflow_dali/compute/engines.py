@@ -1,6 +1,6 @@
-"""Engines that compute a step's gradients: eager, a replayed CUDA graph, or torch.compile.
+"""Engines that execute a training step: eager, a replayed CUDA graph, or torch.compile.
 
-All engines call the same `forward_backward`; they differ in how its kernels are launched.
+All engines call the same `forward_backward` and optimizer; they differ in how their kernels are launched.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from cosmoflow_dali.compute.kernels import Kernels
+from cosmoflow_dali.compute.optim import capturable, why_outside_graph
 from cosmoflow_dali.compute.step import Precision, forward_backward, input_dtype
 from pipelines.errors import ConfigError, check_field
 from pipelines.sample import PARAMETERS, Batch, SampleSpec
@@ -35,9 +37,9 @@ class ComputeConfig:
 
     Args:
         precision: Numbers of the forward and backward pass; weights and optimizer stay float32.
-        engine: "eager"; "graph", one CUDA graph of forward, backward and all-reduce; "compile",
-            torch.compile. The last two require a GPU. "auto" is a graph on a GPU, or eager if a single
-            rank's step cannot be captured, with `nvtx`, and on a CPU.
+        engine: "eager"; "graph", one CUDA graph of forward, backward, all-reduce and update (apex's, and that
+            of fp16, follow the graph); "compile", torch.compile. The last two require a GPU. "auto" is a
+            graph on a GPU, or eager if a single rank's step cannot be captured, with `nvtx`, and on a CPU.
         micro_batch: Samples processed at a time, to save memory; must divide loader.batch_size.
         exchange: Data type of the gradient all-reduce.
         kernels: Those of the reference network's blocks on a GPU: "torch", "triton", or for each block the
@@ -108,7 +110,7 @@ def _allreduce_bf16(bucket: Any) -> torch.futures.Future[torch.Tensor]:
 
 
 class Engine:
-    """Replaces the model's gradients by those of a batch, launching each kernel as torch reaches it.
+    """Updates the weights by a batch, launching each kernel as torch reaches it.
 
     Attributes:
         inputs: Batch that the engine reads, for the loader to write into; None if it accepts any batch.
@@ -116,44 +118,85 @@ class Engine:
 
     inputs: Batch | None = None
 
-    def __init__(self, model: nn.Module, gradients: Callable[[Batch], torch.Tensor]) -> None:
-        self._model, self._gradients = model, gradients
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        gradients: Callable[[Batch], torch.Tensor],
+    ) -> None:
+        self._model, self._optimizer, self._scaler, self._gradients = model, optimizer, scaler, gradients
         self._warmed_up = not isinstance(model, DistributedDataParallel)
 
     def close(self) -> None:
         """Free what must be freed before the process group is."""
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Compute the gradients of `batch`; return the loss, (), on the device."""
+        """Update the weights by `batch`, at the optimizer's rate; return the loss, (), on the device."""
         if not self._warmed_up:
             # After its first backward pass DDP regroups the gradients, which changes the order of sums over
             # three or more ranks: without this pass, a resumed run would round its first step differently.
-            with _preserve_state(self._model, batch.volume.device):
+            with self._preserve_state(batch.volume.device):
                 self._gradients(batch)
             self._warmed_up = True
         self._model.zero_grad(set_to_none=True)
-        return self._gradients(batch)
+        loss = self._gradients(batch)
+        self._update()
+        return loss
+
+    def _update(self) -> None:
+        """Update the weights by the gradients."""
+        with record_function("update"):
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+
+    @contextmanager
+    def _preserve_state(self, device: torch.device) -> Iterator[None]:
+        """Restore weights, buffers, optimizer state and random state after the body; gradients may change."""
+        state = [value for values in self._optimizer.state.values() for value in values.values()]
+        tensors = [*self._model.parameters(), *self._model.buffers(), *filter(torch.is_tensor, state)]
+        copies = [tensor.detach().clone() for tensor in tensors]
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                yield
+        finally:
+            with torch.no_grad():
+                for tensor, copy in zip(tensors, copies, strict=True):
+                    tensor.copy_(copy)
 
 
 class GraphEngine(Engine):
     """Captures the step as a CUDA graph at the first batch and replays it for each batch."""
 
     def __init__(
-        self, model: nn.Module, gradients: Callable[[Batch], torch.Tensor], inputs: Batch, *, required: bool
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        gradients: Callable[[Batch], torch.Tensor],
+        inputs: Batch,
+        *,
+        required: bool,
     ) -> None:
         """Prepare a graph; unless it is `required`, launch each kernel if it cannot be captured.
 
         Over several ranks it is required: a capture that fails on one of them breaks its exchange of
         gradients.
         """
-        super().__init__(model, gradients)
+        super().__init__(model, optimizer, scaler, gradients)
         self.inputs = self._static = inputs
         self._required, self._captures = required or isinstance(model, DistributedDataParallel), True
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss = torch.zeros(())
+        # The graph reads the rate from here.
+        self._lr, self._rate = torch.zeros((), device=inputs.target.device), 0.0
+        reason = why_outside_graph(optimizer, scaler)
+        self._includes_update = not reason
+        if reason:
+            logger.info("the CUDA graph leaves out the update: %s", reason)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Compute the gradients of `batch`; return the loss, (), on the device."""
+        """Update the weights by `batch`, at the optimizer's rate; return the loss, (), on the device."""
         for static, tensor in ((self._static.volume, batch.volume), (self._static.target, batch.target)):
             if tensor is not static:
                 static.copy_(tensor)
@@ -161,7 +204,12 @@ class GraphEngine(Engine):
             self._graph = self._capture()
         if self._graph is None:
             return super().__call__(self._static)
+        if self._rate != (rate := self._optimizer.param_groups[0]["lr"]):
+            self._lr.fill_(rate)
+            self._rate = rate
         self._graph.replay()
+        if not self._includes_update:
+            self._update()
         # The next replay overwrites the loss.
         return self._loss.clone()
 
@@ -175,11 +223,13 @@ class GraphEngine(Engine):
         """Return the step's graph; None if it cannot be captured and is not required."""
         device = self._static.volume.device
         graph = torch.cuda.CUDAGraph()
-        with _preserve_state(self._model, device):
+        with self._preserve_state(device):
             with _capture_stream(device):
                 for _ in range(_WARM_UP):
                     self._model.zero_grad(set_to_none=True)
                     self._gradients(self._static)
+                    if self._includes_update:
+                        self._optimizer.step()
             # Missing gradients are allocated in the graph's memory, and each replay overwrites them.
             self._model.zero_grad(set_to_none=True)
             # DALI's threads allocate memory during the capture, which must not invalidate it.
@@ -191,6 +241,9 @@ class GraphEngine(Engine):
                     capture(graph, stream=_stream(device)),
                 ):
                     self._loss = self._gradients(self._static)
+                    if self._includes_update:
+                        with capturable(self._optimizer, self._lr):
+                            self._optimizer.step()
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0]
                 if self._required:
@@ -209,6 +262,7 @@ class GraphEngine(Engine):
 def make_engine(
     model: nn.Module,
     config: ComputeConfig,
+    optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     spec: SampleSpec,
     batch_size: int,
@@ -220,25 +274,13 @@ def make_engine(
         return forward_backward(model, batch, config.precision, scaler, config.micro_batch)
 
     if config.engine_on(device) != "graph":
-        return Engine(model, gradients)
+        return Engine(model, optimizer, scaler, gradients)
     shape = batch_size, spec.size, spec.size, spec.size, spec.channels
     volume = torch.zeros(shape, dtype=input_dtype(config.precision), device=device)
     target = torch.zeros(batch_size, len(PARAMETERS), device=device)
     inputs = Batch(volume.permute(0, 4, 1, 2, 3), target, np.full(batch_size, -1))
-    return GraphEngine(model, gradients, inputs, required=config.engine == "graph")
-
-
-@contextmanager
-def _preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore the model's buffers and the random state after the body; only gradients change."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+    required = config.engine == "graph"
+    return GraphEngine(model, optimizer, scaler, gradients, inputs, required=required)
 
 
 @functools.cache

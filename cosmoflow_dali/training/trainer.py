@@ -21,7 +21,6 @@ import torch
 from mlperf_logging.mllog import constants
 from torch import nn
 from torch.autograd.profiler import emit_nvtx
-from torch.profiler import record_function
 
 from cosmoflow_dali.compute import augment
 from cosmoflow_dali.compute.engines import make_engine, wrap_model
@@ -70,11 +69,12 @@ class Trainer:
         self._global_batch = self._config.loader.batch_size * session.world.size
         self._model = model.to(device)
         compute = self._config.compute
-        self._optimizer = build_optimizer(self._config.optimizer, self._model, compute.precision)
-        self._scaler = make_scaler(compute.precision, device)
+        precision, engine = compute.precision, compute.engine_on(device)
+        self._optimizer = build_optimizer(self._config.optimizer, self._model, precision, engine)
+        self._scaler = make_scaler(precision, device)
         self.compute_summary = (
-            f"{describe(self._optimizer, self._config.optimizer, device, compute.precision)}, "
-            f"{compute.engine_on(device)} engine, {compute.precision} on {device.type}"
+            f"{describe(self._optimizer, self._config.optimizer, device, precision, engine)}, "
+            f"{engine} engine, {precision} on {device.type}"
         )
         self.evaluation: Evaluation | None = None
         self.position, self.seconds = Position(), {"train": 0.0, "evaluate": 0.0}
@@ -86,8 +86,9 @@ class Trainer:
         if run.checkpoint is not None:
             self._restore(run.checkpoint)
         self._parallel = wrap_model(self._model, compute, device, ranks=session.world.size)
+        spec, batch_size = train.split.spec, self._config.loader.batch_size
         self._engine = make_engine(
-            self._parallel, compute, self._scaler, train.split.spec, self._config.loader.batch_size, device
+            self._parallel, compute, self._optimizer, self._scaler, spec, batch_size, device
         )
 
     @property
@@ -168,11 +169,7 @@ class Trainer:
         if config.symmetries:
             turned = augment.apply(batch.volume, augment.draw(self._run.seed, epoch, step))
             batch = dataclasses.replace(batch, volume=turned)
-        loss = self._engine(batch)
-        with record_function("update"):
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-        self._window.append((loss, batch.index))
+        self._window.append((self._engine(batch), batch.index))
         self.position = Position(epoch, self.position.samples + self._global_batch)
 
     def _sync_ranks(self) -> bool:

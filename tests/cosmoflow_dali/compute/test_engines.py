@@ -14,7 +14,7 @@ from torch import nn
 
 from cosmoflow_dali.compute.engines import ComputeConfig, Engine, make_engine, wrap_model
 from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
-from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
+from cosmoflow_dali.compute.optim import AdamConfig, SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.compute.step import Precision, configure_float32, seed_step
 from cosmoflow_dali.models.open import OpenConfig, OpenCosmoFlow
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
@@ -43,7 +43,9 @@ def batches(count: int) -> list[Batch]:
     return made
 
 
-def engine(model: nn.Module, compute: ComputeConfig, ranks: int = 1) -> tuple[Engine, torch.amp.GradScaler]:
+def engine(
+    model: nn.Module, compute: ComputeConfig, optimizer: torch.optim.Optimizer, ranks: int = 1
+) -> tuple[Engine, torch.amp.GradScaler]:
     device = torch.device("cuda")
     configure_float32(compute.precision)
     # The default scale overflows before it settles.
@@ -51,18 +53,20 @@ def engine(model: nn.Module, compute: ComputeConfig, ranks: int = 1) -> tuple[En
     names = choose_kernels(model, compute.kernels, compute.precision, BATCH, device)
     use_kernels(model, names, compute.precision, BATCH)
     parallel = wrap_model(model, compute, device, ranks=ranks)
-    return make_engine(parallel, compute, scaler, SampleSpec(SIZE), BATCH, device), scaler
+    return make_engine(parallel, compute, optimizer, scaler, SampleSpec(SIZE), BATCH, device), scaler
 
 
 def three_steps(model: nn.Module, compute: ComputeConfig, ranks: int = 1) -> list[tuple[float, torch.Tensor]]:
     """Return the loss and all gradients of three batches, at the same weights."""
-    gradients, scaler = engine(model, compute, ranks)
+    # A rate of 0 keeps the weights, and the optimizer divides the gradients by the scale.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+    run, _ = engine(model, compute, optimizer, ranks)
     steps = []
     for step, batch in enumerate(batches(3)):
         seed_step(7, 0, step, 0)
-        loss = gradients(batch)
+        loss = run(batch)
         flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        steps.append((loss.item(), flat.clone() / scaler.get_scale()))
+        steps.append((loss.item(), flat.clone()))
     return steps
 
 
@@ -128,22 +132,40 @@ def test_graph_includes_the_allreduce(exchange: Literal["fp32", "bf16"], tmp_pat
     assert_near(graph, eager, 1e-5 if exchange == "fp32" else 1e-2)
 
 
+@pytest.mark.parametrize("config", [SGDConfig(weight_decay=0.02), AdamConfig()])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("kind", ["reference", "open"])
-def test_capture_changes_gradients_only(kind: str, precision: Precision) -> None:
+def test_graph_trains_as_eager_does(
+    kind: str,
+    precision: Precision,
+    config: SGDConfig | AdamConfig,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Adam moves a weight by its rate, whatever the sign of a gradient that is rounding alone.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    if kind == "open" and isinstance(config, SGDConfig):
+        config = SGDConfig()
     states = []
     for name in ("eager", "graph"):
-        model = network(kind)
-        gradients, scaler = engine(model, ComputeConfig(precision, name))
-        optimizer = build_optimizer(SGDConfig(), model)
-        for step, batch in enumerate(batches(4)):
-            set_lr(optimizer, 0.01)
+        model = network(kind, dropout=0.0)
+        optimizer = build_optimizer(config, model, precision, name)
+        with caplog.at_level("INFO", "cosmoflow_dali"):
+            run, scaler = engine(model, ComputeConfig(precision, name, kernels="torch"), optimizer)
+        # Single precision, in which a graph reads them, holds these rates exactly.
+        for step, (batch, rate) in enumerate(zip(batches(4), (2**-7, 2**-7, 2**-6, 2**-8), strict=True)):
+            set_lr(optimizer, rate)
             seed_step(7, 0, step, 0)
-            gradients(batch)
-            scaler.step(optimizer)
-            scaler.update()
-        momentum = {str(at): optimizer.state[p]["momentum_buffer"] for at, p in enumerate(model.parameters())}
-        states.append((model.state_dict() | momentum, scaler.state_dict(), torch.cuda.get_rng_state()))
+            run(batch)
+        state = {
+            f"{at} {key}": value
+            for at, parameter in enumerate(model.parameters())
+            for key, value in optimizer.state[parameter].items()
+        }
+        assert all(group["lr"] == 2**-8 for group in optimizer.param_groups)
+        states.append((model.state_dict() | state, scaler.state_dict(), torch.cuda.get_rng_state()))
+    # fp16's scaler stays outside of the graph.
+    assert any("update" in line for line in caplog.messages) == (precision == "fp16")
     (one, one_scale, one_rng), (other, other_scale, other_rng) = states
     assert one_scale == other_scale and torch.equal(one_rng, other_rng)
     for key, value in one.items():
@@ -152,14 +174,14 @@ def test_capture_changes_gradients_only(kind: str, precision: Precision) -> None
 
 def test_graph_reads_its_static_inputs() -> None:
     model = network("reference").eval()
-    gradients, _ = engine(model, ComputeConfig("bf16", "graph"))
-    inputs = gradients.inputs
+    run, _ = engine(model, ComputeConfig("bf16", "graph"), build_optimizer(SGDConfig(), model))
+    inputs = run.inputs
     assert inputs is not None and inputs.volume.dtype == torch.bfloat16
     losses = []
     for batch in batches(2):
         inputs.volume.copy_(batch.volume)
         inputs.target.copy_(batch.target)
-        losses.append(gradients(inputs))
+        losses.append(run(inputs))
     assert losses[0].item() != losses[1].item()
 
 
@@ -168,11 +190,10 @@ def test_apex_equals_fused() -> None:
     weights = []
     for implementation in ("apex", "fused"):
         model = network("open")
-        gradients, _ = engine(model, ComputeConfig("fp32", "eager"))
         optimizer = build_optimizer(SGDConfig(implementation=implementation), model)
+        run, _ = engine(model, ComputeConfig("fp32", "eager"), optimizer)
         for batch, lr in zip(batches(4), (0.01, 0.02, 0.005, 0.005), strict=True):
             set_lr(optimizer, lr)
-            gradients(batch)
-            optimizer.step()
+            run(batch)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from cosmoflow_dali.compute.optim import (
     AdamConfig,
     SGDConfig,
     build_optimizer,
+    capturable,
     describe,
     restore_optimizer,
     set_lr,
@@ -80,6 +82,30 @@ def test_momentum_follows_keras_through_rates_of_0() -> None:
         np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", [SGDConfig(weight_decay=0.02), AdamConfig()])
+def test_rates_on_the_device_give_the_same_bits(config: SGDConfig | AdamConfig) -> None:
+    weights, states = [], []
+    for on_device in (False, True):
+        model = network()
+        optimizer, lr = build_optimizer(config, model), torch.zeros(())
+        # Single precision holds them exactly.
+        for rate in (2**-7, 2**-7, 2**-6, 2**-9, 3 * 2**-9):
+            set_lr(optimizer, rate)
+            lr.fill_(rate)
+            optimizer.zero_grad()
+            forward_backward(model, batch(), "fp32")
+            with capturable(optimizer, lr) if on_device else nullcontext():
+                optimizer.step()
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+        states.append(optimizer.state_dict())
+    assert torch.equal(*weights)
+    # A checkpoint does not tell them apart.
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert isinstance(states[1]["param_groups"][0]["lr"], float)
+    for one, two in zip(states[0]["state"].values(), states[1]["state"].values(), strict=True):
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_state_of_another_implementation_is_restored() -> None:
     models, optimizers = (network(), network()), []
     for model in models:
@@ -128,12 +154,13 @@ def test_apex_is_refused_or_replaced_where_it_is_missing(
         assert describe(optimizer, config, device) == "torch fused SGD"
 
 
-def test_fp16_does_not_use_an_optimizer_that_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_fp16_nor_a_graph_uses_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     found = SimpleNamespace(FusedSGD=torch.optim.SGD)
     monkeypatch.setattr(importlib, "import_module", lambda name: found)
     gpu = torch.device("cuda", 0)
-    fused, reason = optim._apex_sgd(gpu, "bf16")
+    fused, reason = optim._apex_sgd(gpu, "bf16", "eager")
     assert fused is torch.optim.SGD and not reason
-    fused, reason = optim._apex_sgd(gpu, "fp16")
-    assert fused is None and "fp16" in reason
+    for precision, engine, word in (("fp16", "eager", "fp16"), ("bf16", "graph", "CUDA graph")):
+        fused, reason = optim._apex_sgd(gpu, precision, engine)  # type: ignore[arg-type]
+        assert fused is None and word in reason
