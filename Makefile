@@ -9,6 +9,7 @@ NODES ?=
 HOSTFILE ?=
 LOCAL ?=
 VENV := .venv
+PEERS := .venv-peers
 C_FILES := $(wildcard pipelines/formats/packed/*.c)
 TRAINER := cosmoflow_dali.train
 ifneq ($(NODES),)
@@ -18,7 +19,7 @@ RUN := $(VENV)/bin/python
 # A process a core, each with whole test modules, so that what a module's tests share is made once.
 PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help setup train test test-rest test-all kernels gpu-check lint lint-python lint-generated lint-c lint-scripts docs image clean
+.PHONY: help setup train test test-rest test-all peers kernels gpu-check lint lint-python lint-generated lint-c lint-scripts docs image clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -44,6 +45,14 @@ test-rest: setup ## Run the tests that make test leaves out; those without their
 	$(PYTEST) -m "gpu or slurm or slow" $(ARGS)
 
 test-all: test test-rest ## Run all tests.
+
+peers: $(PEERS)/.done ## Compare the loader with those of other projects, which are installed in .venv-peers.
+	$(PEERS)/bin/python -W ignore benchmarks/peers_bench.py $(ARGS)
+
+$(PEERS)/.done: benchmarks/peers.txt $(VENV)/.done
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+	touch $@
 
 kernels: setup ## Compile every Triton kernel for GPUs, without one, and model the time of a training step.
 	$(RUN) -W ignore benchmarks/kernel_report.py $(ARGS)
@@ -82,5 +91,5 @@ image: ## Build the container image cosmoflow-dali, on NVIDIA's PyTorch image.
 	docker build --tag cosmoflow-dali .
 
 clean: ## Remove what the tools made; data/ and runs/ stay.
-	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -9,8 +9,8 @@ timed on batches that were ready before.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import multiprocessing
 import os
 import resource
 import time
@@ -108,15 +108,25 @@ def measure(
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of this process and of its ended and running workers."""
+    """Return the CPU time of this process, of its ended children and of all running descendants."""
     ended = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     total = sum(usage.ru_utime + usage.ru_stime for usage in ended)
-    tick = os.sysconf("SC_CLK_TCK")
-    for child in multiprocessing.active_children():
-        # Fields 14 and 15 of proc_pid_stat(5), counted after the name, which may contain blanks.
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / tick
+    for pid in descendants(os.getpid()):
+        # One that ended meanwhile is among the children, or lost.
+        with contextlib.suppress(OSError):
+            # The clock of a process, as clock_getcpuclockid(3) makes it.
+            total += time.clock_gettime((~pid << 3) | 2)
     return total
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes that process `pid`, its children and so on have started and that still run."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
+    return found
 
 
 def summarise(readings: Iterable[Reading], sample_bytes: int) -> Summary:

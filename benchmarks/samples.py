@@ -6,7 +6,7 @@ import argparse
 import functools
 import gzip
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import harness
@@ -66,7 +66,8 @@ def make_splits(root: Path, formats: Sequence[str], samples: int, size: int) -> 
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write(partial, format_name, [(_stem(index), simulated(index, size)) for index in range(samples)])
+            named = [(_stem(index), simulated(index, size)) for index in range(samples)]
+            write_samples(partial, format_name, named)
             partial.rename(folder)
         for file in folder.iterdir():
             file.read_bytes()
@@ -78,10 +79,16 @@ def _stem(index: int) -> str:
     return f"universe_{index:04d}"
 
 
-def _write(folder: Path, format_name: str, samples: Sequence[tuple[str, Sample]]) -> None:
+def write_samples(
+    folder: Path,
+    format_name: str,
+    samples: Sequence[tuple[str, Sample]],
+    pack: Callable[[Sample], Iterator[bytes]] = encode,
+) -> None:
+    """Write `samples`, with their names, to `folder`: packed ones by `pack`, gzip as published."""
     if format_name == "packed":
         write_shard(
-            folder / "shard_000000.tar", ((stem + MEMBER_SUFFIX, encode(sample)) for stem, sample in samples)
+            folder / "shard_000000.tar", ((stem + MEMBER_SUFFIX, pack(sample)) for stem, sample in samples)
         )
         return
     write: Callable[[Path, str, Sample], object] = FORMATS[format_name].write

@@ -1,0 +1,51 @@
+"""Rows of this project's loader."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peers.contract import WORKERS, Item, Job, Peer, Resume
+from benchmarks.samples import write_samples
+from pipelines.dataset.open import open_folder
+from pipelines.formats.packed.encode import encode
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Loader
+from pipelines.plan import RankSlice
+from pipelines.sample import Sample
+
+_RESUME = Resume(True, True, "docs/architecture.md, The life of a run")
+
+
+def project(name: str, format_name: str, pack: Callable[[Sample], Iterator[bytes]] = encode) -> Peer:
+    """Return the row of a format.
+
+    Args:
+        pack: Encoder of packed samples.
+    """
+
+    def write(folder: Path, samples: Sequence[Sample]) -> None:
+        stems = (f"universe_{index:04d}" for index in range(len(samples)))
+        write_samples(folder, format_name, list(zip(stems, samples, strict=True)), pack)
+
+    return Peer(name, ("nvidia.dali",), name, write, _open, _RESUME)
+
+
+def _open(job: Job) -> Iterator[Item]:
+    options: dict[str, Any] = {"rank_slice": RankSlice(), "seed": 0, "shuffle": True, "ragged": "drop"}
+    loader = Loader(open_folder(job.folder), LoaderConfig(1, WORKERS), device=torch.device("cpu"), **options)
+    with contextlib.closing(loader):
+        for epoch in range(job.epochs):
+            for batch in loader.batches(epoch):
+                yield batch.volume, batch.target
+
+
+PEERS = [
+    project("packed", "packed"),
+    project("npy", "npy"),
+    project("tfrecord_gzip", "tfrecord_gzip"),
+]
