@@ -31,6 +31,12 @@ Result = TypeVar("Result")
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt(), from malloc.h of the GNU C library."""
+
+_LARGEST_REUSED = 32 << 20
+"""Bytes of an array from which its memory returns to the kernel when it is freed: the library's maximum."""
+
 
 def run_tasks(
     task: Callable[[Item], Result], items: Iterable[Item], workers: int, lock: int | None = None
@@ -119,11 +125,16 @@ def _start_worker(parent: int, _lock: _InheritedDescriptor) -> None:
 
     Even in the middle of a write: the folder may belong to another run by then.
     """
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
         raise OSError(ctypes.get_errno(), "prctl")
     if os.getppid() != parent:
         os._exit(1)
     # The parent warns of the file system, once for all workers.
     logging.getLogger("pipelines").setLevel(logging.ERROR)
+    # Keep freed memory for the next sample, for which the kernel would have to clear the pages again.
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_REUSED)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
     # Before NumPy is imported with the first task.
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")

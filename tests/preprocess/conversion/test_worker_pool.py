@@ -44,6 +44,13 @@ def test_errors_of_a_task_are_raised_as_they_are() -> None:
     assert error.value.path == "/a"
 
 
+def test_a_worker_reuses_the_memory_of_the_sample_before() -> None:
+    # 18,000 pages, then the page faults of the process.
+    code = "len([b'x' * (8 << 20) for _ in range(9)]) * __import__('resource').getrusage(0).ru_minflt"
+    first, *_, last = (faults // 9 for _, faults in run_tasks(eval, [code] * 4, 1))
+    assert last - first < 1000
+
+
 def test_worker_that_is_killed_is_one_error() -> None:
     start = time.monotonic()
     with pytest.raises(UserError) as error:
