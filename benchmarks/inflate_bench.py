@@ -5,7 +5,8 @@
 
 The loader's decoder turns packed bytes in host memory into float32 logarithms on the first GPU: copy,
 decompression, gather. No files are read, and no training step runs at the same time. The packed format has
-chunks of 64 KiB at 128^3, a choice that rests on this benchmark.
+chunks of 64 KiB at 128^3, a choice that rests on this benchmark. `inflate_model.py` estimates the same
+without a GPU.
 """
 
 from __future__ import annotations
