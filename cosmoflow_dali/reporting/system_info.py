@@ -14,20 +14,22 @@ import torch
 
 from cosmoflow_dali import __version__
 from pipelines.distributed.world import available_cores
-from pipelines.formats.packed.gather_cpu import COMPILED
+from pipelines.formats.packed import distinct, gather_cpu
 
 _PACKAGES = "torch triton nvidia-dali-cuda120 nvidia-dali-cuda130 numpy apex mpi4py deflate mlperf-logging"
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of everything that affects speed or results, and whether gather.c is compiled."""
+    """Return the versions of everything that affects speed or results, and which C files are compiled."""
     found = {"cosmoflow-dali": __version__, "python": platform.python_version()}
     for package in _PACKAGES.split():
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     if torch.cuda.is_available():
         found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
-    return found | {"pipelines/rows.c": "built" if COMPILED else "not built"}
+    for name, compiled in (("rows.c", gather_cpu.COMPILED), ("distinct.c", distinct.COMPILED)):
+        found[f"pipelines/{name}"] = "built" if compiled else "not built"
+    return found
 
 
 def hardware() -> dict[str, Any]:
