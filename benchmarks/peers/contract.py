@@ -70,6 +70,7 @@ class Peer:
         write: Writes samples to a folder. A sample that is repeated is the same object each time.
         open: Iterates over batches. A volume is valid until the next one is taken.
         resume: See there.
+        plain: The straightforward program; the others also keep freed memory, as this project's trainer does.
     """
 
     name: str
@@ -78,3 +79,4 @@ class Peer:
     write: Callable[[Path, Sequence[Sample]], None]
     open: Callable[[Job], Iterator[Item]]
     resume: Resume
+    plain: bool = False

@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.peers.contract import AHEAD, WORKERS, Item, Job
 from benchmarks.peers.registry import PEERS
+from cosmoflow_dali.compute.torch_setup import tune_malloc
 from pipelines.dataset.open import open_folder
 from pipelines.loading.transforms import lookup_table
 
@@ -154,7 +155,10 @@ def _memory() -> int:
 def main() -> None:
     """Run the command line."""
     task, result = Task(**json.loads(sys.argv[1])), Path(sys.argv[2])
-    for module in PEERS[task.peer].modules:
+    peer = PEERS[task.peer]
+    if not peer.plain:
+        tune_malloc()
+    for module in peer.modules:
         importlib.import_module(module)
     if task.action == "write":
         write(task)

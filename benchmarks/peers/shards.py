@@ -158,7 +158,15 @@ _TAR, _LIT = ("webdataset",), ("litdata",)
 _MDS = ("benchmarks.peers.torchvision_operators", "streaming")
 
 PEERS = [
-    Peer("WebDataset, npy, plain", _TAR, "tar_npy", tars.write_npy, _open_webdataset_plain, _WEBDATASET),
+    Peer(
+        "WebDataset, npy, plain",
+        _TAR,
+        "tar_npy",
+        tars.write_npy,
+        _open_webdataset_plain,
+        _WEBDATASET,
+        plain=True,
+    ),
     Peer(
         "WebDataset, raw", _TAR, "tar_raw", tars.write_raw, partial(_open_webdataset, read_raw), _WEBDATASET
     ),

@@ -120,7 +120,7 @@ def _open_hdf5(job: Job) -> Iterator[Item]:
 
 
 PEERS = [
-    Peer("DataLoader, npy, plain", (), "npy_pairs", write_npy, _open_plain, _RESUME),
+    Peer("DataLoader, npy, plain", (), "npy_pairs", write_npy, _open_plain, _RESUME, plain=True),
     Peer("DataLoader, npy, shared memory", (), "npy_pairs", write_npy, _open_npy, _RESUME),
     Peer("DataLoader, Zarr, Blosc zstd", ("zarr", "numcodecs"), "zarr", _write_zarr, _open_zarr, _RESUME),
     Peer("DataLoader, HDF5, Blosc2 zstd", ("h5py", "hdf5plugin"), "hdf5", _write_hdf5, _open_hdf5, _RESUME),
