@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,9 +24,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 # Also run as a file, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,7 +46,23 @@ _ROOT = Path(__file__).resolve().parent.parent
 _LIMIT_S = 300.0
 """Seconds after which a row's process is stopped."""
 
-Storage = Literal["cache", "disk"]
+Action = Literal["write", "check", "cache", "disk"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where samples are read from.
+
+    Attributes:
+        title: Its name in the results.
+        storage: The action of a row's process.
+        enter: Puts a process under the limit of the disk.
+    """
+
+    title: str
+    storage: Literal["cache", "disk"]
+    enter: Callable[[], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,46 +95,60 @@ class Bench:
     Args:
         root: Folder of all files.
         options: The command line.
-        storage: Where samples are read from.
-        limit: Puts a process under the limit of the disk.
     """
 
-    def __init__(
-        self, root: Path, options: argparse.Namespace, storage: Storage, limit: Callable[[], None] | None
-    ) -> None:
-        self._options, self._storage, self._limit = options, storage, limit
+    def __init__(self, root: Path, options: argparse.Namespace) -> None:
+        self._options = options
         self._source = make_splits(root, ["npy"], options.samples, options.size)["npy"].root
-        # A pass from a disk must not read a sample twice: the page cache would deliver it.
-        needed = options.steps + 3 * LEAD if storage == "disk" else 1
-        self._copies = -(-needed // options.samples)
-        self._root = root / f"{options.samples}x{self._copies}x{options.size}"
+        # A pass over a disk reads no sample twice: the second time, it would be in the page cache.
+        copies = -(-(options.steps + 2 * LEAD) // options.samples) if options.disk else 1
+        self._samples = copies * options.samples
+        self._root = root / f"{options.samples}x{copies}x{options.size}"
 
     def prepare(self, peer: Peer) -> None:
         """Write the files of a row, unless they exist, and check the values that it delivers."""
         folder = self._root / peer.form
         if not folder.exists():
-            partial = folder.with_suffix(".partial")
-            partial.mkdir(parents=True, exist_ok=True)
-            self._run("write", peer, partial)
-            partial.rename(folder)
+            # Written under another name, so that an interrupted set does not look complete.
+            unfinished = folder.with_suffix(".partial")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            self._run("write", peer, unfinished)
+            unfinished.rename(folder)
         self._run("check", peer, folder)
 
-    def measure(self, peer: Peer) -> Figures:
+    def measure(self, peer: Peer, setting: Setting) -> Figures:
         """Measure a row once."""
-        folder = self._root / peer.form
-        if self._storage == "disk":
-            drop_from_cache(folder)
-        return Figures(**json.loads(self._run(self._storage, peer, folder)))
+        for file in self._files(peer):
+            if setting.storage == "disk":
+                drop_from_cache(file)
+            else:
+                file.read_bytes()
+        result = self._run(setting.storage, peer, self._root / peer.form, setting.enter)
+        return Figures(**json.loads(result))
 
     def disk_mb(self, peer: Peer) -> float:
         """Return the MB of files per sample."""
-        files = (self._root / peer.form).rglob("*")
-        stored = sum(file.stat().st_size for file in files if file.is_file())
-        return stored / 1e6 / (self._options.samples * self._copies)
+        return sum(file.stat().st_size for file in self._files(peer)) / 1e6 / self._samples
 
-    def _run(self, action: Literal["write", "check", "cache", "disk"], peer: Peer, folder: Path) -> str:
-        samples, size = self._options.samples * self._copies, self._options.size
-        task = Task(action, peer.name, str(self._source), str(folder), samples, size, self._options.steps)
+    def _files(self, peer: Peer) -> list[Path]:
+        return [path for path in (self._root / peer.form).rglob("*") if path.is_file()]
+
+    def _run(self, action: Action, peer: Peer, folder: Path, enter: Callable[[], None] | None = None) -> str:
+        """Run the process of a row; return its figures in JSON.
+
+        Raises:
+            RowError: It failed, or did not end in time.
+        """
+        task = Task(
+            action,
+            peer.name,
+            str(self._source),
+            str(folder),
+            self._samples,
+            self._options.size,
+            self._options.steps,
+        )
         with tempfile.TemporaryDirectory() as scratch:
             result = Path(scratch) / "result.json"
             command = [sys.executable, "-m", "benchmarks.peers.process"]
@@ -124,13 +156,14 @@ class Bench:
                 done = subprocess.run(
                     [*command, json.dumps(dataclasses.asdict(task)), str(result)],
                     cwd=_ROOT,
+                    env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     timeout=_LIMIT_S,
                     text=True,
                     errors="replace",
-                    preexec_fn=self._limit,
+                    preexec_fn=enter,
                 )
             except subprocess.TimeoutExpired:
                 raise RowError(f"{action}: not finished after {_LIMIT_S:g} s") from None
@@ -140,26 +173,22 @@ class Bench:
             return result.read_text() if result.exists() else ""
 
 
-def compare(bench: Bench, peers: Sequence[Peer], rounds: int) -> tuple[dict[str, Row], dict[str, str]]:
-    """Measure `peers` in turns; return their rows, and the errors of those that failed."""
-    figures: dict[str, list[Figures]] = {}
-    errors: dict[str, str] = {}
-    for peer in peers:
-        with _noted(errors, peer):
-            bench.prepare(peer)
-            figures[peer.name] = []
+def compare(
+    bench: Bench, peers: Sequence[Peer], setting: Setting, rounds: int, errors: dict[str, str]
+) -> dict[str, Row]:
+    """Measure `peers` in turns; return the rows of those that are not, and did not come, in `errors`."""
+    figures: dict[str, list[Figures]] = {peer.name: [] for peer in peers}
     for number in range(rounds):
         for peer in peers:
-            if peer.name in figures and peer.name not in errors:
-                with _noted(errors, peer):
-                    figures[peer.name].append(bench.measure(peer))
-        print(f"round {number + 1} of {rounds} measured", file=sys.stderr)
-    complete = {peer.name: peer for peer in peers if peer.name not in errors}
+            if measured := attempt(partial(bench.measure, setting=setting), peer, errors):
+                figures[peer.name].append(measured)
+        print(f"{setting.title}: round {number + 1} of {rounds}", file=sys.stderr)
+    complete = [peer for peer in peers if peer.name not in errors]
     rows = {}
-    for name, peer in complete.items():
-        each = figures[name]
-        pairs = zip(each, figures[next(iter(complete))], strict=True)
-        rows[name] = Row(
+    for peer in complete:
+        each = figures[peer.name]
+        pairs = zip(each, figures[complete[0].name], strict=True)
+        rows[peer.name] = Row(
             samples_per_s=harness.Spread.of(one.samples_per_s for one in each),
             cpu_ms=harness.Spread.of(one.cpu_ms for one in each),
             cpu_of_first=harness.Spread.of(one.cpu_ms / first.cpu_ms for one, first in pairs),
@@ -169,19 +198,21 @@ def compare(bench: Bench, peers: Sequence[Peer], rounds: int) -> tuple[dict[str,
             resume=peer.resume,
             rounds=each,
         )
-    return rows, errors
+    return rows
 
 
-@contextlib.contextmanager
-def _noted(errors: dict[str, str], peer: Peer) -> Any:
-    try:
-        yield
-    except RowError as error:
-        errors[peer.name] = str(error)
-        print(f"{peer.name}: {error}", file=sys.stderr)
+def attempt(work: Callable[[Peer], T], peer: Peer, errors: dict[str, str]) -> T | None:
+    """Return `work(peer)`; if the row is in `errors`, or fails and is then added to them, None."""
+    if peer.name not in errors:
+        try:
+            return work(peer)
+        except RowError as error:
+            errors[peer.name] = str(error)
+            print(f"{peer.name}: {error}", file=sys.stderr)
+    return None
 
 
-def show(title: str, rows: dict[str, Row], errors: dict[str, str]) -> None:
+def show(title: str, rows: dict[str, Row]) -> None:
     """Print the table."""
     print(title)
     table = [["", "CPU ms/sample", "/ first", "samples/s", "MB on disk", "first batch ms", "peak MB"]]
@@ -191,8 +222,6 @@ def show(title: str, rows: dict[str, Row], errors: dict[str, str]) -> None:
         cells += [f"{row.disk_mb:.2f}", f"{row.first_ms:.0f}", f"{row.peak_mb:.0f}"]
         table.append([*cells, *("yes" if each else "no" for each in row.resume[:2])])
     print(format_table(table))
-    for name, error in errors.items():
-        print(f"{name}: failed: {error}")
 
 
 def _missing(peer: Peer) -> list[str]:
@@ -235,22 +264,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Row]]:
     for name in options.rows:
         if missing := _missing(PEERS[name]):
             print(f"{name}: left out, {' and '.join(missing)} not installed (see benchmarks/peers.txt)")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     results: dict[str, dict[str, Row]] = {}
-    failed: dict[str, dict[str, str]] = {}
+    errors: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         root = options.data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        settings: dict[str, tuple[Storage, Callable[[], None] | None]] = {"page cache": ("cache", None)}
+        settings = [Setting("page cache", "cache", None)]
         if options.disk:
             root.mkdir(parents=True, exist_ok=True)
-            limit = stack.enter_context(limited_disk(root, 10**6 * options.disk))
-            settings[f"disk of {options.disk} MB/s"] = ("disk", limit)
-        for title, (storage, enter) in settings.items():
-            bench = Bench(root, options, storage, enter)
-            results[title], failed[title] = compare(bench, peers, options.rounds)
-            show(title, results[title], failed[title])
+            enter = stack.enter_context(limited_disk(root, 10**6 * options.disk))
+            settings.append(Setting(f"disk of {options.disk} MB/s", "disk", enter))
+        bench = Bench(root, options)
+        for peer in peers:
+            attempt(bench.prepare, peer, errors)
+        for setting in settings:
+            rows = results[setting.title] = compare(bench, peers, setting, options.rounds, errors)
+            show(setting.title, rows)
+        for name, error in errors.items():
+            print(f"{name}: failed: {error}")
     if options.output:
-        record = {**results, "failed": failed, "packages": _versions(peers)}
+        record = {**results, "failed": errors, "packages": _versions(peers)}
         path = harness.save("peers_bench", vars(options), record, options.output, started)
         print("written to", path)
         draw(results, path.with_suffix(".png"))

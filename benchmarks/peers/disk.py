@@ -51,16 +51,14 @@ def limited_disk(folder: Path, bytes_per_s: int) -> Iterator[Callable[[], None]]
             group.rmdir()
 
 
-def drop_from_cache(folder: Path) -> None:
-    """Write the files of `folder` to the disk and remove them from the page cache."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+def drop_from_cache(file: Path) -> None:
+    """Write `file` to its disk and remove it from the page cache."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
 
 
 def _disk(folder: Path) -> str:
