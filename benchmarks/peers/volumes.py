@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -52,12 +53,18 @@ class Volumes:
         if processes:
             self._memory.share_memory_()
         self._turns = itertools.count()
+        self._free: SimpleQueue[int] = SimpleQueue()
+        for number in range(len(self._memory)):
+            self._free.put(number)
 
     def fill(self, counts: Counts) -> int:
-        """Write the logarithms of `counts` to the worker's next volume; return its number."""
-        worker = get_worker_info()
-        first, count = (worker.id * _DEPTH, _DEPTH) if worker else (0, len(self._memory))
-        number = first + next(self._turns) % count
+        """Write the logarithms of `counts` to a free volume; return its number."""
+        if worker := get_worker_info():
+            # A process has its own volumes, in turns: a DataLoader takes its batches in order.
+            number = worker.id * _DEPTH + next(self._turns) % _DEPTH
+        else:
+            # A thread may be late by any number of batches.
+            number = self._free.get()
         log_counts(counts.reshape(-1), self._memory[number].numpy().reshape(-1))
         return number
 
@@ -66,11 +73,16 @@ class Volumes:
         volume = self._memory[number]
         return (volume if self._planar else volume.permute(3, 0, 1, 2))[None]
 
+    def release(self, number: int) -> None:
+        """Let a thread fill a volume again."""
+        self._free.put(number)
+
 
 def batches_of(loader: Any, volumes: Volumes) -> Iterator[Item]:
     """Yield the batches of a `loader` of pairs (number of a volume, target)."""
     for number, target in loader:
         yield volumes.batch(number), target
+        volumes.release(number)
 
 
 def same(item: T) -> T:
