@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.formats.packed.gather_gpu import PackedArrays
+from pipelines.formats.packed.codecs import Codec
+from pipelines.formats.packed.gather_gpu import Arrays
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.transforms import lookup_node, transform_node
 
@@ -41,41 +42,53 @@ def files_node(files: Sequence[str], device: torch.device, *, apply_log: bool) -
     return transform_node(counts, apply_log=apply_log)
 
 
-def packed_nodes(inputs: deque[PackedArrays], *, apply_log: bool) -> tuple[Any, Any]:
-    """Return the nodes of packed samples inflated on a GPU.
+def packed_nodes(
+    inputs: deque[list[Arrays]], codec: Codec, device: torch.device, *, apply_log: bool
+) -> tuple[Any, Any, Any]:
+    """Return the nodes of packed samples, for a gather on `device`.
 
-    Without a GPU a pipeline of them can be serialised, but not built.
+    With LZ4 and without a GPU a pipeline of them can be serialised, but not built.
 
     Args:
-        inputs: Queue of batches, of which each run takes the oldest: five lists with one array per sample.
-            These are the bytes of its LZ4 blocks (uint8); the offset and length of each block (int32);
-            the length of every inflated block (int32, one number); its table (rows, C) of counts
-            (int16). DALI reads them in place.
+        inputs: Queue of batches, of which each run takes the oldest: the arrays of each sample. These are the
+            bytes of its blocks of symbols (uint8); for LZ4, which DALI inflates, the offset and length of
+            each block (int32), and the length of every inflated one (int32, one number); the escapes (planes,
+            escapes + 1) uint8; the table (rows, C) of counts (int16). DALI reads them in place.
+        codec: Codec of the blocks.
+        device: Device of the outputs.
         apply_log: See `LoaderConfig`.
 
     Returns:
-        For each sample the inflated blocks (blocks, voxels) uint8, and the values of the table (rows, C)
-        float32: logarithms or counts, NaN for negative ones.
+        For each sample the bytes of the blocks, for LZ4 inflated (blocks, voxels of a block); the escapes;
+        and the values of the table (rows, C) float32: logarithms or counts, NaN for negative ones.
     """
     from nvidia.dali import fn, types
 
-    blocks, starts, sizes, voxels, table = fn.external_source(
-        source=lambda: inputs.popleft(),
-        num_outputs=5,
+    blocks = [(types.UINT8, 1), (types.INT32, 1), (types.INT32, 1), (types.INT32, 1)]
+    kinds = [*(blocks if codec == Codec.LZ4 else blocks[:1]), (types.UINT8, 2), (types.INT16, 2)]
+    symbols, *extents, escapes, table = fn.external_source(
+        source=lambda: list(map(list, zip(*inputs.popleft(), strict=True))),
+        num_outputs=len(kinds),
         batch=True,
         no_copy=True,
-        dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT16],
-        ndim=[1, 1, 1, 1, 2],
+        dtype=[dtype for dtype, _ in kinds],
+        ndim=[ndim for _, ndim in kinds],
     )
-    planes = fn.decoders.inflate(
-        blocks.gpu(),
-        algorithm="LZ4",
-        chunk_offsets=starts,
-        chunk_sizes=sizes,
-        shape=voxels,
-        dtype=types.UINT8,
-    )
-    return planes, lookup_node(table.gpu(), apply_log=apply_log)
+    if codec == Codec.LZ4:
+        starts, sizes, voxels = extents
+        symbols = fn.decoders.inflate(
+            symbols.gpu(),
+            algorithm="LZ4",
+            chunk_offsets=starts,
+            chunk_sizes=sizes,
+            shape=voxels,
+            dtype=types.UINT8,
+        )
+    elif device.type == "cuda":
+        symbols = symbols.gpu()
+    if device.type == "cuda":
+        escapes, table = escapes.gpu(), table.gpu()
+    return symbols, escapes, lookup_node(table, apply_log=apply_log)
 
 
 def define_pipeline(define_nodes: Callable[[], Any], config: LoaderConfig, device: torch.device) -> Any:

@@ -22,7 +22,8 @@ from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import DataError
 from pipelines.formats.payload import Payload
 from pipelines.loading.config import LoaderConfig
-from pipelines.loading.decoders import OnRead, make_decoder
+from pipelines.loading.decoder import OnRead
+from pipelines.loading.decoders import make_decoder
 from pipelines.loading.reader import Reader
 from pipelines.loading.transforms import check_input
 from pipelines.plan import Indices, Ragged, RankSlice, plan_epoch

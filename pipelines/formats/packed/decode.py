@@ -1,8 +1,8 @@
 """Decoding of packed samples, all or some of their D-slices.
 
 A sample has few distinct voxels: some 40,000 quadruples of counts among two million. It is stored as
-the table of them, the most frequent first, and each voxel's row index; the indices as byte planes (all
-low bytes, all second bytes, ...), cut into chunks of whole D-slices, each a separate LZ4 block.
+the table of them, the most frequent first, and for each voxel its row: as a symbol, a byte, for the first
+255 rows, and beyond that as an escape. Symbols and escapes are cut into chunks that inflate separately.
 docs/packed.md has the layout byte by byte, and its reasons.
 """
 
@@ -17,13 +17,23 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import DataError
-from pipelines.formats.packed.gather_cpu import gather_rows
-from pipelines.formats.packed.header import BYTE_SUM_MODULUS, Header, aligned, read_directory, read_header
-from pipelines.formats.packed.lz4 import FRAME_BLOCK_BYTES, REMEDY, inflate, inflate_many
+from pipelines.formats.packed import version2
+from pipelines.formats.packed.codecs import REMEDY, inflate
+from pipelines.formats.packed.gather_cpu import ESCAPE, gather_rows, join_planes
+from pipelines.formats.packed.header import (
+    BYTE_SUM_MODULUS,
+    SYMBOLS,
+    VERSION,
+    Chunks,
+    Header,
+    read_header,
+    read_table,
+    read_version,
+)
 from pipelines.io import map_file
 from pipelines.sample import UNKNOWN_TARGET, SampleSpec, check_target
 
-DECODE_CHUNK_VOXELS = 1 << 18
+_DECODE_VOXELS = 1 << 18
 """Voxels decoded at a time: few enough for a cache, and enough to keep Python's overhead small."""
 
 
@@ -36,8 +46,7 @@ class PackedSample:
         content: all bytes; of `read_slices` also those after it in the file.
         table: (rows, C) int16, the distinct voxels.
         target: (4,) float32.
-        starts, sizes, crcs: (chunks, planes) int64. Of each LZ4 block, its offset in `content`, its
-            length without padding, and its CRC-32C with padding.
+        chunks: all chunks, or consecutive ones.
     """
 
     path: Path
@@ -45,19 +54,22 @@ class PackedSample:
     header: Header
     table: npt.NDArray[np.int16]
     target: npt.NDArray[np.float32]
-    starts: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    crcs: npt.NDArray[np.int64]
+    chunks: Chunks
 
     def decode(self) -> npt.NDArray[np.int16]:
         """Decode and fully validate the counts, (D, H, W, C); DataError if they are damaged."""
         self.verify_checksum()
+        self.verify_chunks()
         counts = np.empty(self.header.spec.shape, np.int16)
         self.fill(counts, self.table)
-        inflated = (self._inflate(chunk, plane) for chunk, plane in np.ndindex(self.sizes.shape))
-        byte_sum = sum(int(np.frombuffer(block, np.uint8).sum(dtype=np.uint64)) for block in inflated)
-        if byte_sum % BYTE_SUM_MODULUS != self.header.byte_sum:
-            raise DataError(self.path, "its chunks inflate to other bytes than were packed", REMEDY)
+        symbols = np.frombuffer(self.symbols(self.chunks), np.uint8)
+        if int(symbols.sum(dtype=np.uint64)) % BYTE_SUM_MODULUS != self.header.byte_sum:
+            raise DataError(self.path, "its chunks inflate to other symbols than were packed", REMEDY)
+        starts = np.cumsum(self.chunks.voxels) - self.chunks.voxels
+        escaped = np.add.reduceat(symbols == ESCAPE, starts, dtype=np.int64)
+        if self.header.rows > SYMBOLS and (escaped != self.chunks.escapes).any():
+            # Those of all chunks are as many as their symbols, but slices of the sample would be wrong.
+            raise DataError(self.path, "a chunk has the escapes of another one", REMEDY)
         return counts
 
     def fill(self, out: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
@@ -66,53 +78,53 @@ class PackedSample:
         Thread-safe; the GIL is released most of the time.
 
         Args:
-            out: (D, H, W, C), contiguous, of the dtype of `values`.
+            out: (..., C), the voxels of `chunks`, contiguous, of the dtype of `values`.
             values: (rows, C), contiguous: the table, or a function of it.
 
         Raises:
-            DataError: a chunk does not inflate, or has a row index beyond the table.
+            DataError: a chunk does not inflate, or has a row beyond the table.
         """
-        voxels, chunk_voxels = out.reshape(-1, values.shape[1]), self.header.chunk_voxels
-        step = max(1, DECODE_CHUNK_VOXELS // chunk_voxels)
-        for first in range(0, len(self.starts), step):
-            chunks = range(first, min(first + step, len(self.starts)))
-            planes = [self._inflate_plane(chunks, plane) for plane in range(self.header.planes)]
-            invalid = gather_rows(planes, values, voxels[first * chunk_voxels : chunks.stop * chunk_voxels])
-            if invalid is not None:
-                voxel, row = invalid
-                fault = f"chunk {chunks[voxel // chunk_voxels]} has the row {row} of a table of {len(values)}"
-                raise DataError(self.path, fault, REMEDY)
+        voxels, planes = out.reshape(-1, values.shape[1]), self.escapes()
+        escapes = join_planes(planes) if planes else None
+        step = max(1, _DECODE_VOXELS // self.header.chunk_voxels)
+        voxel = escape = 0
+        for first in range(0, len(self.chunks), step):
+            chunks = self.chunks[first : first + step]
+            symbols, count = self.symbols(chunks), int(chunks.escapes.sum())
+            part = voxels[voxel : voxel + len(symbols)]
+            fault = gather_rows(
+                symbols, None if escapes is None else escapes[escape : escape + count], values, part
+            )
+            if fault:
+                raise DataError(self.path, f"{fault} in {chunks}", REMEDY)
+            voxel, escape = voxel + len(symbols), escape + count
+
+    def symbols(self, chunks: Chunks) -> bytes:
+        """Inflate the symbols of `chunks`: a byte for each of their voxels."""
+        return self._inflate(chunks, 0, chunks.voxels)
+
+    def escapes(self) -> list[bytes]:
+        """Inflate the byte planes of the escapes, the lowest first; none if a symbol can number every row."""
+        planes = range(1, self.chunks.sizes.shape[1])
+        return [self._inflate(self.chunks, plane, self.chunks.escapes) for plane in planes]
 
     def verify_checksum(self) -> None:
         """Compare the checksum of all chunks, without inflating them; DataError if they are damaged."""
-        if crc32c.crc32c(self.content[int(self.starts[0, 0]) :]) != self.header.chunks_crc:
+        if crc32c.crc32c(self.content[self.chunks.extent]) != self.header.chunks_crc:
             self.verify_chunks()
             raise DataError(self.path, "the CRC of its chunks is wrong", REMEDY)
 
     def verify_chunks(self) -> None:
-        """Compare each chunk's own checksums; all of them must be in `content`."""
-        for chunk, plane in np.ndindex(self.crcs.shape):
-            start = int(self.starts[chunk, plane])
-            padded_block = self.content[start : start + aligned(int(self.sizes[chunk, plane]))]
-            if crc32c.crc32c(padded_block) != self.crcs[chunk, plane]:
-                raise DataError(self.path, f"the CRC of plane {plane} of chunk {chunk} is wrong", REMEDY)
+        """Compare the checksum of each of `chunks`; all of them must be in `content`."""
+        for number in range(len(self.chunks)):
+            chunk = self.chunks[number : number + 1]
+            if crc32c.crc32c(self.content[chunk.extent]) != chunk.crcs[0]:
+                raise DataError(self.path, f"the CRC of {chunk} is wrong", REMEDY)
 
-    def _inflate_plane(self, chunks: range, plane: int) -> bytes:
-        """Inflate one byte plane of each of `chunks` and concatenate them."""
-        if self.header.chunk_voxels == FRAME_BLOCK_BYTES:
-            inflated = inflate_many([self._block(chunk, plane) for chunk in chunks])
-            if inflated is not None:
-                return inflated
-        return b"".join([self._inflate(chunk, plane) for chunk in chunks])
-
-    def _inflate(self, chunk: int, plane: int) -> bytes:
-        """Inflate one byte plane of one chunk: a byte for each of its voxels."""
-        name = f"plane {plane} of chunk {chunk}"
-        return inflate(self.path, self._block(chunk, plane), self.header.chunk_voxels, name)
-
-    def _block(self, chunk: int, plane: int) -> memoryview:
-        start = int(self.starts[chunk, plane])
-        return self.content[start : start + int(self.sizes[chunk, plane])]
+    def _inflate(self, chunks: Chunks, plane: int, lengths: npt.NDArray[np.int64]) -> bytes:
+        kind = f"escapes (byte {plane - 1})" if plane else "symbols"
+        codec, extents = self.header.codecs[1 + plane], (chunks.starts[:, plane], chunks.sizes[:, plane])
+        return inflate(self.path, codec, self.content, *extents, lengths, f"the {kind} of {chunks}")
 
 
 def open_packed(
@@ -135,19 +147,23 @@ def open_packed(
         DataError: anything but a chunk is damaged.
     """
     view = memoryview(content)
-    header = read_header(path, view)
+    version = read_version(path, view)
+    if version == version2.VERSION:
+        view = memoryview(version2.upgrade(path, view, exact=not in_shard))
+    elif version != VERSION:
+        fault = f"is a packed sample of version {version}, not {version2.VERSION} or {VERSION}"
+        raise DataError(path, fault, REMEDY)
+    header, chunks = read_header(path, view)
     if spec is not None and header.spec != spec:
         fault = f"counts have shape {header.spec.shape}"
         raise DataError(path, fault, f"the other samples have {spec.shape}: remove it")
-    directory = read_directory(path, view, header)
-    sizes, crcs = directory["bytes"].astype(np.int64), directory["crc32c"].astype(np.int64)
-    ends = header.chunks_start + np.cumsum(aligned(sizes))
-    if len(view) != ends[-1] and not in_shard:
-        raise DataError(path, f"has {len(view)} bytes; its chunks end at {ends[-1]}", REMEDY)
-    starts = np.concatenate([[header.chunks_start], ends[:-1]]).reshape(sizes.shape)
-    table = _read_table(path, view, header)
+    end = chunks.extent.stop
+    if len(view) != end and not in_shard:
+        raise DataError(path, f"has {len(view)} bytes; its chunks end at {end}", REMEDY)
+    block = view[header.table_start : header.chunks_start]
+    table = read_table(path, block, header.codecs[0], header.rows, header.spec.channels)
     target = check_target(path, header.target) if labeled else UNKNOWN_TARGET
-    return PackedSample(path, view, header, table, target, starts, sizes, crcs)
+    return PackedSample(path, view, header, table, target, chunks)
 
 
 def read_slices(path: Path, first: int, stop: int, offset: int = 0) -> npt.NDArray[np.int16]:
@@ -166,28 +182,11 @@ def read_slices(path: Path, first: int, stop: int, offset: int = 0) -> npt.NDArr
     header = packed.header
     if not 0 <= first < stop <= header.spec.size:
         raise DataError(path, f"has no D-slices {first} to {stop}", f"it has {header.spec.size}")
-    chunks = slice(first // header.slices, -(-stop // header.slices))
-    starts, sizes, crcs = (blocks[chunks] for blocks in (packed.starts, packed.sizes, packed.crcs))
-    part = replace(packed, starts=starts, sizes=sizes, crcs=crcs)
+    slice_voxels, length = header.spec.size**2, header.chunk_voxels
+    start, end = first * slice_voxels, stop * slice_voxels
+    part = replace(packed, chunks=packed.chunks[start // length : -(-end // length)])
     part.verify_chunks()
-    counts = np.empty((len(part.starts) * header.slices, *header.spec.shape[1:]), np.int16)
-    part.fill(counts, part.table)
-    skipped = chunks.start * header.slices
-    return counts[first - skipped : stop - skipped]
-
-
-def _read_table(path: Path, content: memoryview, header: Header) -> npt.NDArray[np.int16]:
-    start, channels = header.table_start, header.spec.channels
-    block = content[start : start + header.table_bytes]
-    inflated = inflate(path, block, header.rows * channels * 2, "its table")
-    planes = np.frombuffer(inflated, np.uint8).reshape(2, channels, header.rows)
-    counts = np.left_shift(planes[1], 8, dtype=np.uint16)
-    counts |= planes[0]
-    table = np.empty((header.rows, channels), np.int16)
-    for channel in range(channels):
-        # Copying one column at a time is five times as fast as transposing.
-        table[:, channel] = counts[channel].view(np.int16)
-    lowest = int(table.min())
-    if lowest < 0:
-        raise DataError(path, f"a count is {lowest}", "counts start at 0: regenerate the file")
-    return table
+    voxels = np.empty((int(part.chunks.voxels.sum()), header.spec.channels), np.int16)
+    part.fill(voxels, part.table)
+    start -= part.chunks.first * length
+    return voxels[start:][: (stop - first) * slice_voxels].reshape(-1, *header.spec.shape[1:])

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 
+from pipelines.formats.packed.gather_cpu import ESCAPE
 from pipelines.formats.packed.gather_gpu import gather
 
 Gather: TypeAlias = Callable[..., None]
@@ -35,19 +36,28 @@ def choose_gather(device: torch.device) -> Gather:
 def _equals(candidate: Gather, device: torch.device) -> bool:
     """Return True if `candidate` writes the same bits as `gather`, for intact and for damaged samples."""
     generator = torch.Generator().manual_seed(1)
-    blocks = torch.randint(0, 4, (6, 5000), dtype=torch.uint8, generator=generator)
+    symbols = torch.randint(0, 256, (15000,), dtype=torch.uint8, generator=generator)
+    count = int((symbols == ESCAPE).sum())
+    escapes = torch.randint(0, 2, (2, count + 1), dtype=torch.uint8, generator=generator)
     table = torch.randn(800, 4, generator=generator)
-    # Rows of 256 to 511 are beyond this one.
+    # Rows of some escapes are beyond this one.
     short = table[:300].clone()
-    table[-1] = short[-1] = torch.nan
-    byte_sum = int(blocks.sum())
-    blocks = blocks.to(device)
+    few = table[:200].clone()
+    table[-1] = short[-1] = few[-1] = torch.nan
+    byte_sum = int(symbols.sum())
+    symbols, escapes = symbols.to(device), escapes.to(device)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for values, found in ((table, byte_sum), (short, byte_sum), (table, byte_sum + 1)):
+        for values, given, found in (
+            (table, escapes, byte_sum),
+            (short, escapes, byte_sum),
+            (few, escapes, byte_sum),
+            (table, escapes, byte_sum + 1),
+            (table, escapes[:, 1:].contiguous(), byte_sum),
+        ):
             results = []
             for function in (gather, candidate):
                 out = torch.zeros(15000, 4, dtype=dtype, device=device)
-                function(blocks, values.to(device), out, planes=2, byte_sum=found, by_mean=False)
+                function(symbols, given, values.to(device), out, byte_sum=found, by_mean=False)
                 results.append(out.view(torch.int16))
             if not torch.equal(*results):
                 return False

@@ -2,65 +2,133 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import lz4.block
 import numpy as np
 import numpy.typing as npt
 import torch
+import zstandard
 
+from pipelines.formats.packed.codecs import Codec
 from pipelines.formats.packed.decode import PackedSample
-from pipelines.formats.packed.header import BYTE_SUM_MODULUS
+from pipelines.formats.packed.gather_cpu import ESCAPE
+from pipelines.formats.packed.header import BYTE_SUM_MODULUS, SYMBOLS
 
-PackedArrays = tuple[list[npt.NDArray[Any]], ...]
-"""A batch as the packed graph takes it; see `define_packed_graph`."""
+Arrays = tuple[npt.NDArray[Any], ...]
 
 
-def arrays_of(batch: Sequence[PackedSample]) -> PackedArrays:
-    """Return `batch` as the packed graph takes it; each table gets a last row of -1, which becomes NaN."""
-    samples = []
-    for packed in batch:
-        first = int(packed.starts[0, 0])
-        blocks = np.frombuffer(packed.content, np.uint8)[first:]
-        starts = (packed.starts.ravel() - first).astype(np.int32)
-        sizes = packed.sizes.ravel().astype(np.int32)
-        voxels = np.array([packed.header.chunk_voxels], np.int32)
-        table = np.pad(packed.table, ((0, 1), (0, 0)), constant_values=-1)
-        samples.append((blocks, starts, sizes, voxels, table))
-    return tuple(map(list, zip(*samples, strict=True)))
+class DeviceSample(NamedTuple):
+    """A packed sample for the device.
+
+    Attributes:
+        arrays: what the packed graph takes of it; see `packed_nodes`.
+        byte_sum: sum of its symbols, modulo BYTE_SUM_MODULUS.
+        starts, sizes: offset and length of each block of symbols in the first of `arrays`.
+    """
+
+    arrays: Arrays
+    byte_sum: int
+    starts: list[int]
+    sizes: list[int]
+
+
+def device_sample(packed: PackedSample, codec: Codec) -> DeviceSample:
+    """Return `packed` for a device that inflates blocks of `codec`, or none (STORED).
+
+    Symbols in another codec are inflated here, and compressed again for the device's. The escapes are always
+    inflated here, as they are few. Thread-safe; the GIL is released most of the time.
+
+    Raises:
+        DataError: a block does not inflate.
+    """
+    header, chunks, byte_sum = packed.header, packed.chunks, packed.header.byte_sum
+    escapes = packed.escapes()
+    planes = np.zeros((max(1, len(escapes)), 1 + int(chunks.escapes.sum())), np.uint8)
+    for plane, content in zip(planes, escapes, strict=False):
+        plane[:-1] = np.frombuffer(content, np.uint8)
+    table = np.pad(packed.table, ((0, 1), (0, 0)), constant_values=-1)
+    if codec == header.codecs[1] != Codec.STORED:
+        blocks = np.frombuffer(packed.content, np.uint8)[chunks.extent]
+        starts, sizes = chunks.starts[:, 0] - chunks.extent.start, chunks.sizes[:, 0]
+    else:
+        symbols = packed.symbols(chunks)
+        byte_sum = int(np.frombuffer(symbols, np.uint8).sum(dtype=np.uint64)) % BYTE_SUM_MODULUS
+        contents = _compress(symbols, header.chunk_voxels, codec)
+        blocks, sizes = np.frombuffer(b"".join(contents), np.uint8), np.array(list(map(len, contents)))
+        starts = np.cumsum(sizes) - sizes
+    arrays: Arrays = (blocks, planes, table)
+    if codec == Codec.LZ4:
+        extents = starts.astype(np.int32), sizes.astype(np.int32), np.array([header.chunk_voxels], np.int32)
+        arrays = (blocks, *extents, planes, table)
+    return DeviceSample(arrays, byte_sum, starts.tolist(), sizes.tolist())
+
+
+def _compress(symbols: bytes, chunk_voxels: int, codec: Codec) -> list[bytes]:
+    """Return the blocks of `codec` for symbols that were in another one, fast rather than small."""
+    if codec == Codec.STORED:
+        return [symbols]
+    chunks = [symbols[start : start + chunk_voxels] for start in range(0, len(symbols), chunk_voxels)]
+    if codec == Codec.LZ4:
+        return [lz4.block.compress(chunk, store_size=False) for chunk in chunks]
+    return [zstandard.compress(chunk, 1) for chunk in chunks]
 
 
 def gather(
-    blocks: torch.Tensor, table: torch.Tensor, out: torch.Tensor, *, planes: int, byte_sum: int, by_mean: bool
+    symbols: torch.Tensor,
+    escapes: torch.Tensor,
+    table: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    byte_sum: int,
+    by_mean: bool,
 ) -> None:
     """Write each voxel's values into `out`.
 
-    A row index beyond the table gets the table's last row, NaN, so that damage is noticed and
-    nothing is read out of bounds. All voxels get NaN where the sum of the blocks is not `byte_sum`:
-    DALI does not report a block that is damaged or too short.
+    A row beyond the table gets the table's last row, NaN, so that damage is noticed and nothing is read out
+    of bounds. All voxels get NaN where the sum of the symbols is not `byte_sum`, as DALI does not report a
+    block that is damaged or too short, or where there are more or fewer escapes than symbols for them.
 
     Args:
-        blocks: (chunks * planes, voxels of a chunk) uint8, the inflated blocks.
+        symbols: uint8, contiguous, one for each voxel, and zeros after them.
+        escapes: (planes, escapes + 1) uint8, as of `gather_cpu.gather_rows` and an unused last column.
+            Ignored if a symbol can number every row.
         table: (rows + 1, C) float32, the last row NaN.
         out: (D, H, W, C) of any floating dtype, contiguous.
-        planes, byte_sum: those of the sample's `Header`.
+        byte_sum: that of the `DeviceSample`.
         by_mean: divide by the mean of all values.
     """
-    rows = row_indices(blocks, planes, len(table))
-    found = blocks.sum(dtype=torch.int64) % BYTE_SUM_MODULUS
-    table = torch.where(found == byte_sum, table, torch.nan)
+    symbols = symbols.view(-1)[: out[..., 0].numel()]
+    rows, valid = row_numbers(symbols, escapes, table)
+    valid &= symbols.sum(dtype=torch.int64) % BYTE_SUM_MODULUS == byte_sum
+    table = torch.where(valid, table, torch.nan)
     if by_mean:
         table = divide_by_mean(table, rows)
     torch.index_select(table.to(out.dtype), 0, rows, out=out.view(-1, table.shape[-1]))
 
 
-def row_indices(blocks: torch.Tensor, planes: int, rows: int) -> torch.Tensor:
-    """Return each voxel's row, (voxels,) int64, at most `rows` - 1, from its planes in `blocks`."""
-    chunks = blocks.view(-1, planes, blocks.shape[-1])
-    indices = chunks[:, 0].long()
-    for plane in range(1, planes):
-        indices |= chunks[:, plane].long() << 8 * plane
-    return indices.view(-1).clamp_(max=rows - 1)
+def is_escaped(table: torch.Tensor) -> bool:
+    """Return True if `table`, with its row of NaN, has more rows than there are symbols."""
+    return len(table) - 1 > SYMBOLS
+
+
+def row_numbers(
+    symbols: torch.Tensor, escapes: torch.Tensor, table: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each voxel's row, (voxels,) int64, at most the last of `table`; and True if all escapes fit."""
+    rows = symbols.long()
+    valid = torch.ones((), dtype=torch.bool, device=rows.device)
+    if is_escaped(table):
+        escaped = rows == ESCAPE
+        place = escaped.cumsum(0)
+        count = escapes.shape[1] - 1
+        valid = place[-1] == count
+        numbers = torch.zeros(count + 1, dtype=torch.int64, device=rows.device)
+        for number, plane in enumerate(escapes):
+            numbers |= plane.long() << 8 * number
+        # Where there are too many, the unused last one is read.
+        rows += torch.where(escaped, numbers[(place - 1).clamp_(0, count)], 0)
+    return rows.clamp_(max=len(table) - 1), valid
 
 
 def divide_by_mean(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -1,35 +1,35 @@
-"""The header and the directory of a packed sample; docs/packed.md has the layout."""
+"""The header and the directory of a packed sample; docs/packed.md has the layout byte by byte."""
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import crc32c
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import DataError
-from pipelines.formats.packed.lz4 import REMEDY
+from pipelines.formats.packed.codecs import MAX_RATIO, REMEDY, Codec, Integers, inflate
+from pipelines.formats.packed.gather_cpu import ESCAPE
 from pipelines.sample import SampleSpec
 
-HEADER = struct.Struct("<8s7I4fIII")
-_VERSION = 2
+VERSION = 3
+_FIELDS = struct.Struct("<8s6I8B4f3I")
 _MAGIC = b"CFPACKED"
-_CRC_OFFSET = 56
+_CRC_OFFSET = 60
 """Position of the header's own CRC, which covers everything around it up to the first chunk."""
 
+SYMBOLS = 256
+"""Rows that a symbol can number."""
+
 BYTE_SUM_MODULUS = 1 << 32
-"""Modulus of the sum of all inflated bytes."""
+"""Modulus of the sum of all symbols."""
 
-BLOCK_ENTRY = np.dtype([("bytes", "<u4"), ("crc32c", "<u4")])
-_ALIGN = 16
-_MAX_PLANES = 4
-_MAX_LZ4_RATIO = 255
-"""The most that LZ4 compresses, which bounds the memory that a damaged header can ask for."""
-
-_Length = TypeVar("_Length", int, npt.NDArray[np.int64])
+_MAX_CHUNK_VOXELS = 1 << 20
+"""Of a chunk that is read: a few times what is written."""
 
 
 class Header(NamedTuple):
@@ -37,109 +37,169 @@ class Header(NamedTuple):
 
     Attributes:
         spec: shape of the sample.
-        slices: D-slices in a chunk.
-        planes: bytes of a row index, each stored in a separate plane.
+        chunk_voxels: voxels of each chunk but the last, which may have fewer.
         rows: rows of the table.
         table_bytes: length of the compressed table.
+        codecs: codec of the table, of the symbols, and of each byte plane of the escapes.
         target: (4,) float32.
         chunks_crc: CRC-32C of all chunks together.
-        crc: CRC-32C of the header, the directory and the table.
-        byte_sum: sum of all inflated bytes of the chunks, modulo BYTE_SUM_MODULUS.
+        byte_sum: sum of all symbols, modulo BYTE_SUM_MODULUS.
+        table_start, chunks_start: offsets of the table's block and of the first chunk.
     """
 
     spec: SampleSpec
-    slices: int
-    planes: int
+    chunk_voxels: int
     rows: int
     table_bytes: int
+    codecs: tuple[Codec, ...]
     target: npt.NDArray[np.float32]
     chunks_crc: int
-    crc: int
     byte_sum: int
+    table_start: int
+    chunks_start: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunks:
+    """The directory of consecutive chunks.
+
+    Attributes:
+        first: number of the first one.
+        starts, sizes: (chunks, planes) int64, offset and length of each block in the sample.
+        voxels, escapes: (chunks,) int64, the numbers of each.
+        crcs: (chunks,) int64, CRC-32C of the blocks of each.
+    """
+
+    first: int
+    starts: Integers
+    sizes: Integers
+    voxels: Integers
+    escapes: Integers
+    crcs: Integers
+
+    def __len__(self) -> int:
+        return len(self.voxels)
+
+    def __getitem__(self, part: slice) -> Chunks:
+        """Return the chunks of `part`, a slice without a step."""
+        arrays = self.starts, self.sizes, self.voxels, self.escapes, self.crcs
+        return Chunks(self.first + (part.start or 0), *(array[part] for array in arrays))
+
+    def __str__(self) -> str:
+        last = self.first + len(self) - 1
+        return f"chunk {last}" if last == self.first else f"chunks {self.first} to {last}"
 
     @property
-    def blocks(self) -> int:
-        """Number of LZ4 blocks after the table."""
-        return self.spec.size // self.slices * self.planes
-
-    @property
-    def chunk_voxels(self) -> int:
-        """Voxels of a chunk."""
-        return self.slices * self.spec.size**2
-
-    @property
-    def table_start(self) -> int:
-        """Offset of the table's block."""
-        return aligned(HEADER.size + self.blocks * BLOCK_ENTRY.itemsize)
-
-    @property
-    def chunks_start(self) -> int:
-        """Offset of the first chunk."""
-        return aligned(self.table_start + self.table_bytes)
-
-    def pack(self, directory: npt.NDArray[Any], table: bytes) -> bytes:
-        """Return the bytes before the first chunk; `crc` is computed.
-
-        Args:
-            directory: (blocks,) BLOCK_ENTRY.
-            table: the compressed table.
-        """
-        numbers = (self.spec.size, self.spec.channels, self.slices, self.planes, self.rows, self.table_bytes)
-        sums = (self.chunks_crc, 0, self.byte_sum)
-        fields = HEADER.pack(_MAGIC, _VERSION, *numbers, *self.target.tolist(), *sums)
-        rest = fields[_CRC_OFFSET + 4 :] + padded(directory.tobytes()) + padded(table)
-        crc = crc32c.crc32c(rest, crc32c.crc32c(fields[:_CRC_OFFSET]))
-        return fields[:_CRC_OFFSET] + struct.pack("<I", crc) + rest
+    def extent(self) -> slice:
+        """The bytes of these chunks."""
+        return slice(int(self.starts[0, 0]), int(self.starts[-1, -1] + self.sizes[-1, -1]))
 
 
-def read_header(path: Path, content: memoryview) -> Header:
-    """Parse the header at the start of `content`; DataError if it is not one of this version."""
+def escape_planes(rows: int) -> int:
+    """Return the byte planes of the escapes of a table of `rows`: as many as the highest one needs."""
+    return -(-(rows - 1 - ESCAPE).bit_length() // 8) if rows > SYMBOLS else 0
+
+
+def pack_header(
+    sample_spec: SampleSpec,
+    chunk_voxels: int,
+    rows: int,
+    codecs: tuple[Codec, ...],
+    target: npt.NDArray[np.float32],
+    directory: npt.NDArray[Any],
+    table: bytes,
+    chunks_crc: int,
+    byte_sum: int,
+) -> bytes:
+    """Return the bytes before the first chunk.
+
+    Args:
+        directory: (chunks, 2 + planes) "<u4"; see docs/packed.md.
+        table: the compressed table.
+    """
+    numbers = (sample_spec.size, sample_spec.channels, chunk_voxels, rows, len(table))
+    forms = bytes(codecs).ljust(8, b"\0")
+    fields = _FIELDS.pack(_MAGIC, VERSION, *numbers, *forms, *target.tolist(), chunks_crc, 0, byte_sum)
+    rest = fields[_CRC_OFFSET + 4 :] + directory.tobytes() + table
+    crc = crc32c.crc32c(rest, crc32c.crc32c(fields[:_CRC_OFFSET]))
+    return fields[:_CRC_OFFSET] + struct.pack("<I", crc) + rest
+
+
+def read_version(path: Path, content: memoryview) -> int:
+    """Return the version of the packed sample `content`; DataError if it is not one."""
     if bytes(content[:8]) != _MAGIC[: len(content)] or not content:
         raise DataError(path, "is not a packed sample", REMEDY)
-    if len(content) >= 12 and (version := struct.unpack_from("<I", content, 8)[0]) != _VERSION:
-        raise DataError(path, f"is a packed sample of version {version}, not {_VERSION}", REMEDY)
-    if len(content) < HEADER.size:
+    if len(content) < 12:
         raise DataError(path, f"is cut off after {len(content)} bytes", REMEDY)
-    _, _, *numbers, chunks_crc, crc, byte_sum = HEADER.unpack_from(content)
-    size, channels, slices, planes, rows, table_bytes, *target = numbers
+    (version,) = struct.unpack_from("<I", content, 8)
+    return int(version)
+
+
+def read_header(path: Path, content: memoryview) -> tuple[Header, Chunks]:
+    """Parse the header and the directory at the start of `content`.
+
+    Raises:
+        DataError: `content` is damaged before the table, or a block cannot have its inflated length.
+    """
+    if len(content) < _FIELDS.size:
+        raise DataError(path, f"is cut off after {len(content)} bytes", REMEDY)
+    fields = _FIELDS.unpack_from(content)
+    size, channels, chunk_voxels, rows, table_bytes, *forms = fields[2:15]
+    target, (chunks_crc, crc, byte_sum) = fields[15:19], fields[19:]
+    planes = 1 + escape_planes(rows)
+    codecs = forms[: 1 + planes]
     valid = (
         0 < size < 1 << 16
         and 0 < channels < 1 << 8
-        and 0 < slices <= size
-        and size % slices == 0
-        and 0 < planes <= _MAX_PLANES
-        and 0 < rows <= min(size**3, 1 << 8 * planes)
-        and rows * channels * 2 <= table_bytes * _MAX_LZ4_RATIO
+        and 0 < chunk_voxels <= min(size**3, _MAX_CHUNK_VOXELS)
+        and 0 < rows <= size**3
+        and all(form in MAX_RATIO for form in codecs)
+        and not any(forms[1 + planes :])
+        and rows * channels * 2 <= table_bytes * MAX_RATIO[Codec(codecs[0])]
     )
     if not valid:
-        raise DataError(path, f"its header is not valid ({numbers[:6]})", REMEDY)
-    spec, floats = SampleSpec(size, channels), np.array(target, np.float32)
-    return Header(spec, slices, planes, rows, table_bytes, floats, chunks_crc, crc, byte_sum)
-
-
-def read_directory(path: Path, content: memoryview, header: Header) -> npt.NDArray[Any]:
-    """Return the directory of the LZ4 blocks, (chunks, planes) BLOCK_ENTRY.
-
-    Raises:
-        DataError: `content` is damaged before the first chunk, or a block cannot have its inflated length.
-    """
-    if len(content) < header.chunks_start:
-        fault = f"is cut off: {len(content)} bytes, and its chunks start at {header.chunks_start}"
+        raise DataError(path, f"its header is not valid ({list(fields[2:15])})", REMEDY)
+    chunks = -(-(size**3) // chunk_voxels)
+    table_start = _FIELDS.size + chunks * (2 + planes) * 4
+    chunks_start = table_start + table_bytes
+    if len(content) < chunks_start:
+        fault = f"is cut off: {len(content)} bytes, and its chunks start at {chunks_start}"
         raise DataError(path, fault, REMEDY)
-    crc = crc32c.crc32c(content[:_CRC_OFFSET])
-    if crc32c.crc32c(content[_CRC_OFFSET + 4 : header.chunks_start], crc) != header.crc:
+    found = crc32c.crc32c(content[_CRC_OFFSET + 4 : chunks_start], crc32c.crc32c(content[:_CRC_OFFSET]))
+    if found != crc:
         raise DataError(path, "the CRC of its header is wrong", REMEDY)
-    directory = np.frombuffer(content, BLOCK_ENTRY, header.blocks, HEADER.size)
-    if (directory["bytes"].astype(np.int64) * _MAX_LZ4_RATIO < header.chunk_voxels).any():
+    directory = np.frombuffer(content, "<u4", chunks * (2 + planes), _FIELDS.size).reshape(chunks, -1)
+    crcs, escapes, *lengths = directory.T.astype(np.int64)
+    sizes = np.stack(lengths, 1)
+    starts = chunks_start + (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
+    voxels = np.full(chunks, chunk_voxels)
+    voxels[-1] = size**3 - (chunks - 1) * chunk_voxels
+    inflated = np.stack([voxels, *[escapes] * (planes - 1)], 1)
+    ratios = np.array([MAX_RATIO[Codec(form)] for form in codecs[1:]])
+    if (escapes > (voxels if planes > 1 else 0)).any() or (sizes * ratios < inflated).any():
         raise DataError(path, "a chunk is too short for its inflated length", REMEDY)
-    return directory.reshape(-1, header.planes)
+    spec, floats = SampleSpec(size, channels), np.array(target, np.float32)
+    header = Header(
+        spec, chunk_voxels, rows, table_bytes, tuple(map(Codec, codecs)), floats, chunks_crc, byte_sum,
+        table_start, chunks_start,
+    )  # fmt: skip
+    return header, Chunks(0, starts, sizes, voxels, escapes, crcs)
 
 
-def padded(content: bytes) -> bytes:
-    """Return `content`, padded with zeros to the alignment."""
-    return content + bytes(-len(content) % _ALIGN)
-
-
-def aligned(length: _Length) -> _Length:
-    """Return `length` with the padding that follows."""
-    return length + -length % _ALIGN
+def read_table(
+    path: Path, block: memoryview, codec: Codec, rows: int, channels: int
+) -> npt.NDArray[np.int16]:
+    """Inflate the table `block`; return the table (rows, C)."""
+    start, size, length = (np.array([number]) for number in (0, len(block), rows * channels * 2))
+    inflated = inflate(path, codec, block, start, size, length, "the bytes of its table")
+    planes = np.frombuffer(inflated, np.uint8).reshape(2, channels, rows)
+    counts = np.left_shift(planes[1], 8, dtype=np.uint16)
+    counts |= planes[0]
+    table = np.empty((rows, channels), np.int16)
+    for channel in range(channels):
+        # Copying one column at a time is five times as fast as transposing.
+        table[:, channel] = counts[channel].view(np.int16)
+    lowest = int(table.min())
+    if lowest < 0:
+        raise DataError(path, f"a count is {lowest}", "counts start at 0: regenerate the file")
+    return table

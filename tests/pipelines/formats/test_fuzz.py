@@ -33,7 +33,7 @@ from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
 from pipelines.filesystem import is_hidden
-from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.encode import PRESETS, encode
 from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import clear_handle_cache, read_members, write_shard
 from pipelines.formats.registry import FORMATS
@@ -129,11 +129,21 @@ def by_numpy(data: bytes, label: bytes) -> Sample:
     return Sample(*(np.load(io.BytesIO(content), allow_pickle=False) for content in (data, label)))
 
 
-def fuzz(path: Path, write: Callable[[random.Random], Callable[[], Sample]]) -> tuple[int, int]:
-    """Write files with `write` and read `path` for SECONDS; return how many were read and refused."""
+def fuzz(
+    path: Path,
+    write: Callable[[random.Random], Callable[[], Sample]],
+    *,
+    seconds: float = SECONDS,
+    files: int = MIN_FILES,
+) -> tuple[int, int]:
+    """Write files with `write` and read `path`, for `seconds` and until there were `files`.
+
+    Returns:
+        How many were read, and how many were refused.
+    """
     chance, read, refused = random.Random(11), 0, 0
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline or read + refused < MIN_FILES:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline or read + refused < files:
         oracle = write(chance)
         start = time.monotonic()
         try:
@@ -228,18 +238,35 @@ def test_npy_pairs(tmp_path: Path) -> None:
     assert read > 20 and refused > 20
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_packed_samples_with_sound_checksums(tmp_path: Path) -> None:
-    original, path = b"".join(encode(tiny_sample(1, size=4), slices=2)), tmp_path / "a.tar"
+@pytest.mark.parametrize(
+    ("seconds", "files"), [(0, 200), pytest.param(2 * SECONDS, 2 * MIN_FILES, marks=pytest.mark.slow)]
+)
+def test_packed_samples_with_sound_checksums(seconds: float, files: int, tmp_path: Path) -> None:
+    path, samples = tmp_path / "a.tar", reference.samples()
+    originals = [
+        *(b"".join(encode(samples["512 different"], preset, chunk_voxels=100)) for preset in PRESETS),
+        *(b"".join(encode(tiny_sample(1, size=4), preset, chunk_voxels=30)) for preset in PRESETS),
+        reference.write(reference.TABLE, [[0, 1, 2, 2]] * 2, size=2, codecs=(reference.LZ4,) * 2),
+    ]
 
     def write(chance: random.Random) -> Callable[[], Sample]:
-        content = with_checksums(mutated(original, chance, near=160))
+        original = chance.choice(originals)
+        if chance.random() < 0.5:
+            content = with_checksums(mutated(original, chance, near=200))
+        else:
+            # One of the numbers in the header and the directory.
+            at = chance.randrange(8, 160, 4) % (len(original) - 3)
+            (number,) = struct.unpack_from("<I", original, at)
+            near = [number - 1, number + 1, 2 * number, number // 2, chance.randrange(1024)]
+            number = chance.choice([*near, 0, 255, 256, 257, 65535, 65536, 2**31, 2**32 - 1])
+            changed = struct.pack("<I", number % 2**32)
+            content = with_checksums(original[:at] + changed + original[at + 4 :])
         write_shard(path, [(f"a{MEMBER_SUFFIX}", [content])])
         clear_handle_cache()
         return lambda: Sample(*reference.read(content))
 
-    read, refused = fuzz(path, write)
+    read, refused = fuzz(path, write, seconds=seconds, files=files)
     assert read > 20 and refused > 20
 
 
@@ -362,23 +389,24 @@ def test_universes(tmp_path: Path) -> None:
 def with_checksums(content: bytes) -> bytes:
     """Return the packed sample `content` with the checksums that its header requires."""
     fixed = bytearray(content)
-    if len(content) < 64:
+    if len(content) < 68:
         return content
-    size, _, slices, planes, _, table_bytes = struct.unpack_from("<6I", content, 12)
-    blocks = size // slices * planes if 0 < slices <= size < 1000 and planes < 5 else 0
-    if 64 + 8 * blocks > len(content):
+    size, _, chunk_voxels, rows, table_bytes = struct.unpack_from("<5I", content, 12)
+    columns = 2 + reference.planes_of(rows)
+    chunks = -(-(size**3) // max(1, chunk_voxels))
+    chunks_start = 68 + 4 * columns * chunks + table_bytes
+    if chunks_start > len(content):
         return content
-    start = chunks_start = len(reference.padded(bytes(64 + 8 * blocks))) + -(-table_bytes // 16) * 16
-    byte_sum = 0
-    for at in range(64, 64 + 8 * blocks, 8):
-        length = int.from_bytes(content[at : at + 4], "little")
-        end = start + -(-length // 16) * 16
-        with contextlib.suppress(IndexError):
-            byte_sum += sum(reference.lz4_inflate(content[start : start + length]))
-        struct.pack_into("<I", fixed, at + 4, crc32c.crc32c(content[start:end]))
-        start = end
-    struct.pack_into("<I", fixed, 52, crc32c.crc32c(content[chunks_start:]))
-    struct.pack_into("<I", fixed, 60, byte_sum % 2**32)
-    covered = bytes(fixed[:56]) + bytes(fixed[60:chunks_start])
-    struct.pack_into("<I", fixed, 56, crc32c.crc32c(covered))
+    start, symbol_sum, voxels = chunks_start, 0, size**3
+    for at in range(68, 68 + 4 * columns * chunks, 4 * columns):
+        lengths = struct.unpack_from(f"<{columns - 2}I", content, at + 8)
+        symbols, end = content[start : start + lengths[0]], start + sum(lengths)
+        with contextlib.suppress(Exception):
+            symbol_sum += int(reference.inflate(content[33], symbols, min(chunk_voxels, voxels)).sum())
+        struct.pack_into("<I", fixed, at, crc32c.crc32c(content[start:end]))
+        start, voxels = end, voxels - chunk_voxels
+    struct.pack_into("<I", fixed, 56, crc32c.crc32c(content[chunks_start:]))
+    struct.pack_into("<I", fixed, 64, symbol_sum % 2**32)
+    covered = bytes(fixed[:60]) + bytes(fixed[64:chunks_start])
+    struct.pack_into("<I", fixed, 60, crc32c.crc32c(covered))
     return bytes(fixed)

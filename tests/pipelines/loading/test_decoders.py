@@ -2,56 +2,101 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import nvidia
 import pytest
 import reference_packed_reader as reference
 import torch
-from helpers import write_tiny
+import zstandard
+from helpers import tiny_sample, write_tiny
 from nvidia.dali import fn
 from reference_packed_reader import TABLE
 
 from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
 from pipelines.formats.packed import gather_gpu, gather_triton
+from pipelines.formats.packed.codecs import Codec
 from pipelines.formats.packed.decode import PackedSample, open_packed
-from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.encode import PRESETS, encode
 from pipelines.formats.packed.gather_choice import choose_gather
-from pipelines.formats.packed.gather_gpu import arrays_of, gather
+from pipelines.formats.packed.gather_gpu import device_sample, gather
+from pipelines.formats.packed.nvcomp import NvcompInflater, choose_inflater
 from pipelines.formats.packed.tar_shard import write_shard
+from pipelines.loading import packed_decoders
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.dali_graphs import define_pipeline, packed_nodes
 from pipelines.loading.loader import Loader
+from pipelines.loading.packed_decoders import PackedGpuDecoder
 from pipelines.loading.transforms import lookup_node, transform
 from pipelines.plan import RankSlice
 from pipelines.sample import Batch
+from preprocess.convert import convert
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 """Of Triton's kernel: its interpreter is in use without a GPU."""
 
+FLOATS = torch.float32, torch.float16, torch.bfloat16
+
 ROW_BEYOND_TABLE = reference.write(TABLE, [[0, 1, 2, 1], [2, 3, 0, 1]], size=2)
-SHORT_BLOCK = reference.write(TABLE, [[0, 1, 2, 1], [2, 2, 0]], size=2, byte_sum=9)
+# The second block inflates to a byte less, which LZ4 does not state.
+SHORT_BLOCK = reference.write(
+    TABLE, [[0, 1, 2, 1], [2, 2, 0]], size=2, codecs=(reference.STORED, reference.LZ4), symbol_sum=9
+)
 
 
-def decode_as_on_gpu(sample: PackedSample, dtype: torch.dtype, *, apply_log: bool) -> torch.Tensor:
+class Nvcomp:
+    """A stand-in for NVIDIA's package, with zstandard in place of a GPU."""
+
+    class BitstreamKind:
+        RAW = "raw"
+
+    class Codec:
+        def __init__(self, **settings: Any) -> None:
+            assert settings["algorithm"] == "Zstd" and settings["bitstream_kind"] == "raw"
+
+        def decode(self, frames: list[torch.Tensor], data_type: str) -> list[npt.NDArray[np.uint8]]:
+            assert data_type == "|u1"
+            contents = (zstandard.decompress(frame.numpy().tobytes()) for frame in frames)
+            return [np.frombuffer(bytearray(content), np.uint8) for content in contents]
+
+    as_array = staticmethod(lambda tensor: tensor)
+
+
+@pytest.fixture
+def nvcomp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.nvcomp", Nvcomp)
+    monkeypatch.setattr(nvidia, "nvcomp", Nvcomp, raising=False)
+
+
+def decode_as_on_gpu(
+    sample: PackedSample, dtype: torch.dtype, codec: Codec, *, apply_log: bool
+) -> torch.Tensor:
     """Decode as `PackedGpuDecoder` does, with another LZ4 decoder in place of DALI's."""
-    (blocks,), (starts,), (sizes,), (voxels,), (table,) = arrays_of([sample])
-    # DALI leaves zeros where a block is too short.
-    chunks = torch.zeros(len(starts), int(voxels[0]), dtype=torch.uint8)
-    for chunk, start, size in zip(chunks, starts.tolist(), sizes.tolist(), strict=True):
-        block = reference.lz4_inflate(blocks[start : start + size].tobytes())
-        chunk[: len(block)] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
-    header = sample.header
+    prepared = device_sample(sample, codec)
+    blocks, *extents, escapes, table = prepared.arrays
+    symbols = torch.from_numpy(blocks.copy())
+    if codec == Codec.LZ4:
+        starts, sizes, (voxels,) = extents
+        # DALI leaves zeros where a block is too short.
+        symbols = torch.zeros(len(starts), int(voxels), dtype=torch.uint8)
+        for chunk, start, size in zip(symbols, starts.tolist(), sizes.tolist(), strict=True):
+            block = reference.lz4_inflate(blocks[start : start + size].tobytes())
+            chunk[: len(block)] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
+    elif codec == Codec.ZSTD:
+        symbols = NvcompInflater(torch.device("cpu")).inflate(symbols, prepared.starts, prepared.sizes)
     values, by_mean = look_up(table, apply_log=apply_log), not apply_log
-    chunks, values = chunks.to(DEVICE), values.to(DEVICE)
-    outputs = [torch.zeros(header.spec.shape, dtype=dtype, device=DEVICE) for _ in range(2)]
+    given = symbols.to(DEVICE), torch.from_numpy(escapes).to(DEVICE), values.to(DEVICE)
+    outputs = [torch.zeros(sample.header.spec.shape, dtype=dtype, device=DEVICE) for _ in range(2)]
     # Triton's kernel, in its interpreter, writes the same bits.
     for function, out in zip((gather, gather_triton.gather), outputs, strict=True):
-        function(chunks, values, out, planes=header.planes, byte_sum=header.byte_sum, by_mean=by_mean)
+        function(*given, out, byte_sum=prepared.byte_sum, by_mean=by_mean)
     assert torch.equal(*(out.view(torch.int16) for out in outputs))
     return outputs[0].cpu()
 
@@ -67,14 +112,17 @@ def look_up(table: npt.NDArray[np.int16], *, apply_log: bool) -> torch.Tensor:
     return torch.utils.dlpack.from_dlpack(values.as_tensor())[0].clone()
 
 
+@pytest.mark.usefixtures("nvcomp")
 @pytest.mark.parametrize("apply_log", [True, False])
+@pytest.mark.parametrize("codec", Codec)
 @pytest.mark.parametrize("name", ["usual", "256 different", "all different", "one voxel"])
-def test_gpu_decoding_equals_the_transform(name: str, apply_log: bool) -> None:
+def test_gpu_decoding_equals_the_transform(name: str, codec: Codec, apply_log: bool) -> None:
     sample = reference.samples()[name]
-    packed = open_packed(Path("a.packed"), b"".join(encode(sample)))
     expected = torch.from_numpy(transform(sample.counts, apply_log=apply_log))
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        found = decode_as_on_gpu(packed, dtype, apply_log=apply_log)
+    # Either codec of a sample on every one of the device.
+    for preset, dtype in zip(("fast", "lz4"), FLOATS[codec:] + FLOATS[:codec], strict=False):
+        packed = open_packed(Path("a.packed"), b"".join(encode(sample, preset, chunk_voxels=1000)))
+        found = decode_as_on_gpu(packed, dtype, codec, apply_log=apply_log)
         if apply_log and dtype == torch.float32:
             exact = np.log1p(sample.counts.astype(np.float64)).astype(np.float32)
             assert torch.equal(found, torch.from_numpy(exact))
@@ -86,42 +134,72 @@ def test_gpu_decoding_equals_the_transform(name: str, apply_log: bool) -> None:
 def test_a_row_beyond_the_table_becomes_nan(apply_log: bool) -> None:
     rows = [[0, 1, 2, 3], [2, 255, 0, 1]]
     packed = open_packed(Path("a.packed"), reference.write(TABLE, rows, size=2))
-    found = decode_as_on_gpu(packed, torch.float32, apply_log=apply_log).view(8, 4)
+    found = decode_as_on_gpu(packed, torch.float32, Codec.STORED, apply_log=apply_log).view(8, 4)
     assert found.isnan().all(1).tolist() == [False, False, False, True, False, True, False, False]
     counts = np.array(TABLE)[[0, 1, 2, 2, 0, 1]]
     expected = np.log1p(counts) if apply_log else counts / (counts.sum() / 32)
     assert found[[0, 1, 2, 4, 6, 7]].tolist() == [pytest.approx(row) for row in expected.tolist()]
 
 
-def test_a_short_block_makes_its_whole_sample_nan() -> None:
+MANY = np.arange(300 * 4, dtype=np.int16).reshape(300, 4)
+"""A table whose rows need escapes."""
+
+
+def test_an_escape_beyond_the_table_becomes_nan() -> None:
+    rows = np.zeros(343, np.int64)
+    rows[[3, 40, 200, 300, 342]] = 299, 300, 255, 1000, 254
+    content = reference.write(MANY, [rows[:172], rows[172:]], size=7)
+    packed = open_packed(Path("a.packed"), content)
+    found = decode_as_on_gpu(packed, torch.float32, Codec.STORED, apply_log=True).view(-1, 4)
+    beyond = rows >= 300
+    assert found.isnan().all(1).tolist() == found.isnan().any(1).tolist() == beyond.tolist()
+    np.testing.assert_allclose(found[~beyond], np.log1p(MANY[rows[~beyond]]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("apply_log", [True, False])
+def test_a_short_block_makes_its_whole_sample_nan(apply_log: bool) -> None:
     packed = open_packed(Path("a.packed"), SHORT_BLOCK)
-    for apply_log in (True, False):
-        assert decode_as_on_gpu(packed, torch.float32, apply_log=apply_log).isnan().all()
+    assert decode_as_on_gpu(packed, torch.float32, Codec.LZ4, apply_log=apply_log).isnan().all()
+    with pytest.raises(DataError):
+        device_sample(packed, Codec.STORED)
 
 
-@pytest.mark.parametrize("planes", [1, 2, 3, 4])
-@pytest.mark.parametrize(("chunks", "voxels"), [(1, 1), (3, 7), (2, 2049), (1, 5000)])
-def test_kernel_gathers_any_planes_and_chunks(planes: int, chunks: int, voxels: int) -> None:
+@pytest.mark.parametrize("escapes", [[[0, 7], [1]], [[0, 7], [1, 2, 3]], [[], []]])
+def test_more_or_fewer_escapes_than_symbols_for_them_make_a_sample_nan(escapes: list[list[int]]) -> None:
+    symbols = np.zeros(343, np.int64)
+    symbols[[3, 40, 200, 300]] = 255
+    content = reference.write(MANY, [symbols[:172], symbols[172:]], size=7, escapes=escapes)
+    packed = open_packed(Path("a.packed"), content)
+    assert decode_as_on_gpu(packed, torch.float16, Codec.STORED, apply_log=True).isnan().all()
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("voxels", [1, 21, 4098, 5000])
+def test_kernel_gathers_any_rows(planes: int, voxels: int) -> None:
     generator = torch.Generator().manual_seed(planes)
-    blocks = torch.randint(0, 256, (chunks * planes, voxels), dtype=torch.uint8, generator=generator)
-    # Most rows are beyond the table.
-    blocks.view(chunks, planes, voxels)[:, 1:, : voxels // 2] = 0
-    for rows, byte_sum in ((2, int(blocks.sum())), (200, int(blocks.sum())), (200, 2**32 - 1)):
+    symbols = torch.randint(250, 256, (voxels,), dtype=torch.uint8, generator=generator)
+    count = int((symbols == 255).sum())
+    escapes = torch.randint(0, 256, (planes, count + 1), dtype=torch.uint8, generator=generator)
+    # Half of the rows are beyond a table of 400.
+    escapes[1:, : count // 2] = 0
+    for rows, total in ((2, 0), (257, 0), (258, 0), (400, 0), (400, 1)):
         table = torch.randn(rows, 4, generator=generator).to(DEVICE)
         table[-1] = torch.nan
-        outputs = [torch.zeros(chunks * voxels, 4, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+        outputs = [torch.zeros(voxels, 4, dtype=torch.float16, device=DEVICE) for _ in range(2)]
         for function, out in zip((gather, gather_triton.gather), outputs, strict=True):
-            function(blocks.to(DEVICE), table, out, planes=planes, byte_sum=byte_sum, by_mean=False)
+            given = symbols.to(DEVICE), escapes.to(DEVICE), table
+            function(*given, out, byte_sum=int(symbols.sum()) + total, by_mean=False)
         assert torch.equal(*(out.view(torch.int16) for out in outputs))
 
 
 def test_gather_writes_memory_of_either_layout() -> None:
-    blocks = torch.randint(0, 3, (2, 4), dtype=torch.uint8)
+    symbols = torch.randint(0, 3, (8,), dtype=torch.uint8)
     table = torch.tensor([*TABLE, [0, 0, 0, 0]], dtype=torch.float32)
     channels_last, channels_first = torch.zeros(2, 2, 2, 4), torch.zeros(4, 2, 2, 2).permute(1, 2, 3, 0)
     for out in (channels_last, channels_first):
-        gather(blocks, table, out, planes=1, byte_sum=int(blocks.sum()), by_mean=False)
-        assert torch.equal(out.reshape(8, 4), table[blocks.view(8).long()])
+        escapes = torch.zeros(1, 1, dtype=torch.uint8)
+        gather(symbols, escapes, table, out, byte_sum=int(symbols.sum()), by_mean=False)
+        assert torch.equal(out.reshape(8, 4), table[symbols.long()])
 
 
 def test_a_gather_that_differs_or_fails_is_left_out(
@@ -130,12 +208,12 @@ def test_a_gather_that_differs_or_fails_is_left_out(
     triton = gather_triton.gather
     assert choose_gather(DEVICE) is triton
 
-    def off_by_one(blocks: torch.Tensor, table: torch.Tensor, out: torch.Tensor, **options: Any) -> None:
-        triton(blocks, table, out, **options)
-        out[-1, -1] += 1
+    def off_by_one(*tensors: torch.Tensor, **options: Any) -> None:
+        triton(*tensors, **options)
+        tensors[-1][-1, -1] += 1
 
-    def ignores_damage(blocks: torch.Tensor, table: torch.Tensor, out: torch.Tensor, **options: Any) -> None:
-        triton(blocks, table, out, **options | {"byte_sum": int(blocks.sum())})
+    def ignores_damage(*tensors: torch.Tensor, **options: Any) -> None:
+        triton(*tensors, **options | {"byte_sum": int(tensors[0].sum())})
 
     def fails(*tensors: torch.Tensor, **options: Any) -> None:
         raise RuntimeError("no kernel image\nis available")
@@ -147,15 +225,38 @@ def test_a_gather_that_differs_or_fails_is_left_out(
         assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
 
 
+@pytest.mark.usefixtures("nvcomp")
+def test_nvcomp_that_differs_or_fails_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert choose_inflater(torch.device("cpu")) and not caplog.messages
+    decode = Nvcomp.Codec.decode
+
+    def differs(self: Nvcomp.Codec, *given: Any, **options: Any) -> list[npt.NDArray[np.uint8]]:
+        contents = decode(self, *given, **options)
+        contents[1][0] += 1
+        return contents
+
+    def fails(self: Nvcomp.Codec, *given: Any, **options: Any) -> None:
+        raise RuntimeError("no device\nis there")
+
+    for bad in (differs, fails):
+        monkeypatch.setattr(Nvcomp.Codec, "decode", bad)
+        caplog.clear()
+        assert choose_inflater(torch.device("cpu")) is None
+        assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
+
+
 def test_the_packed_graph_is_serialised_without_a_gpu() -> None:
-    for apply_log in (True, False):
+    for codec, apply_log in itertools.product(Codec, (True, False)):
         pipeline = define_pipeline(
-            lambda: packed_nodes(deque(), apply_log=apply_log),  # noqa: B023
+            lambda: packed_nodes(deque(), codec, DEVICE, apply_log=apply_log),  # noqa: B023
             LoaderConfig(batch_size=2),
             torch.device("cpu"),
         )
         serialised = pipeline.serialize()
-        assert b"decoders__Inflate" in serialised and b"LookupTable" in serialised
+        assert (b"decoders__Inflate" in serialised) == (codec == Codec.LZ4) and b"LookupTable" in serialised
 
 
 def write_damaged(root: Path, content: bytes) -> Path:
@@ -181,7 +282,7 @@ def open_loader(root: Path, device: str, **options: Any) -> Loader:
 def test_damage_that_only_decoding_finds_is_named_or_skipped(tmp_path: Path) -> None:
     path = write_damaged(tmp_path, ROW_BEYOND_TABLE)
     loader = open_loader(tmp_path, "cpu", batch_size=2)
-    with pytest.raises(DataError, match="chunk 1 has the row 3") as raised:
+    with pytest.raises(DataError, match="row 3") as raised:
         list(loader.batches(0))
     assert raised.value.path == str(path)
     loader.close()
@@ -191,14 +292,52 @@ def test_damage_that_only_decoding_finds_is_named_or_skipped(tmp_path: Path) -> 
     loader.close()
 
 
+@pytest.mark.usefixtures("nvcomp")
+@pytest.mark.parametrize("codec", [Codec.STORED, Codec.ZSTD])
+def test_the_gpu_decoder_decodes_on_a_cpu_what_dali_need_not_inflate(codec: Codec, tmp_path: Path) -> None:
+    root = write_tiny(tmp_path, train=5, validation=1, format_name="packed", size=16)
+    expected = open_loader(root, "cpu", batch_size=2)
+    loader = open_loader(root, "cpu", batch_size=2)
+    inflater = choose_inflater(torch.device("cpu")) if codec == Codec.ZSTD else None
+    spec, config = loader.split.spec, LoaderConfig(batch_size=2)
+    loader._decoder = PackedGpuDecoder(spec, config, torch.device("cpu"), codec, inflater)
+    for epoch, first in ((0, 0), (1, 0), (0, 1)):
+        for one, other in zip(expected.batches(epoch, first), loader.batches(epoch, first), strict=True):
+            assert torch.equal(one.volume, other.volume) and (one.index == other.index).all()
+    expected.close()
+    loader.close()
+
+
+def test_the_first_sample_of_a_data_set_decides_who_inflates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Codec] = []
+
+    def decoder(*given: Any) -> None:
+        made.append(given[3])
+
+    monkeypatch.setattr(packed_decoders, "PackedGpuDecoder", decoder)
+    for preset in PRESETS:
+        members = [("a.packed", encode(tiny_sample(1, 32), preset))]
+        (tmp_path / preset).mkdir()
+        write_shard(tmp_path / preset / "shard_000000.tar", members)
+        packed_decoders.make_packed_gpu_decoder(
+            open_folder(tmp_path / preset), LoaderConfig(), torch.device("cpu")
+        )
+    assert made == [Codec.LZ4, Codec.STORED, Codec.STORED]
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("apply_log", [True, False])
 @pytest.mark.parametrize("size", [16, 48])
 def test_gpu_batches_equal_those_of_the_cpu(
-    size: int, apply_log: bool, batch_size: int, tmp_path: Path
+    size: int, apply_log: bool, batch_size: int, preset: str, tmp_path: Path
 ) -> None:
-    root = write_tiny(tmp_path, train=7, validation=1, format_name="packed", size=size)
+    source = write_tiny(tmp_path / "npy", train=7, validation=1, format_name="npy", size=size)
+    root = tmp_path / "packed"
+    convert(source, root, "packed", workers=1, codec=preset)
     options = {"batch_size": batch_size, "apply_log": apply_log}
     cpu, gpu = open_loader(root, "cpu", **options), open_loader(root, "cuda:0", **options)
     half = torch.zeros(batch_size, size, size, size, 4, dtype=torch.float16, device="cuda")

@@ -101,7 +101,7 @@ def test_verify_names_a_damaged_sample_in_its_shard(tmp_path: Path) -> None:
     assert done.code == 1 and f"checksums: {shard}: its CRC-32C is not the manifest's" in done.err
     (tmp_path / "packed" / "manifest.jsonl").unlink()
     done = program("preprocess.verify", tmp_path / "packed")
-    assert done.code == 1 and f"content: {split.path(4)}: the CRC of plane" in done.err
+    assert done.code == 1 and f"content: {split.path(4)}: the CRC of chunk" in done.err
 
 
 def test_shard_size_of_zero_is_refused(tiny: Path, tmp_path: Path) -> None:
