@@ -22,6 +22,7 @@ from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError
 from pipelines.filesystem import refuse_input
+from pipelines.formats.packed.encode import DEFAULT_PRESET, PRESETS
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.registry import FORMATS
 from preprocess.conversion.convert_task import ConvertTask
@@ -29,7 +30,7 @@ from preprocess.conversion.engine import ConversionPlan, run
 from preprocess.conversion.task_result import WorkItem
 
 SAMPLES_PER_SHARD = 64
-"""150 MB of packed samples of 128^3, and 9,216 shards of the published set."""
+"""120 MB of packed samples of 128^3, and 9,216 shards of the published set."""
 
 
 def plan_conversion(
@@ -38,6 +39,7 @@ def plan_conversion(
     to: str,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     expected: str | None = None,
+    codec: str = DEFAULT_PRESET,
 ) -> ConversionPlan:
     """Plan the conversion of the samples in `source` to the format `to` in `target`.
 
@@ -47,6 +49,7 @@ def plan_conversion(
         to: A key of FORMATS.
         samples_per_shard: Samples of each shard, in a format that has shards.
         expected: Format that the source must have; None for any.
+        codec: A key of PRESETS, for packed samples.
 
     Raises:
         DataError: `source` has no samples, is not of the format `expected`, or is `target`.
@@ -62,7 +65,7 @@ def plan_conversion(
     sample_ids = [dataset.sample_id(index) for index in range(len(dataset))]
     names = [f"shard_{number:06d}" for number in range(len(sources))] if sharded else sample_ids
     items = [WorkItem(source, [name]) for source, name in zip(sources, names, strict=True)]
-    task, shard_size = ConvertTask(target, to), samples_per_shard if sharded else None
+    task, shard_size = ConvertTask(target, to, codec), samples_per_shard if sharded else None
     return ConversionPlan(target, to, dataset.spec, task, items, sample_ids, shard_size)
 
 
@@ -74,6 +77,7 @@ def convert(
     workers: int | None,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     expected: str | None = None,
+    codec: str | None = None,
 ) -> int:
     """Convert a folder of samples, or both splits of a data set; return the exit status."""
 
@@ -82,8 +86,11 @@ def convert(
             raise ConfigError("--to", to, f"expected one of {', '.join(sorted(FORMATS))}")
         if samples_per_shard < 1:
             raise ConfigError("--samples-per-shard", samples_per_shard, "expected at least one")
+        if codec is not None and to != PackedFormat.name:
+            raise ConfigError("--codec", codec, f"only --to {PackedFormat.name} has a choice of codecs")
+        preset = codec or DEFAULT_PRESET
         return [
-            plan_conversion(source / split, target / split, to, samples_per_shard, expected)
+            plan_conversion(source / split, target / split, to, samples_per_shard, expected, preset)
             for split in split_dirs(source)
         ]
 
@@ -112,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes of each rank (default: two a core)")
     text = "samples of each shard of packed samples"
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help=text)
+    text = f"compression of packed samples that are written (default: {DEFAULT_PRESET}); see docs/packed.md"
+    parser.add_argument("--codec", choices=sorted(PRESETS), help=text)
     arguments = parser.read(argv)
     return convert(
         arguments.input_dir,
@@ -119,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.to,
         workers=arguments.workers,
         samples_per_shard=arguments.samples_per_shard,
+        codec=arguments.codec,
     )
 
 

@@ -19,13 +19,14 @@ from preprocess.conversion.task_result import DamagedSourceError, TaskResult, Wo
 
 @dataclass(frozen=True, slots=True)
 class ConvertTask:
-    """Convert samples to the format `format_name` in `target`.
+    """Convert samples to the format `format_name` in `target`, packed ones with the preset `codec`.
 
     The source of a work item is a SampleDataset: of one sample, or of those that become one shard.
     """
 
     target: Path
     format_name: str
+    codec: str
 
     def __call__(self, item: WorkItem) -> TaskResult:
         """Convert the samples of `item` unless their entry is up to date."""
@@ -35,7 +36,7 @@ class ConvertTask:
 
         def convert() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
             if self.format_name == PackedFormat.name:
-                yield name, write_shard(self.target / (name + SHARD_SUFFIX), _members(dataset))
+                yield name, write_shard(self.target / (name + SHARD_SUFFIX), _members(dataset, self.codec))
             else:
                 sample = dataset.read(0, verify=True)
                 yield name, FORMATS[self.format_name].write(self.target, name, sample)
@@ -45,8 +46,8 @@ class ConvertTask:
         )
 
 
-def _members(dataset: SampleDataset) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Yield the members of a shard of all samples of `dataset`.
+def _members(dataset: SampleDataset, codec: str) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Yield the members of a shard of all samples of `dataset`, packed with the preset `codec`.
 
     Raises:
         DamagedSourceError: After the last sample, if some are damaged or cannot be read.
@@ -58,6 +59,6 @@ def _members(dataset: SampleDataset) -> Iterator[tuple[str, Iterator[bytes]]]:
         except DataError as error:
             errors.append(error)
         else:
-            yield dataset.sample_id(index) + MEMBER_SUFFIX, encode(sample)
+            yield dataset.sample_id(index) + MEMBER_SUFFIX, encode(sample, codec)
     if errors:
         raise DamagedSourceError(errors, len(dataset))
