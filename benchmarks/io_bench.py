@@ -41,7 +41,7 @@ from benchmarks.candidates import (
 )
 from benchmarks.emulation import PASSING, SECONDS, Utilisation, emulate
 from benchmarks.picture import draw
-from benchmarks.samples import make_splits
+from benchmarks.samples import KINDS, make_splits
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
@@ -199,7 +199,8 @@ def show_utilisation(found: dict[str, Utilisation], seconds: float) -> None:
         each = f" ({min(one.each):.1%} to {max(one.each):.1%})" if one.accelerators > 1 else ""
         print(
             f"{name:14} {one.accelerators} x {1e3 * seconds:g} ms a step: utilisation {one.mean:.1%}{each}, "
-            f"{verdict} at {PASSING:.0%}; {one.samples_per_s:.0f} samples/s, {one.cpu_ms:.1f} ms CPU a sample"
+            f"{verdict} at {PASSING:.0%}; {one.samples_per_s:.0f} samples/s, {one.cpu_ms:.1f} ms CPU a "
+            f"sample; {min(one.by_formula):.1%} by MLPerf Storage's formula (unofficial)"
         )
 
 
@@ -245,7 +246,7 @@ def _seconds(text: str) -> float:
 
 
 def _formats(text: str) -> list[str]:
-    return harness.among(text, FORMATS)
+    return harness.among(text, KINDS)
 
 
 def _storage(text: str) -> list[str]:

@@ -131,6 +131,9 @@ def test_utilisation_of_emulated_accelerators(data: Path, capsys: pytest.Capture
     # 40 ms for a batch of two tiny samples, which are ready in time.
     assert len(found.each) == 2 and all(0.5 < utilisation <= 1.0 for utilisation in found.each)
     assert found.samples_per_s <= 2 * 50
+    # The formula takes a sleep as long as it was, and leaves out the first step.
+    assert all(0.5 < utilisation <= 1.0 for utilisation in found.by_formula)
+    assert min(found.by_formula) >= min(found.each) - 0.1
     assert "passes at 70%" in capsys.readouterr().out
     ((_, results),) = io_bench.main([*flags, "--emulate", "0.00001"]).items()
     assert len(results["packed"].each) == 1 and results["packed"].mean < 0.5
