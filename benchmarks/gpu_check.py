@@ -41,7 +41,7 @@ _LEAST = 10
 _GRACE = 5
 """Seconds in which a part whose time is over may still write what it found, as pytest its failures."""
 
-_READS = ("nvidia.dali", "crc32c", "lz4", "zlib_ng")
+_READS = ("nvidia.dali", "crc32c", "lz4", "zlib_ng", "zstandard")
 """Packages for reading samples."""
 
 _TRAINS = (*_READS, "yaml", "mlperf_logging", "tqdm")
@@ -103,7 +103,7 @@ def parts(folder: Path, scratch: Path) -> list[Part]:
     if not missing(_READS):
         grid += ["--loop", "--data-dir", str(samples)]
     io = ["--formats", "npy,packed", "--samples", "8", "--data-dir", str(samples)]
-    inflate = ["--data", str(samples / "8x128" / "packed")]
+    inflate = ["--data", str(samples / "8x128" / "packed_v3")]
     train = ["--config", str(scratch / "train.yaml"), "--run-dir", str(folder / "run")]
     eagerly, compiled = [*_ON_GPU, "-k", "not compile"], [*_ON_GPU, "-k", "compile"]
     return [

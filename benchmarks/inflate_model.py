@@ -18,21 +18,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import lz4.block
-import numpy as np
-import numpy.typing as npt
-
 # Also run as a file, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks.samples import add_sample_options, chosen_samples
 from benchmarks.step_model import CHIPS, Chip
-from pipelines.formats.packed.distinct import tabulate
+from pipelines.formats.packed.decode import open_packed
+from pipelines.formats.packed.encode import encode
+from pipelines.sample import Sample
 from pipelines.tables import format_table
 
 LENGTHS = 64, 32, 16, 8, 4
-"""Chunk lengths in KiB; the first is the one that sizes are compared with."""
+"""Chunk lengths in Ki voxels, so in KiB; the first is the one that sizes are compared with."""
 
 BATCHES = 1, 2, 4, 8
 
@@ -48,18 +46,15 @@ _SCHEDULERS, _RESIDENT = 4, 16
 _OVERHEAD = 50e-6
 """Seconds a batch for allocation and launches."""
 
-_LEVEL, _ALIGNMENT, _ENTRY = 9, 16, 8
-"""Of the packed format: LZ4's level, and for each block its alignment and bytes in the directory."""
-
 
 @dataclass(frozen=True)
 class Chunks:
     """The LZ4 blocks of a sample for one chunk length.
 
     Attributes:
-        blocks: Their number, of all planes.
+        blocks: Their number: those of the symbols, which a GPU inflates.
         longest: Most sequences of a block.
-        bytes: In a file, with padding and directory.
+        bytes: Of the whole sample.
     """
 
     blocks: int
@@ -92,28 +87,13 @@ def count_sequences(block: bytes) -> int:
     return count
 
 
-def cut(planes: Sequence[npt.NDArray[np.uint8]], length: int) -> Chunks:
-    """Return the blocks of `planes` in chunks of `length` bytes."""
-    blocks = [
-        lz4.block.compress(
-            plane[start : start + length].tobytes(),
-            store_size=False,
-            mode="high_compression",
-            compression=_LEVEL,
-        )
-        for plane in planes
-        for start in range(0, len(plane), length)
-    ]
-    stored = sum(_ENTRY + _ALIGNMENT * math.ceil(len(block) / _ALIGNMENT) for block in blocks)
-    return Chunks(len(blocks), max(map(count_sequences, blocks)), stored)
-
-
-def planes_of(counts: npt.NDArray[np.int16]) -> list[npt.NDArray[np.uint8]]:
-    """Return the planes of the row indices of `counts`, (n, n, n, C)."""
-    table, rows = tabulate(counts)
-    planes = max(1, -(-(len(table) - 1).bit_length() // 8))
-    indices = rows.reshape(-1).astype("<u4").view(np.uint8).reshape(-1, 4)
-    return [np.ascontiguousarray(indices[:, plane]) for plane in range(planes)]
+def cut(sample: Sample, length: int) -> Chunks:
+    """Return the blocks of `sample`, packed with the preset lz4 in chunks of `length` voxels."""
+    content = b"".join(encode(sample, "lz4", chunk_voxels=length))
+    chunks = open_packed(Path("a.packed"), content).chunks
+    starts, sizes = chunks.starts[:, 0].tolist(), chunks.sizes[:, 0].tolist()
+    blocks = [content[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    return Chunks(len(blocks), max(map(count_sequences, blocks)), len(content))
 
 
 def batch_seconds(chunks: Chunks, batch: int, sequence: float, chip: Chip) -> float:
@@ -132,13 +112,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.set_defaults(samples=1)
     options = parser.parse_args(argv)
     chip = next(chip for chip in CHIPS if chip.name == "H100")
-    planes = [planes_of(sample.counts) for sample in chosen_samples(options)]
+    samples = chosen_samples(options)
     columns = [f"batch {batch}: ms, samples/s" for batch in BATCHES]
     table = [["chunk", "blocks", "sequences", "MB", "size", *columns]]
     results: dict[str, dict[str, float]] = {}
     first = 0
     for kib in LENGTHS:
-        cuts = [cut(each, kib << 10) for each in planes]
+        cuts = [cut(sample, kib << 10) for sample in samples]
         size = sum(each.bytes for each in cuts) // len(cuts)
         first = first or size
         chunks = Chunks(max(each.blocks for each in cuts), max(each.longest for each in cuts), size)
@@ -151,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             words.append(f"{1e3 * low:.2f}-{1e3 * high:.2f}, {batch / high:,.0f}-{batch / low:,.0f}")
         table.append(words)
         results[f"{kib} KiB"] = figures
-    print(f"{chip.name}, samples of {len(planes[0][0])} voxels, {len(planes[0])} planes")
+    print(f"{chip.name}, samples of {samples[0].counts.shape[0]}^3")
     print(format_table(table))
     if options.output:
         print("written to", harness.save("inflate_model", vars(options), results, options.output))

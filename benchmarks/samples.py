@@ -6,14 +6,15 @@ import argparse
 import functools
 import gzip
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import harness
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_folder
-from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.encode import DEFAULT_PRESET, PRESETS, encode
 from pipelines.formats.packed.format import MEMBER_SUFFIX
+from pipelines.formats.packed.header import VERSION
 from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tf_example import encode_example
@@ -56,43 +57,47 @@ def compressed(sample: Sample) -> bytes:
     return gzip.compress(frame(encode_example(sample)), _PUBLISHED_LEVEL, mtime=0)
 
 
-def make_splits(root: Path, formats: Sequence[str], samples: int, size: int) -> dict[str, SampleDataset]:
-    """Return `samples` simulated samples of `size`^3 in each format, in the page cache; make missing ones."""
+KINDS = (*FORMATS, *(f"packed_{preset}" for preset in PRESETS if preset != DEFAULT_PRESET))
+"""The formats, and the packed format with the presets that are not its default."""
+
+
+def make_splits(root: Path, kinds: Sequence[str], samples: int, size: int) -> dict[str, SampleDataset]:
+    """Return `samples` simulated samples of `size`^3 of each kind, in the page cache; make missing ones."""
     splits = {}
-    for format_name in formats:
-        folder = root / f"{samples}x{size}" / format_name
+    for kind in kinds:
+        folder = folder_of(root, kind, samples, size)
         if not folder.exists():
             # Written under another name, so that an interrupted set does not look complete.
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             named = [(_stem(index), simulated(index, size)) for index in range(samples)]
-            write_samples(partial, format_name, named)
+            write_samples(partial, kind, named)
             partial.rename(folder)
         for file in folder.iterdir():
             file.read_bytes()
-        splits[format_name] = open_folder(folder)
+        splits[kind] = open_folder(folder)
     return splits
+
+
+def folder_of(root: Path, kind: str, samples: int, size: int) -> Path:
+    """Return the folder of such samples, which version 2 of the packed format did not use."""
+    return root / f"{samples}x{size}" / (f"{kind}_v{VERSION}" if kind.startswith("packed") else kind)
 
 
 def _stem(index: int) -> str:
     return f"universe_{index:04d}"
 
 
-def write_samples(
-    folder: Path,
-    format_name: str,
-    samples: Sequence[tuple[str, Sample]],
-    pack: Callable[[Sample], Iterator[bytes]] = encode,
-) -> None:
-    """Write `samples`, with their names, to `folder`: packed ones by `pack`, gzip as published."""
-    if format_name == "packed":
-        write_shard(
-            folder / "shard_000000.tar", ((stem + MEMBER_SUFFIX, pack(sample)) for stem, sample in samples)
-        )
+def write_samples(folder: Path, kind: str, samples: Sequence[tuple[str, Sample]]) -> None:
+    """Write `samples`, with their names, to `folder`, as one of KINDS; gzip as published."""
+    if kind.startswith("packed"):
+        preset = kind.removeprefix("packed_") if "_" in kind else DEFAULT_PRESET
+        members = ((stem + MEMBER_SUFFIX, encode(sample, preset)) for stem, sample in samples)
+        write_shard(folder / "shard_000000.tar", members)
         return
-    write: Callable[[Path, str, Sample], object] = FORMATS[format_name].write
-    if format_name == "tfrecord_gzip":
+    write: Callable[[Path, str, Sample], object] = FORMATS[kind].write
+    if kind == "tfrecord_gzip":
 
         def write(folder: Path, stem: str, sample: Sample) -> object:
             return (folder / f"{stem}{TFRECORD_SUFFIX}").write_bytes(compressed(sample))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.peers.contract import WORKERS, Item, Job, Peer, Resume
-from benchmarks.samples import write_samples
+from benchmarks.samples import KINDS, write_samples
 from pipelines.dataset.open import open_folder
-from pipelines.formats.packed.encode import encode
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice
@@ -21,18 +20,14 @@ from pipelines.sample import Sample
 _RESUME = Resume(True, True, "docs/architecture.md, The life of a run")
 
 
-def project(name: str, format_name: str, pack: Callable[[Sample], Iterator[bytes]] = encode) -> Peer:
-    """Return the row of a format.
-
-    Args:
-        pack: Encoder of packed samples.
-    """
+def project(kind: str) -> Peer:
+    """Return the row of samples of `kind`, one of KINDS."""
 
     def write(folder: Path, samples: Sequence[Sample]) -> None:
         stems = (f"universe_{index:04d}" for index in range(len(samples)))
-        write_samples(folder, format_name, list(zip(stems, samples, strict=True)), pack)
+        write_samples(folder, kind, list(zip(stems, samples, strict=True)))
 
-    return Peer(name, ("nvidia.dali",), name, write, _open, _RESUME)
+    return Peer(kind, ("nvidia.dali",), kind, write, _open, _RESUME)
 
 
 def _open(job: Job) -> Iterator[Item]:
@@ -44,8 +39,4 @@ def _open(job: Job) -> Iterator[Item]:
                 yield batch.volume, batch.target
 
 
-PEERS = [
-    project("packed", "packed"),
-    project("npy", "npy"),
-    project("tfrecord_gzip", "tfrecord_gzip"),
-]
+PEERS = [project(kind) for kind in KINDS if kind != "tfrecord"]

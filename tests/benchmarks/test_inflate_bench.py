@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import inflate_bench, samples
 from pipelines.loading.config import LoaderConfig
-from pipelines.loading.decoders import PackedGpuDecoder
 from pipelines.loading.loader import Loader
+from pipelines.loading.packed_decoders import PackedGpuDecoder
 from pipelines.plan import RankSlice
 
 
@@ -19,7 +19,8 @@ from pipelines.plan import RankSlice
 def test_chunks_and_batches_are_measured(tmp_path: Path) -> None:
     flags = ["--size", "32", "--samples", "2", "--chunk-kib", "1,8,32", "--batch-size", "1,4"]
     results = inflate_bench.main([*flags, "--steps", "3", "--rounds", "2", "--output", str(tmp_path)])
-    assert list(results) == [f"{kib} KiB, batch {batch}" for kib in (1, 8, 32) for batch in (1, 4)]
+    kinds = ("1 KiB", "8 KiB", "32 KiB", "host")
+    assert list(results) == [f"{kind}, batch {batch}" for kind in kinds for batch in (1, 4)]
     assert all(rate.p10 > 0 for rate in results.values())
     (path,) = tmp_path.glob("*.json")
     assert json.loads(path.read_text())["results"].keys() == results.keys()

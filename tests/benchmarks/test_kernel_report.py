@@ -39,13 +39,13 @@ parts = {
 }
 def table(rows, byte_sum):
     with recorded_launches() as launches:
-        blocks, out = (torch.empty(*shape, dtype=dtype, device="meta")
-            for shape, dtype in (((2, 4096), torch.uint8), ((16, 16, 32, 4), torch.float16)))
+        symbols, escapes, out = (torch.empty(*shape, dtype=dtype, device="meta") for shape, dtype in
+            (((8192,), torch.uint8), ((1, rows), torch.uint8), ((16, 16, 32, 4), torch.float16)))
         values = torch.empty(rows, 4, device="meta")
-        gather(blocks, values, out, planes=1, byte_sum=byte_sum, by_mean=False)
+        gather(symbols, escapes, values, out, byte_sum=byte_sum, by_mean=False)
     return [compile_launch(launch, 90).instructions for launch in launches]
 
-print(json.dumps([code, parts, [table(2, 1), table(17, 32), table(300, 7)]]))
+print(json.dumps([code, parts, [table(2, 1), table(17, 32), table(33, 7)], [table(300, 1), table(400, 16)]]))
 """
 
 
@@ -57,7 +57,7 @@ def test_kernels_are_compiled_and_the_step_has_the_operations_of_the_network() -
         [sys.executable, "-W", "ignore", "-c", COMPILED],
         cwd=root, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    (forward, backward), parts, tables = json.loads(done.stdout)
+    (forward, backward), parts, few, many = json.loads(done.stdout)
     for code in (forward, backward):
         assert 0 < code["registers"] <= 255 and code["warps"] == 4
         assert code["stack"] == code["tensor_core"] == 0 and code["instructions"] > 100
@@ -67,11 +67,11 @@ def test_kernels_are_compiled_and_the_step_has_the_operations_of_the_network() -
         flops = 2 * 27 * channels * filters * (128 >> (block - 1)) ** 3
         assert parts[f"block {block} forward"][0] == flops
         assert parts[f"block {block} backward"][0] == 2 * flops
-    # Two planes of bytes, four numbers a voxel.
-    assert parts["gather"][1] == pytest.approx((2 + 8) * 128**3, rel=0.01)
+    # The symbols twice, two bytes for each eighth voxel, a table of 40,000 rows, and four numbers a voxel.
+    assert parts["gather"][1] == pytest.approx((2 + 2 / 8 + 8) * 128**3 + 40_000 * 8, rel=0.05)
     assert parts["optimizer"][1] == 5 * 4 * 8_907_556
     # Samples differ in the rows of their tables, of which there may be one: none waits for a compiler.
-    assert tables[0] == tables[1] == tables[2]
+    assert few[0] == few[1] == few[2] and many[0] == many[1]
 
 
 def test_loops_that_the_compiler_unrolled_are_part_of_the_code() -> None:
