@@ -138,6 +138,9 @@ class PackedGpuDecoder(DaliDecoder):
             symbols, escapes, table = (as_torch(output[row], self._device) for output in outputs)
             if self._inflater:
                 symbols = self._inflater.inflate(symbols, sample.starts, sample.sizes)
+                if len(symbols) != volume[row, 0].numel():
+                    # The loader reads its samples on the host then, and names the damaged one.
+                    raise RuntimeError(f"nvCOMP inflated {len(symbols)} bytes of a packed sample")
             self._gather(
                 symbols,
                 escapes,
@@ -163,12 +166,16 @@ def make_packed_gpu_decoder(
 ) -> PackedGpuDecoder:
     """Return the decoder for the codec of the first sample of `split`; it also takes samples of others."""
     codec, inflater, inflates = Codec.STORED, None, "the reader threads inflate (DALI inflates LZ4 alone)"
-    with contextlib.suppress(DataError):
-        packed = split.payload(0)
-        assert isinstance(packed, PackedSample)
-        if packed.header.codecs[1] == Codec.LZ4:
-            codec, inflates = Codec.LZ4, "DALI inflates on the GPU"
-        elif packed.header.codecs[1] == Codec.ZSTD and (inflater := choose_inflater(device)):
-            codec, inflates = Codec.ZSTD, "nvCOMP inflates on the GPU"
+    first = Codec.STORED
+    # A partition without samples has padding rows only.
+    if len(split):
+        with contextlib.suppress(DataError):
+            packed = split.payload(0)
+            assert isinstance(packed, PackedSample)
+            first = packed.header.codecs[1]
+    if first == Codec.LZ4:
+        codec, inflates = Codec.LZ4, "DALI inflates on the GPU"
+    elif first == Codec.ZSTD and (inflater := choose_inflater(device)):
+        codec, inflates = Codec.ZSTD, "nvCOMP inflates on the GPU"
     logger.info("packed samples: %s", inflates)
     return PackedGpuDecoder(split.spec, config, device, codec, inflater)

@@ -94,10 +94,11 @@ def _inflate_zstd(content: memoryview, starts: Integers, sizes: Integers, length
     # A decompressor keeps state between its calls, so that each thread needs its own.
     if not hasattr(_threads, "decompressor"):
         _threads.decompressor = zstandard.ZstdDecompressor()
-    extents = np.stack([starts, sizes], 1).astype("<u8").tobytes()
+    # The library takes numbers in the byte order of the machine.
+    extents = np.stack([starts, sizes], 1).astype(np.uint64).tobytes()
     frames = zstandard.BufferWithSegments(content, extents)
-    # The library refuses a frame whose content has another length than is asked for.
-    return _threads.decompressor.multi_decompress_to_buffer(frames, lengths.astype("<u8").tobytes())
+    # It refuses a frame whose content has another length than is asked for.
+    return _threads.decompressor.multi_decompress_to_buffer(frames, lengths.astype(np.uint64).tobytes())
 
 
 _INFLATE: dict[Codec, Callable[..., Any]] = {

@@ -23,7 +23,7 @@ class DeviceSample(NamedTuple):
 
     Attributes:
         arrays: what the packed graph takes of it; see `packed_nodes`.
-        byte_sum: sum of its symbols, modulo BYTE_SUM_MODULUS.
+        byte_sum: sum of its symbols by the header.
         starts, sizes: offset and length of each block of symbols in the first of `arrays`.
     """
 
@@ -42,7 +42,7 @@ def device_sample(packed: PackedSample, codec: Codec) -> DeviceSample:
     Raises:
         DataError: a block does not inflate.
     """
-    header, chunks, byte_sum = packed.header, packed.chunks, packed.header.byte_sum
+    header, chunks = packed.header, packed.chunks
     escapes = packed.escapes()
     planes = np.zeros((max(1, len(escapes)), 1 + int(chunks.escapes.sum())), np.uint8)
     for plane, content in zip(planes, escapes, strict=False):
@@ -52,16 +52,14 @@ def device_sample(packed: PackedSample, codec: Codec) -> DeviceSample:
         blocks = np.frombuffer(packed.content, np.uint8)[chunks.extent]
         starts, sizes = chunks.starts[:, 0] - chunks.extent.start, chunks.sizes[:, 0]
     else:
-        symbols = packed.symbols(chunks)
-        byte_sum = int(np.frombuffer(symbols, np.uint8).sum(dtype=np.uint64)) % BYTE_SUM_MODULUS
-        contents = _compress(symbols, header.chunk_voxels, codec)
+        contents = _compress(packed.symbols(chunks), header.chunk_voxels, codec)
         blocks, sizes = np.frombuffer(b"".join(contents), np.uint8), np.array(list(map(len, contents)))
         starts = np.cumsum(sizes) - sizes
     arrays: Arrays = (blocks, planes, table)
     if codec == Codec.LZ4:
         extents = starts.astype(np.int32), sizes.astype(np.int32), np.array([header.chunk_voxels], np.int32)
         arrays = (blocks, *extents, planes, table)
-    return DeviceSample(arrays, byte_sum, starts.tolist(), sizes.tolist())
+    return DeviceSample(arrays, header.byte_sum, starts.tolist(), sizes.tolist())
 
 
 def _compress(symbols: bytes, chunk_voxels: int, codec: Codec) -> list[bytes]:

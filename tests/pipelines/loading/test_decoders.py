@@ -164,6 +164,15 @@ def test_a_short_block_makes_its_whole_sample_nan(apply_log: bool) -> None:
         device_sample(packed, Codec.STORED)
 
 
+@pytest.mark.usefixtures("nvcomp")
+@pytest.mark.parametrize("codec", Codec)
+def test_other_symbols_than_were_packed_make_a_sample_nan(codec: Codec) -> None:
+    # Whichever side inflates them, and if they are compressed again on the way.
+    content = reference.write(TABLE, [[0, 1, 2, 1], [2, 2, 0, 1]], size=2, symbol_sum=5)
+    packed = open_packed(Path("a.packed"), content)
+    assert decode_as_on_gpu(packed, torch.float32, codec, apply_log=True).isnan().all()
+
+
 @pytest.mark.parametrize("escapes", [[[0, 7], [1]], [[0, 7], [1, 2, 3]], [[], []]])
 def test_more_or_fewer_escapes_than_symbols_for_them_make_a_sample_nan(escapes: list[list[int]]) -> None:
     symbols = np.zeros(343, np.int64)
@@ -308,6 +317,21 @@ def test_the_gpu_decoder_decodes_on_a_cpu_what_dali_need_not_inflate(codec: Code
     loader.close()
 
 
+@pytest.mark.usefixtures("nvcomp")
+def test_frames_that_nvcomp_inflates_to_another_length_are_named(tmp_path: Path) -> None:
+    for number, rows in enumerate(([2, 2, 0], [2, 2, 0, 0, 0])):
+        codecs = (reference.STORED, reference.ZSTD)
+        content = reference.write(TABLE, [[0, 1, 2, 1], rows], size=2, codecs=codecs)
+        path = write_damaged(tmp_path / str(number), content)
+        loader, cpu = open_loader(tmp_path / str(number), "cpu", batch_size=2), torch.device("cpu")
+        config, inflater = LoaderConfig(batch_size=2), choose_inflater(cpu)
+        loader._decoder = PackedGpuDecoder(loader.split.spec, config, cpu, Codec.ZSTD, inflater)
+        with pytest.raises(DataError) as raised:
+            list(loader.batches(0))
+        assert raised.value.path == str(path)
+        loader.close()
+
+
 def test_the_first_sample_of_a_data_set_decides_who_inflates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +349,10 @@ def test_the_first_sample_of_a_data_set_decides_who_inflates(
             open_folder(tmp_path / preset), LoaderConfig(), torch.device("cpu")
         )
     assert made == [Codec.LZ4, Codec.STORED, Codec.STORED]
+    # A partition without samples has none to decide.
+    nothing = open_folder(tmp_path / "lz4").subset(np.empty(0, np.int64))
+    packed_decoders.make_packed_gpu_decoder(nothing, LoaderConfig(), torch.device("cpu"))
+    assert made[-1] == Codec.STORED
 
 
 @pytest.mark.gpu
