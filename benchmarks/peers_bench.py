@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import json
-import os
+import math
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,18 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import harness
 from benchmarks.peers.contract import Peer, Resume
 from benchmarks.peers.disk import drop_from_cache, limited_disk
-from benchmarks.peers.process import LEAD, Figures, Task
+from benchmarks.peers.process import LEAD, Action, Figures, RowError, Task, run_task
 from benchmarks.peers.registry import PEERS
 from benchmarks.picture import draw
 from benchmarks.samples import make_splits
 from pipelines.errors import UserError
 from pipelines.tables import format_table
 
-_ROOT = Path(__file__).resolve().parent.parent
-_LIMIT_S = 300.0
-"""Seconds after which a row's process is stopped."""
-
-Action = Literal["write", "check", "cache", "disk"]
 T = TypeVar("T")
 
 
@@ -58,11 +51,13 @@ class Setting:
         title: Its name in the results.
         storage: The action of a row's process.
         enter: Puts a process under the limit of the disk.
+        mb_per_s: This limit.
     """
 
     title: str
     storage: Literal["cache", "disk"]
-    enter: Callable[[], None] | None
+    enter: Callable[[], None] | None = None
+    mb_per_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +78,6 @@ class Row:
     peak_mb: float
     resume: Resume
     rounds: list[Figures]
-
-
-class RowError(Exception):
-    """A row's process failed; the text is the last line of its errors."""
 
 
 class Bench:
@@ -135,42 +126,10 @@ class Bench:
         return [path for path in (self._root / peer.form).rglob("*") if path.is_file()]
 
     def _run(self, action: Action, peer: Peer, folder: Path, enter: Callable[[], None] | None = None) -> str:
-        """Run the process of a row; return its figures in JSON.
-
-        Raises:
-            RowError: It failed, or did not end in time.
-        """
-        task = Task(
-            action,
-            peer.name,
-            str(self._source),
-            str(folder),
-            self._samples,
-            self._options.size,
-            self._options.steps,
-        )
-        with tempfile.TemporaryDirectory() as scratch:
-            result = Path(scratch) / "result.json"
-            command = [sys.executable, "-m", "benchmarks.peers.process"]
-            try:
-                done = subprocess.run(
-                    [*command, json.dumps(dataclasses.asdict(task)), str(result)],
-                    cwd=_ROOT,
-                    env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    timeout=_LIMIT_S,
-                    text=True,
-                    errors="replace",
-                    preexec_fn=enter,
-                )
-            except subprocess.TimeoutExpired:
-                raise RowError(f"{action}: not finished after {_LIMIT_S:g} s") from None
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-                raise RowError(f"{action}: {lines[-1]}")
-            return result.read_text() if result.exists() else ""
+        """Run the process of a row; return its figures in JSON, if it measures any."""
+        size, steps = self._options.size, self._options.steps
+        task = Task(action, peer.name, str(self._source), str(folder), self._samples, size, steps)
+        return run_task(task, enter)
 
 
 def compare(
@@ -188,11 +147,14 @@ def compare(
     for peer in complete:
         each = figures[peer.name]
         pairs = zip(each, figures[complete[0].name], strict=True)
+        # What was read ahead before the timed batches would make a row faster than its disk.
+        disk_mb = bench.disk_mb(peer)
+        limit = setting.mb_per_s / disk_mb
         rows[peer.name] = Row(
-            samples_per_s=harness.Spread.of(one.samples_per_s for one in each),
+            samples_per_s=harness.Spread.of(min(one.samples_per_s, limit) for one in each),
             cpu_ms=harness.Spread.of(one.cpu_ms for one in each),
             cpu_of_first=harness.Spread.of(one.cpu_ms / first.cpu_ms for one, first in pairs),
-            disk_mb=bench.disk_mb(peer),
+            disk_mb=disk_mb,
             first_ms=statistics.median(one.first_ms for one in each),
             peak_mb=statistics.median(one.peak_mb for one in each),
             resume=peer.resume,
@@ -268,11 +230,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Row]]:
     errors: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         root = options.data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        settings = [Setting("page cache", "cache", None)]
+        settings = [Setting("page cache", "cache")]
         if options.disk:
             root.mkdir(parents=True, exist_ok=True)
             enter = stack.enter_context(limited_disk(root, 10**6 * options.disk))
-            settings.append(Setting(f"disk of {options.disk} MB/s", "disk", enter))
+            settings.append(Setting(f"disk of {options.disk} MB/s", "disk", enter, options.disk))
         bench = Bench(root, options)
         for peer in peers:
             attempt(bench.prepare, peer, errors)

@@ -39,4 +39,7 @@ def _open(job: Job) -> Iterator[Item]:
                 yield batch.volume, batch.target
 
 
-PEERS = [project(kind) for kind in KINDS if kind != "tfrecord"]
+_FIRST = sorted(KINDS, key=lambda kind: not kind.startswith("packed"))
+"""The table compares all rows with the first, the packed format's default."""
+
+PEERS = [project(kind) for kind in _FIRST if kind != "tfrecord"]

@@ -11,10 +11,12 @@ import contextlib
 import importlib
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,6 +36,11 @@ LEAD = 2 * AHEAD * WORKERS
 _ENDLESS = 1000
 """Epochs of a row that is read from the page cache."""
 
+_LIMIT_S = 300.0
+"""Seconds after which a process is stopped."""
+
+Action = Literal["write", "check", "cache", "disk"]
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -50,7 +57,7 @@ class Task:
         steps: Timed batches.
     """
 
-    action: Literal["write", "check", "cache", "disk"]
+    action: Action
     peer: str
     source: str
     folder: str
@@ -78,6 +85,39 @@ class Figures:
     cpu_ms: float
     first_ms: float
     peak_mb: float
+
+
+class RowError(Exception):
+    """The process of a row failed; the text is the last line of its errors."""
+
+
+def run_task(task: Task, enter: Callable[[], None] | None = None) -> str:
+    """Run the process of `task`, which calls `enter` first; return its figures in JSON, if it measures any.
+
+    Raises:
+        RowError: It failed, or did not end in time.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.peers.process", json.dumps(asdict(task)), str(result)],
+                cwd=Path(__file__).resolve().parents[2],
+                env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=_LIMIT_S,
+                text=True,
+                errors="replace",
+                preexec_fn=enter,
+            )
+        except subprocess.TimeoutExpired:
+            raise RowError(f"{task.action}: not finished after {_LIMIT_S:g} s") from None
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise RowError(f"{task.action}: {lines[-1]}")
+        return result.read_text() if result.exists() else ""
 
 
 def write(task: Task) -> None:
