@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import secrets
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.formats.packed.compiled import load
 from pipelines.formats.packed.gather_cpu import ESCAPE
 
 _ITEM = 8
@@ -21,9 +21,9 @@ def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.
 
     Returns:
         The table (rows, C) int16. The ESCAPE most frequent voxels are first, the most frequent one of all at
-        the start. The others follow by the power of two below which their frequency is; those of one power,
-        and equally frequent ones among the first, are sorted by their counts, the last channel first. That
-        compresses the table better than an exact order by frequency, which only a symbol needs.
+        the start. The others follow by the smallest power of two that is not below their frequency; those of
+        one power, and equally frequent ones among the first, are sorted by their counts, the last channel
+        first. That compresses the table better than an exact order by frequency, which only a symbol needs.
         The row of each voxel (voxels,), uint16 if the table has up to 65,536 rows, otherwise uint32.
     """
     voxels = np.ascontiguousarray(counts).reshape(-1, counts.shape[-1])
@@ -41,15 +41,14 @@ def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.
 
 def _find(voxels: npt.NDArray[np.int16]) -> tuple[npt.NDArray[Any], ...]:
     """Return the distinct ones of `voxels` (voxels, C), each one's row among them, and their frequencies."""
-    assert _compiled is not None
     count = len(voxels)
-    bits = max(1, (2 * count - 1).bit_length())
+    bits = (2 * count - 1).bit_length()
     # For the worst case; memory that is not written is not taken.
     slots, distinct = np.empty(1 << bits, np.uint32), np.empty((count, voxels.shape[-1]), np.int16)
     frequency, rows = np.empty(count, np.uint32), np.empty(count, np.uint32)
-    addresses = (array.ctypes.data for array in (slots, distinct, frequency, rows))
-    slots_at, *results = addresses
-    found = _compiled(voxels.ctypes.data, count, secrets.randbits(64) | 1, slots_at, bits, *results)
+    slots_at, *results = (array.ctypes.data for array in (slots, distinct, frequency, rows))
+    seed = secrets.randbits(64) | 1
+    found = _compiled.find_distinct_1(voxels.ctypes.data, count, seed, slots_at, bits, *results)
     return distinct[:found], rows, frequency[:found].astype(np.int64)
 
 
@@ -64,19 +63,14 @@ def _find_numpy(voxels: npt.NDArray[np.int16]) -> tuple[npt.NDArray[Any], ...]:
     return table, rows.reshape(-1), frequency
 
 
-def _load() -> Callable[..., int] | None:
-    """Load distinct.c; None if it was not compiled."""
-    try:
-        compiled: Any = np.ctypeslib.load_library("_distinct", __file__).find_distinct_1
-    except (OSError, AttributeError):
-        # Not built; or for another kind of machine that shares this checkout, or from an older distinct.c.
-        return None
-    compiled.restype = ctypes.c_uint32
-    pointer = ctypes.c_void_p
-    compiled.argtypes = [pointer, ctypes.c_size_t, ctypes.c_uint64, pointer, ctypes.c_int, *[pointer] * 3]
-    return compiled
+_POINTER = ctypes.c_void_p
 
-
-_compiled = _load()
+_compiled = load(
+    "_distinct",
+    find_distinct_1=(
+        ctypes.c_uint32,
+        (_POINTER, ctypes.c_size_t, ctypes.c_uint64, _POINTER, ctypes.c_int, *[_POINTER] * 3),
+    ),
+)
 COMPILED = _compiled is not None
 """True if the voxels are found by distinct.c; NumPy takes about ten times as long."""

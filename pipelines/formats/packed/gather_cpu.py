@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.formats.packed.compiled import load
+
 ESCAPE = 255
 """Symbol of a voxel whose row is among the escapes, in tables of more rows than there are symbols."""
 
@@ -77,21 +79,15 @@ def _gather_numpy(
     return None
 
 
-def _load() -> Any:
-    """Load gather.c; None if it was not compiled."""
-    try:
-        library: Any = np.ctypeslib.load_library("_gather", __file__)
-        gather, join = library.gather_rows_2, library.join_planes_1
-    except (OSError, AttributeError):
-        # Not built; or for another kind of machine that shares this checkout, or from an older gather.c.
-        return None
-    gather.restype, join.restype = ctypes.c_int, None
-    pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    gather.argtypes = [ctypes.c_char_p, size, pointer, size, pointer, ctypes.c_uint32, pointer]
-    join.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, size, pointer]
-    return library
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 
-
-_compiled = _load()
+_compiled = load(
+    "_gather",
+    gather_rows_2=(
+        ctypes.c_int,
+        (ctypes.c_char_p, _SIZE, _POINTER, _SIZE, _POINTER, ctypes.c_uint32, _POINTER),
+    ),
+    join_planes_1=(None, (ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, _SIZE, _POINTER)),
+)
 COMPILED = _compiled is not None
 """True if `gather_rows` is compiled; NumPy's is slower."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -81,13 +82,13 @@ def test_counts_may_be_unaligned_read_only_and_not_contiguous() -> None:
 def test_the_compiled_search_is_used_for_four_redshifts(monkeypatch: pytest.MonkeyPatch) -> None:
     if distinct._compiled is None:
         return
-    compiled, seeds = distinct._compiled, list[int]()
+    compiled, seeds = distinct._compiled.find_distinct_1, list[int]()
 
     def seen(*given: Any) -> int:
         seeds.append(given[2])
         return compiled(*given)
 
-    monkeypatch.setattr(distinct, "_compiled", seen)
+    monkeypatch.setattr(distinct, "_compiled", SimpleNamespace(find_distinct_1=seen))
     for channels in (3, 4, 4):
         tabulate(np.zeros((2, 2, 2, channels), np.int16))
     # Another hash function each time.
