@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pipelines.errors import DataError
 from pipelines.formats.packed.codecs import MAX_RATIO, REMEDY, Codec, inflate
 from pipelines.formats.packed.encode import UNCOMPRESSED, encode_rows
+from pipelines.formats.packed.gather_cpu import join_planes
 from pipelines.formats.packed.header import read_table
 
 VERSION = 2
@@ -75,14 +76,8 @@ def upgrade(path: Path, content: memoryview, *, exact: bool) -> bytes:
     table = read_table(path, content[table_start:][:table_bytes], Codec.LZ4, rows, channels)
     starts, lengths = ends - _aligned(sizes), np.full(len(sizes), voxels)
     inflated = inflate(path, Codec.LZ4, content, starts, sizes, lengths, "its chunks")
-    row_bytes = np.zeros((size**3, _MAX_PLANES), np.uint8)
-    row_bytes[:, :planes] = (
-        np.frombuffer(inflated, np.uint8)
-        .reshape(chunks, planes, voxels)
-        .transpose(0, 2, 1)
-        .reshape(-1, planes)
-    )
-    row_of_voxel = row_bytes.view("<u4")[:, 0]
+    by_plane = np.frombuffer(inflated, np.uint8).reshape(chunks, planes, voxels).transpose(1, 0, 2)
+    row_of_voxel = join_planes([plane.tobytes() for plane in by_plane])
     if (highest := int(row_of_voxel.max())) >= rows:
         raise DataError(path, f"a voxel has the row {highest} of a table of {rows}", REMEDY)
     return b"".join(encode_rows(table, row_of_voxel, size, np.array(target, np.float32), UNCOMPRESSED))
