@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Where samples are read from.
+    """Storage that samples are read from.
 
     Attributes:
         title: Its name in the results.

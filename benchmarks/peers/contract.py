@@ -46,7 +46,7 @@ class Job:
 
 
 class Resume(NamedTuple):
-    """What the documentation of a loader promises about a resume in the middle of an epoch.
+    """Promises of the documentation of a loader about a resume in the middle of an epoch.
 
     Attributes:
         exact: With the samples that are left of the epoch, each once.

@@ -28,7 +28,7 @@ REPLACED = {
     "without AVX-512": ('__builtin_cpu_supports("avx512f")', "0"),
     "for another processor": ("__x86_64__", "NOT_DEFINED"),
 }
-"""What is replaced in gather.c for a build that the tests use besides the installed one."""
+"""Replacements in gather.c, each for a build that the tests use besides the installed one."""
 
 
 @pytest.fixture(scope="module", params=["compiled", *REPLACED, "numpy"])
