@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import write_tiny
 
-from cosmoflow_dali.reporting.ridge_baseline import compute_features, fit_ridge
+from cosmoflow_dali.reporting.ridge_baseline import fit_ridge, number_universes
 from pipelines.dataset.open import open_folder
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.reader import Reader
@@ -26,27 +26,7 @@ def test_predicts_the_parameter_that_sets_the_variance_and_no_other(tmp_path: Pa
         assert result.mae_per_parameter[name] == pytest.approx(trivial, rel=0.15)
 
 
-def test_power_of_a_wave_is_in_its_shell() -> None:
-    size = 16
-    wave = 10 + np.round(5 * np.sin(2 * np.pi * 3 * np.arange(size) / size))
-    counts = np.broadcast_to(wave[:, None, None, None], (size, size, size, 4)).astype(np.int16)
-    spectrum = compute_features(counts)[: 4 * size // 2].reshape(4, size // 2)
-    # The wave has three periods in the box: shell 3 holds its power, at every redshift.
-    assert (spectrum.argmax(axis=1) == 2).all()
-
-
-def test_features_are_invariant_to_shifts_and_symmetries() -> None:
-    rng = np.random.default_rng(0)
-    counts = rng.poisson(1.0, (8, 8, 8, 4)).astype(np.int16)
-    for other in (np.roll(counts, 3, axis=1), counts.transpose(1, 0, 2, 3), counts[::-1]):
-        np.testing.assert_allclose(
-            compute_features(np.ascontiguousarray(other)), compute_features(counts), rtol=1e-5
-        )
-
-
-def test_features_of_empty_and_dense_volumes_are_finite(tmp_path: Path) -> None:
-    for value in (0, 32767):
-        assert np.isfinite(compute_features(np.full((8, 8, 8, 4), value, np.int16))).all()
+def test_volumes_without_particles_are_predicted(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         (tmp_path / split).mkdir()
         for index in range(3):
@@ -54,3 +34,10 @@ def test_features_of_empty_and_dense_volumes_are_finite(tmp_path: Path) -> None:
             FORMATS["npy"].write(tmp_path / split, f"u{index}", sample)
     result = fit_ridge(*(Reader(open_folder(tmp_path / split)) for split in ("train", "validation")))
     assert np.isfinite(result.predictions).all()
+
+
+def test_crops_share_their_universe() -> None:
+    names = ["univ_a0000001_000", "univ_a0000001_001", "univ_a0000002_000", "other"]
+    assert number_universes(names).tolist() == [1, 1, 2, 0]
+    # Numbered samples without a universe.
+    assert len(set(number_universes([f"sample_{index:03d}" for index in range(5)]))) == 5
