@@ -22,7 +22,7 @@ _MAGIC = b"CFPACKED"
 _CRC_OFFSET = 60
 """Position of the header's own CRC, which covers everything around it up to the first chunk."""
 
-SYMBOLS = 256
+SYMBOLS = ESCAPE + 1
 """Rows that a symbol can number."""
 
 BYTE_SUM_MODULUS = 1 << 32
