@@ -7,8 +7,10 @@ a decoder is saved.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -40,6 +42,17 @@ class _InFlightStep(NamedTuple):
 
     upcoming: Indices
     reads: list[Future[tuple[int, Payload]]]
+
+
+def _run_as_batch() -> None:
+    """Let this thread take a processor from no other one when it wakes up.
+
+    Otherwise Linux interrupts the thread that has just started a read, the one that trains, even if another
+    processor is idle, for as long as decoding a sample takes.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with contextlib.suppress(OSError):  # A sandbox may forbid it.
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 class Loader:
@@ -86,7 +99,7 @@ class Loader:
         self._planned = self._steps_from(0, 0)
         self._reading: deque[_InFlightStep] = deque()
         self._decoding: deque[_InFlightStep] = deque()
-        self._readers = ThreadPoolExecutor(config.threads, thread_name_prefix="reader")
+        self._readers = ThreadPoolExecutor(config.threads, "reader", _run_as_batch)
         self._decoder = make_decoder(split, config, device)
 
     def __len__(self) -> int:
@@ -115,7 +128,10 @@ class Loader:
         for step in range(first_step, self._steps):
             self._position = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
             volume, done = self._decode_next(into.volume if into else None)
-            yield self._batch(volume, done, into)
+            batch = self._batch(volume, done, into)
+            # Last, because a thread that wakes up to read competes with this one for Python's lock.
+            self._read_ahead()
+            yield batch
 
     def raise_if_damaged(self, index: npt.NDArray[np.int64], *, largest: float = math.inf) -> None:
         """Read and validate the samples `index` on the host, padding (-1) excepted.
@@ -162,11 +178,11 @@ class Loader:
             epoch, step = epoch + 1, 0
 
     def _decode_next(self, into: torch.Tensor | None) -> tuple[torch.Tensor, _InFlightStep]:
-        """Start reading and decoding as far ahead as intended; return the volumes of the oldest step."""
+        """Decode as far ahead as intended; return the volumes of the oldest step."""
         try:
             while len(self._decoding) < self._decoder.depth:
-                while len(self._reading) <= self._decoder.lookahead:
-                    self._reading.append(self._start_reading(next(self._planned)))
+                if not self._reading:
+                    self._read_ahead()
                 step = self._reading[0]
                 self._decoder.submit([read.result()[1] for read in step.reads], step.upcoming)
                 self._decoding.append(self._reading.popleft())
@@ -177,6 +193,11 @@ class Loader:
                 self.raise_if_damaged(step.upcoming[0])
             raise
         return volume, self._decoding.popleft()
+
+    def _read_ahead(self) -> None:
+        """Start reading as far ahead as intended."""
+        while len(self._reading) < self._decoder.lookahead:
+            self._reading.append(self._start_reading(next(self._planned)))
 
     def _start_reading(self, upcoming: Indices) -> _InFlightStep:
         samples = zip(upcoming[0].tolist(), self._decoder.reserve(), strict=True)
@@ -191,13 +212,15 @@ class Loader:
     def _batch(self, volume: torch.Tensor, step: _InFlightStep, into: Batch | None) -> Batch:
         """Return the batch of `step`: its decoded `volume`, with targets and indices."""
         read, payloads = zip(*(read.result() for read in step.reads), strict=True)
-        target = torch.from_numpy(np.stack([payload.target for payload in payloads]))
+        # Few calls of torch: each releases Python's lock, and waits for it while readers are busy.
+        target = torch.from_numpy(np.array([payload.target for payload in payloads]))
         if self._device.type == "cuda":
             # Only from pinned memory is the copy asynchronous. Torch reuses that memory after the copy.
-            target = target.pin_memory()
-        output = into.target if into else torch.empty(target.shape, device=self._device)
+            target = target.pin_memory().to(self._device, non_blocking=True)
+        if into:
+            target = into.target.copy_(target, non_blocking=True)
         index = np.array(read)
         if self._ragged == "pad":
             # A score counts no sample twice: what was read in place of a damaged sample is left out.
             index = np.where(index == step.upcoming[0], index, -1)
-        return Batch(volume, output.copy_(target, non_blocking=True), index)
+        return Batch(volume, target, index)
