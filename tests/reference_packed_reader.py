@@ -207,6 +207,7 @@ def write_version_2(
     *,
     size: int,
     planes: int = 1,
+    slices: int | None = None,
     version: int = 2,
     target: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4),
     lengthen: bytes = b"",
@@ -215,6 +216,7 @@ def write_version_2(
     """Return a packed sample of version 2 with a chunk of `planes` byte planes for each of `rows`.
 
     Args:
+        slices: D-slices of a chunk to state in the header; default the correct number.
         lengthen: bytes appended to the last block.
         byte_sum: sum of all inflated bytes to state in the header; default the correct one.
     """
@@ -227,7 +229,16 @@ def write_version_2(
     ]
     contents[-1] += lengthen
     blocks = [lz4_stored(each) for each in contents]
-    fields = (b"CFPACKED", version, size, len(raw), size // len(rows), planes, len(table), len(table_block))
+    fields = (
+        b"CFPACKED",
+        version,
+        size,
+        len(raw),
+        slices or size // len(rows),
+        planes,
+        len(table),
+        len(table_block),
+    )
     content = b"".join(map(padded, blocks))
     header = struct.pack("<8s7I4fI", *fields, *target, crc32c.crc32c(content))
     directory = b"".join(struct.pack("<II", len(block), crc32c.crc32c(padded(block))) for block in blocks)

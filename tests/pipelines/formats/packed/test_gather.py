@@ -165,22 +165,18 @@ def guarded(content: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def test_nothing_is_accessed_out_of_bounds(library: Any) -> None:
     if library is None:
-        pytest.skip("NumPy checks its bounds")
+        return
     table = guarded(RNG.random((400, 4), np.float32))
     for voxels in (1, 15, 16, 17, 31, 32, 33, 1024):
         for escaped in patterns(voxels):
             rows = np.where(escaped, RNG.integers(255, 400, voxels), RNG.integers(0, 255, voxels))
             symbols, escapes = split(rows)
-            symbols_there, out = (
-                guarded(np.frombuffer(symbols, np.uint8)),
-                guarded(np.zeros((voxels, 4), np.float32)),
-            )
-            for missing in (0, 1):
-                given = (
-                    guarded(escapes[missing:])
-                    if len(escapes) > missing
-                    else guarded(np.zeros(1, np.uint32))[:0]
-                )
+            symbols_there = guarded(np.frombuffer(symbols, np.uint8))
+            out = guarded(np.zeros((voxels, 4), np.float32))
+            surplus = np.append(escapes, np.zeros(40, np.uint32))
+            for numbers in (escapes, escapes[1:], surplus):
+                # An address is needed also for no escapes.
+                given = guarded(numbers) if len(numbers) else guarded(surplus)[:0]
                 found = library.gather_rows_2(
                     ctypes.c_char_p(symbols_there.ctypes.data), voxels, given.ctypes.data, len(given),
                     table.ctypes.data, len(table), out.ctypes.data,

@@ -342,6 +342,9 @@ VERSION_2 = {
     "its header is not valid": [
         write_version_2(TABLE * 3, [[0] * 8], size=2),
         write_version_2(TABLE, [[0] * 27], size=65536),
+        # Two slices of three in a chunk.
+        write_version_2(TABLE, [[0] * 18], size=3, slices=2),
+        write_version_2(TABLE, [[0] * 27], size=3, slices=4),
     ],
     "bytes; its chunks end at": [write_version_2(TABLE, [[0] * 8], size=2) + b"\0"],
     "its chunks do not inflate to their 8 bytes": [
