@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -389,3 +390,13 @@ def test_settings_below_one_are_refused() -> None:
         with pytest.raises(ConfigError) as raised:
             LoaderConfig(**{key: 0})  # type: ignore[arg-type]
         assert raised.value.key == key
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="another system than Linux")
+def test_threads_that_read_take_the_processor_from_no_other_thread(roots: dict[str, Path]) -> None:
+    with open_loader(roots["npy"]) as loader:
+        next(iter(loader.batches(0)))
+        readers = [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+        assert readers
+        assert {os.sched_getscheduler(thread.native_id or 0) for thread in readers} == {os.SCHED_BATCH}
+        assert os.sched_getscheduler(0) != os.SCHED_BATCH
