@@ -23,7 +23,7 @@ from pipelines.distributed.world import World
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice
-from pipelines.sample import SPLITS
+from pipelines.sample import ALL_SPLITS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = OneLineParser("cosmoflow_dali.evaluate", __doc__)
         parser.add_argument("--data-dir", type=Path, required=True, help="folder with train/ and validation/")
         parser.add_argument("--weights", type=Path, required=True, help="a checkpoint or a reference .npz")
-        parser.add_argument("--split", choices=SPLITS, default="validation", help="samples to score")
+        parser.add_argument("--split", choices=ALL_SPLITS, default="validation", help="samples to score")
         parser.add_argument("--batch-size", type=int, default=4, help="samples per batch on each rank")
         text = "auto is a GPU if there is one"
         parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)

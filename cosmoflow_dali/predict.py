@@ -1,6 +1,6 @@
 """Predict cosmological parameters from volumes: `python -m cosmoflow_dali.predict --weights W PATH ...`.
 
-A PATH is a sample in any format, a shard of packed samples, a folder of samples, one that holds both
+A PATH is a sample in any format, a shard of packed samples, a folder of samples, one that holds
 splits, or a pattern such as 'DIR/*.tfrecord' or 'DIR/**/*.tar'. Labels are not needed and not read.
 
 Writes CSV: one line per sample with the four parameters in physical units, each followed by its

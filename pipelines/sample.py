@@ -18,10 +18,13 @@ from pipelines.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-SplitName: TypeAlias = Literal["train", "validation"]
+SplitName: TypeAlias = Literal["train", "validation", "test"]
 
-SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+ALL_SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 """Names of the splits, and of their folders in a data set."""
+
+SPLITS: tuple[SplitName, ...] = ALL_SPLITS[:2]
+"""The splits that a run reads. No training, early stopping or fit ever sees `test`."""
 
 COUNT_LIMIT = 2**15
 """Upper bound of counts, which are int16."""

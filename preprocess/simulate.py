@@ -24,7 +24,7 @@ from pipelines.errors import AccessError, ConfigError, DataError, writing, yaml_
 from pipelines.filesystem import is_empty, read_text
 from pipelines.formats.registry import FORMATS
 from pipelines.io import remove_temporaries, write_file
-from pipelines.sample import SPLITS, SplitName
+from pipelines.sample import ALL_SPLITS, SPLITS, SplitName
 from pipelines.settings import add_flags, build
 from preprocess.conversion.progress import STOPPED, lock_target, track
 from preprocess.conversion.worker_pool import run_tasks
@@ -40,7 +40,7 @@ _VERSION = 1
 
 
 def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: bool) -> None:
-    """Make the samples of `config` that are missing in `root`/train and `root`/validation.
+    """Make the samples of `config` that are missing in the folders of the splits in `root`.
 
     Args:
         config: Settings of the data set.
@@ -63,14 +63,15 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
         raise ConfigError("workers", workers, "expected at least one process")
     start = time.perf_counter()
     with writing(root):
-        for split in SPLITS:
-            (root / split).mkdir(parents=True, exist_ok=True)
+        folders = [root / split for split in ALL_SPLITS if split in SPLITS or getattr(config, split)]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
         with lock_target(root, shown=shown) as lock:
-            _check_settings(config, root)
-            for folder in (root, *(root / split for split in SPLITS)):
+            tested = _check_settings(config, root)
+            for folder in (root, *folders):
                 remove_temporaries(folder)
-            record = json.dumps({"version": _VERSION, **asdict(config)}, indent=2) + "\n"
-            write_file(root / SETTINGS, record.encode())
+            settings = {"version": _VERSION, **asdict(config), "test": max(config.test, tested)}
+            write_file(root / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
             lengths: list[int] = []
             universes = _missing(config, root)
             running = run_tasks(SimulateTask(config, root), universes, workers, lock)
@@ -86,38 +87,51 @@ def _missing(config: SimulateConfig, root: Path) -> list[tuple[SplitName, int]]:
     """Return the universes that lack a sample, in order."""
     suffix = FORMATS[config.format].suffix
     # Unlike a glob, listdir reports a folder that cannot be read.
-    present = {split: set(os.listdir(root / split)) if (root / split).exists() else set() for split in SPLITS}
+    present = {
+        split: set(os.listdir(root / split)) if (root / split).exists() else set() for split in ALL_SPLITS
+    }
     return [
         (split, universe)
-        for split in SPLITS
+        for split in ALL_SPLITS
         for universe in range(getattr(config, split))
         if any(name + suffix not in present[split] for name in config.sample_ids(split, universe))
     ]
 
 
-def _check_settings(config: SimulateConfig, root: Path) -> None:
-    """Raise an error if `root` was made with other settings, or by something else."""
+def _check_settings(config: SimulateConfig, root: Path) -> int:
+    """Raise an error if `root` was made with other settings, or by something else.
+
+    Returns:
+        Test universes that `root` was asked to hold so far. A run asks for none, whatever is there.
+    """
     path = root / SETTINGS
     try:
         recorded = json.loads(read_text(path))
     except FileNotFoundError:
-        for split in SPLITS:
+        for split in ALL_SPLITS:
             folder = root / split
             if folder.is_dir() and not is_empty(folder):
                 fault = f"holds {split}/ but no {SETTINGS}"
                 raise DataError(root, fault, "choose another folder to simulate into") from None
-        return
+        return 0
     except OSError as error:
         raise AccessError.reading(path, error) from error
     except ValueError as error:
         raise DataError(path, f"cannot be read ({error})", "remove the folder, or choose another") from error
+    if isinstance(recorded, dict):
+        # Data sets of earlier versions have none.
+        recorded.setdefault("test", 0)
     for key, value in {"version": _VERSION, **asdict(config)}.items():
         there = recorded.get(key) if isinstance(recorded, dict) else None
-        can_grow = key in SPLITS and isinstance(there, int)
+        can_grow = key in ALL_SPLITS and isinstance(there, int)
+        if key == "test" and can_grow and value < there:
+            continue
         if value != there and not (can_grow and value > there):
             made = yaml_text(there)
             fault = f"{root} was made with {made}; choose {made}{' or more' * can_grow}, or another folder"
             raise ConfigError(f"simulate.{key}", value, fault)
+    tested: int = recorded["test"]
+    return tested
 
 
 def main(argv: list[str] | None = None) -> int:

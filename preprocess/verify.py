@@ -2,7 +2,7 @@
 
     python -m preprocess.verify DIR
 
-DIR is a folder of samples, or one that holds `train` and `validation`. Every file is read and decoded, and
+DIR is a folder of samples, or one that holds the splits. Every file is read and decoded, and
 compared with the manifest if the folder has one. Prints a table, and one line for each fault; the exit status
 is 0 without faults. A sample without particles is noted, but not a fault. With --write, a folder without
 faults and without a manifest gets one, and the list files.
@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 from pipelines.console import check_output, print_line
@@ -27,7 +28,6 @@ from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError, DataError
 from pipelines.filesystem import is_hidden
 from pipelines.formats.registry import FORMATS
-from pipelines.sample import SPLITS
 from pipelines.tables import format_table
 from preprocess.conversion.progress import track
 from preprocess.conversion.target import commit, is_unfinished, list_files
@@ -146,12 +146,11 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
     With `write`, a folder without faults and without a manifest gets one.
     """
     reports = [verify_folder(root / split, workers=workers, shown=True) for split in split_dirs(root)]
-    if len(reports) == len(SPLITS):
+    for earlier, later in combinations(reports, 2):
         # A score of such samples would measure memorization.
-        train, validation = reports
-        for target in sorted(train.targets & validation.targets):
-            fault = f"the universe with the target {list(target)} is in {train.dataset.root} too"
-            validation.faults["duplicates"].append(f"{validation.dataset.root}: {fault}")
+        for target in sorted(earlier.targets & later.targets):
+            fault = f"the universe with the target {list(target)} is in {earlier.dataset.root} too"
+            later.faults["duplicates"].append(f"{later.dataset.root}: {fault}")
     labels = ["", "format", "shape", "samples", "bytes", "universes", *CHECKS]
     print(format_table([*zip(labels, *map(_column, reports), strict=True)]))
     for report in reports:
@@ -176,7 +175,7 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 without faults."""
     parser = OneLineParser("preprocess.verify", "Check every file of a data set, and print a table.")
-    parser.add_argument("dir", type=Path, metavar="DIR", help="samples, or train and validation")
+    parser.add_argument("dir", type=Path, metavar="DIR", help="samples, or a folder with the splits")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
     parser.add_argument(
         "--write", action="store_true", help="give a folder without faults a manifest and lists"

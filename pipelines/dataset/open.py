@@ -21,7 +21,7 @@ from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.packed.format import PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import GZIP_MAGIC, TFRECORD_SUFFIX
-from pipelines.sample import SPLITS, SampleSpec
+from pipelines.sample import ALL_SPLITS, SPLITS, SampleSpec
 
 SAMPLE_SUFFIXES = tuple(dict.fromkeys(format_.suffix for format_ in FORMATS.values()))
 """Suffixes of files that hold samples."""
@@ -35,14 +35,14 @@ _Found = TypeVar("_Found")
 
 
 def split_dirs(root: Path) -> list[str]:
-    """Return the folders of samples in `root`: the SPLITS that exist, or ["."] if there are none.
+    """Return the folders of samples in `root`: those of ALL_SPLITS that exist, or ["."] if there are none.
 
     Raises:
         AccessError: `root` cannot be listed or searched.
         DataError: samples lie beside the splits, so that it is unclear which are meant.
     """
     # A split that is a link to nowhere is refused when it is opened.
-    found: list[str] = [split for split in SPLITS if is_present(root / split)]
+    found: list[str] = [split for split in ALL_SPLITS if is_present(root / split)]
     for name in list_folder(root) if found else ():
         if name.endswith(SAMPLE_SUFFIXES) and not is_hidden(name):
             fault = f"holds {name} beside {' and '.join(found)}"
@@ -87,7 +87,7 @@ def open_folder(folder: Path, *, labeled: bool = True) -> SampleDataset:
 
 
 def open_path(path: Path, *, labeled: bool = True) -> list[SampleDataset]:
-    """Open the samples at `path`: a file of one, a shard, a folder of samples, or both splits of a data set.
+    """Open the samples at `path`: a file of one, a shard, a folder of samples, or the splits of a data set.
 
     Args:
         labeled: See `open_folder`.

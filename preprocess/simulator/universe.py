@@ -14,7 +14,7 @@ import torch
 from pipelines.errors import check_field
 from pipelines.formats.registry import FORMATS
 from pipelines.plan import derive_seed
-from pipelines.sample import PARAMETERS, REDSHIFTS, SPLITS, Sample, SplitName
+from pipelines.sample import ALL_SPLITS, PARAMETERS, REDSHIFTS, Sample, SplitName
 from preprocess.simulator.cosmology import Cosmology, PowerSpectrum, draw_target, growth
 from preprocess.simulator.nbody import evolve, linear_modes, step_redshifts
 
@@ -22,8 +22,8 @@ SIZES = (32, 64, 128, 256)
 _MAX_MESH = 1024
 _MAX_CROPS = 8
 
-_LETTER: dict[SplitName, str] = {"train": "a", "validation": "b"}
-"""First letter of a universe's number, so that the names of both splits differ."""
+_LETTER: dict[SplitName, str] = {"train": "a", "validation": "b", "test": "c"}
+"""First letter of a universe's number, so that the names of the splits differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class SimulateConfig:
     Args:
         train: Universes of the training split; each gives crops^3 samples.
         validation: Universes of the validation split.
+        test: Universes of the test split, which no run reads.
         size: Voxels along each edge of a sample.
         voxel: Edge of a voxel in Mpc/h for H_0 = 70; it scales with H_0, as in the published data set.
         steps: Time steps, including the one to the first redshift.
@@ -43,6 +44,7 @@ class SimulateConfig:
 
     train: int = 4096
     validation: int = 512
+    test: int = 0
     size: int = 32
     voxel: float = 4.0
     steps: int = 4
@@ -51,10 +53,10 @@ class SimulateConfig:
     format: str = "tfrecord_gzip"
 
     def __post_init__(self) -> None:
-        for split in SPLITS:
+        for split in ALL_SPLITS:
             check_field(self, split, getattr(self, split) >= 0, "expected 0 or more universes")
-        some = self.train + self.validation > 0
-        check_field(self, "train", some, "with validation = 0 there is nothing to make")
+        some = self.train + self.validation + self.test > 0
+        check_field(self, "train", some, "with validation = 0 and test = 0 there is nothing to make")
         check_field(self, "size", self.size in SIZES, f"expected one of {', '.join(map(str, SIZES))}")
         positive = math.isfinite(self.voxel) and self.voxel > 0.0
         check_field(self, "voxel", positive, "expected a length above 0, in Mpc/h")

@@ -221,6 +221,9 @@ def test_a_folder_with_splits_and_samples_is_refused(tmp_path: Path) -> None:
     root = write_tiny(tmp_path / "data", train=1, validation=1)
     assert split_dirs(root) == ["train", "validation"]
     assert split_dirs(root / "train") == ["."]
+    (root / "test").symlink_to(root / "validation")
+    assert split_dirs(root) == ["train", "validation", "test"]
+    (root / "test").unlink()
     write_tiny(tmp_path / "more", train=1, validation=1, format_name="tfrecord")
     (sample,) = (tmp_path / "more" / "train").glob("*.tfrecord")
     sample.rename(root / "x.tfrecord")

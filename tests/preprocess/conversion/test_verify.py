@@ -145,6 +145,12 @@ def test_universe_in_both_splits_is_found(
     _rewrite(data / "validation", other, index=1)
     assert main([str(data)]) == 1
     assert "in" in (err := capsys.readouterr().err) and str(data / "train") in err
+    shutil.rmtree(data / "validation")
+    shutil.copytree(sound / "validation", data / "validation")
+    shutil.copytree(sound / "validation", data / "test")
+    assert main([str(data)]) == 1
+    err = capsys.readouterr().err
+    assert str(data / "validation") in err and str(data / "test") in err
 
 
 def test_folder_without_faults_gets_a_manifest(sound: Path, tmp_path: Path) -> None:

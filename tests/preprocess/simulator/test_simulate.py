@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import torch
 from helpers import ROOT, environment, inline_workers, program, run
 
-from pipelines.dataset.open import open_folder
+from pipelines.dataset.open import open_folder, open_path
 from pipelines.errors import DataError
 from pipelines.formats.registry import FORMATS
 from preprocess.simulate import main, make_dataset
@@ -69,6 +71,29 @@ def test_missing_samples_are_made_and_a_folder_can_grow(made: Path, tmp_path: Pa
         (root / "train" / ".univ_a0000000_000.tfrecord.1.tmp").write_bytes(b"half")
         make_dataset(SMALL, root, workers=2, shown=False)
     assert digests(root) == digests(made)
+
+
+def test_a_test_split_joins_an_older_folder_and_changes_nothing_else(made: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(made, root)
+    settings = json.loads((root / "simulation.json").read_text())
+    # As an earlier version recorded them.
+    del settings["test"]
+    (root / "simulation.json").write_text(json.dumps(settings))
+    with inline_workers("preprocess.simulate"):
+        make_dataset(replace(SMALL, test=2), root, workers=2, shown=False)
+        made_once = digests(root)
+        # A run, which asks for no test universes, makes no others and forgets none.
+        make_dataset(SMALL, root, workers=2, shown=False)
+        make_dataset(replace(SMALL, train=4), root, workers=2, shown=False)
+    assert json.loads((root / "simulation.json").read_text())["test"] == 2
+    new = {name for name in made_once if name not in digests(made)}
+    assert new == {f"test/univ_c{universe:07d}_000.tfrecord" for universe in range(2)}
+    before = {name: value for name, value in made_once.items() if name != "simulation.json"}
+    assert before.items() <= digests(root).items()
+    targets = [sample.target.tobytes() for found in open_path(root) for sample in map(found.read, range(2))]
+    assert len(set(targets)) == 6
+    assert not (made / "test").exists()
 
 
 @pytest.mark.slow
