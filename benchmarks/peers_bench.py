@@ -98,7 +98,7 @@ class Bench:
 
     def prepare(self, peer: Peer) -> None:
         """Write the files of a row, unless they exist, and check the values that it delivers."""
-        folder = self._root / peer.form
+        folder = self._root / peer.files
         if not folder.exists():
             # Written under another name, so that an interrupted set does not look complete.
             unfinished = folder.with_suffix(".partial")
@@ -115,7 +115,7 @@ class Bench:
                 drop_from_cache(file)
             else:
                 file.read_bytes()
-        result = self._run(setting.storage, peer, self._root / peer.form, setting.enter)
+        result = self._run(setting.storage, peer, self._root / peer.files, setting.enter)
         return Figures(**json.loads(result))
 
     def disk_mb(self, peer: Peer) -> float:
@@ -123,7 +123,7 @@ class Bench:
         return sum(file.stat().st_size for file in self._files(peer)) / 1e6 / self._samples
 
     def _files(self, peer: Peer) -> list[Path]:
-        return [path for path in (self._root / peer.form).rglob("*") if path.is_file()]
+        return [path for path in (self._root / peer.files).rglob("*") if path.is_file()]
 
     def _run(self, action: Action, peer: Peer, folder: Path, enter: Callable[[], None] | None = None) -> str:
         """Run the process of a row; return its figures in JSON, if it measures any."""

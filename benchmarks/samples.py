@@ -65,14 +65,13 @@ def make_splits(root: Path, kinds: Sequence[str], samples: int, size: int) -> di
     """Return `samples` simulated samples of `size`^3 of each kind, in the page cache; make missing ones."""
     splits = {}
     for kind in kinds:
-        folder = folder_of(root, kind, samples, size)
+        folder = root / f"{samples}x{size}" / folder_name(kind)
         if not folder.exists():
             # Written under another name, so that an interrupted set does not look complete.
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            named = [(_stem(index), simulated(index, size)) for index in range(samples)]
-            write_samples(partial, kind, named)
+            write_samples(kind, partial, [simulated(index, size) for index in range(samples)])
             partial.rename(folder)
         for file in folder.iterdir():
             file.read_bytes()
@@ -80,27 +79,24 @@ def make_splits(root: Path, kinds: Sequence[str], samples: int, size: int) -> di
     return splits
 
 
-def folder_of(root: Path, kind: str, samples: int, size: int) -> Path:
-    """Return the folder of such samples, which version 2 of the packed format did not use."""
-    return root / f"{samples}x{size}" / (f"{kind}_v{VERSION}" if kind.startswith("packed") else kind)
+def folder_name(kind: str) -> str:
+    """Return a name for a folder of `kind`, which older versions of the packed format did not use."""
+    return f"{kind}_v{VERSION}" if kind.startswith("packed") else kind
 
 
-def _stem(index: int) -> str:
-    return f"universe_{index:04d}"
-
-
-def write_samples(folder: Path, kind: str, samples: Sequence[tuple[str, Sample]]) -> None:
-    """Write `samples`, with their names, to `folder`, as one of KINDS; gzip as published."""
+def write_samples(kind: str, folder: Path, samples: Sequence[Sample]) -> None:
+    """Write `samples` to `folder`, as one of KINDS; gzip as published."""
+    named = [(f"universe_{index:04d}", sample) for index, sample in enumerate(samples)]
     if kind.startswith("packed"):
         preset = kind.removeprefix("packed_") if "_" in kind else DEFAULT_PRESET
-        members = ((stem + MEMBER_SUFFIX, encode(sample, preset)) for stem, sample in samples)
+        members = ((name + MEMBER_SUFFIX, encode(sample, preset)) for name, sample in named)
         write_shard(folder / "shard_000000.tar", members)
         return
     write: Callable[[Path, str, Sample], object] = FORMATS[kind].write
     if kind == "tfrecord_gzip":
 
-        def write(folder: Path, stem: str, sample: Sample) -> object:
-            return (folder / f"{stem}{TFRECORD_SUFFIX}").write_bytes(compressed(sample))
+        def write(folder: Path, name: str, sample: Sample) -> object:
+            return (folder / f"{name}{TFRECORD_SUFFIX}").write_bytes(compressed(sample))
 
-    for stem, sample in samples:
-        write(folder, stem, sample)
+    for name, sample in named:
+        write(folder, name, sample)

@@ -66,7 +66,7 @@ class Peer:
     Attributes:
         name: Name of the row.
         modules: Modules that it needs, imported in this order before anything is timed.
-        form: Folder of its files; rows with the same one share them.
+        files: Folder of its files; rows with the same one share them.
         write: Writes samples to a folder. A sample that is repeated is the same object each time.
         open: Iterates over batches. A volume is valid until the next one is taken.
         resume: See there.
@@ -75,7 +75,7 @@ class Peer:
 
     name: str
     modules: tuple[str, ...]
-    form: str
+    files: str
     write: Callable[[Path, Sequence[Sample]], None]
     open: Callable[[Job], Iterator[Item]]
     resume: Resume

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.peers.contract import WORKERS, Item, Job, Peer, Resume
-from benchmarks.samples import KINDS, write_samples
+from benchmarks.samples import KINDS, folder_name, write_samples
 from pipelines.dataset.open import open_folder
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice
-from pipelines.sample import Sample
 
 _RESUME = Resume(True, True, "docs/architecture.md, The life of a run")
-
-
-def project(kind: str) -> Peer:
-    """Return the row of samples of `kind`, one of KINDS."""
-
-    def write(folder: Path, samples: Sequence[Sample]) -> None:
-        stems = (f"universe_{index:04d}" for index in range(len(samples)))
-        write_samples(folder, kind, list(zip(stems, samples, strict=True)))
-
-    return Peer(kind, ("nvidia.dali",), kind, write, _open, _RESUME)
 
 
 def _open(job: Job) -> Iterator[Item]:
@@ -39,7 +28,9 @@ def _open(job: Job) -> Iterator[Item]:
                 yield batch.volume, batch.target
 
 
-_FIRST = sorted(KINDS, key=lambda kind: not kind.startswith("packed"))
-"""The table compares all rows with the first, the packed format's default."""
-
-PEERS = [project(kind) for kind in _FIRST if kind != "tfrecord"]
+# The table compares all rows with the first: the packed format's default.
+PEERS = [
+    Peer(kind, ("nvidia.dali",), folder_name(kind), partial(write_samples, kind), _open, _RESUME)
+    for kind in sorted(KINDS, key=lambda kind: not kind.startswith("packed"))
+    if kind != "tfrecord"
+]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +11,9 @@ import torch
 from benchmarks.peers.contract import AHEAD, WORKERS, Item, Job, Peer, Resume
 from benchmarks.peers.volumes import CHANNELS
 from benchmarks.samples import write_samples
-from pipelines.sample import PARAMETERS, Sample
+from pipelines.sample import PARAMETERS
 
 _RESUME = Resume(True, False, "tf.data guide, Iterator Checkpointing: the state of one iterator")
-
-
-def _write(format_name: str, folder: Path, samples: Sequence[Sample]) -> None:
-    stems = (f"universe_{index:04d}" for index in range(len(samples)))
-    write_samples(folder, format_name, list(zip(stems, samples, strict=True)))
 
 
 def _open(compression: str, job: Job) -> Iterator[Item]:
@@ -54,7 +48,7 @@ PEERS = [
         f"tf.data, TFRecord{', gzip' if compression else ''}",
         ("tensorflow",),
         format_name,
-        partial(_write, format_name),
+        partial(write_samples, format_name),
         partial(_open, compression),
         _RESUME,
     )
