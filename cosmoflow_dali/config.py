@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cosmoflow_dali.compute.augment import Symmetries
 from cosmoflow_dali.compute.engines import ComputeConfig
 from cosmoflow_dali.compute.optim import AdamConfig, SGDConfig
 from cosmoflow_dali.compute.schedule import OneCycleConfig, StepDecayConfig
@@ -91,7 +92,9 @@ class TrainConfig:
         global_batch: Samples per step on all ranks for which the learning rates were tuned; any if not given.
         epochs: Passes over the training samples.
         shuffle: Draw a new order of all training samples each epoch; otherwise use file order.
-        symmetries: Apply one of the cube's 48 symmetries to each global batch.
+        symmetries: Symmetries of the data, one of which is applied to each global batch: "periodic" for
+            permutations of the axes and periodic shifts, which whole simulated boxes have, true for the
+            cube's 48 rotations and reflections.
         target_mae: Stop after the first epoch whose validation MAE is at most this.
         baseline: Fit a ridge regression to the same samples for comparison.
         device: "auto" trains on a GPU if there is one.
@@ -109,7 +112,7 @@ class TrainConfig:
     global_batch: int | None = None
     epochs: int = 50
     shuffle: bool = False
-    symmetries: bool = False
+    symmetries: Symmetries = False
     target_mae: float | None = None
     baseline: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -133,6 +136,11 @@ class TrainConfig:
         simulate = self.data.simulate
         if simulate is not None and simulate.size != self.model.size:
             raise ConfigError("model.size", self.model.size, f"must be data.simulate.size = {simulate.size}")
+        if simulate is not None and simulate.crops > 1 and self.symmetries == "periodic":
+            advice = (
+                f"crops of a box are not periodic; use false, or data.simulate.crops = 1 ({simulate.crops})"
+            )
+            raise ConfigError("symmetries", self.symmetries, advice)
 
 
 def read_yaml(path: Path) -> Tree:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from cosmoflow_dali.arguments import FLAGS  # noqa: E402 (a checkout need not be installed)
 from cosmoflow_dali.config import TrainConfig  # noqa: E402
+from pipelines.errors import yaml_text  # noqa: E402
 from pipelines.settings import Setting, settings  # noqa: E402
 from pipelines.strict_yaml import read_yaml  # noqa: E402
 
@@ -80,7 +81,7 @@ def _summary(section: type) -> str:
 def _type(kind: Any) -> str:
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
-        return " or ".join(f"`{value}`" for value in arguments)
+        return " or ".join(_code(yaml_text(value)) for value in arguments)
     if typing.get_origin(kind) is tuple:
         return f"list of {NAMES[arguments[0]]}s"
     if arguments:

@@ -139,8 +139,9 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
             raise ConfigError(key, value, "expected `key: value` lines below it")
         return build(kind, value, f"{key}.")
     if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(key, value, f"must be one of {', '.join(map(str, arguments))}")
+        # Of equal values, 1 is not True.
+        if (type(value), value) not in [(type(known), known) for known in arguments]:
+            raise ConfigError(key, value, f"must be one of {', '.join(map(yaml_text, arguments))}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):

@@ -79,7 +79,7 @@ def convert(
     expected: str | None = None,
     codec: str | None = None,
 ) -> int:
-    """Convert a folder of samples, or both splits of a data set; return the exit status."""
+    """Convert a folder of samples, or the splits of a data set; return the exit status."""
 
     def make_plans() -> list[ConversionPlan]:
         if to not in FORMATS:

@@ -80,7 +80,7 @@ OPEN = {
     "model": {"kind": "open", "size": SIZE},
     "optimizer": {"kind": "adam"},
     "schedule": {"kind": "one_cycle", "peak_lr": 0.01},
-    "symmetries": True,
+    "symmetries": "periodic",
     "submission": {"division": "open"},
 }
 """The changes that make `config_file`'s run one of the open network."""

@@ -167,7 +167,8 @@ class Trainer:
         set_lr(self._optimizer, lr)
         seed_step(self._run.seed, epoch, step, self._session.world.rank)
         if config.symmetries:
-            turned = augment.apply(batch.volume, augment.draw(self._run.seed, epoch, step))
+            number = augment.draw(self._run.seed, epoch, step)
+            turned = augment.apply(batch.volume, config.symmetries, number)
             batch = dataclasses.replace(batch, volume=turned)
         self._window.append((self._engine(batch), batch.index))
         self.position = Position(epoch, self.position.samples + self._global_batch)

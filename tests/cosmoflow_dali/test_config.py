@@ -33,6 +33,24 @@ def test_every_config_resolves_and_survives_being_saved() -> None:
         assert resolve(dataclasses.asdict(config)) == config
 
 
+def test_symmetries_of_an_older_run_keep_their_meaning() -> None:
+    for value in (False, True, "periodic"):
+        assert resolve({"symmetries": value}).symmetries is value
+    refused: tuple[object, ...] = (1, "true", "cube")
+    for other in refused:
+        with pytest.raises(ConfigError) as error:
+            resolve({"symmetries": other})
+        assert (error.value.key, error.value.value) == ("symmetries", other)
+
+
+def test_crops_of_a_box_are_not_periodic() -> None:
+    tree = {"symmetries": "periodic", "model": {"size": 32}, "data": {"simulate": {"crops": 2}}}
+    with pytest.raises(ConfigError) as error:
+        resolve(tree)
+    assert error.value.key == "symmetries"
+    assert resolve({**tree, "symmetries": True}).symmetries is True
+
+
 def test_every_setting_has_a_description_and_every_flag_a_setting() -> None:
     known = {setting.key: setting for setting in settings(TrainConfig)}
     assert [key for key, setting in known.items() if not setting.meaning] == []
