@@ -14,6 +14,7 @@ from benchmarks import compute_bench, limits, recipes
 from benchmarks.harness import Spread
 from benchmarks.limits import step_flops
 from benchmarks.recipes import PlainOpen, PlainReference
+from benchmarks.samples import folder_name
 from cosmoflow_dali.models.open import OpenConfig, OpenCosmoFlow
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
 from pipelines.errors import ConfigError, DataError
@@ -110,7 +111,7 @@ def test_whole_loop_reads_samples_during_steps(
     assert list(rows) == ["plain PyTorch, batch 2", "fp32 eager auto, batch 2", name]
     assert [row.speed_of_resident is not None for row in rows.values()] == [False, False, True]
     assert "of the samples/s on resident data" in capsys.readouterr().out
-    (shard,) = (tmp_path / "3x32" / "packed").glob("*.tar")
+    (shard,) = (tmp_path / "3x32" / folder_name("packed")).glob("*.tar")
     shard.write_bytes(shard.read_bytes()[:-2000])
     # The loader's error is raised, and no process remains.
     with pytest.raises(DataError) as error:
