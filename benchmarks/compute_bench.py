@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,56 +33,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
-from benchmarks.layers import Layer
+from benchmarks.compute_table import PLAIN, RECORD, TARGETS, Result, row_name, show
 from benchmarks.limits import Limits, measure_limits, step_flops
 from benchmarks.picture import draw
 from benchmarks.recipes import Recipe, RecipeProcess, Timing
 from cosmoflow_dali.compute.engines import ComputeConfig
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
-from pipelines.tables import format_table
 
-PLAIN, RECORD = "plain PyTorch", "the record's recipe"
 _LOOP = ", from packed"
-
-LOOP = 0.95
-"""Target of the whole loop: minimum fraction of the samples per second on resident data."""
 
 STEPS = {"cpu": 3, "cuda": 30}
 """Steps of a round, by device type."""
-
-TARGETS = {128: {"share_of_matrix": 0.62, "speed_of_plain": 1.35}, 32: {"speed_of_plain": 1.5}}
-"""Targets of float32 on a CPU, by size: minimum fraction of the matrix product's rate, and minimum ratio of
-the samples per second to those of plain PyTorch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A row.
-
-    Attributes:
-        samples_per_s: Of whole steps.
-        forward_ms: Wall time of the forward pass per sample; never part of a graph.
-        cpu_ms: CPU time of whole steps per sample.
-        tflops: Operations that the network needs, per second.
-        share_of_matrix: Fraction of the rate of a matrix product in the same precision.
-        speed_of_plain, speed_of_record: Samples per second relative to those rows.
-        speed_of_resident: Samples per second of a whole loop relative to the same steps on resident data.
-        peak: Peak memory in bytes.
-        layers: Each block of the network alone, on a GPU as a graph.
-    """
-
-    precision: str
-    samples_per_s: harness.Spread
-    forward_ms: harness.Spread
-    cpu_ms: harness.Spread
-    tflops: float
-    share_of_matrix: float
-    speed_of_plain: harness.Spread
-    speed_of_record: harness.Spread | None
-    speed_of_resident: harness.Spread | None
-    peak: int
-    layers: list[Layer]
 
 
 def recipes(options: argparse.Namespace, device: torch.device, data: Path | None = None) -> list[Recipe]:
@@ -92,14 +54,13 @@ def recipes(options: argparse.Namespace, device: torch.device, data: Path | None
     for batch_size in options.batch_size:
         # torch's default for float32 convolutions; a plain recipe does not configure it.
         named = ComputeConfig("tf32" if gpu else "fp32", "eager")
-        plain = Recipe(
-            _name(PLAIN, batch_size), batch_size, named, plain=True, layout="contiguous", optimizer="default"
-        )
+        name = row_name(PLAIN, batch_size)
+        plain = Recipe(name, batch_size, named, plain=True, layout="contiguous", optimizer="default")
         found.append(plain)
         if gpu:
             compute = ComputeConfig(precision="fp16", engine="graph")
             # Like the record's optimizer, and unlike torch's default, it does not wait for the GPU.
-            record = Recipe(_name(RECORD, batch_size), batch_size, compute, plain=True, optimizer="fused")
+            record = Recipe(row_name(RECORD, batch_size), batch_size, compute, plain=True, optimizer="fused")
             found.append(record)
         for precision, engine, kernels, layout, optimizer in itertools.product(
             options.precision or (["bf16"] if gpu else ["fp32"]),
@@ -111,15 +72,11 @@ def recipes(options: argparse.Namespace, device: torch.device, data: Path | None
             compute = ComputeConfig(precision=precision, engine=engine, kernels=kernels)
             words = [precision, compute.engine_on(device), optimizer]
             words += [word for word in (kernels, layout) if word not in ("auto", "channels_last")]
-            name = _name(" ".join(words), batch_size)
+            name = row_name(" ".join(words), batch_size)
             found.append(Recipe(name, batch_size, compute, layout=layout, optimizer=optimizer))
             if data is not None:
                 found.append(replace(found[-1], name=name + _LOOP, data=data))
     return found
-
-
-def _name(title: str, batch_size: int) -> str:
-    return f"{title}, batch {batch_size}"
 
 
 def run(
@@ -175,7 +132,7 @@ def _results(
     for recipe in entries:
         own = readings[recipe.name]
         rate = harness.Spread.of(1 / reading.wall for reading in own)
-        record = readings.get(_name(RECORD, recipe.batch_size))
+        record = readings.get(row_name(RECORD, recipe.batch_size))
         resident = readings[recipe.name.removesuffix(_LOOP)] if recipe.data else None
         results[recipe.name] = Result(
             precision=recipe.compute.precision,
@@ -186,68 +143,13 @@ def _results(
             cpu_ms=harness.Spread.of(1e3 * reading.cpu for reading in own),
             tflops=1e-12 * flops * rate.median,
             share_of_matrix=flops * rate.median / limits.matrix[recipe.compute.precision],
-            speed_of_plain=harness.ratio(readings[_name(PLAIN, recipe.batch_size)], own, "wall"),
+            speed_of_plain=harness.ratio(readings[row_name(PLAIN, recipe.batch_size)], own, "wall"),
             speed_of_record=harness.ratio(record, own, "wall") if record else None,
             speed_of_resident=harness.ratio(resident, own, "wall") if resident else None,
             peak=peaks[recipe.name],
             layers=[],
         )
     return results
-
-
-def show(
-    options: argparse.Namespace, device: torch.device, limits: Limits, results: dict[str, Result]
-) -> None:
-    """Print medians, 10th and 90th percentiles over the rounds, and the targets."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    flops = step_flops(options.network, options.size)
-    print(f"{options.network} network at {options.size}^3 on {where}, {1e-9 * flops:.1f} GFLOP a sample")
-    for precision, rate in limits.matrix.items():
-        print(f"limit: matrix product {precision} {1e-12 * rate:.3f} TFLOP/s")
-    print(f"limit: copy {1e-9 * limits.copy:.1f} GB/s, read and written")
-    table = [
-        ["", "samples/s", "forward ms", "CPU ms", "TFLOP/s", "of limit", "peak GB", "/ plain", "/ record"]
-    ]
-    for name, row in results.items():
-        times = f"{row.forward_ms.median:.2f}", f"{row.cpu_ms.median:.1f}"
-        rates = f"{row.tflops:.3f}", f"{row.share_of_matrix:.1%}", f"{1e-9 * row.peak:.2f}"
-        record = f"{row.speed_of_record.median:.2f}" if row.speed_of_record else ""
-        table.append([name, row.samples_per_s.text(1), *times, *rates, row.speed_of_plain.text(2), record])
-    print(format_table(table))
-    for name, row in results.items():
-        if row.layers:
-            print(f"{name}, single blocks, forward and backward:")
-        for layer in row.layers:
-            rate = 1e9 * layer.gflop / (1e-3 * layer.ms)
-            share, copying = rate / limits.matrix[row.precision], layer.bytes_moved / limits.copy
-            print(
-                f"  {layer.name} {layer.ms:9.2f} ms: {layer.gflop:6.1f} GFLOP at {1e-12 * rate:.3f} TFLOP/s,"
-                f" {share:.0%} of the limit; {layer.bytes_moved / 1e6:.0f} MB, {1e3 * copying:.2f} ms by copy"
-            )
-    if device.type == "cpu":
-        _show_targets(options.size, results)
-    _show_over_record(results)
-    for name, row in results.items():
-        if row.speed_of_resident:
-            ratio = row.speed_of_resident.text(3)
-            print(f"{name}: {ratio} of the samples/s on resident data; target: at least {LOOP:g}")
-
-
-def _show_targets(size: int, results: dict[str, Result]) -> None:
-    for name, row in results.items():
-        for quantity, target in TARGETS.get(size, {}).items() if name.startswith("fp32") else ():
-            value = getattr(row, quantity)
-            value = value if isinstance(value, float) else value.median
-            print(f"{name}: {quantity} {value:.2f}; target of float32 on a CPU: at least {target:g}")
-
-
-def _show_over_record(results: dict[str, Result]) -> None:
-    """Print the speed of the project's rows relative to the record's batch of one sample."""
-    record = results.get(_name(RECORD, 1))
-    for name, row in results.items():
-        if record is not None and not name.startswith((PLAIN, RECORD)):
-            speed = row.samples_per_s.median / record.samples_per_s.median
-            print(f"{name}: {speed:.2f} times the samples/s of {_name(RECORD, 1)}")
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -31,7 +31,7 @@ from pipelines.loading.config import LoaderConfig
 SECONDS = {"h100": 0.0035, "a100": 0.00551}
 """Compute time of a step of batch 1 in MLPerf Storage's CosmoFlow workload."""
 
-PASSING = 0.7
+_PASSING = 0.7
 _LEAD = 32
 """Warm-up steps."""
 
@@ -102,6 +102,18 @@ def emulate(
         sum(samples / wall for wall, *_ in found),
         1e3 * sum(cpu for _, cpu, _ in found) / (samples * accelerators),
     )
+
+
+def show_utilisation(found: dict[str, Utilisation], seconds: float) -> None:
+    """Print the utilisation of the emulated accelerators."""
+    for name, one in found.items():
+        verdict = "passes" if min(one.each) >= _PASSING else "does not pass"
+        each = f" ({min(one.each):.1%} to {max(one.each):.1%})" if one.accelerators > 1 else ""
+        print(
+            f"{name:14} {one.accelerators} x {1e3 * seconds:g} ms a step: utilisation {one.mean:.1%}{each}, "
+            f"{verdict} at {_PASSING:.0%}; {one.samples_per_s:.0f} samples/s, {one.cpu_ms:.1f} ms CPU a "
+            f"sample; {min(one.by_formula):.1%} by MLPerf Storage's formula (unofficial)"
+        )
 
 
 def _device_of(device: str, number: int) -> str:

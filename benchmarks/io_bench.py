@@ -39,7 +39,7 @@ from benchmarks.candidates import (
     plain_loader,
     project_loader,
 )
-from benchmarks.emulation import PASSING, SECONDS, Utilisation, emulate
+from benchmarks.emulation import SECONDS, Utilisation, emulate, show_utilisation
 from benchmarks.picture import draw
 from benchmarks.samples import KINDS, make_splits
 from pipelines.dataset.dataset import SampleDataset
@@ -190,18 +190,6 @@ def show(setting: Setting, results: dict[str, Result]) -> None:
             value = result.figures.cpu_ms if quantity == "cpu_ms" else getattr(result, quantity)
             most = "least" if quantity.startswith("speed") else "most"
             print(f"{format_name}, {quantity}: {value.median:.2f}; target at 128^3: at {most} {target:g}")
-
-
-def show_utilisation(found: dict[str, Utilisation], seconds: float) -> None:
-    """Print the utilisation of the emulated accelerators."""
-    for name, one in found.items():
-        verdict = "passes" if min(one.each) >= PASSING else "does not pass"
-        each = f" ({min(one.each):.1%} to {max(one.each):.1%})" if one.accelerators > 1 else ""
-        print(
-            f"{name:14} {one.accelerators} x {1e3 * seconds:g} ms a step: utilisation {one.mean:.1%}{each}, "
-            f"{verdict} at {PASSING:.0%}; {one.samples_per_s:.0f} samples/s, {one.cpu_ms:.1f} ms CPU a "
-            f"sample; {min(one.by_formula):.1%} by MLPerf Storage's formula (unofficial)"
-        )
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compute_bench, limits, recipes
+from benchmarks import compute_bench, compute_table, limits, recipes
 from benchmarks.harness import Spread
 from benchmarks.limits import step_flops
 from benchmarks.recipes import PlainOpen, PlainReference
@@ -153,14 +153,14 @@ def test_options_span_named_recipes() -> None:
 
 
 def test_batches_are_compared_with_the_record(capsys: pytest.CaptureFixture[str]) -> None:
-    def row(samples_per_s: float) -> compute_bench.Result:
+    def row(samples_per_s: float) -> compute_table.Result:
         rate, none = Spread.of([samples_per_s]), Spread.of([1.0])
-        return compute_bench.Result("fp16", rate, none, none, 1.0, 1.0, none, None, None, 1, [])
+        return compute_table.Result("fp16", rate, none, none, 1.0, 1.0, none, None, None, 1, [])
 
     rows = {"bf16 graph auto, batch 8": row(700.0)}
-    compute_bench._show_over_record(rows)
+    compute_table.show_over_record(rows)
     assert capsys.readouterr().out == ""
-    compute_bench._show_over_record({"the record's recipe, batch 1": row(200.0), **rows})
+    compute_table.show_over_record({"the record's recipe, batch 1": row(200.0), **rows})
     expected = "bf16 graph auto, batch 8: 3.50 times the samples/s of the record's recipe, batch 1\n"
     assert capsys.readouterr().out == expected
 
