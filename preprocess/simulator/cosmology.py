@@ -165,7 +165,7 @@ def growth(omega_m: float, redshifts: Sequence[float]) -> tuple[Growth, ...]:
     First order is the equation of linear growth, d2D/dN2 + (2 + dlnE/dN) dD/dN = 3/2 Omega_m(a) D
     with N = ln a; second order has -3/2 Omega_m(a) D^2 as a further source (Bouchet et al. 1995,
     A&A 296, 575). Radiation is neglected, as usual for simulations that start after equality: with it,
-    D(3) / D(0) would be about 0.1% smaller.
+    D(3) / D(0) would be about 0.05% larger.
     """
     log_a = -math.log(1e2)
     a = math.exp(log_a)

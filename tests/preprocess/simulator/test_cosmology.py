@@ -1,11 +1,13 @@
-"""Linear theory compared with textbook formulas and independent integrals."""
+"""Linear theory compared with CAMB, textbook formulas and independent integrals."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
+from helpers import DATA
 from scipy.integrate import quad
 from scipy.special import hyp2f1
 
@@ -22,6 +24,26 @@ from preprocess.simulator.cosmology import (
 
 MEAN = Cosmology(omega_m=0.3, sigma_8=0.8, n_s=0.96, H_0=70.0)
 EDGES = [Cosmology(om, s8, ns, h0) for om, s8, ns, h0 in [(0.27, 0.72, 0.864, 63), (0.33, 0.88, 1.056, 77)]]
+CAMB = json.loads((DATA / "camb.json").read_text())
+"""Golden values of CAMB; the file states its settings."""
+
+
+def test_spectrum_agrees_with_camb() -> None:
+    errors = []
+    for golden in CAMB["cosmologies"]:
+        cosmology = Cosmology(golden["omega_m"], golden["sigma_8"], golden["n_s"], golden["H_0"])
+        errors.append(PowerSpectrum(cosmology)(CAMB["k"]) / golden["power"] - 1.0)
+    # This is the error of EH98's formulas, which rises with Omega_m h^2, from 1.2% rms to 2.6%.
+    assert np.abs(errors).max() < 0.05
+    assert np.sqrt(np.mean(np.square(errors))) < 0.02
+
+
+def test_growth_agrees_with_camb() -> None:
+    for golden in CAMB["cosmologies"]:
+        found = [at.first for at in growth(golden["omega_m"], CAMB["redshifts"])]
+        assert found == pytest.approx(golden["growth_without_radiation"], rel=1e-4)
+        # The simulator neglects radiation.
+        assert found == pytest.approx(golden["growth"], rel=1e-3)
 
 
 @pytest.mark.parametrize("cosmology", [MEAN, *EDGES])
