@@ -229,16 +229,35 @@ def _train(
 
 
 def _use_kernels(run: Run, model: nn.Module, session: Session, device: torch.device) -> list[str]:
-    """Choose the kernels of the blocks of `model`, or those of the checkpoint; return their names."""
+    """Compute the blocks of `model` with the checkpoint's kernels, or those that rank 0 chooses.
+
+    Ranks with another model of GPU choose their own, as those of rank 0 may be slow or fail there. All
+    kernels give gradients of the same layout, so the ranks' average is not affected.
+
+    Returns:
+        Names of rank 0's kernels.
+    """
     compute = run.config.compute
     batch = compute.micro_batch or run.config.loader.batch_size
     session.run_on_all_ranks(lambda: check_convolutions(compute.precision, device))
-    names = run.checkpoint.kernels if run.checkpoint and device.type == "cuda" else []
-    if not names:
-        names = session.run_on_root(
-            lambda: choose_kernels(model, compute.kernels, compute.precision, batch, device)
-        )
-    use_kernels(model, names, compute.precision, batch)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    saved = run.checkpoint.kernels if run.checkpoint and device.type == "cuda" else []
+
+    def choose() -> list[str]:
+        return choose_kernels(model, compute.kernels, compute.precision, batch, device)
+
+    names, gpu_of_root = session.run_on_root(lambda: (saved or choose(), gpu))
+
+    def use() -> None:
+        own = names
+        if gpu != gpu_of_root:
+            own = choose()
+            logger.warning(
+                "kernels for %s, another GPU than rank 0's %s: %s", gpu, gpu_of_root, ", ".join(own)
+            )
+        use_kernels(model, own, compute.precision, batch)
+
+    session.run_on_all_ranks(use)
     return names
 
 

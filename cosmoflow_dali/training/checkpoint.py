@@ -70,7 +70,7 @@ class Checkpoint:
         skipped: Paths of the damaged samples of each split that were skipped so far.
         logs: Bytes of each log file that belong to this state; the rest was written later.
         mlperf_log: These bytes of the MLPerf log; empty in version 1.
-        kernels: Kernel of each block on a GPU; see `choose_kernels`.
+        kernels: Kernel of each block on rank 0's GPU; see `choose_kernels`.
     """
 
     config: dict[str, Any]

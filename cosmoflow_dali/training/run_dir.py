@@ -70,7 +70,7 @@ class Run:
         validation: Validation samples.
         fingerprints: `SampleDataset.fingerprint` of each split, of the samples in `data.dir`.
         seconds: Time spent so far by this process, by phase.
-        kernels: Kernel of each block of the network on a GPU; see `choose_kernels`.
+        kernels: Kernel of each block of the network on rank 0's GPU; see `choose_kernels`.
     """
 
     folder: Path

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from forked import Forked
-from helpers import OPEN, ROOT, Done, command, config_file, environment, program, start, write_tiny
+from helpers import OPEN, ROOT, Done, Ranks, command, config_file, environment, program, start, write_tiny
 from helpers import run as run_command
+from rank_programs import HEAD
 from run_artifacts import metrics, same_weights
 
 from cosmoflow_dali import __version__
@@ -263,6 +264,65 @@ def test_two_ranks_have_the_losses_of_one(
         values = [line[key] for line in two if key in line]
         assert len(values) == count
         assert values == pytest.approx([line[key] for line in one if key in line], abs=1e-5)
+
+
+KERNELS = (
+    HEAD
+    + """
+from types import SimpleNamespace
+from torch.nn.parallel import DistributedDataParallel
+from cosmoflow_dali import train
+from cosmoflow_dali.compute.engines import ComputeConfig
+from cosmoflow_dali.compute.step import forward_backward
+from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
+from pipelines.sample import Batch
+
+gpus, choices = GPUS, CHOICES
+torch.cuda.get_device_name = lambda device: gpus[world.rank]
+train.check_convolutions = lambda *given: None
+train.choose_kernels = lambda *given: choices[world.rank]
+config = SimpleNamespace(compute=ComputeConfig(), loader=SimpleNamespace(batch_size=1))
+run = SimpleNamespace(config=config, checkpoint=None)
+network = ReferenceConfig(size=8, blocks=2, filters=8, dense=(8, 8), dropout=0.0)
+with report_errors(world) as session:
+    session.connect()
+    model = CosmoFlow(network)
+    names = train._use_kernels(run, model, session, torch.device("cuda", 0))
+    print(world.rank, names, [block.__name__ for block in model.blocks])
+    torch.manual_seed(1)
+    whole = Batch(torch.rand(2, 4, 8, 8, 8), torch.rand(2, 4), torch.arange(2))
+    own = Batch(*(value[world.rank : world.rank + 1] for value in (whole.volume, whole.target, whole.index)))
+    forward_backward(DistributedDataParallel(model), own, "fp32")
+    alone = CosmoFlow(network)
+    forward_backward(alone, whole, "fp32")
+    for one, other in zip(model.parameters(), alone.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+"""
+)
+"""Two ranks that choose kernels and take a step, on CPUs that pose as GPUS."""
+
+FUNCTIONS = {"torch": "pool_then_activate", "triton pool": "pool_block"}
+"""Functions of the kernels, by name."""
+
+
+@pytest.mark.parametrize("gpus", [["A100", "A100"], ["A100", "H100"]])
+def test_ranks_choose_kernels_for_their_own_model_of_gpu(gpus: list[str]) -> None:
+    choices = [["torch", "triton pool"], ["triton pool", "torch"]]
+    program = KERNELS.replace("GPUS", repr(gpus)).replace("CHOICES", repr(choices))
+    with Ranks([sys.executable, "-c", program], range(2), 2, TRITON_INTERPRET="1") as ranks:
+        statuses, words = ranks.end(60)
+    assert statuses == {0}, words
+    for rank in range(2):
+        used = choices[rank if gpus[rank] != gpus[0] else 0]
+        assert f"{rank} {choices[0]} {[FUNCTIONS[name] for name in used]}" in words
+
+
+def test_kernel_that_is_missing_on_one_rank_ends_all() -> None:
+    choices = [["torch", "torch"], ["torch", "none"]]
+    program = KERNELS.replace("GPUS", "['A100', 'H100']").replace("CHOICES", repr(choices))
+    with Ranks([sys.executable, "-c", program], range(2), 2, TRITON_INTERPRET="1") as ranks:
+        statuses, words = ranks.end(60)
+    assert statuses == {1} and words.count("compute.kernels") == 1, words
 
 
 @pytest.mark.slow
