@@ -33,6 +33,7 @@ from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.mlperf.write_events import log_settings
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenCosmoFlow
+from cosmoflow_dali.reporting.ridge_baseline import number_universes
 from cosmoflow_dali.reporting.summary import write_results
 from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.logs import RunLogs, configure_logging
@@ -53,7 +54,7 @@ from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.node_groups import check_nodes
 from pipelines.distributed.session import Session, exit_now
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import UserError
+from pipelines.errors import ConfigError, UserError
 from pipelines.filesystem import is_hidden, is_present, provide_scratch
 from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.loader import Loader
@@ -123,6 +124,7 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
         fingerprints = {"train": train.fingerprint(), "validation": validation.fingerprint()}
     run = Run(folder, config, checkpoint, train, validation, fingerprints, seconds)
     check_data(run, session.world.size)
+    _check_symmetries(run)
     if not resumes:
         run = create_run(run, locks, must_be_new=arguments.must_be_new)
         logger.info("run folder %s, seed %d", run.folder, run.seed)
@@ -147,6 +149,20 @@ def _simulate(config: TrainConfig) -> bool:
         return False
     make_dataset(simulate, root, workers=available_cores(), shown=True)
     return True
+
+
+def _check_symmetries(run: Run) -> None:
+    """Raise ConfigError if `symmetries` are those of whole boxes and samples are crops, by their names."""
+    if run.config.symmetries != "periodic":
+        return
+    for split in (run.train, run.validation):
+        universes = len(set(number_universes(map(split.sample_id, range(len(split)))).tolist()))
+        if universes < len(split):
+            advice = (
+                f"crops are not periodic, and by their names the {len(split)} samples in {split.root} are "
+                f"crops of {universes} universes; use false"
+            )
+            raise ConfigError("symmetries", run.config.symmetries, advice)
 
 
 def _stage(run: Run, session: Session, logs: RunLogs, staged_since: int | None) -> Run:

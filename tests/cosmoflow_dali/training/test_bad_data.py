@@ -22,6 +22,7 @@ from pipelines.errors import DataError
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice
 from preprocess import convert, verify
+from preprocess.simulate import SimulateConfig, make_dataset
 
 TRAIN = "cosmoflow_dali.train"
 DAMAGED = "universe_0003_000"
@@ -108,6 +109,18 @@ def test_unusable_folders_are_refused_before_a_run_begins(tmp_path: Path) -> Non
     assert str(data / "validation") in refused(data, run).err
     done = refused(tmp_path / "missing", run)
     assert "missing" in done.err and len(done.err.splitlines()) == 1
+    assert not run.exists()
+
+
+def test_crops_that_were_simulated_elsewhere_are_not_periodic(tmp_path: Path) -> None:
+    crops, run = SimulateConfig(train=2, validation=1, crops=2), tmp_path / "run"
+    make_dataset(crops, tmp_path / "made", workers=1, shown=False)
+    arguments = ["-i", str(tmp_path / "made"), "-o", str(tmp_path / "packed"), "--to", "packed"]
+    assert convert.main([*arguments, "--workers", "1"]) == 0
+    for data in (tmp_path / "made", tmp_path / "packed"):
+        line = refused(data, run, model={"size": 32}, symmetries="periodic").err
+        assert line.startswith("error: symmetries = periodic: "), line
+        assert f"16 samples in {data / 'train'} are crops of 2 universes" in line
     assert not run.exists()
 
 
