@@ -6,12 +6,11 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -32,6 +31,9 @@ _TYPES = {
 _OPTIONS = "num_warps", "num_stages"
 _ALIGNMENT = 16
 """Divisor by which Triton specialises addresses and numbers at run time."""
+
+_WARP = 32
+"""Threads of a warp."""
 
 _LONG_LOOP = 40
 """Instructions from which a loop is one of the source, not a wait for a barrier."""
@@ -94,6 +96,9 @@ class MachineCode:
         tensor_core: Number of instructions for tensor cores.
         instructions: Total number of instructions.
         loops: Number of instructions of each loop, the outermost first.
+        shared_bytes: Bytes that a warp reads and writes in shared memory, if each instruction runs once.
+            Operands of tensor cores count, except on sm_100, whose instructions do not say their shape.
+        shared_bytes_of_loops: Those of each loop.
     """
 
     registers: int
@@ -103,6 +108,8 @@ class MachineCode:
     tensor_core: int
     instructions: int
     loops: tuple[int, ...]
+    shared_bytes: int
+    shared_bytes_of_loops: tuple[int, ...]
 
     def executed(self, trips: Sequence[int]) -> int:
         """Return the instructions that a warp executes.
@@ -111,13 +118,22 @@ class MachineCode:
             trips: Iterations of each loop of the source, the outermost first. The compiler unrolls the
                 innermost ones if it has fewer loops.
         """
-        if len(self.loops) > len(trips):
-            raise ValueError(f"the code has {len(self.loops)} loops, the source {len(trips)}")
-        total, repeats = self.instructions, 1
-        for size, count in zip(self.loops, trips, strict=False):
-            total += repeats * (count - 1) * size
-            repeats *= count
-        return total
+        return _repeat(self.instructions, self.loops, trips)
+
+    def moved(self, trips: Sequence[int]) -> int:
+        """Return the bytes that a warp reads and writes in shared memory; see `executed`."""
+        return _repeat(self.shared_bytes, self.shared_bytes_of_loops, trips)
+
+
+def _repeat(once: int, loops: Sequence[int], trips: Sequence[int]) -> int:
+    """Return the cost of code that costs `once` if each of its `loops` runs once."""
+    if len(loops) > len(trips):
+        raise ValueError(f"the code has {len(loops)} loops, the source {len(trips)}")
+    repeats = 1
+    for cost, count in zip(loops, trips, strict=False):
+        once += repeats * (count - 1) * cost
+        repeats *= count
+    return once
 
 
 def compile_launch(launch: Launch, architecture: int) -> MachineCode:
@@ -165,9 +181,13 @@ def _examine(cubin: bytes, shared: int, warps: int) -> MachineCode:
         stack=int(found[2]),
         shared=shared,
         warps=warps,
-        tensor_core=sum(count for name, count in instructions.items() if "MMA" in name),
-        instructions=instructions.total(),
-        loops=loops,
+        tensor_core=sum("MMA" in each.name for each in instructions),
+        instructions=sum(each.name != "NOP" for each in instructions),
+        loops=tuple(last - first for first, last in loops),
+        shared_bytes=sum(each.shared_bytes for each in instructions),
+        shared_bytes_of_loops=tuple(
+            sum(each.shared_bytes for each in instructions[first:last]) for first, last in loops
+        ),
     )
 
 
@@ -175,25 +195,53 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _parse(code: str) -> tuple[Counter[str], tuple[int, ...]]:
-    """Return the instructions of nvdisasm's `code` by name, and the length of each loop, outermost first."""
-    names: list[str] = []
+class _Instruction(NamedTuple):
+    """An instruction, and the bytes of shared memory that a warp reads or writes in it."""
+
+    name: str
+    shared_bytes: int
+
+
+def _parse(code: str) -> tuple[list[_Instruction], list[tuple[int, int]]]:
+    """Return the instructions of nvdisasm's `code`, and the range of each loop, the outermost first."""
+    instructions: list[_Instruction] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, int]] = []
     end = 0
     for line in code.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(names)
-        if instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+ +)?)([A-Z][\w.]*)(.*);", line):
-            names.append(instruction[2].split(".")[0])
-            target = re.search(r"\.L_x_\d+", instruction[3])
-            if names[-1] == "BRA" and target and target[0] in labels:
-                branches.append((labels[target[0]], len(names)))
-            if names[-1] == "EXIT" and not instruction[1]:
+            labels[label[1]] = len(instructions)
+        if found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+ +)?)([A-Z][\w.]*)(.*);", line):
+            name = found[2].split(".")[0]
+            instructions.append(_Instruction(name, _shared_bytes(found[2], found[3])))
+            target = re.search(r"\.L_x_\d+", found[3])
+            if name == "BRA" and target and target[0] in labels:
+                branches.append((labels[target[0]], len(instructions)))
+            if name == "EXIT" and not found[1]:
                 # Behind it lie waits for barriers.
-                end = len(names)
-    loops = [last - first for first, last in branches if last <= end and last - first >= _LONG_LOOP]
-    return Counter(name for name in names if name != "NOP"), tuple(sorted(loops, reverse=True))
+                end = len(instructions)
+    loops = [each for each in branches if each[1] <= end and each[1] - each[0] >= _LONG_LOOP]
+    return instructions, sorted(loops, key=lambda each: each[0] - each[1])
+
+
+def _shared_bytes(name: str, operands: str) -> int:
+    """Return the bytes of shared memory that a warp reads or writes in the instruction `name`."""
+    width = re.search(r"\.U?(8|16|32|64|128)\b", name)
+    match name.split(".")[0]:
+        case "LDS" | "STS" | "LDGSTS":
+            return _WARP * (int(width[1]) // 8 if width else 4)
+        case "LDSM" | "STSM":
+            # Matrices of 8 x 8 numbers of two bytes.
+            matrices = re.search(r"MT?88\.([24])$", name)
+            return 128 * (int(matrices[1]) if matrices else 1)
+        case "HGMMA":
+            # Four warps share rows of 32 bytes: N of the second factor, and 64 of the first one if it is not
+            # in registers.
+            shape = re.search(r"\.64x(\d+)x", name)
+            assert shape is not None, name
+            in_registers = re.match(r"\s*R\d+, R\d+,", operands)
+            return 32 * (int(shape[1]) + (0 if in_registers else 64)) // 4
+    return 0
 
 
 def launches_of(call: Callable[[], object]) -> list[Launch]:

@@ -6,8 +6,9 @@
 The first table has the machine code of each kernel and variant on sm_80, sm_90 and sm_100. The second one has
 the parts of a step of the reference network at 128^3, batch 1, bfloat16, by a fixed model: a kernel takes the
 longest of its arithmetic at 60% of the dense tensor-core rate, its memory traffic at 85% of the bandwidth,
-and its instructions at four a cycle and multiprocessor, and each node of the CUDA graph another 3 us. The
-model has not been compared with a GPU.
+its instructions at four and its shared memory at 128 bytes a cycle and multiprocessor, and each node of the
+CUDA graph another 3 us. Instructions and shared memory are counted in Triton's kernels only. The model has
+not been compared with a GPU.
 
 The exit status is 1 if a kernel spills registers, a convolution in half precision uses no tensor cores, a
 kernel exceeds its budget of instructions, or Triton's interpreter disagrees with float64.

@@ -34,6 +34,9 @@ _NODE = 3e-6
 _ISSUES = 4
 """Instructions that a multiprocessor issues in a cycle."""
 
+_SHARED = 128
+"""Bytes that a multiprocessor reads or writes in shared memory in a cycle."""
+
 _NO_KERNEL = "empty", "empty_like", "new_empty", "_unsafe_view", "detach"
 """Operations of torch that launch nothing, beside views."""
 
@@ -75,19 +78,22 @@ class Node:
         flops: Operations of tensor cores.
         bytes: Memory traffic.
         issued: Instructions of all warps by architecture, where they are known.
+        shared: Bytes that all warps read and write in shared memory, likewise.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     issued: dict[int, float] = field(default_factory=dict)
+    shared: dict[int, float] = field(default_factory=dict)
 
     def times(self, chip: Chip) -> dict[str, float]:
         """Return the seconds that each resource of `chip` needs."""
-        issue_rate = _ISSUES * chip.multiprocessors * chip.clock
+        cycles = chip.multiprocessors * chip.clock
         return {
             "tensor cores": self.flops / (_TENSOR_CORE_SHARE * chip.flops),
             "memory": self.bytes / (_BANDWIDTH_SHARE * chip.bandwidth),
-            "instructions": self.issued.get(chip.architecture, 0.0) / issue_rate,
+            "instructions": self.issued.get(chip.architecture, 0.0) / (_ISSUES * cycles),
+            "shared memory": self.shared.get(chip.architecture, 0.0) / (_SHARED * cycles),
         }
 
 
@@ -197,11 +203,13 @@ def _recorded(recorder: _Recorder, part: str) -> Iterator[None]:
         yield
     for launch in launches:
         work = kernel_work(launch)
-        issued = {}
+        issued, shared = {}, {}
         for architecture in sorted({chip.architecture for chip in CHIPS}):
             code = compile_launch(launch, architecture)
-            issued[architecture] = float(code.executed(work.trips) * code.warps * launch.programs)
-        recorder.add(Node(work.flops, work.bytes, issued))
+            warps = float(code.warps * launch.programs)
+            issued[architecture] = warps * code.executed(work.trips)
+            shared[architecture] = warps * code.moved(work.trips)
+        recorder.add(Node(work.flops, work.bytes, issued, shared))
     recorder.current = before
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import kernel_report
+from benchmarks import aot, kernel_report
 from benchmarks.aot import Launch, MachineCode
 from benchmarks.step_model import CHIPS, Node, Part
 from cosmoflow_dali.models.blocks import pool_then_activate
@@ -32,7 +32,7 @@ import torch
 with recorded_launches() as launches:
     _pool(32, 16, torch.float16)
 code = [asdict(compile_launch(launch, 90)) for launch in launches]
-step_model.compile_launch = lambda *_: MachineCode(100, 0, 0, 8, 12, 600, ())
+step_model.compile_launch = lambda *_: MachineCode(100, 0, 0, 8, 12, 600, (), 4096, ())
 parts = {
     part.name: [sum(node.flops for node in part.nodes), sum(node.bytes for node in part.nodes)]
     for part in step_model.model_step()
@@ -75,12 +75,38 @@ def test_kernels_are_compiled_and_the_step_has_the_operations_of_the_network() -
 
 
 def test_loops_that_the_compiler_unrolled_are_part_of_the_code() -> None:
-    code = MachineCode(32, 0, 0, 4, 0, instructions=500, loops=(100,))
-    assert code.executed((3, 2)) == 500 + 2 * 100
+    code = MachineCode(
+        32, 0, 0, 4, 0, instructions=500, loops=(100,), shared_bytes=64, shared_bytes_of_loops=(16,)
+    )
+    assert code.executed((3, 2)) == 500 + 2 * 100 and code.moved((3, 2)) == 64 + 2 * 16
     nested = replace(code, loops=(100, 40))
     assert nested.executed((3, 2)) == 500 + 2 * 100 + 3 * 1 * 40
     with pytest.raises(ValueError, match="2 loops"):
         nested.executed((3,))
+
+
+MACHINE_CODE = """
+.text._kernel:
+        /*0000*/                   LDG.E.128 R4, desc[UR6][R2.64] ;
+        /*0010*/                   STS.64 [R9], R4 ;
+        /*0020*/                   STS.U16 [R9], R4 ;
+        /*0030*/                   LDS R4, [R9] ;
+        /*0040*/                   LDGSTS.E.BYPASS.LTC128B.128 [R9+0x800], desc[UR6][R12.64] ;
+        /*0050*/                   LDSM.16.MT88.4 R8, [R9] ;
+        /*0060*/                   LDSM.16.M88 R8, [R9] ;
+        /*0070*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0080*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_shared_memory_of_machine_code() -> None:
+    instructions, loops = aot._parse(MACHINE_CODE)
+    # Of 32 threads, matrices of 8 x 8 numbers, and a quarter of a product's factors in shared memory.
+    threads = [0, 32 * 8, 32 * 2, 32 * 4, 32 * 16]
+    matrices = [4 * 128, 128, (64 + 256) * 16 * 2 // 4, 64 * 16 * 2 // 4]
+    assert [each.shared_bytes for each in instructions] == [*threads, *matrices, 0]
+    assert loops == []
 
 
 def named(module: str, name: str) -> Any:
@@ -91,7 +117,7 @@ def named(module: str, name: str) -> Any:
 def test_faults_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {"CHANNELS": 4, "FILTERS": 32, "cells": 128 * 1024, "CELLS": 128}
     launch = Launch(named("triton_block", "_forward"), 1024, arguments, {})
-    good = MachineCode(100, 0, 20000, 8, 12, 600, (220,))
+    good = MachineCode(100, 0, 20000, 8, 12, 600, (220,), 4096, (512,))
     for change, word in (
         ({"stack": 8}, "stack"),
         ({"tensor_core": 0}, "tensor-core"),
@@ -122,6 +148,8 @@ def test_the_largest_resource_limits_a_kernel() -> None:
     part = Part("a", (Node(flops, moved / 2), Node(flops / 4, moved)))
     limits = part.limits(H100)
     assert limits == pytest.approx({"tensor cores": 1e-3, "memory": 1e-3, "launches": 6e-6})
+    shared = Node(flops, issued={90: 1e-3 * 4 * 132 * H100.clock}, shared={90: 2e-3 * 128 * 132 * H100.clock})
+    assert Part("a", (shared,)).limits(H100) == pytest.approx({"shared memory": 2e-3, "launches": 3e-6})
 
 
 def test_tensors_count_once_as_traffic() -> None:
