@@ -21,6 +21,7 @@ from cosmoflow_dali.compute.optim import AdamConfig, SGDConfig
 from cosmoflow_dali.compute.schedule import OneCycleConfig, StepDecayConfig
 from cosmoflow_dali.models.build import ModelConfig
 from cosmoflow_dali.models.reference import ReferenceConfig
+from cosmoflow_dali.posterior.partition import PosteriorConfig
 from pipelines import strict_yaml
 from pipelines.errors import ConfigError, DataError, check_field
 from pipelines.loading.config import LoaderConfig
@@ -97,6 +98,8 @@ class TrainConfig:
             cube's 48 rotations and reflections.
         target_mae: Stop after the first epoch whose validation MAE is at most this.
         baseline: Fit a ridge regression to the same samples for comparison.
+        posterior: Settings of the posteriors that are fitted after training, to samples that the network does
+            not see; none if not given.
         device: "auto" trains on a GPU if there is one.
     """
 
@@ -115,6 +118,7 @@ class TrainConfig:
     symmetries: Symmetries = False
     target_mae: float | None = None
     baseline: bool = False
+    posterior: PosteriorConfig | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -133,6 +137,9 @@ class TrainConfig:
         if micro is not None and not isinstance(self.model, ReferenceConfig):
             advice = "the open network normalizes over its batch; leave it out"
             raise ConfigError("compute.micro_batch", micro, advice)
+        if self.posterior is not None and self.submission.division == "closed":
+            advice = "its rules have the network see all training samples; use open, or leave `posterior` out"
+            raise ConfigError("submission.division", "closed", advice)
         simulate = self.data.simulate
         if simulate is not None and simulate.size != self.model.size:
             raise ConfigError("model.size", self.model.size, f"must be data.simulate.size = {simulate.size}")

@@ -33,7 +33,9 @@ from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.mlperf.write_events import log_settings
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenCosmoFlow
-from cosmoflow_dali.reporting.ridge_baseline import number_universes
+from cosmoflow_dali.posterior.fitted import number_universes
+from cosmoflow_dali.posterior.partition import hold_out
+from cosmoflow_dali.reporting.posteriors import fit_run
 from cosmoflow_dali.reporting.summary import write_results
 from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.logs import RunLogs, configure_logging
@@ -101,8 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result is None:
             logger.info("stopped by a signal; resume with --run-dir %s --resume", run.folder)
             return os.EX_TEMPFAIL
-        # The baseline reads the whole data set, not this node's part of it.
-        session.run_on_root(partial(write_results, run, *result, world))
+        # Posteriors and baseline read the whole data set, not this node's part of it.
+        evaluation, training, weights = result
+        posterior = fit_run(run, weights, device, session) if run.calibration is not None else None
+        session.run_on_root(partial(write_results, run, evaluation, training, posterior, world))
     return 0
 
 
@@ -120,9 +124,26 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
     if _simulate(config):
         seconds["simulate"] = time.perf_counter() - start
     with session.stall_guard("opening the data set"):
-        train, validation = (open_folder(Path(config.data.dir) / split) for split in SPLITS)
+        root, calibration, test = Path(config.data.dir), None, None
+        train, validation = (open_folder(root / split) for split in SPLITS)
+        if config.posterior is not None:
+            ids = [train.sample_id(index) for index in range(len(train))]
+            assert config.seed is not None
+            trained, held_out = hold_out(config.posterior, ids, config.seed)
+            train, calibration = train.subset(trained), train.subset(held_out)
+            test = open_folder(root / "test") if is_present(root / "test") else None
         fingerprints = {"train": train.fingerprint(), "validation": validation.fingerprint()}
-    run = Run(folder, config, checkpoint, train, validation, fingerprints, seconds)
+    run = Run(
+        folder,
+        config,
+        checkpoint,
+        train,
+        validation,
+        fingerprints,
+        seconds,
+        calibration=calibration,
+        test=test,
+    )
     check_data(run, session.world.size)
     _check_symmetries(run)
     if not resumes:
@@ -156,7 +177,8 @@ def _check_symmetries(run: Run) -> None:
     if run.config.symmetries != "periodic":
         return
     for split in (run.train, run.validation):
-        universes = len(set(number_universes(map(split.sample_id, range(len(split)))).tolist()))
+        ids = [split.sample_id(index) for index in range(len(split))]
+        universes = len(set(number_universes(ids).tolist()))
         if universes < len(split):
             advice = (
                 f"crops are not periodic, and by their names the {len(split)} samples in {split.root} are "
@@ -194,12 +216,12 @@ def _stage(run: Run, session: Session, logs: RunLogs, staged_since: int | None) 
 
 def _train(
     run: Run, session: Session, device: torch.device, logs: RunLogs
-) -> tuple[Evaluation, dict[str, Any]] | None:
+) -> tuple[Evaluation, dict[str, Any], dict[str, Any]] | None:
     """Build everything and train on all ranks.
 
     Returns:
-        Validation of the final weights and the entries of summary.json about the training; None if a signal
-        stopped it.
+        Validation of the final weights, the entries of summary.json about the training, and the state dict of
+        the network; None if a signal stopped it.
     """
     start, config, world = time.perf_counter(), run.config, session.world
     check_partition(run)
@@ -232,7 +254,7 @@ def _train(
         evaluation = trainer.evaluation or trainer.validate()
     timer = trainer.timer
     waits = session.gather(timer.total_waited / timer.total if timer.total else 0.0)
-    return evaluation, {
+    summary = {
         "skipped_samples": trainer.skipped,
         "outcome": reason.value,
         "epochs": trainer.position.epoch,
@@ -242,6 +264,7 @@ def _train(
         "data_wait_fraction": {"mean": statistics.fmean(waits), "worst_rank": max(waits)},
         "seconds": seconds | trainer.seconds,
     }
+    return evaluation, summary, model.state_dict()
 
 
 def _use_kernels(run: Run, model: nn.Module, session: Session, device: torch.device) -> list[str]:

@@ -42,11 +42,13 @@ class ResidualGaussian:
     It is not cut at the prior's box.
 
     Args:
-        residuals: Prediction less target of samples that the predictions were not fitted to, (n, p).
+        covariance: Mean of the products of residuals, prediction less target, (p, p), of samples that the
+            predictions were not fitted to.
     """
 
-    def __init__(self, residuals: Array) -> None:
-        self._factor = np.linalg.cholesky(residuals.T @ residuals / len(residuals))
+    def __init__(self, covariance: Array) -> None:
+        self.covariance = covariance
+        self._factor = np.linalg.cholesky(covariance)
 
     def log_density(self, features: Array, targets: Array) -> Array:
         """Return the log-density of `targets` (n, p) given predictions `features` (n, p), (n,)."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Array = npt.NDArray[np.float64]
 Universes = npt.NDArray[np.int64]
@@ -32,6 +34,15 @@ class Ridge:
     def predict(self, summaries: Array) -> Array:
         """Return predictions (n, p) for `summaries` (n, f)."""
         return (summaries - self.mean) @ self.weights + self.intercept
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the regression as tensors, for `from_state`."""
+        return {name: torch.from_numpy(getattr(self, name)) for name in self.__slots__}
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> Ridge:
+        """Return the regression whose `state` this is."""
+        return Ridge(**{name: tensor.numpy() for name, tensor in state.items()})
 
 
 def fit_ridge(summaries: Array, targets: Array, universes: Universes) -> tuple[Ridge, Array]:

@@ -24,16 +24,45 @@ class PosteriorScores:
     """Scores of one posterior, in units of the target.
 
     Attributes:
-        mae: Mean absolute error of the posterior mean for each parameter, (p,).
-        nll: Mean negative log-density of the truth, in nats.
-        nll_error: Standard error of `nll`.
+        targets: True parameters, (n, p).
+        means: Means of the posteriors, (n, p).
+        deviations: Their standard deviations, (n, p).
+        log_densities: Log-densities of the truths, (n,), in nats.
+        ranks: Positions of the truths among the draws.
         calibration: The tests' results.
     """
 
-    mae: Array
-    nll: float
-    nll_error: float
+    targets: Array
+    means: Array
+    deviations: Array
+    log_densities: Array
+    ranks: Ranks
     calibration: Calibration
+
+    @property
+    def mae(self) -> Array:
+        """Mean absolute error of the posterior mean for each parameter, (p,)."""
+        return np.abs(self.means - self.targets).mean(axis=0)
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-density of the truth, in nats."""
+        return -float(self.log_densities.mean())
+
+    @property
+    def nll_error(self) -> float:
+        """Standard error of `nll`."""
+        return float(self.log_densities.std() / np.sqrt(self.calibration.universes))
+
+    @property
+    def bias(self) -> Array:
+        """Mean of (posterior mean - truth) / standard deviation for each parameter, (p,)."""
+        return ((self.means - self.targets) / self.deviations).mean(axis=0)
+
+    def nll_difference(self, other: PosteriorScores) -> tuple[float, float]:
+        """Return `nll` less that of `other` for the same samples, and its standard error, in nats."""
+        differences = other.log_densities - self.log_densities
+        return float(differences.mean()), float(differences.std() / np.sqrt(self.calibration.universes))
 
     def to_json(self) -> dict[str, object]:
         """Return the scores for programs."""
@@ -43,6 +72,7 @@ class PosteriorScores:
             "mae_per_parameter": dict(zip(names, self.mae.tolist(), strict=True)),
             "nll": self.nll,
             "nll_standard_error": self.nll_error,
+            "bias": dict(zip(names, self.bias.tolist(), strict=True)),
             "coverage": {
                 f"{level:.0%}": {"limit": limit, **dict(zip(names, row, strict=True))}
                 for level, limit, row in zip(
@@ -66,20 +96,22 @@ def score_posterior(
         universes: Number of independent universes among the samples.
         seed: Seed of the draws.
     """
-    means, below, nearer = [], [], []
+    means, deviations, below, nearer = [], [], [], []
     for start in range(0, len(targets), _UNIVERSES_AT_ONCE):
         rows = slice(start, start + _UNIVERSES_AT_ONCE)
         draws = posterior.sample(features[rows], DRAWS, seed + start)
         ranks = rank_truths(draws, targets[rows], references[rows])
         means.append(draws.mean(axis=1))
+        deviations.append(draws.std(axis=1))
         below.append(ranks.below)
         nearer.append(ranks.nearer)
     ranks = Ranks(np.concatenate(below), np.concatenate(nearer), ranks.step)
-    nll = -posterior.log_density(features, targets)
     names = [parameter.name for parameter in PARAMETERS]
     return PosteriorScores(
-        np.abs(np.concatenate(means) - targets).mean(axis=0),
-        float(nll.mean()),
-        float(nll.std() / np.sqrt(universes)),
+        targets,
+        np.concatenate(means),
+        np.concatenate(deviations),
+        posterior.log_density(features, targets),
+        ranks,
         calibrate(ranks, names, universes),
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from cosmoflow_dali.reporting import ridge_baseline, system_info
 from cosmoflow_dali.reporting.html_report import write_report
+from cosmoflow_dali.reporting.posteriors import score_table, verdicts
 from cosmoflow_dali.reporting.scores import score_rows
 from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.run_dir import SUMMARY, Run, write_predictions
@@ -23,12 +24,19 @@ from pipelines.tables import format_table
 logger = logging.getLogger(__name__)
 
 
-def write_results(run: Run, evaluation: Evaluation, training: dict[str, Any], world: World) -> None:
+def write_results(
+    run: Run,
+    evaluation: Evaluation,
+    training: dict[str, Any],
+    posterior: dict[str, Any] | None,
+    world: World,
+) -> None:
     """Write predictions.csv, summary.json and report.html into the folder of `run`, and log the scores.
 
     Args:
         evaluation: Validation of the final weights.
         training: Entries of summary.json about the training.
+        posterior: Its entry about the posteriors, if there are any.
     """
     config, seconds = run.config, dict(training["seconds"])
     write_predictions(run.folder, evaluation)
@@ -54,6 +62,7 @@ def write_results(run: Run, evaluation: Evaluation, training: dict[str, Any], wo
         "trivial_mae_per_parameter": trivial,
         "residual_rms": evaluation.residual_rms,
         "baseline": baseline,
+        "posterior": posterior,
         **training,
         "target_mae": config.target_mae,
         "seed": config.seed,
@@ -69,6 +78,10 @@ def write_results(run: Run, evaluation: Evaluation, training: dict[str, Any], wo
     rows = score_rows(summary, baseline_title="ridge")
     for line in format_table([["validation MAE", "all", *trivial], *rows]).splitlines():
         logger.info(line)
+    if posterior is not None:
+        logger.info("posteriors of the %d samples in %s:", posterior["samples"], posterior["split"])
+        for line in (*format_table(score_table(posterior["scores"])).splitlines(), *verdicts(posterior)):
+            logger.info(line)
 
 
 def _write_report(folder: Path) -> None:

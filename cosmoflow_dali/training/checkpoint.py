@@ -110,24 +110,8 @@ class Checkpoint:
     @staticmethod
     def load(path: Path) -> Checkpoint:
         """Return the checkpoint at `path`; raise DataError if it is missing, damaged or of another kind."""
-        if not path.is_file():
-            raise DataError(path, "is not a file", "give a checkpoint (.pt) of a run")
-        try:
-            # torch does not check the CRCs of its zip container.
-            with zipfile.ZipFile(path) as archive:
-                bad = archive.testzip()
-            if bad is not None:
-                raise DataError(path, f"is damaged: wrong CRC in {bad}", "use an older checkpoint")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except DataError:
-            raise
-        except Exception as error:  # zipfile, pickle and torch raise many types for a damaged file
-            if found := re.search(r"GLOBAL (\S+)", str(error)):
-                # torch's own message asks the user to trust the file.
-                raise _foreign(path, f"it holds {found[1]}, which is no tensor or plain value") from error
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise DataError(path, f"is not a readable checkpoint ({reason})", "use an older one") from error
-        if not isinstance(state, dict) or "version" not in state:
+        state = read_state(path)
+        if "version" not in state:
             raise _foreign(path, "it has no version")
         if (version := state.pop("version")) not in (1, VERSION):
             remedy = f"this program reads versions 1 to {VERSION}"
@@ -149,6 +133,34 @@ class Checkpoint:
             except DataError as error:
                 logger.warning("%s; falling back to the checkpoint before it", error)
         return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the mapping of tensors and plain values in the torch file `path`.
+
+    Raises:
+        DataError: The file is missing, damaged or of another kind.
+    """
+    if not path.is_file():
+        raise DataError(path, "is not a file", "give a checkpoint (.pt) of a run")
+    try:
+        # torch does not check the CRCs of its zip container.
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        if bad is not None:
+            raise DataError(path, f"is damaged: wrong CRC in {bad}", "use an older checkpoint")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, pickle and torch raise many types for a damaged file
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            # torch's own message asks the user to trust the file.
+            raise _foreign(path, f"it holds {found[1]}, which is no tensor or plain value") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(path, f"is not a readable checkpoint ({reason})", "use an older one") from error
+    if not isinstance(state, dict):
+        raise _foreign(path, "it has no version")
+    return state
 
 
 def _foreign(path: Path, reason: str) -> DataError:

@@ -3,9 +3,10 @@
 config.yaml       the resolved configuration, including the seed
 metrics.jsonl     one line for every few steps and every evaluation
 mlperf.log        the MLPerf log
-checkpoints/      the newest checkpoints
+checkpoints/      the newest checkpoints, and posterior.pt, the posteriors of the final weights
 predictions.csv   the validation set at the end: true and predicted parameters
 summary.json      the results
+posterior_scores.npz  what the posteriors say about each sample that they were scored on
 report.html       the pictures
 .lock             the process that trains, while it does; see `pipelines.distributed.locks`
 """
@@ -71,6 +72,8 @@ class Run:
         fingerprints: `SampleDataset.fingerprint` of each split, of the samples in `data.dir`.
         seconds: Time spent so far by this process, by phase.
         kernels: Kernel of each block of the network on rank 0's GPU; see `choose_kernels`.
+        calibration: Training samples that are kept from the network, for its posteriors; None without any.
+        test: Samples to score the posteriors on; None if the data set has no test split.
     """
 
     folder: Path
@@ -81,6 +84,8 @@ class Run:
     fingerprints: dict[str, list[str]]
     seconds: dict[str, float]
     kernels: list[str] = field(default_factory=list)
+    calibration: SampleDataset | None = None
+    test: SampleDataset | None = None
 
     @property
     def seed(self) -> int:

@@ -27,7 +27,7 @@ def test_scores_the_prior_the_ridge_and_the_flow(data: Path, tmp_path: Path) -> 
     assert done.code == 0, done.err
     result = json.loads(output.read_text())
     assert (result["split"], result["samples"], result["universes"]) == ("validation", 100, 100)
-    prior, ridge, flow = (result["scores"][name] for name in ("prior", "ridge", "flow"))
+    prior, ridge, flow = (result["scores"][name] for name in ("prior", "ridge", "summaries"))
     assert prior["nll"] == pytest.approx(4 * math.log(2))
     assert prior["mae"] == pytest.approx(0.5, abs=0.05)
     for fitted in (ridge, flow):
@@ -37,7 +37,7 @@ def test_scores_the_prior_the_ridge_and_the_flow(data: Path, tmp_path: Path) -> 
     # It knows sigma_8 about ten times as well as the prior, and that the others are uniform in the box.
     assert flow["nll"] < ridge["nll"] < prior["nll"] - 0.5
     lines = done.out.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["MAE", "prior", "ridge,", "summaries,"]
+    assert [line.split()[0] for line in lines[:4]] == ["MAE", "prior", "ridge,", "summaries"]
     assert lines[-3].startswith("prior: not calibrated: TARP")
 
 

@@ -30,7 +30,7 @@ def test_gaussian_scores_are_those_of_its_residuals() -> None:
     features = rng.uniform(-1, 1, (1500, 4))
     residuals = rng.multivariate_normal(np.zeros(4), covariance, 20000)
     targets = features - residuals[:1500]
-    posterior = ResidualGaussian(residuals)
+    posterior = ResidualGaussian(residuals.T @ residuals / len(residuals))
     exact = stats.multivariate_normal(np.zeros(4), residuals.T @ residuals / len(residuals))
     np.testing.assert_allclose(posterior.log_density(features, targets), exact.logpdf(residuals[:1500]))
     scores = score_posterior(posterior, features, targets, features, 1500, seed=0)

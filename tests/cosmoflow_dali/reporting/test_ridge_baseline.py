@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers import write_tiny
 
-from cosmoflow_dali.reporting.ridge_baseline import fit_ridge, number_universes
+from cosmoflow_dali.posterior.fitted import number_universes
+from cosmoflow_dali.reporting.ridge_baseline import fit_ridge
 from pipelines.dataset.open import open_folder
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.reader import Reader
