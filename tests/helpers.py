@@ -48,10 +48,14 @@ def read_sample(path: Path) -> Sample:
 
 
 def write_tiny(
-    root: Path, *, train: int, validation: int, format_name: str = "npy", size: int = SIZE
+    root: Path, *, train: int, validation: int, test: int = 0, format_name: str = "npy", size: int = SIZE
 ) -> Path:
-    """A data set of `train` and `validation` tiny samples in `format_name` at `root`."""
-    for split, first, count in (("train", 0, train), ("validation", 1000, validation)):
+    """A data set of `train`, `validation` and `test` tiny samples in `format_name` at `root`.
+
+    Without `test` samples it has no such split.
+    """
+    splits = [("train", 0, train), ("validation", 1000, validation)]
+    for split, first, count in [*splits, ("test", 2000, test)][: 3 if test else 2]:
         (root / split).mkdir(parents=True)
         for index in range(first, first + count):
             FORMATS[format_name].write(root / split, f"universe_{index:04d}_000", tiny_sample(index, size))

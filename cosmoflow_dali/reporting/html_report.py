@@ -6,15 +6,30 @@ The pictures are inline SVG, so the file can be mailed or archived alone.
 from __future__ import annotations
 
 import html
-import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cosmoflow_dali.reporting.plot_style import BLUE, INK, LIGHT_BLUE, ORANGE, plot_style
+from cosmoflow_dali.posterior.fitted import TITLES
+from cosmoflow_dali.reporting.plot_style import (
+    BLUE,
+    INK,
+    LIGHT_BLUE,
+    ORANGE,
+    SERIES,
+    SYMBOLS,
+    svg_picture,
+)
+from cosmoflow_dali.reporting.posterior_plots import (
+    draw_calibration,
+    draw_corner,
+    draw_ranks,
+    read_scored,
+)
+from cosmoflow_dali.reporting.posteriors import SCORES, score_table, verdicts
 from cosmoflow_dali.reporting.scores import score_rows
 from cosmoflow_dali.training.logs import METRICS
 from cosmoflow_dali.training.run_dir import CONFIG, PREDICTIONS, SUMMARY
@@ -27,17 +42,11 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 
-_SYMBOLS = {"Omega_m": r"$\Omega_m$", "sigma_8": r"$\sigma_8$", "n_s": "$n_s$", "H_0": "$H_0$"}
-_SETTINGS = {
-    # Text remains searchable text, and the file small.
-    "svg.fonttype": "none",
-    # A fixed salt, so that the same run gives the same file.
-    "svg.hashsalt": "cosmoflow-dali",
-}
 _PAGE_STYLE = """
 body { font-family: sans-serif; max-width: 62rem; margin: 2rem auto; }
 table { border-spacing: 1rem 0; text-align: left; }
 svg { width: 100%; height: auto; }
+.failed { color: #a01c1c; font-weight: bold; }
 """
 
 
@@ -59,20 +68,22 @@ def write_report(run: Path) -> Path:
 <style>{_PAGE_STYLE}</style>
 <h1>{html.escape(name)}</h1>
 <p>{html.escape(_headline(summary))}</p>
+{_posterior_headline(summary.get("posterior"))}
 <h2>Mean absolute error on the validation set</h2>
 {_table(_score_table(summary))}
 <p>In units of the target, whose range is [-1, 1]: 1 is a tenth of the parameter's mean. The root mean square
 is the standard error of one prediction in physical units, measured on this validation set.</p>
 <h2>Predicted against true</h2>
-{_picture(4, 2.9, lambda axes: _draw_predictions(axes, run / PREDICTIONS))}
+{svg_picture(4, 2.9, lambda axes: _draw_predictions(axes, run / PREDICTIONS))}
 <p>Each point is a validation sample; the circles are the mean prediction in eight equal bins of the truth. A
 network that has learned nothing lies on the dashed line. If the data leave a parameter uncertain, the
 prediction with the least squared error lies between that line and the diagonal, so a slope below 1 is
 expected.</p>
+{_posterior_section(summary.get("posterior"), run / SCORES)}
 <h2>Training</h2>
-{_picture(3, 2.6, lambda axes: _draw_training(axes, steps, evals, summary["trivial_mae"]))}
+{svg_picture(3, 2.6, lambda axes: _draw_training(axes, steps, evals, summary["trivial_mae"]))}
 <h2>Time</h2>
-{_picture(2, 2.4, lambda axes: _draw_time(axes, steps, summary["seconds"]))}
+{svg_picture(2, 2.4, lambda axes: _draw_time(axes, steps, summary["seconds"]))}
 {_table(_facts(summary))}
 <h2>Configuration</h2>
 <pre>{html.escape(config)}</pre>
@@ -117,22 +128,59 @@ def _facts(summary: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def _posterior_headline(posterior: dict[str, Any] | None) -> str:
+    """Return a paragraph that says whether the run's best posterior is calibrated; none without any."""
+    if posterior is None:
+        return ""
+    best = posterior["best"]
+    text = (
+        f"Posterior from {TITLES[best]}, {posterior['split']} samples: {posterior['scores'][best]['verdict']}"
+    )
+    return _verdict(text)
+
+
+def _verdict(text: str) -> str:
+    """Return a paragraph with a posterior's verdict, marked if it is not calibrated."""
+    failed = "not calibrated" in text
+    return f"<p{' class=failed' if failed else ''}>{html.escape(text)}</p>"
+
+
+def _posterior_section(posterior: dict[str, Any] | None, path: Path) -> str:
+    """Return the section about the run's posteriors, drawn from `path`; none without any."""
+    if posterior is None:
+        return ""
+    best = posterior["best"]
+    scored, fit = read_scored(path, best, posterior["universes"]), posterior["fit_samples"]
+    unseen = (
+        "which neither training nor the fit has seen"
+        if posterior["split"] == "test"
+        else "as the data set has no test split: training is stopped and judged by them"
+    )
+    return f"""<h2>Posteriors</h2>
+{_table(score_table(posterior["scores"]))}
+<p>Scored on {posterior["samples"]:,} {posterior["split"]} samples of {posterior["universes"]:,} universes,
+{unseen}. Fitted to the summaries of {fit["summaries"]:,} samples, and to the outputs of the network for
+{fit["network"]:,} that it was not trained on. MAE is that of the posterior mean, in units of the target;
+NLL is the mean negative log-likelihood of the truth, in nats; the last columns are the shares of the truths
+in the central intervals, for the worst and the best parameter.</p>
+{"".join(map(_verdict, verdicts(posterior)))}
+<p>The pictures show the posterior from {TITLES[best]}. Shaded bands are three standard deviations of a
+perfect posterior.</p>
+{svg_picture(4, 2.2, lambda axes: draw_ranks(axes, scored))}
+<p>The rank of the truth among the draws. Even if calibrated; a hump means that the posteriors are too wide, a
+valley too narrow, a slope biased.</p>
+{svg_picture(3, 3.2, lambda axes: draw_calibration(axes, scored))}
+<p>Left: coverage of the central intervals. Middle: the same for the regions of TARP, around a point that
+depends on the data, for all parameters together. Right: errors of the posterior means of samples with similar
+predicted widths, in units of the target; the dashed line is where both are equal.</p>
+{svg_picture(4, 9, lambda axes: draw_corner(axes, scored), rows=4)}
+<p>Posteriors of {len(scored.draws)} samples, a colour each: 68% and 95% contours of their draws, smoothed,
+over the range of the prior. Crosses and dotted lines mark the truth.</p>"""
+
+
 def _table(rows: Sequence[Sequence[str]]) -> str:
     lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
     return "<table>" + "\n".join(lines) + "</table>"
-
-
-def _picture(columns: int, height: float, draw: Callable[[list[Axes]], None]) -> str:
-    """Return the SVG element of a row of axes that `draw` fills."""
-    with plot_style(_SETTINGS):
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(11.0, height), dpi=150, layout="constrained")
-        draw(list(figure.subplots(1, columns)))
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _draw_predictions(axes: list[Axes], path: Path) -> None:
@@ -154,7 +202,7 @@ def _draw_parameter(ax: Axes, parameter: Parameter, true: Any, predicted: Any) -
     # Without a spread of the truth there is neither a slope nor an R².
     mse, spread = np.square(predicted - true).mean(), true.var() or np.nan
     slope = np.cov(true, predicted, bias=True)[0, 1] / spread
-    symbol, unit = _SYMBOLS[parameter.name], f" [{parameter.unit}]" if parameter.unit else ""
+    symbol, unit = SYMBOLS[parameter.name], f" [{parameter.unit}]" if parameter.unit else ""
     ax.set_title(f"{symbol}: rms {mse**0.5:.3g}, slope {slope:.2f}, R² {1 - mse / spread:.2f}", fontsize=8)
     limits = (low, high)
     ax.set(xlim=limits, ylim=limits, xlabel=f"true{unit}", ylabel=f"predicted{unit}", aspect="equal")
@@ -168,9 +216,9 @@ def _draw_training(
     axes[0].plot(at_eval, _column(evals, "mse"), "o-", color=ORANGE, ms=4, label="validation")
     axes[0].set(xlabel="epoch", ylabel="mean squared error", yscale="log")
     axes[0].legend()
-    for parameter, color in zip(PARAMETERS, (BLUE, ORANGE, "#5b9a4f", "#8661a6"), strict=True):
+    for parameter, color in zip(PARAMETERS, SERIES, strict=True):
         values = [mae[parameter.name] for mae in _column(evals, "mae_per_parameter")]
-        axes[1].plot(at_eval, values, "o-", color=color, ms=3, lw=1, label=_SYMBOLS[parameter.name])
+        axes[1].plot(at_eval, values, "o-", color=color, ms=3, lw=1, label=SYMBOLS[parameter.name])
     axes[1].plot(at_eval, _column(evals, "mae"), "o-", color=INK, ms=4, lw=2, label="all")
     axes[1].axhline(trivial_mae, color=INK, lw=1, ls="--", label="always the mean")
     axes[1].set(xlabel="epoch", ylabel="validation MAE")

@@ -81,6 +81,7 @@ def fit_run(
     write_file(run.folder / SCORES, _scores_archive(fitted, features, scores, run.seed))
     return {
         "split": "validation" if run.test is None else "test",
+        "best": fitted.best,
         "fit_samples": {"summaries": len(rest) + len(calibration), "network": len(calibration)},
         **scores_to_json(scores, features),
         "seconds": seconds | {"score": time.perf_counter() - start - sum(seconds.values())},
