@@ -59,6 +59,12 @@ class PosteriorScores:
         """Mean of (posterior mean - truth) / standard deviation for each parameter, (p,)."""
         return ((self.means - self.targets) / self.deviations).mean(axis=0)
 
+    @property
+    def bias_error(self) -> Array:
+        """Standard error of `bias` for each parameter, (p,)."""
+        pulls = (self.means - self.targets) / self.deviations
+        return pulls.std(axis=0) / np.sqrt(self.calibration.universes)
+
     def nll_difference(self, other: PosteriorScores) -> tuple[float, float]:
         """Return `nll` less that of `other` for the same samples, and its standard error, in nats."""
         differences = other.log_densities - self.log_densities
@@ -73,6 +79,7 @@ class PosteriorScores:
             "nll": self.nll,
             "nll_standard_error": self.nll_error,
             "bias": dict(zip(names, self.bias.tolist(), strict=True)),
+            "bias_standard_error": dict(zip(names, self.bias_error.tolist(), strict=True)),
             "coverage": {
                 f"{level:.0%}": {"limit": limit, **dict(zip(names, row, strict=True))}
                 for level, limit, row in zip(

@@ -44,7 +44,8 @@ def test_reference_weights_score_as_in_keras(keras_data: Path) -> None:
         )
         assert done.code == 0, done.err
         scores = json.loads(done.out)
-        assert set(scores) == {"mae", "mse", "mae_per_parameter", "samples"}
+        assert set(scores) == {"mae", "mse", "mae_per_parameter", "samples", "posterior"}
+        assert scores["posterior"] is None
         assert scores["mae"] == pytest.approx(mae, abs=1e-5)
         assert scores["mse"] == pytest.approx(mse, abs=1e-5)
         assert scores["samples"] == 2
