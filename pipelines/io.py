@@ -60,7 +60,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     on other nodes, where processes may have the same ids. The last one to finish wins.
 
     Args:
-        write: fills the open temporary file.
+        write: fills the open temporary file, and may read it back, as HDF5 does.
 
     Raises:
         AccessError: the file system reports an error. No temporary file is left.
@@ -68,7 +68,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.randbits(48)}{TEMPORARY_SUFFIX}")
     with writing(path):
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "w+b") as file:
                 write(file)
                 file.flush()
                 sync_file(file.fileno(), path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -76,12 +77,28 @@ class FlowPosterior(nn.Module):
         for x in self.standardize(features).split(max(1, _DRAWS_AT_ONCE // draws)):
             noise = torch.randn(len(x), draws, self._targets, generator=generator)
             chosen = torch.randint(len(self.flows), (len(x), draws), generator=generator)
-            z = torch.empty_like(noise)
-            for at, flow in enumerate(self.flows):
-                row, draw = torch.nonzero(chosen == at, as_tuple=True)
-                z[row, draw] = flow(x[row]).transform.inv(noise[row, draw])
-            drawn.append(2 * torch.special.ndtr(z.double()) - 1)
+            drawn.append(self._transform(x, noise, chosen))
         return torch.cat(drawn).numpy()
+
+    @torch.no_grad()
+    def sample_each(self, features: Array, draws: int, seeds: Sequence[int]) -> Array:
+        """Return targets drawn as in `sample`, with a seed for each row of `features`.
+
+        Up to the rounding of float32, draws do not depend on the other rows.
+        """
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(draws, self._targets, generator=each) for each in generators])
+        flows = len(self.flows)
+        chosen = torch.stack([torch.randint(flows, (draws,), generator=each) for each in generators])
+        return self._transform(self.standardize(features), noise, chosen).numpy()
+
+    def _transform(self, x: torch.Tensor, noise: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the targets (n, draws, p) that the `chosen` flows (n, draws) make of normal `noise`."""
+        z = torch.empty_like(noise)
+        for at, flow in enumerate(self.flows):
+            row, draw = torch.nonzero(chosen == at, as_tuple=True)
+            z[row, draw] = flow(x[row]).transform.inv(noise[row, draw])
+        return 2 * torch.special.ndtr(z.double()) - 1
 
     def standardize(self, features: Array) -> torch.Tensor:
         """Return `features` (n, f), of mean 0 and variance 1 over the training set, as float32."""
