@@ -23,6 +23,7 @@ import torch
 
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.posterior.fitted import Features, FittedPosteriors
+from cosmoflow_dali.posterior.flow import one_thread_each
 from cosmoflow_dali.reporting.posteriors import (
     Scores,
     score_posteriors,
@@ -30,7 +31,7 @@ from cosmoflow_dali.reporting.posteriors import (
     scores_to_json,
     verdicts,
 )
-from cosmoflow_dali.reporting.read_features import Network, one_thread_each, read_features
+from cosmoflow_dali.reporting.read_features import Network, read_features
 from cosmoflow_dali.reporting.shift import measure_shift, shift_table
 from cosmoflow_dali.training.evaluation import evaluate
 from cosmoflow_dali.training.posterior_file import POSTERIOR, load_posteriors

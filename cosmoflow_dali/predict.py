@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from cosmoflow_dali.compute.torch_setup import configure_torch
+from cosmoflow_dali.posterior.flow import one_thread_each
 from cosmoflow_dali.reporting.draws import (
     STATISTICS,
     SUFFIXES,
@@ -41,7 +42,7 @@ from cosmoflow_dali.reporting.draws import (
     draw_posteriors,
     write_chains,
 )
-from cosmoflow_dali.reporting.read_features import Network, one_thread_each
+from cosmoflow_dali.reporting.read_features import Network
 from cosmoflow_dali.training.posterior_file import POSTERIOR, load_posteriors
 from cosmoflow_dali.training.pretrained import LoadedModel, load_model
 from pipelines.console import check_output

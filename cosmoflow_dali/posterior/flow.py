@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -69,16 +71,17 @@ class FlowPosterior(nn.Module):
         jacobian = (z.square() / 2 + math.log(2 * math.pi) / 2 - math.log(2)).sum(dim=1)
         return (each.logsumexp(dim=0) - math.log(len(self.flows)) + jacobian).numpy()
 
-    @torch.no_grad()
     def sample(self, features: Array, draws: int, seed: int) -> Array:
         """Return targets drawn from the posterior given `features` (n, f), (n, draws, p), within [-1, 1]."""
         generator = torch.Generator().manual_seed(seed)
-        drawn = []
-        for x in self.standardize(features).split(max(1, _DRAWS_AT_ONCE // draws)):
-            noise = torch.randn(len(x), draws, self._targets, generator=generator)
-            chosen = torch.randint(len(self.flows), (len(x), draws), generator=generator)
-            drawn.append(self._transform(x, noise, chosen))
-        return torch.cat(drawn).numpy()
+        parts = self.standardize(features).split(max(1, _DRAWS_AT_ONCE // draws))
+        noise, chosen = [], []
+        for x in parts:
+            noise.append(torch.randn(len(x), draws, self._targets, generator=generator))
+            chosen.append(torch.randint(len(self.flows), (len(x), draws), generator=generator))
+        cores = torch.get_num_threads()
+        with one_thread_each(), ThreadPoolExecutor(cores) as pool:
+            return torch.cat([*pool.map(self._transform, parts, noise, chosen)]).numpy()
 
     @torch.no_grad()
     def sample_each(self, features: Array, draws: int, seeds: Sequence[int]) -> Array:
@@ -92,6 +95,7 @@ class FlowPosterior(nn.Module):
         chosen = torch.stack([torch.randint(flows, (draws,), generator=each) for each in generators])
         return self._transform(self.standardize(features), noise, chosen).numpy()
 
+    @torch.no_grad()
     def _transform(self, x: torch.Tensor, noise: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Return the targets (n, draws, p) that the `chosen` flows (n, draws) make of normal `noise`."""
         z = torch.empty_like(noise)
@@ -108,7 +112,7 @@ class FlowPosterior(nn.Module):
 def fit_flow(features: Array, targets: Array, universes: Universes, seed: int) -> FlowPosterior:
     """Fit a posterior to `features` (n, f) and `targets` (n, p) in [-1, 1], by maximum likelihood.
 
-    The same seed gives the same posterior on the same machine and number of threads.
+    The same seed gives the same posterior on the same machine.
 
     Args:
         universes: Universe of each sample, (n,). Samples of one universe are held out together.
@@ -122,11 +126,24 @@ def fit_flow(features: Array, targets: Array, universes: Universes, seed: int) -
     posterior.scale.copy_(torch.from_numpy(np.where(deviation > 0, deviation, 1.0)))
     x, z = posterior.standardize(features), _to_normal(targets).float()
     parts = split_universes(universes, _HELD_OUT)
-    for at, flow in enumerate(posterior.flows):
-        held_out = torch.zeros(len(x), dtype=torch.bool)
-        held_out[parts[at % len(parts)]] = True
-        _train(flow, x, z, held_out, derive_seed(seed, "batches", at))
+    # Threads of one operation gain nothing on matrices this small, and lose much where others use the cores.
+    with one_thread_each():
+        for at, flow in enumerate(posterior.flows):
+            held_out = torch.zeros(len(x), dtype=torch.bool)
+            held_out[parts[at % len(parts)]] = True
+            _train(flow, x, z, held_out, derive_seed(seed, "batches", at))
     return posterior.eval()
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Have torch use one thread for an operation in the body."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train(flow: nn.Module, x: torch.Tensor, z: torch.Tensor, held_out: torch.Tensor, seed: int) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from cosmoflow_dali.posterior.fitted import Features, join_features
+from cosmoflow_dali.posterior.flow import one_thread_each
 from cosmoflow_dali.posterior.summaries import compute_summaries
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.distributed.session import Session
@@ -103,14 +103,3 @@ def describe(split: SampleDataset, samples: dict[int, Sample], network: Network 
         outputs,
         np.array([sample.target for sample in samples.values()], dtype=np.float64),
     )
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Have torch use one thread for an operation in the body, which processes samples side by side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
