@@ -17,6 +17,7 @@ from pipelines.io import write_file
 POSTERIOR = "posterior.pt"
 
 _VERSION = 1
+_REMEDY = "resume the run to fit them again"
 
 
 def save_posteriors(folder: Path, fitted: FittedPosteriors, model: nn.Module) -> Path:
@@ -37,12 +38,15 @@ def load_posteriors(weights: Path, model: nn.Module) -> FittedPosteriors:
     if not path.is_file():
         remedy = "train with `posterior` in the configuration, or give the newest checkpoint of such a run"
         raise DataError(path, "is not a file", remedy)
-    state = read_state(path)
+    try:
+        state = read_state(path)
+    except DataError as error:
+        raise DataError(path, error.fault, _REMEDY) from error
     if (version := state.pop("posterior_version", None)) != _VERSION:
         fault = "does not hold posteriors" if version is None else f"has posterior version {version}"
-        raise DataError(path, fault, f"this program reads version {_VERSION}")
+        raise DataError(path, fault, f"this program reads version {_VERSION}; {_REMEDY}")
     if state.pop("weights", None) != _digest(model):
-        remedy = "give the checkpoint of the end of the run, or resume the run to fit them again"
+        remedy = f"give the checkpoint of the end of the run, or {_REMEDY}"
         raise DataError(path, f"belongs to other weights than {weights.name}", remedy)
     return FittedPosteriors.from_state(state)
 
