@@ -23,7 +23,6 @@ import torch
 
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.posterior.fitted import Features, FittedPosteriors
-from cosmoflow_dali.posterior.flow import one_thread_each
 from cosmoflow_dali.reporting.posteriors import (
     Scores,
     score_posteriors,
@@ -146,9 +145,7 @@ def _evaluate(
     features = read_features(reader, Network(model, loaded.apply_log), session)
     if features is None:
         return _Evaluated(result, None, {})
-    # The flows are too small to share among cores.
-    with one_thread_each():
-        scores = score_posteriors(fitted, features, seed=0)
+    scores = score_posteriors(fitted, features, seed=0)
     result["posterior"] = scores_to_json(scores, features)
     _print_table(str(split.root), score_table(result["posterior"]["scores"]), verdicts(result["posterior"]))
     return _Evaluated(result, features, scores)

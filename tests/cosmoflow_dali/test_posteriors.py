@@ -17,7 +17,7 @@ from helpers import DATA, Done, command, config_file, program, run, tiny_sample,
 
 from cosmoflow_dali.posterior.fitted import fit_posteriors
 from cosmoflow_dali.posterior.summaries import num_basic_summaries
-from cosmoflow_dali.reporting.read_features import Network, describe, one_thread_each, read_features
+from cosmoflow_dali.reporting.read_features import Network, describe, read_features
 from cosmoflow_dali.training.posterior_file import load_posteriors, save_posteriors
 from cosmoflow_dali.training.pretrained import load_model
 from pipelines.dataset.open import open_folder
@@ -42,8 +42,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded, train = load_model(weights), open_folder(data / "train")
     features = read_features(Reader(train), Network(loaded.model, loaded.apply_log), Session(World()))
     assert features is not None
-    with one_thread_each():
-        fitted = fit_posteriors(None, features, num_basic_summaries(train.spec), seed=0)
+    fitted = fit_posteriors(None, features, num_basic_summaries(train.spec), seed=0)
     save_posteriors(weights.parent, fitted, loaded.model)
     return weights
 
