@@ -20,6 +20,7 @@ from cosmoflow_dali.compute.engines import ComputeConfig
 from cosmoflow_dali.compute.optim import AdamConfig, SGDConfig
 from cosmoflow_dali.compute.schedule import OneCycleConfig, StepDecayConfig
 from cosmoflow_dali.models.build import ModelConfig
+from cosmoflow_dali.models.open import OpenConfig
 from cosmoflow_dali.models.reference import ReferenceConfig
 from cosmoflow_dali.posterior.partition import PosteriorConfig
 from pipelines import strict_yaml
@@ -137,6 +138,10 @@ class TrainConfig:
         if micro is not None and not isinstance(self.model, ReferenceConfig):
             advice = "the open network normalizes over its batch; leave it out"
             raise ConfigError("compute.micro_batch", micro, advice)
+        multiscale = isinstance(self.model, OpenConfig) and self.model.multiscale
+        if multiscale and not self.loader.apply_log:
+            advice = "needs the logarithms of counts; set loader.apply_log to true"
+            raise ConfigError("model.multiscale", True, advice)
         if self.posterior is not None and self.submission.division == "closed":
             advice = "its rules have the network see all training samples; use open, or leave `posterior` out"
             raise ConfigError("submission.division", "closed", advice)

@@ -3,12 +3,16 @@
 Its structure uses three properties of the data: a periodic box has no edges (circular padding), the targets
 do not depend on the position of a halo (global pooling), and the redshifts differ in scale (standardised
 input). Batch normalisation lets it converge in a few epochs.
+
+With `multiscale`, each block also reads the counts in cells of its scale, and the dense layers read the means
+of all blocks instead of the last one's: statistics of one point after smoothing hold much of what
+there is to know about the parameters; see docs/posteriors.md.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -33,12 +37,14 @@ class OpenConfig:
         size: Edge of a sample in voxels.
         widths: Filters of each convolution block; each block halves the edge.
         hidden: Width of the dense layer.
+        multiscale: Each block reads counts in cells, and the dense layers read the means of all blocks.
     """
 
     kind: Literal["open"] = "open"
     size: int = 32
     widths: tuple[int, ...] = (8, 16, 32, 64)
     hidden: int = 64
+    multiscale: bool = False
 
     def __post_init__(self) -> None:
         valid = len(self.widths) > 0 and min(self.widths) >= 1
@@ -59,11 +65,14 @@ class OpenCosmoFlow(nn.Module):
         """Draw Glorot-uniform kernels from `seed`; set biases to zero. Call `fit_input` before training."""
         super().__init__()
         self.config = config
-        widths = [len(REDSHIFTS), *config.widths]
-        self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, bias=False) for a, b in pairwise(widths))
+        cells = len(REDSHIFTS) if config.multiscale else 0
+        inputs = [len(REDSHIFTS), *(width + cells for width in config.widths[:-1])]
+        pairs = zip(inputs, config.widths, strict=True)
+        self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, bias=False) for a, b in pairs)
         self.norms = nn.ModuleList(nn.BatchNorm3d(width) for width in config.widths)
+        means = sum(config.widths) if config.multiscale else config.widths[-1]
         self.denses = nn.ModuleList(
-            [nn.Linear(widths[-1], config.hidden), nn.Linear(config.hidden, len(PARAMETERS))]
+            [nn.Linear(means, config.hidden), nn.Linear(config.hidden, len(PARAMETERS))]
         )
         self.register_buffer("input_mean", torch.zeros(1, len(REDSHIFTS), 1, 1, 1))
         self.register_buffer("input_std", torch.ones(1, len(REDSHIFTS), 1, 1, 1))
@@ -81,10 +90,32 @@ class OpenCosmoFlow(nn.Module):
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
         """Return targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
+        return self._head(self._means(volume))
+
+    def features(self, volume: torch.Tensor) -> torch.Tensor:
+        """Return what posteriors are fitted to: targets (B, 4), and the means that the dense layers read."""
+        means = self._means(volume)
+        return torch.cat([self._head(means), means], dim=1)
+
+    def _means(self, volume: torch.Tensor) -> torch.Tensor:
+        """Return the mean activations (B, n) of the last block, or of all."""
         hidden = torch.addcmul(-self.input_mean / self.input_std, volume, 1 / self.input_std)
-        for conv, norm in zip(self.convs, self.norms, strict=True):
+        counts, means = volume.expm1() if self.config.multiscale else None, []
+        for level, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            if counts is not None and level:
+                counts = functional.avg_pool3d(counts, 2)
+                # Log counts in cells of 8^level voxels, less that of a uniform universe.
+                cells = (8**level * counts).log1p() - math.log1p(8**level)
+                hidden = torch.cat([hidden, cells / self.input_std], dim=1)
             hidden = self._block(hidden, conv, norm)
-        hidden = functional.leaky_relu(self.denses[0](hidden.mean(dim=(2, 3, 4))), LEAK)
+            means.append(hidden.mean(dim=(2, 3, 4)))
+        if counts is None:
+            return means[-1]
+        # 0.28 is that of a normal variable behind LeakyReLU. Universes differ by about a tenth.
+        return 10 * (torch.cat(means, dim=1) - 0.28)
+
+    def _head(self, means: torch.Tensor) -> torch.Tensor:
+        hidden = functional.leaky_relu(self.denses[0](means), LEAK)
         return OUTPUT_SCALE * torch.tanh(self.denses[1](hidden))
 
     def _block(self, volume: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:

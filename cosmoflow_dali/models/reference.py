@@ -93,6 +93,10 @@ class CosmoFlow(nn.Module):
             hidden = functional.dropout(hidden, self.config.dropout, self.training)
         return OUTPUT_SCALE * torch.tanh(self.denses[-1](hidden))
 
+    def features(self, volume: torch.Tensor) -> torch.Tensor:
+        """Return what posteriors are fitted to: targets (B, 4)."""
+        return self(volume)
+
     def decayed_parameters(self) -> list[nn.Parameter]:
         """Return the parameters subject to weight decay: the kernels of the hidden dense layers."""
         return [dense.get_parameter("weight") for dense in self.denses[:-1]]

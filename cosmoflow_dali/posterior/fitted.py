@@ -38,7 +38,7 @@ class Features:
     Attributes:
         ids: Name of each sample.
         summaries: (n, f); see `posterior.summaries`.
-        outputs: Outputs of a network that has not seen the samples, (n, k); None without a network.
+        outputs: `features` of a network that has not seen the samples, (n, k); None without a network.
         targets: True parameters, (n, 4) in [-1, 1]; NaN where they are not known.
     """
 
@@ -65,66 +65,62 @@ class Features:
 class FittedPosteriors:
     """Posteriors from summaries, from the outputs of a network, and from both.
 
+    Each is a density of the parameters given 4 estimates of them, which a regression makes of all numbers:
+    given more numbers, a flow needs many more universes.
+
     Attributes:
-        basic: Regression on the first summaries, which are those of `compute_basic_summaries`.
-        gaussian: Density of its residuals.
-        full: Regression on all summaries.
+        ridges: Regression of each posterior.
+        covariance: That of the residuals of "ridge", (4, 4).
         flows: Flow of "summaries", and with a network those of "network" and "joined".
     """
 
-    basic: Ridge
-    gaussian: ResidualGaussian
-    full: Ridge
-    flows: dict[str, FlowPosterior]
-
-    @property
-    def best(self) -> PosteriorName:
-        """The posterior that uses most of a universe."""
-        return "joined" if "joined" in self.flows else "summaries"
-
-    def estimates(self, features: Features) -> Array:
-        """Return the parameters that the regression on all summaries predicts, (n, 4)."""
-        return self.full.predict(features.summaries)
-
-    def conditioned(self, name: PosteriorName, features: Features) -> tuple[Posterior, Array]:
-        """Return the posterior `name`, and the numbers of `features` that it is conditioned on, (n, k)."""
-        if name == "prior":
-            return UniformPrior(features.targets.shape[1]), self.estimates(features)
-        if name == "ridge":
-            return self.gaussian, self.basic.predict(features.summaries[:, : len(self.basic.mean)])
-        numbers = {"summaries": self.estimates, "network": _outputs, "joined": self._joined}[name](features)
-        return self.flows[name], numbers
+    ridges: dict[PosteriorName, Ridge]
+    covariance: Array
+    flows: dict[PosteriorName, FlowPosterior]
 
     @property
     def names(self) -> list[PosteriorName]:
         """The posteriors, in the order of `TITLES`."""
         return [name for name in TITLES if name in ("prior", "ridge", *self.flows)]
 
-    def _joined(self, features: Features) -> Array:
-        return np.hstack([self.estimates(features), _outputs(features)])
+    @property
+    def best(self) -> PosteriorName:
+        """The posterior that uses most of a universe."""
+        return self.names[-1]
+
+    def density(self, name: PosteriorName) -> Posterior:
+        """Return the density of the posterior `name`, given its `estimates`."""
+        if name == "prior":
+            return UniformPrior(len(self.covariance))
+        return ResidualGaussian(self.covariance) if name == "ridge" else self.flows[name]
+
+    def estimates(self, name: PosteriorName, features: Features) -> Array:
+        """Return the estimates (n, 4) that the posterior `name` is conditioned on; the prior ignores them."""
+        if name == "joined":
+            return self.ridges[name].predict(_join(self.estimates("summaries", features), features))
+        ridge = self.ridges["summaries" if name == "prior" else name]
+        if name == "network":
+            return ridge.predict(_outputs(features))
+        return ridge.predict(features.summaries[:, : len(ridge.mean)])
 
     def state(self) -> dict[str, Any]:
         """Return the fit as tensors and plain values, for `from_state`."""
         return {
-            "basic": self.basic.state(),
-            "covariance": torch.from_numpy(self.gaussian.covariance),
-            "full": self.full.state(),
+            "ridges": {name: ridge.state() for name, ridge in self.ridges.items()},
+            "covariance": torch.from_numpy(self.covariance),
             "flows": {name: flow.state_dict() for name, flow in self.flows.items()},
         }
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> FittedPosteriors:
         """Return the fit whose `state` this is."""
+        ridges = {name: Ridge.from_state(ridge) for name, ridge in state["ridges"].items()}
         flows = {}
         for name, weights in state["flows"].items():
             flows[name] = FlowPosterior(len(weights["mean"]), len(state["covariance"]))
             flows[name].load_state_dict(weights)
-        return FittedPosteriors(
-            Ridge.from_state(state["basic"]),
-            ResidualGaussian(state["covariance"].numpy()),
-            Ridge.from_state(state["full"]),
-            {name: flow.eval() for name, flow in flows.items()},
-        )
+            flows[name].eval()
+        return FittedPosteriors(ridges, state["covariance"].numpy(), flows)
 
 
 def fit_posteriors(rest: Features | None, calibration: Features, basic: int, seed: int) -> FittedPosteriors:
@@ -139,15 +135,21 @@ def fit_posteriors(rest: Features | None, calibration: Features, basic: int, see
     """
     every = calibration if rest is None else join_features([rest, calibration])
     targets, universes = every.targets, every.universes
-    plain, plain_held_out = fit_ridge(every.summaries[:, :basic], targets, universes)
-    full, held_out = fit_ridge(every.summaries, targets, universes)
-    flows = {"summaries": fit_flow(held_out, targets, universes, seed)}
+    ridges: dict[PosteriorName, Ridge] = {}
+    ridges["ridge"], held_out = fit_ridge(every.summaries[:, :basic], targets, universes)
+    covariance = (held_out - targets).T @ (held_out - targets) / len(targets)
+    ridges["summaries"], held_out = fit_ridge(every.summaries, targets, universes)
+    flows: dict[PosteriorName, FlowPosterior] = {"summaries": fit_flow(held_out, targets, universes, seed)}
     if calibration.outputs is not None:
-        own, known = held_out[-len(calibration) :], (calibration.targets, calibration.universes)
-        flows["network"] = fit_flow(calibration.outputs, *known, seed)
-        flows["joined"] = fit_flow(np.hstack([own, calibration.outputs]), *known, seed)
-    residuals = plain_held_out - targets
-    return FittedPosteriors(plain, ResidualGaussian(residuals.T @ residuals / len(residuals)), full, flows)
+        targets, universes = calibration.targets, calibration.universes
+        numbers: dict[PosteriorName, Array] = {
+            "network": calibration.outputs,
+            "joined": _join(held_out[-len(calibration) :], calibration),
+        }
+        for name, each in numbers.items():
+            ridges[name], held_out = fit_ridge(each, targets, universes)
+            flows[name] = fit_flow(held_out, targets, universes, seed)
+    return FittedPosteriors(ridges, covariance, flows)
 
 
 def join_features(parts: Sequence[Features]) -> Features:
@@ -173,3 +175,7 @@ def number_universes(sample_ids: Sequence[str]) -> Universes:
 def _outputs(features: Features) -> Array:
     assert features.outputs is not None
     return features.outputs
+
+
+def _join(estimates: Array, features: Features) -> Array:
+    return np.hstack([estimates, _outputs(features)])

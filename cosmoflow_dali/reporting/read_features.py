@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
+from cosmoflow_dali.models.open import OpenCosmoFlow
+from cosmoflow_dali.models.reference import CosmoFlow
 from cosmoflow_dali.posterior.fitted import Features, join_features
 from cosmoflow_dali.posterior.flow import one_thread_each
 from cosmoflow_dali.posterior.summaries import compute_summaries
@@ -37,15 +38,15 @@ class Network:
         apply_log: Its input is log(count + 1); otherwise count / mean.
     """
 
-    model: nn.Module
+    model: CosmoFlow | OpenCosmoFlow
     apply_log: bool
 
     @torch.inference_mode()
     def outputs(self, counts: Sequence[npt.NDArray[np.int16]]) -> Array:
-        """Return the outputs (B, k) for samples with `counts` (n, n, n, C) each, computed in float32."""
+        """Return the features (B, k) of samples with `counts` (n, n, n, C) each, computed in float32."""
         volumes = np.stack([transform(each, apply_log=self.apply_log) for each in counts])
         device = next(self.model.parameters()).device
-        outputs: torch.Tensor = self.model(torch.from_numpy(volumes).permute(0, 4, 1, 2, 3).to(device))
+        outputs = self.model.features(torch.from_numpy(volumes).permute(0, 4, 1, 2, 3).to(device))
         return outputs.double().cpu().numpy()
 
 
