@@ -69,7 +69,7 @@ class FittedPosteriors:
     given more numbers, a flow needs many more universes.
 
     Attributes:
-        ridges: Regression of each posterior.
+        ridges: Regression of each posterior; that of "joined" corrects the estimates of "summaries".
         covariance: That of the residuals of "ridge", (4, 4).
         flows: Flow of "summaries", and with a network those of "network" and "joined".
     """
@@ -97,7 +97,8 @@ class FittedPosteriors:
     def estimates(self, name: PosteriorName, features: Features) -> Array:
         """Return the estimates (n, 4) that the posterior `name` is conditioned on; the prior ignores them."""
         if name == "joined":
-            return self.ridges[name].predict(_join(self.estimates("summaries", features), features))
+            estimates = self.estimates("summaries", features)
+            return estimates + self.ridges[name].predict(_join(estimates, features))
         ridge = self.ridges["summaries" if name == "prior" else name]
         if name == "network":
             return ridge.predict(_outputs(features))
@@ -142,13 +143,12 @@ def fit_posteriors(rest: Features | None, calibration: Features, basic: int, see
     flows: dict[PosteriorName, FlowPosterior] = {"summaries": fit_flow(held_out, targets, universes, seed)}
     if calibration.outputs is not None:
         targets, universes = calibration.targets, calibration.universes
-        numbers: dict[PosteriorName, Array] = {
-            "network": calibration.outputs,
-            "joined": _join(held_out[-len(calibration) :], calibration),
-        }
-        for name, each in numbers.items():
-            ridges[name], held_out = fit_ridge(each, targets, universes)
-            flows[name] = fit_flow(held_out, targets, universes, seed)
+        estimates = held_out[-len(calibration) :]
+        ridges["network"], held_out = fit_ridge(calibration.outputs, targets, universes)
+        flows["network"] = fit_flow(held_out, targets, universes, seed)
+        # A correction of the summaries' estimates: where it finds nothing, its penalty keeps them.
+        ridges["joined"], held_out = fit_ridge(_join(estimates, calibration), targets - estimates, universes)
+        flows["joined"] = fit_flow(estimates + held_out, targets, universes, seed)
     return FittedPosteriors(ridges, covariance, flows)
 
 
