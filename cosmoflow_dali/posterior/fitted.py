@@ -88,14 +88,17 @@ class FittedPosteriors:
         """The posterior that uses most of a universe."""
         return self.names[-1]
 
-    def density(self, name: PosteriorName) -> Posterior:
-        """Return the density of the posterior `name`, given its `estimates`."""
-        if name == "prior":
-            return UniformPrior(len(self.covariance))
-        return ResidualGaussian(self.covariance) if name == "ridge" else self.flows[name]
+    def conditioned(self, name: PosteriorName, features: Features) -> tuple[Posterior, Array]:
+        """Return the posterior `name`, and the `estimates` that it is conditioned on, (n, 4)."""
+        densities: dict[PosteriorName, Posterior] = {
+            "prior": UniformPrior(len(self.covariance)),
+            "ridge": ResidualGaussian(self.covariance),
+            **self.flows,
+        }
+        return densities[name], self.estimates(name, features)
 
     def estimates(self, name: PosteriorName, features: Features) -> Array:
-        """Return the estimates (n, 4) that the posterior `name` is conditioned on; the prior ignores them."""
+        """Return the estimates of the regression of `name`, (n, 4); the prior has those of "summaries"."""
         if name == "joined":
             estimates = self.estimates("summaries", features)
             return estimates + self.ridges[name].predict(_join(estimates, features))
@@ -145,10 +148,11 @@ def fit_posteriors(rest: Features | None, calibration: Features, basic: int, see
         targets, universes = calibration.targets, calibration.universes
         estimates = held_out[-len(calibration) :]
         ridges["network"], held_out = fit_ridge(calibration.outputs, targets, universes)
-        flows["network"] = fit_flow(held_out, targets, universes, seed)
+        start = flows["summaries"]
+        flows["network"] = fit_flow(held_out, targets, universes, seed, start)
         # A correction of the summaries' estimates: where it finds nothing, its penalty keeps them.
         ridges["joined"], held_out = fit_ridge(_join(estimates, calibration), targets - estimates, universes)
-        flows["joined"] = fit_flow(estimates + held_out, targets, universes, seed)
+        flows["joined"] = fit_flow(estimates + held_out, targets, universes, seed, start)
     return FittedPosteriors(ridges, covariance, flows)
 
 

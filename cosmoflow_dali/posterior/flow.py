@@ -109,21 +109,33 @@ class FlowPosterior(nn.Module):
         return ((torch.from_numpy(features) - self.mean) / self.scale).float()
 
 
-def fit_flow(features: Array, targets: Array, universes: Universes, seed: int) -> FlowPosterior:
+def fit_flow(
+    features: Array,
+    targets: Array,
+    universes: Universes,
+    seed: int,
+    start: FlowPosterior | None = None,
+) -> FlowPosterior:
     """Fit a posterior to `features` (n, f) and `targets` (n, p) in [-1, 1], by maximum likelihood.
 
     The same seed gives the same posterior on the same machine.
 
     Args:
         universes: Universe of each sample, (n,). Samples of one universe are held out together.
+        start: Posterior given similar features, fitted to more samples, to continue from: half as many
+            epochs at a lower rate then do, and reach a greater likelihood than a fit from random weights.
     """
-    # zuko draws initial weights from the global generator.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "flow"))
-        posterior = FlowPosterior(features.shape[1], targets.shape[1])
-    deviation = features.std(axis=0)
-    posterior.mean.copy_(torch.from_numpy(features.mean(axis=0)))
-    posterior.scale.copy_(torch.from_numpy(np.where(deviation > 0, deviation, 1.0)))
+    if start is None:
+        epochs, rate = _EPOCHS, _RATE
+        # zuko draws initial weights from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "flow"))
+            posterior = FlowPosterior(features.shape[1], targets.shape[1])
+        deviation = features.std(axis=0)
+        posterior.mean.copy_(torch.from_numpy(features.mean(axis=0)))
+        posterior.scale.copy_(torch.from_numpy(np.where(deviation > 0, deviation, 1.0)))
+    else:
+        epochs, rate, posterior = _EPOCHS // 2, _RATE / 5, copy.deepcopy(start)
     x, z = posterior.standardize(features), _to_normal(targets).float()
     parts = split_universes(universes, _HELD_OUT)
     # Threads of one operation gain nothing on matrices this small, and lose much where others use the cores.
@@ -131,7 +143,7 @@ def fit_flow(features: Array, targets: Array, universes: Universes, seed: int) -
         for at, flow in enumerate(posterior.flows):
             held_out = torch.zeros(len(x), dtype=torch.bool)
             held_out[parts[at % len(parts)]] = True
-            _train(flow, x, z, held_out, derive_seed(seed, "batches", at))
+            _train(flow, x, z, held_out, epochs, rate, derive_seed(seed, "batches", at))
     return posterior.eval()
 
 
@@ -146,16 +158,24 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _train(flow: nn.Module, x: torch.Tensor, z: torch.Tensor, held_out: torch.Tensor, seed: int) -> None:
+def _train(
+    flow: nn.Module,
+    x: torch.Tensor,
+    z: torch.Tensor,
+    held_out: torch.Tensor,
+    epochs: int,
+    rate: float,
+    seed: int,
+) -> None:
     """Train `flow`; keep the weights of the epoch with the greatest likelihood of the rows in `held_out`."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nonzero(~held_out).flatten()
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=_RATE)
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=rate)
     size = max(_LEAST_BATCH, math.ceil(len(rows) / _MOST_STEPS))
-    steps = _EPOCHS * math.ceil(len(rows) / size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
+    steps = epochs * math.ceil(len(rows) / size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     least, best = math.inf, flow.state_dict()
-    for _ in range(_EPOCHS):
+    for _ in range(epochs):
         for batch in rows[torch.randperm(len(rows), generator=generator)].split(size):
             optimizer.zero_grad()
             (-flow(x[batch]).log_prob(z[batch]).mean()).backward()

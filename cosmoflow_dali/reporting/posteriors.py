@@ -90,12 +90,13 @@ def fit_run(
 
 def score_posteriors(fitted: FittedPosteriors, features: Features, seed: int) -> Scores:
     """Score each posterior of `fitted` on the samples of `features`."""
-    references = fitted.estimates("summaries", features)
-    known = features.targets, references, features.num_universes, seed
-    return {
-        name: score_posterior(fitted.density(name), fitted.estimates(name, features), *known)
-        for name in fitted.names
-    }
+    references, universes = fitted.estimates("summaries", features), features.num_universes
+
+    def score(name: PosteriorName) -> PosteriorScores:
+        posterior, numbers = fitted.conditioned(name, features)
+        return score_posterior(posterior, numbers, features.targets, references, universes, seed)
+
+    return {name: score(name) for name in fitted.names}
 
 
 def _scores_archive(fitted: FittedPosteriors, features: Features, scores: Scores, seed: int) -> memoryview:
@@ -113,8 +114,8 @@ def _scores_archive(fitted: FittedPosteriors, features: Features, scores: Scores
             f"{name}/below": each.ranks.below,
             f"{name}/nearer": each.ranks.nearer,
         }
-    estimates = fitted.estimates(fitted.best, features)[:_CORNERS]
-    arrays["draws"] = fitted.density(fitted.best).sample(estimates, _CORNER_DRAWS, seed)
+    posterior, numbers = fitted.conditioned(fitted.best, features)
+    arrays["draws"] = posterior.sample(numbers[:_CORNERS], _CORNER_DRAWS, seed)
     buffer = io.BytesIO()
     single: dict[str, Any] = {key: array.astype(np.float32) for key, array in arrays.items()}
     np.savez_compressed(buffer, **single)

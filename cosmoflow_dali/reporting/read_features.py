@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cosmoflow_dali.models.open import OpenCosmoFlow
-from cosmoflow_dali.models.reference import CosmoFlow
+from cosmoflow_dali.models.build import Model
 from cosmoflow_dali.posterior.fitted import Features, join_features
 from cosmoflow_dali.posterior.flow import one_thread_each
 from cosmoflow_dali.posterior.summaries import compute_summaries
@@ -38,7 +37,7 @@ class Network:
         apply_log: Its input is log(count + 1); otherwise count / mean.
     """
 
-    model: CosmoFlow | OpenCosmoFlow
+    model: Model
     apply_log: bool
 
     @torch.inference_mode()

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from cosmoflow_dali.config import resolve
-from cosmoflow_dali.models.build import build_model
+from cosmoflow_dali.models.build import Model, build_model
 from cosmoflow_dali.models.keras_weights import from_reference_weights
 from cosmoflow_dali.training.checkpoint import Checkpoint
 from pipelines.errors import DataError, UserError
@@ -38,7 +37,7 @@ class LoadedModel:
     """
 
     path: Path
-    model: nn.Module
+    model: Model
     size: int
     apply_log: bool
     residual_rms: dict[str, float] | None = None

@@ -20,7 +20,7 @@ from helpers import OPEN, command, config_file, program, start, write_tiny
 from run_artifacts import same_weights
 
 from cosmoflow_dali.posterior.densities import ResidualGaussian
-from cosmoflow_dali.posterior.fitted import Features, FittedPosteriors
+from cosmoflow_dali.posterior.fitted import Features, FittedPosteriors, PosteriorName
 from cosmoflow_dali.posterior.ridge import Ridge
 from cosmoflow_dali.reporting.html_report import write_report
 from cosmoflow_dali.reporting.posteriors import score_posteriors, score_table, scores_to_json, verdicts
@@ -224,8 +224,9 @@ def score() -> Callable[[float, float], dict[str, Any]]:
     identity = Ridge(np.zeros(4), np.eye(4), np.zeros(4))
 
     def score_gaussian(width: float, shift: float) -> dict[str, Any]:
-        flows: dict[str, Any] = {"summaries": Gaussian(covariance, width, shift)}
-        fitted = FittedPosteriors(identity, ResidualGaussian(covariance), identity, flows)
+        ridges: dict[PosteriorName, Ridge] = {"ridge": identity, "summaries": identity}
+        flows: dict[Any, Any] = {"summaries": Gaussian(covariance, width, shift)}
+        fitted = FittedPosteriors(ridges, covariance, flows)
         return scores_to_json(score_posteriors(fitted, features, seed=3), features)
 
     return score_gaussian
