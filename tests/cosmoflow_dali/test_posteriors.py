@@ -16,6 +16,7 @@ import pytest
 from helpers import DATA, Done, command, config_file, program, run, tiny_sample, write_tiny
 
 from cosmoflow_dali.posterior.fitted import fit_posteriors
+from cosmoflow_dali.posterior.flow import FlowPosterior
 from cosmoflow_dali.posterior.summaries import num_basic_summaries
 from cosmoflow_dali.reporting.read_features import Network, describe, read_features
 from cosmoflow_dali.training.posterior_file import load_posteriors, save_posteriors
@@ -80,6 +81,18 @@ def test_the_archive_holds_draws_within_the_box(written: Path, samples: Path) ->
     # sigma_8 is what these samples depend on.
     truth = [0.8 * (1 + 0.1 * tiny_sample(index).target[1]) for index in range(1000, 1012)]
     assert np.corrcoef(draws[:, :, 1].mean(axis=1), truth)[0, 1] > 0.8
+
+
+def test_rounding_moves_no_draw_out_of_the_box(
+    weights: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As float32, most of the box's bounds are outside of it.
+    edges = np.array([[-1.0] * 4, [1.0] * 4])
+    monkeypatch.setattr(FlowPosterior, "sample_each", lambda *_: np.repeat(edges[None], 12, axis=0))
+    line = ["--weights", weights, "--samples", 2, "--draws", tmp_path / "draws.npz", samples]
+    assert program(PREDICT, *line).code == 0
+    draws = draws_of(tmp_path).astype(np.float64)
+    assert (draws >= LOW).all() and (draws <= HIGH).all()
 
 
 def test_hdf5_holds_the_same_as_the_archive(written: Path) -> None:
