@@ -90,6 +90,21 @@ def test_outputs_for_samples_that_the_network_was_trained_on_are_not_used() -> N
             assert torch.equal(tensor, states[1]["flows"][name][key])
 
 
+def test_posterior_does_not_trust_a_regression_on_its_own_samples() -> None:
+    # With more summaries than samples, the regression knows its own samples far better than others.
+    def wide(samples: int, seed: int) -> Features:
+        rng, few = np.random.default_rng(seed + 50), simulate(samples, seed, outputs=False)
+        summaries = np.hstack([few.summaries[:, :8], rng.standard_normal((samples, 200))])
+        return Features(few.ids, summaries, None, few.targets)
+
+    fresh = wide(1000, 10)
+    fitted = fit_posteriors(None, wide(150, 9), BASIC, seed=0)
+    posterior, numbers = fitted.conditioned("summaries", fresh)
+    draws = posterior.sample(numbers, 99, 0)
+    ratio = np.square(draws.mean(axis=1) - fresh.targets).mean() / draws.var(axis=1).mean()
+    assert 0.7 < ratio < 1.4
+
+
 def test_without_a_network_there_are_the_summaries_alone() -> None:
     calibration = simulate(80, 7, outputs=False)
     fitted = fit_posteriors(None, calibration, BASIC, seed=0)

@@ -179,6 +179,21 @@ def test_posteriors_after_kill_9_during_the_fit_are_those_of_an_undisturbed_run(
 
 
 @pytest.mark.slow
+def test_test_split_has_no_part_in_training_and_fit(data: Path, finished: Path, tmp_path: Path) -> None:
+    other, run = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
+    shutil.rmtree(other / "test")
+    train(config_file(tmp_path / "c.yaml", other, **SETTINGS), run)
+    assert same_weights(run, finished)
+    fits = [folder / "checkpoints" / "posterior.pt" for folder in (run, finished)]
+    assert fits[0].read_bytes() == fits[1].read_bytes()
+    # The report tells a reader that these samples are not as independent.
+    posterior = summary_of(run)["posterior"]
+    assert (posterior["split"], posterior["samples"]) == ("validation", 8)
+    page = (run / "report.html").read_text()
+    assert "8 validation samples" in page and "no test split" in page
+
+
+@pytest.mark.slow
 def test_two_ranks_fit_the_posteriors_of_one(data: Path, finished: Path, tmp_path: Path) -> None:
     # From the weights of one run: training on two ranks rounds otherwise.
     run = shutil.copytree(finished, tmp_path / "run")
