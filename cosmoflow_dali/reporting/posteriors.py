@@ -90,11 +90,11 @@ def fit_run(
 
 def score_posteriors(fitted: FittedPosteriors, features: Features, seed: int) -> Scores:
     """Score each posterior of `fitted` on the samples of `features`."""
-    references, universes = fitted.estimates("summaries", features), features.num_universes
+    targets, universes = features.targets, features.num_universes
 
     def score(name: PosteriorName) -> PosteriorScores:
-        posterior, numbers = fitted.conditioned(name, features)
-        return score_posterior(posterior, numbers, features.targets, references, universes, seed)
+        posterior, estimates = fitted.conditioned(name, features)
+        return score_posterior(posterior, estimates, targets, estimates, universes, seed)
 
     return {name: score(name) for name in fitted.names}
 
