@@ -21,6 +21,7 @@ from pipelines.errors import DataError
 from pipelines.loading.reader import Reader
 from pipelines.loading.transforms import transform
 from pipelines.sample import Sample, is_in_range
+from preprocess.conversion.progress import track
 
 Array = npt.NDArray[np.float64]
 
@@ -70,8 +71,11 @@ def read_features(
 
     def read() -> list[Features]:
         with one_thread_each(), ThreadPoolExecutor(available_cores()) as pool:
-            parts = pool.map(lambda batch: _read_batch(reader, network, batch), batches)
-            return [part for part in parts if part is not None]
+            running = pool.map(lambda batch: _read_batch(reader, network, batch), batches)
+            guarded = session.with_stall_guard(running, "reading samples")
+            label, shown = f"summarizing {split.root.name}", world.is_root
+            parts = list(track(guarded, len(batches), label, f"x {_BATCH} samples", shown=shown))
+        return [feature for part in parts for feature in part]
 
     parts = [part for some in session.gather_to_root(session.run_on_all_ranks(read)) for part in some]
     if not session.run_on_root(lambda: len(parts)):
@@ -79,15 +83,15 @@ def read_features(
     return join_features(parts) if parts else None
 
 
-def _read_batch(reader: Reader, network: Network | None, batch: list[int]) -> Features | None:
-    """Return the features of the valid samples of `batch`; None if there is none."""
+def _read_batch(reader: Reader, network: Network | None, batch: list[int]) -> list[Features]:
+    """Return the features of the valid samples of `batch`, if there are any."""
     split = reader.split
     found = {index: sample for index in batch if (sample := reader.sample(index)) is not None}
     for index, sample in found.items():
         if not is_in_range(sample.target):
             fault = f"the target {sample.target.tolist()} is outside of the prior, -1 to 1"
             raise DataError(split.path(index), fault, "see preprocess.verify")
-    return describe(split, found, network) if found else None
+    return [describe(split, found, network)] if found else []
 
 
 def describe(split: SampleDataset, samples: dict[int, Sample], network: Network | None) -> Features:
