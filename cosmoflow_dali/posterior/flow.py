@@ -122,11 +122,10 @@ def fit_flow(
 
     Args:
         universes: Universe of each sample, (n,). Samples of one universe are held out together.
-        start: Posterior given similar features, fitted to more samples, to continue from: half as many
-            epochs at a lower rate then do, and reach a greater likelihood than a fit from random weights.
+        start: Posterior given similar features, fitted to more samples, to continue from: that reaches a
+            greater likelihood than a fit from random weights.
     """
     if start is None:
-        epochs, rate = _EPOCHS, _RATE
         # zuko draws initial weights from the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "flow"))
@@ -135,7 +134,7 @@ def fit_flow(
         posterior.mean.copy_(torch.from_numpy(features.mean(axis=0)))
         posterior.scale.copy_(torch.from_numpy(np.where(deviation > 0, deviation, 1.0)))
     else:
-        epochs, rate, posterior = _EPOCHS // 2, _RATE / 5, copy.deepcopy(start)
+        posterior = copy.deepcopy(start)
     x, z = posterior.standardize(features), _to_normal(targets).float()
     parts = split_universes(universes, _HELD_OUT)
     # Threads of one operation gain nothing on matrices this small, and lose much where others use the cores.
@@ -143,7 +142,7 @@ def fit_flow(
         for at, flow in enumerate(posterior.flows):
             held_out = torch.zeros(len(x), dtype=torch.bool)
             held_out[parts[at % len(parts)]] = True
-            _train(flow, x, z, held_out, epochs, rate, derive_seed(seed, "batches", at))
+            _train(flow, x, z, held_out, derive_seed(seed, "batches", at))
     return posterior.eval()
 
 
@@ -158,24 +157,16 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _train(
-    flow: nn.Module,
-    x: torch.Tensor,
-    z: torch.Tensor,
-    held_out: torch.Tensor,
-    epochs: int,
-    rate: float,
-    seed: int,
-) -> None:
+def _train(flow: nn.Module, x: torch.Tensor, z: torch.Tensor, held_out: torch.Tensor, seed: int) -> None:
     """Train `flow`; keep the weights of the epoch with the greatest likelihood of the rows in `held_out`."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nonzero(~held_out).flatten()
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=rate)
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=_RATE)
     size = max(_LEAST_BATCH, math.ceil(len(rows) / _MOST_STEPS))
-    steps = epochs * math.ceil(len(rows) / size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    steps = _EPOCHS * math.ceil(len(rows) / size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
     least, best = math.inf, flow.state_dict()
-    for _ in range(epochs):
+    for _ in range(_EPOCHS):
         for batch in rows[torch.randperm(len(rows), generator=generator)].split(size):
             optimizer.zero_grad()
             (-flow(x[batch]).log_prob(z[batch]).mean()).backward()
