@@ -16,7 +16,6 @@ from cosmoflow_dali.posterior.flow import one_thread_each
 from cosmoflow_dali.posterior.summaries import compute_summaries
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.distributed.session import Session
-from pipelines.distributed.world import available_cores
 from pipelines.errors import DataError
 from pipelines.loading.reader import Reader
 from pipelines.loading.transforms import transform
@@ -25,8 +24,9 @@ from preprocess.conversion.progress import track
 
 Array = npt.NDArray[np.float64]
 
-_BATCH = 16
-"""Samples that a thread reads, summarizes and passes through the network together."""
+_BATCH, _BATCH_VOXELS = 16, 2**19
+"""Most samples, and most voxels unless one sample has more, that a thread reads, summarizes and passes
+through the network together: 16 samples of 128^3 would need gigabytes for each thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +67,15 @@ def read_features(
     split, world = reader.split, session.world
     chosen = np.arange(len(split)) if index is None else index
     own = np.array_split(chosen, world.size)[world.rank]
-    batches = [own[start : start + _BATCH].tolist() for start in range(0, len(own), _BATCH)]
+    size = max(1, min(_BATCH, _BATCH_VOXELS // split.spec.size**3))
+    batches = [own[start : start + size].tolist() for start in range(0, len(own), size)]
 
     def read() -> list[Features]:
-        with one_thread_each(), ThreadPoolExecutor(available_cores()) as pool:
+        with one_thread_each(), ThreadPoolExecutor(world.cores) as pool:
             running = pool.map(lambda batch: _read_batch(reader, network, batch), batches)
             guarded = session.with_stall_guard(running, "reading samples")
             label, shown = f"summarizing {split.root.name}", world.is_root
-            parts = list(track(guarded, len(batches), label, f"x {_BATCH} samples", shown=shown))
+            parts = list(track(guarded, len(batches), label, f"x {size} samples", shown=shown))
         return [feature for part in parts for feature in part]
 
     parts = [part for some in session.gather_to_root(session.run_on_all_ranks(read)) for part in some]
