@@ -50,20 +50,14 @@ _MAX_CORRELATION = 1 - 1e-6
 def compute_summaries(counts: npt.NDArray[np.int16]) -> Array:
     """Return the summaries of `counts` (B, n, n, n, C), (B, f): 636 numbers at n = 32 and C = 4.
 
-    The first `num_basic_summaries` are those of `compute_basic_summaries`.
+    The first `num_basic_summaries` are the spectra of single redshifts and the histograms.
     """
     # One universe at a time stays in the processor's cache.
     return np.concatenate([_compute(fields) for fields in _fields(counts).split(1)])
 
 
-def compute_basic_summaries(counts: npt.NDArray[np.int16]) -> Array:
-    """Return the spectra of single redshifts and the histograms of `counts` (B, n, n, n, C), (B, f)."""
-    fields = _fields(counts)
-    return _join([log_spectra(power_spectra(fields)), log_histograms(fields)])
-
-
 def num_basic_summaries(spec: SampleSpec) -> int:
-    """Return the number of summaries that `compute_basic_summaries` gives of a sample of `spec`."""
+    """Return the number of spectra of single redshifts and histograms of a sample of `spec`."""
     return spec.channels * (spec.size // 2 + len(_BIN_EDGES))
 
 
