@@ -55,6 +55,9 @@ def hold_out(config: PosteriorConfig, sample_ids: Sequence[str], seed: int) -> t
             f"of {len(order)} universes this leaves {count} for the fit and {len(order) - count} for "
             f"training; each needs {LEAST_UNIVERSES}: give more samples, or leave `posterior` out"
         )
+        if count == most < LEAST_UNIVERSES:
+            advice = f"holds {count} universes, and the fit needs {LEAST_UNIVERSES}; raise it"
+            raise ConfigError("posterior.max_samples", config.max_samples, advice)
         raise ConfigError("posterior.calibration", config.calibration, advice)
     held_out = np.isin(universes, order[:count])
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

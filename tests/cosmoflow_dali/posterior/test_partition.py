@@ -64,7 +64,6 @@ def test_large_sets_keep_no_more_samples_than_the_cap(each: int, most: int) -> N
         (60, 40, {}),
         (1000, 1, {"calibration": 0.01}),
         (1000, 1, {"calibration": 0.99}),
-        (1000, 2, {"max_samples": 2 * LEAST_UNIVERSES - 1}),
     ],
 )
 def test_too_few_universes_on_either_side_are_refused(
@@ -75,6 +74,13 @@ def test_too_few_universes_on_either_side_are_refused(
         hold_out(config, crops(universes, each), seed=0)
     assert refusal.value.key == "posterior.calibration"
     assert "\n" not in str(refusal.value)
+
+
+def test_cap_that_holds_too_few_universes_is_named() -> None:
+    config = PosteriorConfig(max_samples=2 * LEAST_UNIVERSES - 1)
+    with pytest.raises(ConfigError) as refusal:
+        hold_out(config, crops(1000, 2), seed=0)
+    assert (refusal.value.key, refusal.value.value) == ("posterior.max_samples", 2 * LEAST_UNIVERSES - 1)
 
 
 def test_least_number_of_universes_is_enough() -> None:
