@@ -127,6 +127,12 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
         root, calibration, test = Path(config.data.dir), None, None
         train, validation = (open_folder(root / split) for split in SPLITS)
         if config.posterior is not None:
+            if config.data.stage is not None and session.world.other_local_ranks:
+                advice = (
+                    "with `posterior`, instances train on different samples, and those of one node would "
+                    "remove each other's copies; leave one of the two settings out"
+                )
+                raise ConfigError("data.stage.dir", config.data.stage.dir, advice)
             ids = [train.sample_id(index) for index in range(len(train))]
             assert config.seed is not None
             trained, held_out = hold_out(config.posterior, ids, config.seed)

@@ -66,7 +66,11 @@ def fit_run(
     def read(split: SampleDataset, network: Network | None) -> Features | None:
         reader = Reader(split, config.loader.on_bad_sample, apply_log=config.loader.apply_log)
         index = np.linspace(0, len(split) - 1, min(len(split), most)).astype(np.int64)
-        return read_features(reader, network, session, index)
+        features = read_features(reader, network, session, index)
+        for faults in session.gather_to_root(reader.skipped):
+            for path in sorted(faults):
+                logger.info("skipped %s", faults[path])
+        return features
 
     scored = run.validation if run.test is None else run.test
     logger.info("fitting posteriors, to score them on %s", scored.root)

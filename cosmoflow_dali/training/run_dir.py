@@ -190,7 +190,7 @@ def check_data(run: Run, ranks: int) -> None:
         )
         raise ConfigError("global_batch", expected, advice)
     plan_epoch(samples, global_batch=batch * ranks, seed=0, epoch=0, shuffle=False, ragged="drop")
-    for split in (run.train, run.validation):
+    for split in filter(None, (run.train, run.validation, run.test)):
         if split.spec.size != config.model.size:
             advice = f"the samples in {split.root} are {split.spec.size} voxels wide"
             raise ConfigError("model.size", config.model.size, advice)

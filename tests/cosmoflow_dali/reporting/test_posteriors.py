@@ -147,6 +147,45 @@ def test_closed_division_refuses_posteriors(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_test_split_of_other_samples_is_refused_before_training(data: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(other / "test")
+    write_tiny(tmp_path / "small", train=1, validation=1, test=4, size=8)
+    (tmp_path / "small" / "test").rename(other / "test")
+    config = config_file(tmp_path / "c.yaml", other, **SETTINGS)
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run")
+    assert done.code == 1 and done.err.count("\n") == 1
+    assert done.err.startswith("error: model.size = ") and str(other / "test") in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_instances_of_one_node_do_not_stage_different_samples(data: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path / "c.yaml", data, **SETTINGS | {"loader": {"batch_size": 4}})
+    line = ["--config", config, "--run-dir", tmp_path / "run", "--instances", 2]
+    done = program("cosmoflow_dali.train", *line, "--set", f"data.stage.dir={tmp_path}/disk", ranks=2)
+    assert done.code == 1, done.err
+    assert f"error: data.stage.dir = {tmp_path}/disk: " in done.err
+    assert not (tmp_path / "run").exists() and not (tmp_path / "disk").exists()
+
+
+def test_skipped_samples_of_the_fit_are_named_and_not_counted(data: Path, tmp_path: Path) -> None:
+    other, run = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
+    damaged = [
+        other / "test" / "universe_2003_000_data.npy",
+        *sorted((other / "train").glob("*_data.npy"))[::8],
+    ]
+    for path in damaged:
+        path.write_bytes(b"damaged")
+    config = config_file(
+        tmp_path / "c.yaml", other, **SETTINGS | {"loader": {"batch_size": 4, "on_bad_sample": "skip"}}
+    )
+    done = program("cosmoflow_dali.train", "--config", config, "--run-dir", run)
+    assert done.code == 0, done.err
+    assert all(f"skipped {path}" in done.err for path in damaged)
+    posterior = summary_of(run)["posterior"]
+    assert posterior["samples"] == 11 and posterior["fit_samples"]["summaries"] == 104 - 13
+
+
 def test_too_few_universes_are_refused_before_training(tiny: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path / "c.yaml", tiny, **SETTINGS)
     done = program("cosmoflow_dali.train", "--config", config, "--run-dir", tmp_path / "run")
