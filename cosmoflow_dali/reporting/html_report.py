@@ -141,7 +141,7 @@ def _posterior_headline(posterior: dict[str, Any] | None) -> str:
 
 def _verdict(text: str) -> str:
     """Return a paragraph with a posterior's verdict, marked if it is not calibrated."""
-    failed = "not calibrated" in text
+    failed = "not calibrated" in text or "not independent" in text
     return f"<p{' class=failed' if failed else ''}>{html.escape(text)}</p>"
 
 
@@ -164,6 +164,8 @@ def _posterior_section(posterior: dict[str, Any] | None, path: Path) -> str:
 NLL is the mean negative log-likelihood of the truth, in nats; the last columns are the shares of the truths
 in the central intervals, for the worst and the best parameter.</p>
 {"".join(map(_verdict, verdicts(posterior)))}
+<p>The prior is calibrated but says nothing: TARP alone, whose points depend on the data, tells it from a
+posterior that uses them.</p>
 <p>The pictures show the posterior from {TITLES[best]}. Shaded bands are three standard deviations of a
 perfect posterior.</p>
 {svg_picture(4, 2.2, lambda axes: draw_ranks(axes, scored))}

@@ -18,6 +18,7 @@ from cosmoflow_dali.posterior.fitted import (
     FittedPosteriors,
     PosteriorName,
     fit_posteriors,
+    number_universes,
 )
 from cosmoflow_dali.posterior.scores import PosteriorScores, score_posterior
 from cosmoflow_dali.posterior.summaries import num_basic_summaries
@@ -82,11 +83,15 @@ def fit_run(
     save_posteriors(run.folder / CHECKPOINTS, fitted, model)
     seconds["fit"] = time.perf_counter() - start - seconds["features"]
     scores = score_posteriors(fitted, features, run.seed)
+    fit = [split.sample_id(index) for split in (run.train, run.calibration) for index in range(len(split))]
+    universes = number_universes([*fit, *features.ids])
+    known = int(np.isin(universes[len(fit) :], universes[: len(fit)]).sum())
     write_file(run.folder / SCORES, _scores_archive(fitted, features, scores, run.seed))
     return {
         "split": "validation" if run.test is None else "test",
         "best": fitted.best,
         "fit_samples": {"summaries": len(rest) + len(calibration), "network": len(calibration)},
+        "samples_of_training_universes": known,
         **scores_to_json(scores, features),
         "seconds": seconds | {"score": time.perf_counter() - start - sum(seconds.values())},
     }
@@ -159,6 +164,9 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     """Return what `result` of `scores_to_json` means, in words: calibration, and the network's part in it."""
     scores = result["scores"]
     lines = [f"{title}: {scores[name]['verdict']}" for name, title in TITLES.items() if name in scores]
+    if known := result.get("samples_of_training_universes"):
+        share = f"{known} of the {result['samples']} samples"
+        lines.append(f"not independent: by their names, {share} are of universes in train")
     if joined := result.get("joined_less_summaries"):
         gain, error = -joined["nll"], joined["nll_standard_error"]
         adds = "adds" if gain > 2 * error else "does not measurably add"

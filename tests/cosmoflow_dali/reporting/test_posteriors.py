@@ -168,6 +168,22 @@ def test_instances_of_one_node_do_not_stage_different_samples(data: Path, tmp_pa
     assert not (tmp_path / "run").exists() and not (tmp_path / "disk").exists()
 
 
+def test_scores_of_training_universes_are_labelled(finished: Path, data: Path, tmp_path: Path) -> None:
+    assert summary_of(finished)["posterior"]["samples_of_training_universes"] == 0
+    assert "not independent" not in (finished / "report.html").read_text()
+    # Other crops of two universes of train.
+    other, run = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
+    for index in (3, 50):
+        for path in (other / "test").glob(f"universe_20{index % 12:02d}_*"):
+            path.rename(path.with_name(path.name.replace(f"_20{index % 12:02d}_000", f"_{index:04d}_001")))
+    config = config_file(tmp_path / "c.yaml", other, **SETTINGS)
+    assert program("cosmoflow_dali.train", "--config", config, "--run-dir", run).code == 0
+    posterior = summary_of(run)["posterior"]
+    assert (posterior["samples_of_training_universes"], posterior["samples"]) == (2, 12)
+    label = "not independent: by their names, 2 of the 12 samples are of universes in train"
+    assert label in verdicts(posterior) and label in (run / "report.html").read_text()
+
+
 def test_skipped_samples_of_the_fit_are_named_and_not_counted(data: Path, tmp_path: Path) -> None:
     other, run = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
     damaged = [
