@@ -33,36 +33,25 @@ from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.mlperf.write_events import log_settings
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenCosmoFlow
-from cosmoflow_dali.posterior.fitted import number_universes
-from cosmoflow_dali.posterior.partition import hold_out
 from cosmoflow_dali.reporting.posteriors import fit_run
 from cosmoflow_dali.reporting.summary import write_results
 from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.logs import RunLogs, configure_logging
-from cosmoflow_dali.training.run_dir import (
-    CONFIG,
-    Run,
-    check_data,
-    check_partition,
-    create_run,
-    lock_run,
-    resume_run,
-    save_config,
-)
+from cosmoflow_dali.training.run_data import check_data, check_partition, check_symmetries, open_data
+from cosmoflow_dali.training.run_dir import CONFIG, Run, create_run, lock_run, resume_run, save_config
 from cosmoflow_dali.training.stop_signal import StopReason, handle_stop_signals
 from cosmoflow_dali.training.trainer import Trainer
-from pipelines.dataset.open import list_folder, open_folder
+from pipelines.dataset.open import list_folder
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.node_groups import check_nodes
 from pipelines.distributed.session import Session, exit_now
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import ConfigError, UserError
+from pipelines.errors import UserError
 from pipelines.filesystem import is_hidden, is_present, provide_scratch
 from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader
 from pipelines.plan import RankSlice
-from pipelines.sample import SPLITS
 from preprocess.simulate import SETTINGS, make_dataset
 from preprocess.staging.stager import describe, stage
 
@@ -124,20 +113,7 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
     if _simulate(config):
         seconds["simulate"] = time.perf_counter() - start
     with session.stall_guard("opening the data set"):
-        root, calibration, test = Path(config.data.dir), None, None
-        train, validation = (open_folder(root / split) for split in SPLITS)
-        if config.posterior is not None:
-            if config.data.stage is not None and session.world.other_local_ranks:
-                advice = (
-                    "with `posterior`, instances train on different samples, and those of one node would "
-                    "remove each other's copies; leave one of the two settings out"
-                )
-                raise ConfigError("data.stage.dir", config.data.stage.dir, advice)
-            ids = [train.sample_id(index) for index in range(len(train))]
-            assert config.seed is not None
-            trained, held_out = hold_out(config.posterior, ids, config.seed)
-            train, calibration = train.subset(trained), train.subset(held_out)
-            test = open_folder(root / "test") if is_present(root / "test") else None
+        train, validation, calibration, test = open_data(config, session.world)
         fingerprints = {"train": train.fingerprint(), "validation": validation.fingerprint()}
     run = Run(
         folder,
@@ -151,7 +127,7 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
         test=test,
     )
     check_data(run, session.world.size)
-    _check_symmetries(run)
+    check_symmetries(run)
     if not resumes:
         run = create_run(run, locks, must_be_new=arguments.must_be_new)
         logger.info("run folder %s, seed %d", run.folder, run.seed)
@@ -176,21 +152,6 @@ def _simulate(config: TrainConfig) -> bool:
         return False
     make_dataset(simulate, root, workers=available_cores(), shown=True)
     return True
-
-
-def _check_symmetries(run: Run) -> None:
-    """Raise ConfigError if `symmetries` are those of whole boxes and samples are crops, by their names."""
-    if run.config.symmetries != "periodic":
-        return
-    for split in (run.train, run.validation):
-        ids = [split.sample_id(index) for index in range(len(split))]
-        universes = len(set(number_universes(ids).tolist()))
-        if universes < len(split):
-            advice = (
-                f"crops are not periodic, and by their names the {len(split)} samples in {split.root} are "
-                f"crops of {universes} universes; use false"
-            )
-            raise ConfigError("symmetries", run.config.symmetries, advice)
 
 
 def _stage(run: Run, session: Session, logs: RunLogs, staged_since: int | None) -> Run:

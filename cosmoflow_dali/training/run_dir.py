@@ -32,7 +32,6 @@ from pipelines.distributed.locks import locked
 from pipelines.errors import ConfigError, DataError, writing, yaml_text
 from pipelines.filesystem import is_empty
 from pipelines.io import write_file
-from pipelines.plan import plan_epoch
 from pipelines.sample import PARAMETERS, to_physical
 
 CONFIG = "config.yaml"
@@ -177,45 +176,6 @@ def resume_run(folder: Path, config: TrainConfig, ranks: int) -> tuple[TrainConf
         )
         raise ConfigError("epochs", config.epochs, advice)
     return config, checkpoint
-
-
-def check_data(run: Run, ranks: int) -> None:
-    """Raise UserError unless the data of `run` fit the network, the number of `ranks` and the checkpoint."""
-    config = run.config
-    batch, expected, samples = config.loader.batch_size, config.global_batch, len(run.train)
-    if expected is not None and expected != batch * ranks:
-        advice = (
-            f"{ranks} ranks with loader.batch_size {batch} make {batch * ranks}, but the learning rates are "
-            f"tuned for {expected}; change the ranks or --batch-size"
-        )
-        raise ConfigError("global_batch", expected, advice)
-    plan_epoch(samples, global_batch=batch * ranks, seed=0, epoch=0, shuffle=False, ragged="drop")
-    for split in filter(None, (run.train, run.validation, run.test)):
-        if split.spec.size != config.model.size:
-            advice = f"the samples in {split.root} are {split.spec.size} voxels wide"
-            raise ConfigError("model.size", config.model.size, advice)
-    if run.checkpoint is not None and run.checkpoint.train_samples != samples:
-        advice = f"has {samples} training samples, but the run started with {run.checkpoint.train_samples}"
-        raise ConfigError("data.dir", config.data.dir, advice)
-    recorded = run.checkpoint.fingerprints if run.checkpoint is not None else {}
-    for name, digests in recorded.items():
-        # A sample may have been damaged then, or be damaged now.
-        if any(old and new and old != new for old, new in zip(digests, run.fingerprints[name], strict=False)):
-            advice = (
-                f"its {name} samples have other names, another order or other contents than when the run "
-                "started; restore them, or start a new run"
-            )
-            raise ConfigError("data.dir", config.data.dir, advice)
-
-
-def check_partition(run: Run) -> None:
-    """Raise ConfigError unless the nodes have the partition of the data that the checkpoint has."""
-    partition = run.train.partition_signature
-    if run.checkpoint is not None and run.checkpoint.division != partition:
-        advice = (
-            f"the run was trained on {run.checkpoint.division}, which determines its order; stage as then"
-        )
-        raise ConfigError("data.stage", partition, advice)
 
 
 def write_predictions(folder: Path, evaluation: Evaluation) -> None:

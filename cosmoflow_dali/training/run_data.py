@@ -1,0 +1,101 @@
+"""The samples of a run: opening them, and checks against its settings and its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cosmoflow_dali.config import TrainConfig
+from cosmoflow_dali.posterior.fitted import number_universes
+from cosmoflow_dali.posterior.partition import hold_out
+from cosmoflow_dali.training.run_dir import Run
+from pipelines.dataset.dataset import SampleDataset
+from pipelines.dataset.open import open_folder
+from pipelines.distributed.world import World
+from pipelines.errors import ConfigError
+from pipelines.filesystem import is_present
+from pipelines.plan import plan_epoch
+from pipelines.sample import SPLITS
+
+
+def open_data(
+    config: TrainConfig, world: World
+) -> tuple[SampleDataset, SampleDataset, SampleDataset | None, SampleDataset | None]:
+    """Open the samples of a run of `config`, whose seed is set.
+
+    Returns:
+        Samples for training, validation, the fit of posteriors and their test. The last two are None without
+        posteriors, and the last one if there is no test split.
+
+    Raises:
+        ConfigError: There are too few universes for posteriors, or instances would stage different ones.
+        DataError: A split cannot be read.
+    """
+    root = Path(config.data.dir)
+    train, validation = (open_folder(root / split) for split in SPLITS)
+    if config.posterior is None:
+        return train, validation, None, None
+    if config.data.stage is not None and world.other_local_ranks:
+        advice = (
+            "with `posterior`, instances train on different samples, and those of one node would "
+            "remove each other's copies; leave one of the two settings out"
+        )
+        raise ConfigError("data.stage.dir", config.data.stage.dir, advice)
+    assert config.seed is not None
+    ids = [train.sample_id(index) for index in range(len(train))]
+    trained, held_out = hold_out(config.posterior, ids, config.seed)
+    test = open_folder(root / "test") if is_present(root / "test") else None
+    return train.subset(trained), validation, train.subset(held_out), test
+
+
+def check_data(run: Run, ranks: int) -> None:
+    """Raise UserError unless the data of `run` fit the network, the number of `ranks` and the checkpoint."""
+    config = run.config
+    batch, expected, samples = config.loader.batch_size, config.global_batch, len(run.train)
+    if expected is not None and expected != batch * ranks:
+        advice = (
+            f"{ranks} ranks with loader.batch_size {batch} make {batch * ranks}, but the learning rates are "
+            f"tuned for {expected}; change the ranks or --batch-size"
+        )
+        raise ConfigError("global_batch", expected, advice)
+    plan_epoch(samples, global_batch=batch * ranks, seed=0, epoch=0, shuffle=False, ragged="drop")
+    for split in filter(None, (run.train, run.validation, run.test)):
+        if split.spec.size != config.model.size:
+            advice = f"the samples in {split.root} are {split.spec.size} voxels wide"
+            raise ConfigError("model.size", config.model.size, advice)
+    if run.checkpoint is not None and run.checkpoint.train_samples != samples:
+        advice = f"has {samples} training samples, but the run started with {run.checkpoint.train_samples}"
+        raise ConfigError("data.dir", config.data.dir, advice)
+    recorded = run.checkpoint.fingerprints if run.checkpoint is not None else {}
+    for name, digests in recorded.items():
+        # A sample may have been damaged then, or be damaged now.
+        if any(old and new and old != new for old, new in zip(digests, run.fingerprints[name], strict=False)):
+            advice = (
+                f"its {name} samples have other names, another order or other contents than when the run "
+                "started; restore them, or start a new run"
+            )
+            raise ConfigError("data.dir", config.data.dir, advice)
+
+
+def check_partition(run: Run) -> None:
+    """Raise ConfigError unless the nodes have the partition of the data that the checkpoint has."""
+    partition = run.train.partition_signature
+    if run.checkpoint is not None and run.checkpoint.division != partition:
+        advice = (
+            f"the run was trained on {run.checkpoint.division}, which determines its order; stage as then"
+        )
+        raise ConfigError("data.stage", partition, advice)
+
+
+def check_symmetries(run: Run) -> None:
+    """Raise ConfigError if `symmetries` are those of whole boxes and samples are crops, by their names."""
+    if run.config.symmetries != "periodic":
+        return
+    for split in (run.train, run.validation):
+        ids = [split.sample_id(index) for index in range(len(split))]
+        universes = len(set(number_universes(ids).tolist()))
+        if universes < len(split):
+            advice = (
+                f"crops are not periodic, and by their names the {len(split)} samples in {split.root} are "
+                f"crops of {universes} universes; use false"
+            )
+            raise ConfigError("symmetries", run.config.symmetries, advice)
