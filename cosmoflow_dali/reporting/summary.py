@@ -55,6 +55,8 @@ def write_results(
             "mae_per_parameter": ridge.mae_per_parameter,
         }
         seconds["baseline"] = time.perf_counter() - start
+    if posterior is not None:
+        seconds["posterior"] = sum(posterior["seconds"].values())
     global_batch, trivial = config.loader.batch_size * world.size, evaluation.trivial_mae_per_parameter
     summary = {
         **evaluation.scores(),
