@@ -14,7 +14,7 @@ from pipelines.distributed.world import World
 from pipelines.errors import ConfigError
 from pipelines.filesystem import is_present
 from pipelines.plan import plan_epoch
-from pipelines.sample import SPLITS
+from pipelines.sample import ALL_SPLITS, SPLITS
 
 
 def open_data(
@@ -27,11 +27,17 @@ def open_data(
         posteriors, and the last one if there is no test split.
 
     Raises:
-        ConfigError: There are too few universes for posteriors, or instances would stage different ones.
+        ConfigError: The samples do not fit the network, there are too few universes for posteriors, or
+            instances would stage different ones.
         DataError: A split cannot be read.
     """
     root = Path(config.data.dir)
-    train, validation = (open_folder(root / split) for split in SPLITS)
+    tested = config.posterior is not None and is_present(root / "test")
+    train, validation, *tests = (open_folder(root / split) for split in (ALL_SPLITS if tested else SPLITS))
+    for split in (train, validation, *tests):
+        if split.spec.size != config.model.size:
+            advice = f"the samples in {split.root} are {split.spec.size} voxels wide"
+            raise ConfigError("model.size", config.model.size, advice)
     if config.posterior is None:
         return train, validation, None, None
     if config.data.stage is not None and world.other_local_ranks:
@@ -43,8 +49,7 @@ def open_data(
     assert config.seed is not None
     ids = [train.sample_id(index) for index in range(len(train))]
     trained, held_out = hold_out(config.posterior, ids, config.seed)
-    test = open_folder(root / "test") if is_present(root / "test") else None
-    return train.subset(trained), validation, train.subset(held_out), test
+    return train.subset(trained), validation, train.subset(held_out), tests[0] if tests else None
 
 
 def check_data(run: Run, ranks: int) -> None:
@@ -58,10 +63,6 @@ def check_data(run: Run, ranks: int) -> None:
         )
         raise ConfigError("global_batch", expected, advice)
     plan_epoch(samples, global_batch=batch * ranks, seed=0, epoch=0, shuffle=False, ragged="drop")
-    for split in filter(None, (run.train, run.validation, run.test)):
-        if split.spec.size != config.model.size:
-            advice = f"the samples in {split.root} are {split.spec.size} voxels wide"
-            raise ConfigError("model.size", config.model.size, advice)
     if run.checkpoint is not None and run.checkpoint.train_samples != samples:
         advice = f"has {samples} training samples, but the run started with {run.checkpoint.train_samples}"
         raise ConfigError("data.dir", config.data.dir, advice)
