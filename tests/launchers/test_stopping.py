@@ -13,6 +13,7 @@ from helpers import Ranks, command, config_file, started_by, wait_until_gone, wr
 
 from cosmoflow_dali import train
 from cosmoflow_dali.arguments import parse
+from cosmoflow_dali.training import run_data
 from cosmoflow_dali.training.stop_signal import StopSignal
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.distributed.session import Session
@@ -68,7 +69,7 @@ def test_opening_the_data_set_is_guarded_against_stalls(
     def hang(folder: Path) -> SampleDataset:
         raise UserError(f"hangs while {about}")
 
-    monkeypatch.setattr(train, "open_folder", hang)
+    monkeypatch.setattr(run_data, "open_folder", hang)
     arguments = parse(["--config", str(config_file(tmp_path / "c.yaml", tmp_path))])
     with pytest.raises(UserError, match=r"hangs while .'opening the data set'"):
         train._prepare_run(arguments, Guarded(World()), contextlib.ExitStack())
