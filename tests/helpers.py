@@ -55,7 +55,9 @@ def write_tiny(
     Without `test` samples it has no such split.
     """
     splits = [("train", 0, train), ("validation", 1000, validation)]
-    for split, first, count in [*splits, ("test", 2000, test)][: 3 if test else 2]:
+    if test:
+        splits.append(("test", 2000, test))
+    for split, first, count in splits:
         (root / split).mkdir(parents=True)
         for index in range(first, first + count):
             FORMATS[format_name].write(root / split, f"universe_{index:04d}_000", tiny_sample(index, size))
