@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         if arguments.seed < 0:
             parser.error(f"--seed {arguments.seed}: must be at least 0")
-        # The flows are too small to share among cores.
-        configure_torch(torch.device("cpu"), 1)
+        configure_torch(torch.device("cpu"), world.cores)
         start, root = time.perf_counter(), arguments.data
         scored_name = "test" if is_present(root / "test") else "validation"
         datasets = [open_folder(root / name) for name in ("train", scored_name)]
