@@ -37,7 +37,7 @@ from benchmarks.compute_table import PLAIN, RECORD, TARGETS, Result, row_name, s
 from benchmarks.limits import Limits, measure_limits, step_flops
 from benchmarks.picture import draw
 from benchmarks.recipes import Recipe, RecipeProcess, Timing
-from cosmoflow_dali.compute.engines import ComputeConfig
+from cosmoflow_dali.compute.config import ComputeConfig
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
 
@@ -62,16 +62,20 @@ def recipes(options: argparse.Namespace, device: torch.device, data: Path | None
             # Like the record's optimizer, and unlike torch's default, it does not wait for the GPU.
             record = Recipe(row_name(RECORD, batch_size), batch_size, compute, plain=True, optimizer="fused")
             found.append(record)
-        for precision, engine, kernels, layout, optimizer in itertools.product(
+        for precision, engine, kernels, blocks, layout, optimizer in itertools.product(
             options.precision or (["bf16"] if gpu else ["fp32"]),
             options.engine,
             options.kernels,
+            options.checkpoint_blocks,
             options.layout,
             options.optimizer,
         ):
-            compute = ComputeConfig(precision=precision, engine=engine, kernels=kernels)
+            compute = ComputeConfig(
+                precision=precision, engine=engine, checkpoint_blocks=blocks, kernels=kernels
+            )
             words = [precision, compute.engine_on(device), optimizer]
             words += [word for word in (kernels, layout) if word not in ("auto", "channels_last")]
+            words += [f"{blocks} checkpointed"] if blocks else []
             name = row_name(" ".join(words), batch_size)
             found.append(Recipe(name, batch_size, compute, layout=layout, optimizer=optimizer))
             if data is not None:
@@ -160,6 +164,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", type=_among("fp32", "tf32", "fp16", "bf16"), help="comma-separated")
     parser.add_argument("--engine", type=_among("auto", "eager", "graph", "compile"), default=["auto"])
     parser.add_argument("--kernels", type=_among("auto", "torch", "triton"), default=["auto"])
+    parser.add_argument("--checkpoint-blocks", type=_counts, default=[0], help="comma-separated")
     parser.add_argument("--layout", type=_among("channels_last", "contiguous"), default=["channels_last"])
     parser.add_argument("--optimizer", type=_among("auto", "apex", "fused"), default=["auto"])
     parser.add_argument("--steps", type=harness.positive, help="of a round (default: 3, on a GPU 30)")
@@ -181,6 +186,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
             "--layout contiguous cannot be combined with --engine graph, which reads channels-last batches"
         )
     return options
+
+
+def _counts(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def _among(*known: str) -> Any:

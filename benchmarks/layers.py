@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.timing import timed
-from cosmoflow_dali.compute.engines import ComputeConfig
+from cosmoflow_dali.compute.config import ComputeConfig
 from cosmoflow_dali.compute.step import autocast
 from cosmoflow_dali.models.blocks import plain_max_block
 from cosmoflow_dali.models.reference import Block, CosmoFlow

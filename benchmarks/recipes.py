@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from benchmarks.layers import Layer, layers_alone
 from benchmarks.timing import synchronize, timed
-from cosmoflow_dali.compute.engines import ComputeConfig, make_engine, wrap_model
+from cosmoflow_dali.compute.config import ComputeConfig
+from cosmoflow_dali.compute.engines import make_engine, wrap_model
 from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
 from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.compute.step import autocast, input_dtype, make_scaler
@@ -206,7 +207,7 @@ def _prepare(
 ) -> _Prepared:
     """Return a whole step, a forward pass, the model and the resident batch; `held` closes the loader."""
     shape = shape_of(network, size)
-    model: nn.Module = build_model(shape, seed=0)
+    model: nn.Module = build_model(shape, seed=0, checkpoint_blocks=recipe.compute.checkpoint_blocks)
     if recipe.plain:
         model = PlainOpen(shape) if isinstance(shape, OpenConfig) else PlainReference(shape)
     layout = torch.channels_last_3d if recipe.layout == "channels_last" else torch.contiguous_format

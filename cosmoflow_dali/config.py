@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cosmoflow_dali.compute.augment import Symmetries
-from cosmoflow_dali.compute.engines import ComputeConfig
+from cosmoflow_dali.compute.config import ComputeConfig
 from cosmoflow_dali.compute.optim import AdamConfig, SGDConfig
 from cosmoflow_dali.compute.schedule import OneCycleConfig, StepDecayConfig
 from cosmoflow_dali.models.build import ModelConfig
@@ -138,6 +138,10 @@ class TrainConfig:
         if micro is not None and not isinstance(self.model, ReferenceConfig):
             advice = "the open network normalizes over its batch; leave it out"
             raise ConfigError("compute.micro_batch", micro, advice)
+        blocks = len(self.model.widths) if isinstance(self.model, OpenConfig) else self.model.blocks
+        if (checkpointed := self.compute.checkpoint_blocks) > blocks:
+            advice = f"must be at most {blocks}, the network's blocks"
+            raise ConfigError("compute.checkpoint_blocks", checkpointed, advice)
         multiscale = isinstance(self.model, OpenConfig) and self.model.multiscale
         if multiscale and not self.loader.apply_log:
             advice = "needs the logarithms of counts; set loader.apply_log to true"

@@ -192,7 +192,7 @@ def _train(
     """
     start, config, world = time.perf_counter(), run.config, session.world
     check_partition(run)
-    model = build_model(config.model, run.seed)
+    model = build_model(config.model, run.seed, config.compute.checkpoint_blocks)
     if isinstance(model, OpenCosmoFlow) and run.checkpoint is None:
         apply_log = config.loader.apply_log
         reader = Reader(run.train, config.loader.on_bad_sample, apply_log=apply_log)

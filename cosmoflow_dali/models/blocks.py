@@ -60,7 +60,7 @@ def plain_max_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tens
 class _MaxBlock(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        values = _rows(conv3d(volume, kernel, bias, padding=1))
+        values = to_rows(conv3d(volume, kernel, bias, padding=1))
         # LeakyReLU preserves the order of values, so it can follow the pooling.
         largest = functional.max_pool3d(values.permute(0, 4, 1, 2, 3), 2)
         context.save_for_backward(volume, kernel, values, largest)
@@ -77,7 +77,7 @@ class _MaxBlock(torch.autograd.Function):
         smallest = torch.where(smallest > 0, smallest, smallest / LEAK).to(largest.dtype).minimum(largest)
         share = torch.where(largest > 0, gradient, LEAK * gradient)
         # In place: `values` becomes its own gradient.
-        _wide(values).ge_(_along(smallest)).mul_(_along(share))
+        cells_of(values).ge_(spread_along(smallest)).mul_(spread_along(share))
         grad_values, mask = values.permute(0, 4, 1, 2, 3), list(context.needs_input_grad)
         return conv3d_backward(grad_values, volume, kernel, padding=1, output_mask=mask)
 
@@ -111,24 +111,24 @@ class _NormBlock(torch.autograd.Function):
         shift: torch.Tensor,
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        volume = _wrapped(volume)
-        values = _rows(conv3d(volume, kernel, None, padding=0)).to(scale.dtype)
+        volume = wrapped(volume)
+        values = to_rows(conv3d(volume, kernel, None, padding=0)).to(scale.dtype)
         *_, edge, channels = values.shape
         wide = values.view(-1, edge * channels)
 
         def along(one: torch.Tensor) -> torch.Tensor:
             return one.repeat(edge)
 
-        mean = mean_over_ranks(_channel_mean(wide, channels))
+        mean = mean_over_ranks(channel_mean(wide, channels))
         wide.sub_(along(mean))
-        variance = mean_over_ranks(_channel_mean(wide.square(), channels))
+        variance = mean_over_ranks(channel_mean(wide.square(), channels))
         inverse = torch.rsqrt(variance + eps)
         wide.mul_(along(inverse))
         active = torch.addcmul(along(shift), wide, along(scale))
         functional.leaky_relu_(active, LEAK)
         context.save_for_backward(volume, kernel, scale, inverse, values, active)
         context.mark_non_differentiable(mean, variance)
-        return _average(active.view(values.shape)), mean, variance
+        return average_cells(active.view(values.shape)), mean, variance
 
     @staticmethod
     @once_differentiable
@@ -137,13 +137,13 @@ class _NormBlock(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         volume, kernel, scale, inverse, values, active = context.saved_tensors
         *_, edge, channels = values.shape
-        cells = _wide(active.view(values.shape))
-        spread = _along(gradient / 8).expand_as(cells)
+        cells = cells_of(active.view(values.shape))
+        spread = spread_along(gradient / 8).expand_as(cells)
         # LeakyReLU preserves the sign, so its output determines its slope.
         back = torch.ops.aten.leaky_relu_backward(spread, cells, LEAK, False)
         back, wide = back.view(-1, edge * channels), values.view(-1, edge * channels)
-        grad_shift = _channel_mean(back, channels)
-        grad_scale = _channel_mean(torch.mul(back, wide, out=active), channels)
+        grad_shift = channel_mean(back, channels)
+        grad_scale = channel_mean(torch.mul(back, wide, out=active), channels)
         # d/dx of normalised values: scale / sigma (g - mean(g) - x mean(g x)), with means over the batch.
         slope = (scale * inverse).repeat(edge)
         wide.mul_(-mean_over_ranks(grad_scale.clone()).repeat(edge))
@@ -154,8 +154,10 @@ class _NormBlock(torch.autograd.Function):
         grad_wrapped, grad_weight, _ = conv3d_backward(
             grad_values, volume, kernel, padding=0, output_mask=mask
         )
-        grad_input = None if grad_wrapped is None else _unwrapped(grad_wrapped)
-        return grad_input, grad_weight, grad_scale * count, grad_shift * count, None
+        if grad_wrapped is not None:
+            fold_padding(grad_wrapped, 2, 3, 4)
+            grad_wrapped = grad_wrapped[:, :, 1:-1, 1:-1, 1:-1]
+        return grad_wrapped, grad_weight, grad_scale * count, grad_shift * count, None
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
@@ -175,31 +177,37 @@ def cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def _wrapped(volume: torch.Tensor) -> torch.Tensor:
-    """Return `volume` (B, C, D, H, W) padded circularly by one voxel on every side."""
-    batch, channels, *edges = volume.shape
-    rows = volume.new_empty(batch, *(edge + 2 for edge in edges), channels)
-    rows[:, 1:-1, 1:-1, 1:-1] = volume.permute(0, 2, 3, 4, 1)
-    for axis in (3, 2, 1):
+def wrapped(volume: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+    """Return planes `first` to `last` along D of `volume` (B, C, D, H, W), and one voxel more on every side.
+
+    All three axes are periodic. By default these are all planes.
+    """
+    batch, channels, depth, height, width = volume.shape
+    last = depth if last is None else last
+    rows = volume.new_empty(batch, last - first + 2, height + 2, width + 2, channels)
+    inside, planes = rows[:, :, 1:-1, 1:-1], volume.permute(0, 2, 3, 4, 1)
+    inside[:, 1:-1] = planes[:, first:last]
+    inside[:, 0] = planes[:, first - 1]
+    inside[:, -1] = planes[:, last % depth]
+    for axis in (3, 2):
         rows.select(axis, 0).copy_(rows.select(axis, -2))
         rows.select(axis, -1).copy_(rows.select(axis, 1))
     return rows.permute(0, 4, 1, 2, 3)
 
 
-def _unwrapped(gradient: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of the input of `_wrapped`; changes `gradient`, that of its result."""
-    for axis in (2, 3, 4):
+def fold_padding(gradient: torch.Tensor, *axes: int) -> None:
+    """Add, in place, the gradients of circular padding along `axes` to the voxels that it repeats."""
+    for axis in axes:
         gradient.select(axis, -2).add_(gradient.select(axis, 0))
         gradient.select(axis, 1).add_(gradient.select(axis, -1))
-    return gradient[:, :, 1:-1, 1:-1, 1:-1]
 
 
-def _rows(volume: torch.Tensor) -> torch.Tensor:
+def to_rows(volume: torch.Tensor) -> torch.Tensor:
     """Return (B, C, D, H, W) as contiguous (B, D, H, W, C), the order of channels-last memory."""
     return volume.permute(0, 2, 3, 4, 1).contiguous()
 
 
-def _wide(values: torch.Tensor) -> torch.Tensor:
+def cells_of(values: torch.Tensor) -> torch.Tensor:
     """View (B, D, H, W, C) as cells along D and H of lines along W: (B D/2, 2, H/2, 2, W C).
 
     Operations on these long lines are vectorised for any C.
@@ -208,18 +216,18 @@ def _wide(values: torch.Tensor) -> torch.Tensor:
     return values.view(batch * depth // 2, 2, height // 2, 2, width * channels)
 
 
-def _along(pooled: torch.Tensor) -> torch.Tensor:
-    """Repeat (B, C, D/2, H/2, W/2) along W to broadcast with `_wide`: (B D/2, 1, H/2, 1, W C)."""
-    rows = _rows(pooled)
+def spread_along(pooled: torch.Tensor) -> torch.Tensor:
+    """Repeat (B, C, D/2, H/2, W/2) along W to broadcast with `cells_of`: (B D/2, 1, H/2, 1, W C)."""
+    rows = to_rows(pooled)
     batch, depth, height, width, channels = rows.shape
     twice = rows.unsqueeze(4).expand(-1, -1, -1, -1, 2, -1)
     return twice.reshape(batch * depth, 1, height, 1, 2 * width * channels)
 
 
-def _average(values: torch.Tensor) -> torch.Tensor:
+def average_cells(values: torch.Tensor) -> torch.Tensor:
     """Return the mean of each cell of 2^3 voxels of (B, D, H, W, C): (B, C, D/2, H/2, W/2)."""
     batch, depth, height, width, channels = values.shape
-    cells = _wide(values)
+    cells = cells_of(values)
     total = cells[:, 0, :, 0] + cells[:, 0, :, 1]
     total += cells[:, 1, :, 0]
     total += cells[:, 1, :, 1]
@@ -228,6 +236,6 @@ def _average(values: torch.Tensor) -> torch.Tensor:
     return mean.view(batch, depth // 2, height // 2, width // 2, channels).permute(0, 4, 1, 2, 3)
 
 
-def _channel_mean(wide: torch.Tensor, channels: int) -> torch.Tensor:
+def channel_mean(wide: torch.Tensor, channels: int) -> torch.Tensor:
     """Return the mean (C,) of each channel over (lines, W C)."""
     return wide.mean(0).view(-1, channels).mean(0)

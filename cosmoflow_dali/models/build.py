@@ -11,8 +11,12 @@ ModelConfig: TypeAlias = ReferenceConfig | OpenConfig
 Model: TypeAlias = CosmoFlow | OpenCosmoFlow
 
 
-def build_model(config: ModelConfig, seed: int) -> Model:
-    """Return the network of `config` with initial weights drawn from `seed`."""
-    if isinstance(config, OpenConfig):
-        return OpenCosmoFlow(config, seed)
-    return CosmoFlow(config, seed)
+def build_model(config: ModelConfig, seed: int, checkpoint_blocks: int = 0) -> Model:
+    """Return the network of `config` with initial weights drawn from `seed`.
+
+    Args:
+        checkpoint_blocks: Number of first blocks that keep their input alone; see `checkpointed`.
+    """
+    model = OpenCosmoFlow(config, seed) if isinstance(config, OpenConfig) else CosmoFlow(config, seed)
+    model.checkpoint_blocks = checkpoint_blocks
+    return model

@@ -64,7 +64,7 @@ def conv3d_backward(
 
 
 def _uses_pairs(filters: int, volume: torch.Tensor) -> bool:
-    return 2 * filters <= LANES and volume.shape[-1] % 2 == 0
+    return volume.device.type == "cpu" and 2 * filters <= LANES and volume.shape[-1] % 2 == 0
 
 
 def _paired(weight: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from cosmoflow_dali.models.blocks import LEAK, norm_block
+from cosmoflow_dali.models.blocks import LEAK, norm_block, wrapped
+from cosmoflow_dali.models.checkpointed import checkpointed_norm_block, split_depth
 from cosmoflow_dali.models.reference import OUTPUT_SCALE
 from pipelines.errors import check_field
 from pipelines.sample import PARAMETERS, REDSHIFTS
@@ -56,8 +57,13 @@ class OpenConfig:
 
 
 class OpenCosmoFlow(nn.Module):
-    """The open network: (B, 4, D, H, W) to targets (B, 4)."""
+    """The open network: (B, 4, D, H, W) to targets (B, 4).
 
+    Attributes:
+        checkpoint_blocks: Number of first blocks that keep their input alone.
+    """
+
+    checkpoint_blocks = 0
     input_mean: torch.Tensor
     input_std: torch.Tensor
 
@@ -107,7 +113,7 @@ class OpenCosmoFlow(nn.Module):
                 # Log counts in cells of 8^level voxels, less that of a uniform universe.
                 cells = (8**level * counts).log1p() - math.log1p(8**level)
                 hidden = torch.cat([hidden, cells / self.input_std], dim=1)
-            hidden = self._block(hidden, conv, norm)
+            hidden = self._block(hidden, conv, norm, checkpointed=level < self.checkpoint_blocks)
             means.append(hidden.mean(dim=(2, 3, 4)))
         if counts is None:
             return means[-1]
@@ -118,13 +124,23 @@ class OpenCosmoFlow(nn.Module):
         hidden = functional.leaky_relu(self.denses[0](means), LEAK)
         return OUTPUT_SCALE * torch.tanh(self.denses[1](hidden))
 
-    def _block(self, volume: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
+    def _block(
+        self, volume: torch.Tensor, conv: nn.Module, norm: nn.Module, *, checkpointed: bool
+    ) -> torch.Tensor:
         assert isinstance(conv, nn.Conv3d) and isinstance(norm, nn.BatchNorm3d | nn.SyncBatchNorm)
-        if self.training and volume.device.type == "cpu":
-            pooled, mean, variance = norm_block(volume, conv.weight, norm.weight, norm.bias, norm.eps)
+        if self.training and (checkpointed or volume.device.type == "cpu"):
+            block = checkpointed_norm_block if checkpointed else norm_block
+            pooled, mean, variance = block(volume, conv.weight, norm.weight, norm.bias, norm.eps)
             update_running_stats(norm, mean, variance, 8 * pooled.numel() // pooled.shape[1])
             return pooled
-        return functional.avg_pool3d(functional.leaky_relu(norm(conv(wrap(volume))), LEAK), 2)
+        if checkpointed:
+            outputs = [_pool(norm(conv(wrapped(volume, *part)))) for part in split_depth(volume.shape[2])]
+            return torch.cat(outputs, dim=2)
+        return _pool(norm(conv(wrap(volume))))
+
+
+def _pool(values: torch.Tensor) -> torch.Tensor:
+    return functional.avg_pool3d(functional.leaky_relu(values, LEAK), 2)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from cosmoflow_dali.models.blocks import LEAK, max_block
+from cosmoflow_dali.models.checkpointed import checkpointed_max_block
 from pipelines.errors import check_field
 from pipelines.sample import PARAMETERS, REDSHIFTS
 
@@ -62,7 +63,10 @@ class CosmoFlow(nn.Module):
 
     Attributes:
         blocks: Function that computes each block.
+        checkpoint_blocks: Number of first blocks that keep their input alone.
     """
+
+    checkpoint_blocks = 0
 
     def __init__(self, config: ReferenceConfig, seed: int = 0) -> None:
         """Draw Glorot-uniform kernels from `seed` and set biases to zero, as Keras does."""
@@ -84,8 +88,10 @@ class CosmoFlow(nn.Module):
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
         """Return targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
         hidden = volume
-        for block, conv in zip(self.blocks, self.convs, strict=True):
-            hidden = block(hidden, conv.get_parameter("weight"), conv.get_parameter("bias"))
+        for level, (block, conv) in enumerate(zip(self.blocks, self.convs, strict=True)):
+            arguments = hidden, conv.get_parameter("weight"), conv.get_parameter("bias")
+            checkpointed = level < self.checkpoint_blocks
+            hidden = checkpointed_max_block(block, *arguments) if checkpointed else block(*arguments)
         # Keras flattens (D, H, W, C); the same order makes its dense kernels usable here.
         hidden = hidden.permute(0, 2, 3, 4, 1).flatten(1)
         for dense in self.denses[:-1]:

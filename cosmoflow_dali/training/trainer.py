@@ -75,6 +75,7 @@ class Trainer:
         self.compute_summary = (
             f"{describe(self._optimizer, self._config.optimizer, device, precision, engine)}, "
             f"{engine} engine, {precision} on {device.type}"
+            + (f", {blocks} checkpointed blocks" if (blocks := compute.checkpoint_blocks) else "")
         )
         self.evaluation: Evaluation | None = None
         self.position, self.seconds = Position(), {"train": 0.0, "evaluate": 0.0}

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cosmoflow_dali.compute.engines import ComputeConfig, Engine, make_engine, wrap_model
+from cosmoflow_dali.compute.config import ComputeConfig
+from cosmoflow_dali.compute.engines import Engine, make_engine, wrap_model
 from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
 from cosmoflow_dali.compute.optim import AdamConfig, SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.compute.step import Precision, configure_float32, seed_step

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cosmoflow_dali.compute import engines
-from cosmoflow_dali.compute.engines import ComputeConfig, Engine, GraphEngine
+from cosmoflow_dali.compute.config import ComputeConfig
+from cosmoflow_dali.compute.engines import Engine, GraphEngine
 from cosmoflow_dali.compute.optim import (
     AdamConfig,
     SGDConfig,

@@ -12,7 +12,7 @@ import torch
 from helpers import config_file, program
 from run_artifacts import metrics
 
-from cosmoflow_dali.compute.engines import ComputeConfig
+from cosmoflow_dali.compute.config import ComputeConfig
 from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.compute.step import Precision, configure_float32, forward_backward, make_scaler
 from cosmoflow_dali.config import resolve
@@ -158,6 +158,10 @@ def test_invalid_compute_settings_are_refused_by_key() -> None:
         ("compute.micro_batch", {"compute": {"micro_batch": 3}, "loader": {"batch_size": 4}}),
         ("compute.micro_batch", {"compute": {"micro_batch": 1}, "model": {"kind": "open"}}),
         ("compute.precision", {"compute": {"precision": "fp8"}}),
+        ("compute.checkpoint_blocks", {"compute": {"checkpoint_blocks": -1}}),
+        ("compute.checkpoint_blocks", {"compute": {"checkpoint_blocks": 6}}),
+        ("compute.checkpoint_blocks", {"compute": {"checkpoint_blocks": 5}, "model": {"kind": "open"}}),
+        ("compute.checkpoint_blocks", {"compute": {"checkpoint_blocks": 1, "engine": "compile"}}),
     ):
         with pytest.raises(ConfigError) as error:
             resolve(tree)

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from cosmoflow_dali.compute.engines import ComputeConfig, make_engine
+from cosmoflow_dali.compute.config import ComputeConfig
+from cosmoflow_dali.compute.engines import make_engine
 from cosmoflow_dali.compute.optim import SGDConfig, build_optimizer, set_lr
 from cosmoflow_dali.compute.step import Precision, autocast, configure_float32, forward_backward
 from cosmoflow_dali.models.keras_weights import from_reference_weights

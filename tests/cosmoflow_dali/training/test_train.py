@@ -272,7 +272,7 @@ KERNELS = (
 from types import SimpleNamespace
 from torch.nn.parallel import DistributedDataParallel
 from cosmoflow_dali import train
-from cosmoflow_dali.compute.engines import ComputeConfig
+from cosmoflow_dali.compute.config import ComputeConfig
 from cosmoflow_dali.compute.step import forward_backward
 from cosmoflow_dali.models.reference import CosmoFlow, ReferenceConfig
 from pipelines.sample import Batch
