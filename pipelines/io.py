@@ -189,6 +189,31 @@ def read_file(path: Path, *, direct: bool = False) -> bytes:
         return retry_stale(read)
 
 
+class OpenFile:
+    """A file that stays open for reading as long as this object exists."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1
+        self._descriptor = open_regular(path)
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read up to `length` bytes from `offset`, fewer only at the end of the file."""
+        parts: list[bytes] = []
+        while length and (part := os.pread(self._descriptor, length, offset)):
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
 def retry_stale(read: Callable[[], _Read]) -> _Read:
     """Return `read()`, called again if it fails because NFS has replaced the file since it was opened."""
     try:

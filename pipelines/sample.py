@@ -109,10 +109,15 @@ def check_counts(
         raise DataError(path, f"counts have shape {shape}", f"the other samples have {spec.shape}: remove it")
     if counts.dtype != np.int16:
         raise DataError(path, f"counts are {counts.dtype}", "expected little-endian int16")
+    check_not_negative(path, counts)
+    return counts
+
+
+def check_not_negative(path: str | os.PathLike[str], counts: npt.NDArray[np.int16]) -> None:
+    """Raise DataError for `path` if one of `counts` is negative."""
     lowest = int(counts.min())
     if lowest < 0:
         raise DataError(path, f"a count is {lowest}", "counts start at 0: regenerate the file")
-    return counts
 
 
 def check_target(path: str | os.PathLike[str], target: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

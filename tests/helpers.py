@@ -20,12 +20,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 import yaml
 from forked import Forked
 
 from pipelines.dataset.open import open_path
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample
+from pipelines.slab import Slab
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -38,6 +40,23 @@ def tiny_sample(index: int, size: int = SIZE) -> Sample:
     target = rng.uniform(-1, 1, 4).astype(np.float32)
     field = np.exp((0.8 + 0.4 * target[1]) * rng.standard_normal((size, size, size, 4)))
     return Sample(rng.poisson(field).astype(np.int16), target)
+
+
+def slab_of(counts: npt.NDArray[Any], slab: Slab) -> npt.NDArray[Any]:
+    """The planes of `slab` of `counts` (D, H, W, C)."""
+    depth = len(counts) // slab.count
+    padded = np.pad(counts, ((1, 1), (0, 0), (0, 0), (0, 0)), "wrap" if slab.periodic else "constant")
+    return padded[slab.index * depth :][: depth + 2]
+
+
+def slabs(*counts: int) -> list[Slab]:
+    """All slabs of samples that are cut into `counts` parts, with either kind of ends."""
+    return [
+        Slab(index, count, periodic)
+        for count in counts
+        for index in range(count)
+        for periodic in (False, True)
+    ]
 
 
 def read_sample(path: Path) -> Sample:

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST
 from pipelines.dataset.manifest import MANIFEST
-from pipelines.errors import DataError
+from pipelines.errors import ConfigError, DataError
 from pipelines.formats.base import Format
-from pipelines.formats.npy import Npy, map_sample
+from pipelines.formats.npy import Npy, map_sample, read_slab
 from pipelines.formats.packed.decode import open_packed
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat
 from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member
@@ -26,6 +26,7 @@ from pipelines.formats.registry import FORMATS
 from pipelines.io import TarMember, read_file
 from pipelines.plan import Indices
 from pipelines.sample import Sample, SampleSpec
+from pipelines.slab import Slab
 
 EXTENT = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("crc32c", "<i8")])
 """Position and checksum of one content in its file; -1 where they are not known."""
@@ -203,10 +204,23 @@ class SampleDataset:
                 digests.append(hashlib.blake2b(content, digest_size=8).hexdigest())
         return digests
 
-    def payload(self, index: int, *, fully_validate: bool = False, direct: bool = False) -> Payload:
+    def check_slab(self, slab: Slab) -> None:
+        """Raise ConfigError if `slab` cannot be read of these samples."""
+        key, value = "parallel.spatial", slab.count
+        if self.spec.size % slab.count:
+            raise ConfigError(key, value, f"does not divide the {self.spec.size} planes of a sample")
+        if self.format_name != Npy.name:
+            advice = "run python -m preprocess.convert -i SRC -o DST --to packed"
+            fault = f"{self.root} holds {self.format_name} samples, of which no part can be read alone"
+            raise ConfigError(key, value, f"{fault}: {advice}")
+
+    def payload(
+        self, index: int, *, slab: Slab | None = None, fully_validate: bool = False, direct: bool = False
+    ) -> Payload:
         """Read sample `index` for the decoder.
 
         Args:
+            slab: read these planes alone, for which `check_slab` has returned.
             fully_validate: find every fault here. Otherwise what is left to the decoder is whether
                 packed chunks inflate to what was packed, and whether mapped counts are negative.
             direct: bypass the page cache, where the file system supports it.
@@ -215,6 +229,8 @@ class SampleDataset:
             DataError: the sample cannot be read, or is damaged.
         """
         path = self.path(index)
+        if slab is not None:
+            return read_slab(path, self.spec, slab, direct=direct)
         if self.format_name == Npy.name and self.labeled and not (fully_validate or direct):
             return map_sample(path, self.spec)
         contents = self.read_contents(index, direct=direct)

@@ -19,15 +19,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, reading
 from pipelines.formats.base import Format
 from pipelines.formats.payload import CountsPayload
 from pipelines.formats.signatures import SIGNATURE_BYTES, recognize
-from pipelines.io import WrittenFile, map_file, read_file, write_file
-from pipelines.sample import UNKNOWN_TARGET, Sample, SampleSpec, check_counts, check_target
+from pipelines.io import OpenFile, WrittenFile, map_file, read_direct, read_file, retry_stale, write_file
+from pipelines.sample import (
+    UNKNOWN_TARGET,
+    Sample,
+    SampleSpec,
+    check_counts,
+    check_not_negative,
+    check_target,
+)
+from pipelines.slab import Slab, cyclic_runs
 
 DATA_SUFFIX, LABEL_SUFFIX = "_data.npy", "_label.npy"
 _REMEDY = "convert the sample again"
+
+_USUAL_START = 128
+"""Bytes before the array in a file that numpy has written."""
 
 
 class Npy(Format):
@@ -71,9 +82,48 @@ def map_sample(path: Path, spec: SampleSpec) -> CountsPayload:
     counts = parse_npy(path, mapped)
     if counts.shape != spec.shape or counts.dtype != np.int16:
         check_counts(path, counts, spec)
-    label = _label_path(path)
-    target = check_target(label, parse_npy(label, read_file(label)))
-    return CountsPayload(counts, target, mapped if isinstance(mapped, mmap.mmap) else None)
+    return CountsPayload(counts, _read_target(path), mapped if isinstance(mapped, mmap.mmap) else None)
+
+
+def read_slab(path: Path, spec: SampleSpec, slab: Slab, *, direct: bool = False) -> CountsPayload:
+    """Read the planes of `slab` of the counts in `path`, and the target beside them.
+
+    Args:
+        direct: bypass the page cache, where the file system supports it.
+
+    Raises:
+        DataError: a header, the target or a count of these planes is damaged, or the shape is not that of
+            `spec`.
+    """
+
+    def read() -> npt.NDArray[np.int16]:
+        file = OpenFile(path)
+
+        def read_part(offset: int, length: int) -> bytes:
+            content = read_direct(path, offset, length) if direct else None
+            return file.read(offset, length) if content is None else content
+
+        start = read_part(0, _USUAL_START)
+        if (missing := _start_length(start) - len(start)) > 0:
+            start += read_part(len(start), missing)
+        shape, dtype, length = _parse_start(path, start, file.size)
+        # Of what the header says alone.
+        check_counts(path, np.broadcast_to(dtype.type(0), shape), spec)
+        counts = np.zeros(slab.shape(spec), np.int16)
+        planes, first = slab.planes(spec.size)
+        at, plane_bytes = planes.start, counts[0].nbytes
+        for run in cyclic_runs(first, len(counts[planes]), spec.size):
+            content = read_part(length + run.start * plane_bytes, len(run) * plane_bytes)
+            if len(content) < len(run) * plane_bytes:
+                raise DataError(path, "was cut off while it was read", _REMEDY)
+            counts[at : at + len(run)] = np.frombuffer(content, dtype).reshape(-1, *spec.shape[1:])
+            at += len(run)
+        return counts
+
+    with reading(path):
+        counts = retry_stale(read)
+    check_not_negative(path, counts)
+    return CountsPayload(counts, _read_target(path))
 
 
 def write_npy(path: Path, array: npt.NDArray[Any]) -> WrittenFile:
@@ -89,13 +139,29 @@ def parse_npy(path: Path, content: bytes | mmap.mmap) -> npt.NDArray[Any]:
     Raises:
         DataError: the content is not one complete numeric array of npy version 1.0 in C order.
     """
-    if content[:6] != np.lib.format.MAGIC_PREFIX and (kind := recognize(content[:SIGNATURE_BYTES])):
-        raise DataError(path, f"holds {kind} instead of an array", "replace it by the .npy file itself")
+    start = content[: max(_start_length(content), SIGNATURE_BYTES)]
+    shape, dtype, length = _parse_start(path, start, len(content))
+    return np.frombuffer(content, dtype, offset=length).reshape(shape)
+
+
+def _start_length(content: bytes | mmap.mmap) -> int:
+    """Return the number of bytes before the array."""
     # Version 1.0, which every writer uses for small headers, has two bytes for the header's length.
-    length = 10 + int.from_bytes(content[8:10], "little")
+    return 10 + int.from_bytes(content[8:10], "little")
+
+
+def _parse_start(path: Path, start: bytes, size: int) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Return shape, dtype and offset of the array in the .npy file `path` of `size` bytes, by its `start`.
+
+    Raises:
+        DataError: see `parse_npy`.
+    """
+    length = _start_length(start)
+    if start[:6] != np.lib.format.MAGIC_PREFIX and (kind := recognize(start[:SIGNATURE_BYTES])):
+        raise DataError(path, f"holds {kind} instead of an array", "replace it by the .npy file itself")
     try:
         with _PARSER_LOCK:
-            shape, fortran, dtype = _parse_header(content[:length])
+            shape, fortran, dtype = _parse_header(start[:length])
     except Exception as error:  # the header is a Python expression, and its parser raises many errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(path, f"is not a valid .npy file ({reason})", _REMEDY) from error
@@ -106,10 +172,16 @@ def parse_npy(path: Path, content: bytes | mmap.mmap) -> npt.NDArray[Any]:
     if min(shape, default=1) < 1:
         raise DataError(path, f"has the shape {shape}", _REMEDY)
     expected = dtype.itemsize * math.prod(shape)
-    if len(content) - length != expected:
-        fault = f"holds {len(content) - length} bytes of data; its header says {expected}"
+    if size - length != expected:
+        fault = f"holds {size - length} bytes of data; its header says {expected}"
         raise DataError(path, fault, _REMEDY)
-    return np.frombuffer(content, dtype, offset=length).reshape(shape)
+    return shape, dtype, length
+
+
+def _read_target(path: Path) -> npt.NDArray[np.float32]:
+    """Return the target that belongs to the counts in `path`."""
+    label = _label_path(path)
+    return check_target(label, parse_npy(label, read_file(label)))
 
 
 def _label_path(path: Path) -> Path:

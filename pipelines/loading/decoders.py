@@ -24,6 +24,7 @@ from pipelines.loading.dali_graphs import counts_node, files_node
 from pipelines.loading.decoder import READ_AHEAD, DaliDecoder, Decoder
 from pipelines.loading.packed_decoders import PackedCpuDecoder, make_packed_gpu_decoder
 from pipelines.plan import Indices
+from pipelines.slab import Slab
 
 
 class CountsDecoder(DaliDecoder):
@@ -78,12 +79,22 @@ class FilesDecoder(DaliDecoder):
         self._steps_left = 0
 
 
-def make_decoder(split: SampleDataset, config: LoaderConfig, device: torch.device) -> Decoder:
-    """Return the decoder for the format of `split` and for `device`.
+def make_decoder(
+    split: SampleDataset, config: LoaderConfig, device: torch.device, slab: Slab | None = None
+) -> Decoder:
+    """Return the decoder for the format of `split`, or of `slab` of its samples, and for `device`.
 
     Raises:
-        ConfigError: `loader.gpu_direct` is set for another format than npy, or without a GPU.
+        ConfigError: `loader.gpu_direct` is set for another format than npy, or without a GPU; or these
+            settings cannot be used with slabs.
     """
+    if slab is not None:
+        split.check_slab(slab)
+        if config.gpu_direct:
+            raise ConfigError("loader.gpu_direct", True, "reads whole samples: unset it or parallel.spatial")
+        if not config.apply_log:
+            fault = "the mean of a sample needs all of it: set it to true, or unset parallel.spatial"
+            raise ConfigError("loader.apply_log", False, fault)
     if config.gpu_direct:
         if split.format_name != Npy.name or device.type != "cuda":
             fault = f"requires npy samples and a GPU, not {split.format_name} on {device.type}: unset it"

@@ -12,9 +12,9 @@ import functools
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,10 @@ from pipelines.loading.reader import Reader
 from pipelines.loading.transforms import check_input
 from pipelines.plan import Indices, Ragged, RankSlice, plan_epoch
 from pipelines.sample import Batch, is_in_range
+from pipelines.slab import Slab
+
+Agree: TypeAlias = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+"""Returns the elementwise maximum of an array over the ranks that share samples, which all must call it."""
 
 
 class _InFlightStep(NamedTuple):
@@ -65,6 +69,9 @@ class Loader:
             partition, other ranks read the other partitions, in the same number of steps.
         seed, shuffle, ragged: See `plan_epoch`.
         device: Device of the batches.
+        slab: Part of every sample that this rank loads; None for all of it. The ranks of a group, which load
+            the slabs of the same samples, have equal `rank_slice`s.
+        agree: Required with a slab if damaged samples are skipped, for all ranks of a group to skip the same.
 
     Raises:
         UserError: The samples do not fill one step, with `ragged` "drop".
@@ -81,10 +88,15 @@ class Loader:
         shuffle: bool,
         ragged: Ragged,
         device: torch.device,
+        slab: Slab | None = None,
+        agree: Agree | None = None,
     ) -> None:
-        self.split = split
+        self.split, self._slab = split, slab
+        skips = config.on_bad_sample == "skip"
+        if slab is not None and skips and agree is None:
+            raise ValueError("ranks that share samples cannot skip damaged ones without agreeing on them")
         self._reader = Reader(
-            split, config.on_bad_sample, direct_io=config.direct_io, apply_log=config.apply_log
+            split, config.on_bad_sample, direct_io=config.direct_io, apply_log=config.apply_log, slab=slab
         )
         self._apply_log = config.apply_log
         self._rank_slice, self._ragged, self._device = rank_slice, ragged, device
@@ -100,7 +112,7 @@ class Loader:
         self._reading: deque[_InFlightStep] = deque()
         self._decoding: deque[_InFlightStep] = deque()
         self._readers = ThreadPoolExecutor(config.threads, "reader", _run_as_batch)
-        self._decoder = make_decoder(split, config, device)
+        self._decoder = make_decoder(split, config, device, slab)
 
     def __len__(self) -> int:
         """Number of steps per epoch, the same on every rank."""
@@ -144,13 +156,16 @@ class Loader:
             DataError: A sample is damaged, or its input is not finite; names the first.
         """
         for i in index[index >= 0].tolist():
+            if self._slab is not None:
+                self.split.payload(i, slab=self._slab, fully_validate=True)
+                continue
             counts = self.split.read(i).counts
             check_input(self.split.path(i), counts, apply_log=self._apply_log, largest=largest)
 
     def raise_if_out_of_range(self, index: npt.NDArray[np.int64]) -> None:
         """Raise DataError for the first of the valid samples `index` whose target is not within -1 to 1."""
         for i in index[index >= 0].tolist():
-            target = self.split.read(i).target
+            target = self.split.payload(i, slab=self._slab).target
             if not is_in_range(target):
                 fault = f"the loss is not finite, and the target {target.tolist()} is not within -1 to 1"
                 raise DataError(self.split.path(i), fault, "fix the target, or lower the learning rate")

@@ -15,6 +15,7 @@ from pipelines.formats.packed.format import encode_payload
 from pipelines.formats.payload import CountsPayload, Payload
 from pipelines.loading.transforms import check_input
 from pipelines.sample import PARAMETERS, Sample
+from pipelines.slab import Slab
 
 OnBadSample: TypeAlias = Literal["fail", "skip"]
 
@@ -31,6 +32,7 @@ class Reader:
             the host, where "fail" leaves part of the validation to the decoder.
         direct_io: Read payloads past the page cache.
         apply_log: See `LoaderConfig`. A sample without particles counts as damaged if it is False.
+        slab: Part of every payload that is read; None for all of it.
 
     Attributes:
         skipped: Fault of each sample skipped so far, by the path of its file.
@@ -43,11 +45,12 @@ class Reader:
         *,
         direct_io: bool = False,
         apply_log: bool = True,
+        slab: Slab | None = None,
     ) -> None:
         self.split = split
         self.skipped: dict[str, str] = {}
         self._skips = on_bad_sample == "skip"
-        self._direct_io, self._apply_log = direct_io, apply_log
+        self._direct_io, self._apply_log, self._slab = direct_io, apply_log, slab
 
     def sample(self, index: int) -> Sample | None:
         """Return sample `index`; None if it is skipped."""
@@ -87,7 +90,8 @@ class Reader:
         It is not taken from the data set, because a partition may have no samples.
         """
         spec = self.split.spec
-        sample = Sample(np.ones(spec.shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
+        shape = spec.shape if self._slab is None else self._slab.shape(spec)
+        sample = Sample(np.ones(shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
         if self.split.sharded:
             return encode_payload(sample)
         return CountsPayload(sample.counts, sample.target)
@@ -98,7 +102,9 @@ class Reader:
         return sample
 
     def _read_payload(self, index: int) -> Payload:
-        payload = self.split.payload(index, fully_validate=self._skips, direct=self._direct_io)
+        payload = self.split.payload(
+            index, slab=self._slab, fully_validate=self._skips, direct=self._direct_io
+        )
         counts = payload.counts if isinstance(payload, CountsPayload) else payload.table
         # Mapped counts are not read yet. If they are all zero, the decoder makes NaN of them.
         if not (isinstance(payload, CountsPayload) and payload.mapped):

@@ -24,9 +24,9 @@ from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.filesystem import free_space, open_regular, provide_scratch, refuse_input
 from pipelines.formats.npy import map_sample
 from pipelines.formats.packed.format import sample_members
-from pipelines.formats.packed.tar_shard import ShardHandle, clear_handle_cache, read_member
+from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member
 from pipelines.formats.registry import FORMATS
-from pipelines.io import map_file, read_file, write_file
+from pipelines.io import OpenFile, map_file, read_file, write_file
 from pipelines.sample import SampleSpec
 from pipelines.strict_yaml import read_yaml
 
@@ -186,14 +186,14 @@ def test_a_file_that_nfs_has_replaced_is_opened_again(
 ) -> None:
     (tmp_path / "a").write_bytes(b"content")
     clear_handle_cache()
-    stale, read = [failing(errno.ESTALE)], ShardHandle.read
+    stale, read = [failing(errno.ESTALE)], OpenFile.read
 
-    def read_once_stale(handle: ShardHandle, offset: int, length: int) -> bytes:
+    def read_once_stale(handle: OpenFile, offset: int, length: int) -> bytes:
         return stale.pop()() if stale else read(handle, offset, length)
 
-    monkeypatch.setattr(ShardHandle, "read", read_once_stale)
+    monkeypatch.setattr(OpenFile, "read", read_once_stale)
     assert read_member(tmp_path / "a", "x", 3, 2) == b"te"
-    monkeypatch.setattr(ShardHandle, "read", failing(errno.ESTALE))
+    monkeypatch.setattr(OpenFile, "read", failing(errno.ESTALE))
     with pytest.raises(UnreadableError):
         read_member(tmp_path / "a", "x", 3, 2)
     clear_handle_cache()
@@ -223,7 +223,7 @@ def test_what_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
     else:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(path))
-    for read in (read_file, map_file, lambda path: read_file(path, direct=True), sample_members, ShardHandle):
+    for read in (read_file, map_file, lambda path: read_file(path, direct=True), sample_members, OpenFile):
         with pytest.raises((DataError, OSError)) as raised:
             read(path)
         if kind != "socket":  # It cannot be opened at all.

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pipelines.errors import DataError
 from pipelines.formats.packed.codecs import MAX_RATIO, REMEDY, Codec, Integers, inflate
 from pipelines.formats.packed.gather_cpu import ESCAPE
-from pipelines.sample import SampleSpec
+from pipelines.sample import SampleSpec, check_not_negative
 
 VERSION = 3
 _FIELDS = struct.Struct("<8s6I8B4f3I")
@@ -199,7 +199,5 @@ def read_table(
     for channel in range(channels):
         # Copying one column at a time is five times as fast as transposing.
         table[:, channel] = counts[channel].view(np.int16)
-    lowest = int(table.min())
-    if lowest < 0:
-        raise DataError(path, f"a count is {lowest}", "counts start at 0: regenerate the file")
+    check_not_negative(path, table)
     return table

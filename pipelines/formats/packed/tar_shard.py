@@ -18,6 +18,7 @@ from pipelines.errors import DataError, reading
 from pipelines.filesystem import is_hidden, open_regular, raise_open_file_limit
 from pipelines.formats.signatures import recognize_file
 from pipelines.io import (
+    OpenFile,
     TarMember,
     WrittenFile,
     read_direct,
@@ -142,34 +143,14 @@ def clear_handle_cache() -> None:
     _shard_handles().cache_clear()
 
 
-class ShardHandle:
-    """A file that stays open as long as this object exists."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = -1
-        self._descriptor = open_regular(path)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Read up to `length` bytes from `offset`, fewer only at the end of the file."""
-        parts: list[bytes] = []
-        while length and (part := os.pread(self._descriptor, length, offset)):
-            parts.append(part)
-            offset, length = offset + len(part), length - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-
 @functools.cache
-def _shard_handles() -> functools._lru_cache_wrapper[ShardHandle]:
+def _shard_handles() -> functools._lru_cache_wrapper[OpenFile]:
     """Return the cache of open shards: on a parallel file system, opening takes longer than reading a sample.
 
     A handle that the cache drops is closed when the last thread that reads from it is done.
     """
     limit = raise_open_file_limit(_MAX_OPEN_SHARDS + _FD_RESERVE) - _FD_RESERVE
-    return functools.lru_cache(maxsize=max(limit, _FD_RESERVE // 2))(ShardHandle)
+    return functools.lru_cache(maxsize=max(limit, _FD_RESERVE // 2))(OpenFile)
 
 
 def _header(path: Path, member: TarMember) -> bytes:

@@ -96,6 +96,13 @@ def equal(one: list[Row], other: list[Row], rtol: float = 0.0) -> bool:
     )
 
 
+def files_decoder(
+    split: SampleDataset, config: LoaderConfig, device: torch.device, slab: None
+) -> FilesDecoder:
+    """In place of `make_decoder`, which makes one on a GPU alone."""
+    return FilesDecoder(split, config, device)
+
+
 GPU_ROUNDING = 2e-7
 """Relative difference of a quotient on a GPU."""
 
@@ -188,7 +195,7 @@ def test_files_that_dali_reads_come_in_the_same_order(
         with open_loader(roots["npy"], apply_log=apply_log, **options) as loader:
             expected = read(loader)
         with monkeypatch.context() as patched:
-            patched.setattr("pipelines.loading.loader.make_decoder", FilesDecoder)
+            patched.setattr("pipelines.loading.loader.make_decoder", files_decoder)
             with open_loader(roots["npy"], apply_log=apply_log, device=device, **options) as loader:
                 found = read(loader)
         for one, other in zip(found, expected, strict=True):
@@ -351,7 +358,7 @@ def test_a_file_that_disappears_is_named(roots: dict[str, Path], tmp_path: Path)
 def test_a_file_that_dali_cannot_read_is_named_although_it_reads_ahead(
     roots: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.loading.loader.make_decoder", FilesDecoder)
+    monkeypatch.setattr("pipelines.loading.loader.make_decoder", files_decoder)
     shutil.copytree(roots["npy"], tmp_path / "data")
     with open_loader(tmp_path / "data", shuffle=False, batch_size=1) as loader:
         damaged = loader.split.path(3)
