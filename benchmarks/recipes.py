@@ -234,7 +234,9 @@ def _prepare(
     )
     parallel = wrap_model(model, recipe.compute, device, ranks=1)
     spec = SampleSpec(size)
-    engine = make_engine(parallel, recipe.compute, optimizer, scaler, spec, recipe.batch_size, device)
+    engine = make_engine(
+        parallel, recipe.compute, optimizer, scaler, (recipe.batch_size, *spec.shape), device
+    )
 
     if engine.inputs is not None:
         engine.inputs.volume.copy_(batch.volume)

@@ -22,7 +22,7 @@ from cosmoflow_dali.compute.config import ComputeConfig
 from cosmoflow_dali.compute.optim import capturable, why_outside_graph
 from cosmoflow_dali.compute.step import forward_backward, input_dtype
 from pipelines.errors import ConfigError
-from pipelines.sample import PARAMETERS, Batch, SampleSpec
+from pipelines.sample import PARAMETERS, Batch
 
 logger = logging.getLogger(__name__)
 
@@ -217,21 +217,22 @@ def make_engine(
     config: ComputeConfig,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    spec: SampleSpec,
-    batch_size: int,
+    shape: tuple[int, int, int, int, int],
     device: torch.device,
 ) -> Engine:
-    """Return the engine of `config` for batches of `batch_size`; `model` is the result of `wrap_model`."""
+    """Return the engine of `config` for volumes of `shape`, (B, D, H, W, C).
+
+    `model` is the result of `wrap_model`.
+    """
 
     def gradients(batch: Batch) -> torch.Tensor:
         return forward_backward(model, batch, config.precision, scaler, config.micro_batch)
 
     if config.engine_on(device) != "graph":
         return Engine(model, optimizer, scaler, gradients)
-    shape = batch_size, spec.size, spec.size, spec.size, spec.channels
     volume = torch.zeros(shape, dtype=input_dtype(config.precision), device=device)
-    target = torch.zeros(batch_size, len(PARAMETERS), device=device)
-    inputs = Batch(volume.permute(0, 4, 1, 2, 3), target, np.full(batch_size, -1))
+    target = torch.zeros(shape[0], len(PARAMETERS), device=device)
+    inputs = Batch(volume.permute(0, 4, 1, 2, 3), target, np.full(shape[0], -1))
     required = config.engine == "graph"
     return GraphEngine(model, optimizer, scaler, gradients, inputs, required=required)
 

@@ -50,8 +50,11 @@ class Shape(NamedTuple):
 
 
 def block_shapes(model: nn.Module, batch: int) -> list[Shape]:
-    """Return the shapes of the blocks of `model` for `batch` samples at a time; none for the open network."""
-    if not isinstance(model, CosmoFlow):
+    """Return the shapes of the blocks of `model` for `batch` samples at a time.
+
+    There are none for the open network, nor where ranks share samples: torch computes the blocks of slabs.
+    """
+    if not isinstance(model, CosmoFlow) or model.group is not None:
         return []
     edge = model.config.size
     kernels = [conv.get_parameter("weight") for conv in model.convs]
@@ -85,7 +88,7 @@ def choose_kernels(
 ) -> list[str]:
     """Return the name of the candidate for each block of `model`; empty where there is no choice.
 
-    There is none for the open network and on a CPU.
+    There is none where `block_shapes` has none, and on a CPU.
 
     Args:
         model: The network.

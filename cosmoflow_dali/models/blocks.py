@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from cosmoflow_dali.models.cpu_conv import conv3d, conv3d_backward
+from cosmoflow_dali.models.cpu_conv import Padding, conv3d, conv3d_backward
 
 LEAK = 0.3
 """Slope of LeakyReLU below 0 in both networks."""
@@ -24,29 +24,39 @@ TIE = 1e-5
 """Distance from its cell's maximum within which a voxel counts as a maximum, as in TensorFlow."""
 
 
-def max_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def max_block(
+    volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor, *, halos: bool = False
+) -> torch.Tensor:
     """Apply zero-padded convolution, LeakyReLU and max pooling: (B, c, D, H, W) to (B, C, D/2, H/2, W/2).
 
     All three edges must be even. On a CPU the gradient is that of TensorFlow's CPU kernel
     (tensorflow/core/kernels/pooling_ops_3d.cc), which passes it to every voxel within `TIE` of its cell's
     maximum; torch and cuDNN choose one voxel. Near-ties are common in volumes that are half empty, and the
     two rules differ by percents. Each voxel uses the slope of LeakyReLU at the maximum.
+
+    Args:
+        volume: (B, c, D, H, W).
+        kernel: (C, c, 3, 3, 3).
+        bias: (C,).
+        halos: `volume` has one plane more on either side along D, instead of zeros.
     """
     if volume.device.type == "cpu":
         arguments = cast(volume, kernel, bias)
         with torch.autocast("cpu", enabled=False):
-            pooled: torch.Tensor = _MaxBlock.apply(*arguments)
+            pooled: torch.Tensor = _MaxBlock.apply(*arguments, _zeros(halos))
         return pooled
-    return pool_then_activate(volume, kernel, bias)
+    return pool_then_activate(volume, kernel, bias, halos=halos)
 
 
-def pool_then_activate(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def pool_then_activate(
+    volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor, *, halos: bool = False
+) -> torch.Tensor:
     """Apply `max_block` by torch's operations, with bias and activation after pooling.
 
     Bias, activation and the rounding in between preserve the order of values, so the result equals
     `plain_max_block` bit for bit where torch adds the bias after the convolution, as on GPUs.
     """
-    largest = functional.max_pool3d(functional.conv3d(volume, kernel, padding=1), 2)
+    largest = functional.max_pool3d(functional.conv3d(volume, kernel, padding=_zeros(halos)), 2)
     return functional.leaky_relu(largest + bias.to(largest.dtype)[:, None, None, None], LEAK)
 
 
@@ -59,11 +69,14 @@ def plain_max_block(volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tens
 
 class _MaxBlock(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        values = to_rows(conv3d(volume, kernel, bias, padding=1))
+    def forward(
+        context: Any, volume: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor, padding: Padding
+    ) -> torch.Tensor:
+        values = to_rows(conv3d(volume, kernel, bias, padding=padding))
         # LeakyReLU preserves the order of values, so it can follow the pooling.
         largest = functional.max_pool3d(values.permute(0, 4, 1, 2, 3), 2)
         context.save_for_backward(volume, kernel, values, largest)
+        context.padding = padding
         return functional.leaky_relu(largest, LEAK)
 
     @staticmethod
@@ -78,12 +91,24 @@ class _MaxBlock(torch.autograd.Function):
         share = torch.where(largest > 0, gradient, LEAK * gradient)
         # In place: `values` becomes its own gradient.
         cells_of(values).ge_(spread_along(smallest)).mul_(spread_along(share))
-        grad_values, mask = values.permute(0, 4, 1, 2, 3), list(context.needs_input_grad)
-        return conv3d_backward(grad_values, volume, kernel, padding=1, output_mask=mask)
+        grad_values, mask = values.permute(0, 4, 1, 2, 3), list(context.needs_input_grad[:3])
+        gradients = conv3d_backward(grad_values, volume, kernel, padding=context.padding, output_mask=mask)
+        return *gradients, None
+
+
+def _zeros(halos: bool) -> Padding:
+    """Return the padding of a zero-padded convolution whose input may have halos along D."""
+    return (0, 1, 1) if halos else (1, 1, 1)
 
 
 def norm_block(
-    volume: torch.Tensor, kernel: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+    volume: torch.Tensor,
+    kernel: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    *,
+    halos: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Apply periodic convolution, batch normalisation, LeakyReLU and average pooling on a CPU.
 
@@ -91,13 +116,15 @@ def norm_block(
         volume: (B, c, D, H, W) with even edges; all ranks have equal batches.
         kernel: (C, c, 3, 3, 3).
         scale, shift: (C,) each, of the normalisation.
+        eps: Added to the variance.
+        halos: `volume` has one plane more on either side along D, which is then not taken as periodic.
 
     Returns:
         (B, C, D/2, H/2, W/2), and the mean and biased variance over the global batch, (C,) each.
     """
     arguments = cast(volume, kernel)
     with torch.autocast("cpu", enabled=False):
-        pooled, mean, variance = _NormBlock.apply(*arguments, scale, shift, eps)
+        pooled, mean, variance = _NormBlock.apply(*arguments, scale, shift, eps, halos)
     return pooled, mean, variance
 
 
@@ -110,9 +137,11 @@ class _NormBlock(torch.autograd.Function):
         scale: torch.Tensor,
         shift: torch.Tensor,
         eps: float,
+        halos: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        volume = wrapped(volume)
-        values = to_rows(conv3d(volume, kernel, None, padding=0)).to(scale.dtype)
+        context.halos = halos
+        volume = wrapped(volume, halos=halos)
+        values = to_rows(conv3d(volume, kernel, None, padding=(0, 0, 0))).to(scale.dtype)
         *_, edge, channels = values.shape
         wide = values.view(-1, edge * channels)
 
@@ -152,12 +181,15 @@ class _NormBlock(torch.autograd.Function):
         mask = [*context.needs_input_grad[:2], False]
         grad_values = values.permute(0, 4, 1, 2, 3).to(volume.dtype)
         grad_wrapped, grad_weight, _ = conv3d_backward(
-            grad_values, volume, kernel, padding=0, output_mask=mask
+            grad_values, volume, kernel, padding=(0, 0, 0), output_mask=mask
         )
-        if grad_wrapped is not None:
+        if grad_wrapped is not None and context.halos:
+            fold_padding(grad_wrapped, 3, 4)
+            grad_wrapped = grad_wrapped[..., 1:-1, 1:-1]
+        elif grad_wrapped is not None:
             fold_padding(grad_wrapped, 2, 3, 4)
             grad_wrapped = grad_wrapped[:, :, 1:-1, 1:-1, 1:-1]
-        return grad_wrapped, grad_weight, grad_scale * count, grad_shift * count, None
+        return grad_wrapped, grad_weight, grad_scale * count, grad_shift * count, None, None
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
@@ -177,18 +209,24 @@ def cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def wrapped(volume: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+def wrapped(
+    volume: torch.Tensor, first: int = 0, last: int | None = None, *, halos: bool = False
+) -> torch.Tensor:
     """Return planes `first` to `last` along D of `volume` (B, C, D, H, W), and one voxel more on every side.
 
-    All three axes are periodic. By default these are all planes.
+    All three axes are periodic. By default these are all planes. With `halos`, `volume` has one plane more on
+    either side along D, and the planes are counted from the second.
     """
     batch, channels, depth, height, width = volume.shape
-    last = depth if last is None else last
+    last = (depth - 2 if halos else depth) if last is None else last
     rows = volume.new_empty(batch, last - first + 2, height + 2, width + 2, channels)
     inside, planes = rows[:, :, 1:-1, 1:-1], volume.permute(0, 2, 3, 4, 1)
-    inside[:, 1:-1] = planes[:, first:last]
-    inside[:, 0] = planes[:, first - 1]
-    inside[:, -1] = planes[:, last % depth]
+    if halos:
+        inside.copy_(planes[:, first : last + 2])
+    else:
+        inside[:, 1:-1] = planes[:, first:last]
+        inside[:, 0] = planes[:, first - 1]
+        inside[:, -1] = planes[:, last % depth]
     for axis in (3, 2):
         rows.select(axis, 0).copy_(rows.select(axis, -2))
         rows.select(axis, -1).copy_(rows.select(axis, 1))

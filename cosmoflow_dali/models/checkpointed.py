@@ -22,6 +22,7 @@ from cosmoflow_dali.models.blocks import (
     cells_of,
     channel_mean,
     fold_padding,
+    max_block,
     mean_over_ranks,
     spread_along,
     to_rows,
@@ -50,11 +51,15 @@ def checkpointed_max_block(
     volume: torch.Tensor,
     kernel: torch.Tensor,
     bias: torch.Tensor,
+    *,
+    halos: bool = False,
 ) -> torch.Tensor:
     """Apply `block`, which computes `blocks.max_block`, in parts; the gradients differ by rounding."""
-    depth = volume.shape[2]
+    depth = volume.shape[2] - 2 if halos else volume.shape[2]
 
     def planes(volume: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        if halos:
+            return to_rows(max_block(volume[:, :, first : last + 2], kernel, bias, halos=True))
         # A cell more on either side: `block` pads with zeros, which are wrong inside the volume.
         low, high = max(first - 2, 0), min(last + 2, depth)
         pooled = block(volume[:, :, low:high], kernel, bias)
@@ -69,12 +74,18 @@ def checkpointed_max_block(
 
 
 def checkpointed_norm_block(
-    volume: torch.Tensor, kernel: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+    volume: torch.Tensor,
+    kernel: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    *,
+    halos: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Apply `blocks.norm_block` in parts, on any device; the results differ by rounding."""
     arguments = cast(volume, kernel)
     with torch.autocast(volume.device.type, enabled=False):
-        pooled, mean, variance = _CheckpointedNormBlock.apply(*arguments, scale, shift, eps)
+        pooled, mean, variance = _CheckpointedNormBlock.apply(*arguments, scale, shift, eps, halos)
     return pooled, mean, variance
 
 
@@ -87,11 +98,13 @@ class _CheckpointedNormBlock(torch.autograd.Function):
         scale: torch.Tensor,
         shift: torch.Tensor,
         eps: float,
+        halos: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        channels, parts = len(kernel), split_depth(volume.shape[2])
+        channels, parts = len(kernel), split_depth(volume.shape[2] - 2 if halos else volume.shape[2])
+        context.halos, context.parts = halos, parts
         centers, spreads = [], []
         for part in parts:
-            wide = _lines(_convolved(wrapped(volume, *part), kernel, scale.dtype))
+            wide = _lines(_convolved(wrapped(volume, *part, halos=halos), kernel, scale.dtype))
             centers.append(channel_mean(wide, channels))
             wide.sub_(centers[-1].repeat(volume.shape[4]))
             spreads.append(channel_mean(wide.square_(), channels))
@@ -101,7 +114,7 @@ class _CheckpointedNormBlock(torch.autograd.Function):
         inverse = torch.rsqrt(variance + eps)
         pooled = []
         for part in parts:
-            values = _normalised(wrapped(volume, *part), kernel, mean, inverse)
+            values = _normalised(wrapped(volume, *part, halos=halos), kernel, mean, inverse)
             active = functional.leaky_relu_(_scaled(values, scale, shift), LEAK)
             pooled.append(to_rows(average_cells(active)))
         context.save_for_backward(volume, kernel, scale, shift, mean, inverse)
@@ -114,11 +127,12 @@ class _CheckpointedNormBlock(torch.autograd.Function):
         context: Any, gradient: torch.Tensor, *grad_statistics: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         volume, kernel, scale, shift, mean, inverse = context.saved_tensors
-        channels, (depth, _, width), parts = len(kernel), volume.shape[2:], split_depth(volume.shape[2])
+        channels, (depth, _, width) = len(kernel), volume.shape[2:]
+        halos, parts = context.halos, context.parts
 
         def recompute(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             """Return the padded input, the lines of normalised values, and those of their gradient."""
-            padded = wrapped(volume, first, last)
+            padded = wrapped(volume, first, last, halos=halos)
             values = _normalised(padded, kernel, mean, inverse)
             cells = cells_of(_scaled(values, scale, shift))
             spread = spread_along(gradient[:, :, first // 2 : last // 2] / 8).expand_as(cells)
@@ -141,23 +155,26 @@ class _CheckpointedNormBlock(torch.autograd.Function):
             _lines(values).mul_(-of_values).add_(back).sub_(constant).mul_(slope)
             grad_values = values.permute(0, 4, 1, 2, 3).to(volume.dtype)
             grad_padded, grad_weight, _ = conv3d_backward(
-                grad_values, padded, kernel, padding=0, output_mask=mask
+                grad_values, padded, kernel, padding=(0, 0, 0), output_mask=mask
             )
             if grad_weight is not None:
                 grad_kernel += grad_weight
             if grad_volume is not None and grad_padded is not None:
                 inside = grad_padded[..., 1:-1, 1:-1]
                 fold_padding(grad_padded, 3, 4)
-                grad_volume[:, :, first:last] += inside[:, :, 1:-1]
-                grad_volume[:, :, first - 1] += inside[:, :, 0]
-                grad_volume[:, :, last % depth] += inside[:, :, -1]
-        count = volume.numel() // volume.shape[1]
-        return grad_volume, grad_kernel.to(kernel.dtype), grad_scale * count, grad_shift * count, None
+                if halos:
+                    grad_volume[:, :, first : last + 2] += inside
+                else:
+                    grad_volume[:, :, first:last] += inside[:, :, 1:-1]
+                    grad_volume[:, :, first - 1] += inside[:, :, 0]
+                    grad_volume[:, :, last % depth] += inside[:, :, -1]
+        count = 8 * gradient.numel() // gradient.shape[1]
+        return grad_volume, grad_kernel.to(kernel.dtype), grad_scale * count, grad_shift * count, None, None
 
 
 def _convolved(padded: torch.Tensor, kernel: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the convolution of `padded`, without padding, as rows of `dtype`."""
-    return to_rows(conv3d(padded, kernel, None, padding=0)).to(dtype)
+    return to_rows(conv3d(padded, kernel, None, padding=(0, 0, 0))).to(dtype)
 
 
 def _normalised(

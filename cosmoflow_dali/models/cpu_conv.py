@@ -8,15 +8,20 @@ memory the result, (W/2, 2 C), is (W, C).
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch.nn import functional
+
+Padding: TypeAlias = tuple[int, int, int]
+"""Voxels of zeros on either side along D, H and W."""
 
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """float32 lanes of a vector register."""
 
 
 def conv3d(
-    volume: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, padding: int
+    volume: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, padding: Padding
 ) -> torch.Tensor:
     """Convolve `volume` (B, c, D, H, W), zero-padded by `padding`, with `weight` (C, c, 3, 3, 3).
 
@@ -37,14 +42,16 @@ def conv3d_backward(
     volume: torch.Tensor,
     weight: torch.Tensor,
     *,
-    padding: int,
+    padding: Padding,
     output_mask: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of `conv3d` for input, weight and bias; None where `output_mask` is False."""
     grad_input = None
     if output_mask[0] and _uses_pairs(weight.shape[1], volume):
         flipped = weight.flip(2, 3, 4).transpose(0, 1)
-        grad_input = conv3d(grad_output, flipped, None, padding=2 - padding)
+        depth, height, width = padding
+        full = 2 - depth, 2 - height, 2 - width
+        grad_input = conv3d(grad_output, flipped, None, padding=full)
         output_mask = [False, *output_mask[1:]]
     stride = 1
     if pairs := _uses_pairs(weight.shape[0], volume):
@@ -53,7 +60,7 @@ def conv3d_backward(
         grad_output = rows.reshape(*edges, width // 2, 2 * channels).permute(0, 4, 1, 2, 3)
         weight, stride = _paired(weight), 2
     found, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad_output, volume, weight, [len(weight)], [1, 1, stride], [padding] * 3, [1] * 3, False, [0] * 3, 1,
+        grad_output, volume, weight, [len(weight)], [1, 1, stride], padding, [1] * 3, False, [0] * 3, 1,
         output_mask,
     )  # fmt: skip
     if pairs and grad_weight is not None:

@@ -1,4 +1,8 @@
-"""Exchange of halos between ranks, each of which holds a slab of every volume, cut along D."""
+"""Exchange between ranks, each of which holds a slab of every volume, cut along D.
+
+All functions are collective operations, forward and backward: all ranks of a group must call them, in the
+same order. Their gradients are those of the sum of all ranks' losses, as `DistributedDataParallel` expects.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,7 @@ from torch.autograd.function import once_differentiable
 def add_halos(slab: torch.Tensor, group: dist.ProcessGroup | None, *, periodic: bool) -> torch.Tensor:
     """Return `slab` between the next planes of its neighbours, as a 3^3 convolution reads it.
 
-    A collective operation, forward and backward: all ranks of `group` must call it, in the same order. The
-    backward pass adds the gradients of the halos to those of the planes that were copied.
+    The backward pass adds the gradients of the halos to those of the planes that were copied.
 
     Args:
         slab: (B, C, d, H, W) with d at least 1; only d may differ between ranks.
@@ -25,6 +28,18 @@ def add_halos(slab: torch.Tensor, group: dist.ProcessGroup | None, *, periodic: 
     """
     padded: torch.Tensor = _AddHalos.apply(slab, group, periodic)
     return padded
+
+
+def join_slabs(slab: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return on every rank the volume (B, C, D, H, W), channels-last, of equal slabs (B, C, d, H, W)."""
+    joined: torch.Tensor = _JoinSlabs.apply(slab, group)
+    return joined
+
+
+def mean_over_group(value: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return the mean of `value` over the ranks of `group`."""
+    mean: torch.Tensor = _MeanOverGroup.apply(value, group)
+    return mean
 
 
 class _AddHalos(torch.autograd.Function):
@@ -49,6 +64,42 @@ class _AddHalos(torch.autograd.Function):
         own[:, 0] += below
         own[:, -1] += above
         return own.permute(0, 4, 1, 2, 3), None, None
+
+
+class _JoinSlabs(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, slab: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        context.group = group
+        rows = slab.permute(0, 2, 3, 4, 1).contiguous()
+        slabs = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(slabs, rows, group)
+        return torch.cat(slabs, 1).permute(0, 4, 1, 2, 3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        rows = gradient.permute(0, 2, 3, 4, 1).clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(rows, group=context.group)
+        own = rows.chunk(dist.get_world_size(context.group), 1)[dist.get_rank(context.group)]
+        return own.permute(0, 4, 1, 2, 3), None
+
+
+class _MeanOverGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, value: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        context.group = group
+        return _mean(value, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _mean(gradient, context.group), None
+
+
+def _mean(value: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    mean = value.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(mean, group=group)
+    return mean.div_(dist.get_world_size(group))
 
 
 def _swap(

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from cosmoflow_dali.models.blocks import LEAK, norm_block, wrapped
 from cosmoflow_dali.models.checkpointed import checkpointed_norm_block, split_depth
+from cosmoflow_dali.models.halo import add_halos, join_slabs, mean_over_group
 from cosmoflow_dali.models.reference import OUTPUT_SCALE
 from pipelines.errors import check_field
 from pipelines.sample import PARAMETERS, REDSHIFTS
@@ -61,9 +62,14 @@ class OpenCosmoFlow(nn.Module):
 
     Attributes:
         checkpoint_blocks: Number of first blocks that keep their input alone.
+        group: Ranks that share every sample: the input is this rank's slab of it, along D, between one plane
+            of each neighbour, (B, 4, d + 2, H, W). None for whole samples.
+        periodic: Beyond the ends of a volume are the planes of the other end.
     """
 
     checkpoint_blocks = 0
+    group: dist.ProcessGroup | None = None
+    periodic = True
     input_mean: torch.Tensor
     input_std: torch.Tensor
 
@@ -106,37 +112,51 @@ class OpenCosmoFlow(nn.Module):
     def _means(self, volume: torch.Tensor) -> torch.Tensor:
         """Return the mean activations (B, n) of the last block, or of all."""
         hidden = torch.addcmul(-self.input_mean / self.input_std, volume, 1 / self.input_std)
-        counts, means = volume.expm1() if self.config.multiscale else None, []
+        group, each, counts = self.group, [], None
+        if self.config.multiscale:
+            counts = (volume if group is None else volume[:, :, 1:-1]).expm1()
         for level, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             if counts is not None and level:
                 counts = functional.avg_pool3d(counts, 2)
+            if group is not None and hidden.shape[2] % 2:
+                hidden = join_slabs(hidden, group)
+                counts = counts if counts is None else join_slabs(counts, group)
+                group = None
+            if counts is not None and level:
                 # Log counts in cells of 8^level voxels, less that of a uniform universe.
                 cells = (8**level * counts).log1p() - math.log1p(8**level)
                 hidden = torch.cat([hidden, cells / self.input_std], dim=1)
-            hidden = self._block(hidden, conv, norm, checkpointed=level < self.checkpoint_blocks)
-            means.append(hidden.mean(dim=(2, 3, 4)))
-        if counts is None:
-            return means[-1]
+            if group is not None and level:
+                hidden = add_halos(hidden, group, periodic=True)
+            checkpointed = level < self.checkpoint_blocks
+            hidden = self._block(hidden, conv, norm, checkpointed=checkpointed, halos=group is not None)
+            each.append(hidden.mean(dim=(2, 3, 4)))
+        means = each[-1] if counts is None else torch.cat(each, dim=1)
+        if self.group is not None:
+            means = mean_over_group(means, self.group)
         # 0.28 is that of a normal variable behind LeakyReLU. Universes differ by about a tenth.
-        return 10 * (torch.cat(means, dim=1) - 0.28)
+        return means if counts is None else 10 * (means - 0.28)
 
     def _head(self, means: torch.Tensor) -> torch.Tensor:
         hidden = functional.leaky_relu(self.denses[0](means), LEAK)
         return OUTPUT_SCALE * torch.tanh(self.denses[1](hidden))
 
     def _block(
-        self, volume: torch.Tensor, conv: nn.Module, norm: nn.Module, *, checkpointed: bool
+        self, volume: torch.Tensor, conv: nn.Module, norm: nn.Module, *, checkpointed: bool, halos: bool
     ) -> torch.Tensor:
         assert isinstance(conv, nn.Conv3d) and isinstance(norm, nn.BatchNorm3d | nn.SyncBatchNorm)
         if self.training and (checkpointed or volume.device.type == "cpu"):
             block = checkpointed_norm_block if checkpointed else norm_block
-            pooled, mean, variance = block(volume, conv.weight, norm.weight, norm.bias, norm.eps)
-            update_running_stats(norm, mean, variance, 8 * pooled.numel() // pooled.shape[1])
+            pooled, mean, variance = block(volume, conv.weight, norm.weight, norm.bias, norm.eps, halos=halos)
+            # Ranks that have joined their slabs have equal values.
+            copies = 1 if halos or self.group is None else dist.get_world_size(self.group)
+            update_running_stats(norm, mean, variance, 8 * pooled.numel() // pooled.shape[1], copies)
             return pooled
         if checkpointed:
-            outputs = [_pool(norm(conv(wrapped(volume, *part)))) for part in split_depth(volume.shape[2])]
-            return torch.cat(outputs, dim=2)
-        return _pool(norm(conv(wrap(volume))))
+            depth = volume.shape[2] - 2 if halos else volume.shape[2]
+            parts = (wrapped(volume, *part, halos=halos) for part in split_depth(depth))
+            return torch.cat([_pool(norm(conv(part))) for part in parts], dim=2)
+        return _pool(norm(conv(wrap(volume, (3, 4) if halos else (2, 3, 4)))))
 
 
 def _pool(values: torch.Tensor) -> torch.Tensor:
@@ -145,24 +165,29 @@ def _pool(values: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def update_running_stats(
-    norm: nn.BatchNorm3d | nn.SyncBatchNorm, mean: torch.Tensor, variance: torch.Tensor, count: int
+    norm: nn.BatchNorm3d | nn.SyncBatchNorm,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    count: int,
+    copies: int = 1,
 ) -> None:
     """Update the running statistics of `norm` from a global batch's mean and biased variance, (C,) each.
 
     Args:
         count: Values per channel on this rank.
+        copies: Number of ranks that have the same values.
     """
     assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
     assert norm.num_batches_tracked is not None
-    count *= dist.get_world_size() if dist.is_initialized() else 1
+    count = count * (dist.get_world_size() if dist.is_initialized() else 1) // copies
     norm.running_mean.lerp_(mean, norm.momentum)
     norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
     norm.num_batches_tracked += 1
 
 
-def wrap(volume: torch.Tensor) -> torch.Tensor:
-    """Return `volume` (B, C, D, H, W) padded circularly by one voxel on every side."""
-    for axis in (2, 3, 4):
+def wrap(volume: torch.Tensor, axes: tuple[int, ...] = (2, 3, 4)) -> torch.Tensor:
+    """Return `volume` (B, C, D, H, W) padded circularly by one voxel on either side along `axes`."""
+    for axis in axes:
         first, last = volume.narrow(axis, 0, 1), volume.narrow(axis, volume.shape[axis] - 1, 1)
         volume = torch.cat([last, volume, first], dim=axis)
     return volume

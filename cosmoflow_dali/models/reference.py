@@ -12,11 +12,13 @@ from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
 from cosmoflow_dali.models.blocks import LEAK, max_block
 from cosmoflow_dali.models.checkpointed import checkpointed_max_block
+from cosmoflow_dali.models.halo import add_halos, join_slabs
 from pipelines.errors import check_field
 from pipelines.sample import PARAMETERS, REDSHIFTS
 
@@ -64,9 +66,14 @@ class CosmoFlow(nn.Module):
     Attributes:
         blocks: Function that computes each block.
         checkpoint_blocks: Number of first blocks that keep their input alone.
+        group: Ranks that share every sample: the input is this rank's slab of it, along D, between one plane
+            of each neighbour, (B, 4, d + 2, H, W). None for whole samples.
+        periodic: Beyond the ends of a volume are the planes of the other end; here, zeros.
     """
 
     checkpoint_blocks = 0
+    group: dist.ProcessGroup | None = None
+    periodic = False
 
     def __init__(self, config: ReferenceConfig, seed: int = 0) -> None:
         """Draw Glorot-uniform kernels from `seed` and set biases to zero, as Keras does."""
@@ -87,11 +94,20 @@ class CosmoFlow(nn.Module):
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
         """Return targets (B, 4) of log counts `volume` (B, 4, D, H, W)."""
-        hidden = volume
+        hidden, group = volume, self.group
         for level, (block, conv) in enumerate(zip(self.blocks, self.convs, strict=True)):
+            if group is not None and level:
+                if hidden.shape[2] % 2:
+                    hidden, group = join_slabs(hidden, group), None
+                else:
+                    hidden = add_halos(hidden, group, periodic=False)
             arguments = hidden, conv.get_parameter("weight"), conv.get_parameter("bias")
-            checkpointed = level < self.checkpoint_blocks
-            hidden = checkpointed_max_block(block, *arguments) if checkpointed else block(*arguments)
+            if level < self.checkpoint_blocks:
+                hidden = checkpointed_max_block(block, *arguments, halos=group is not None)
+            else:
+                hidden = block(*arguments) if group is None else max_block(*arguments, halos=True)
+        if group is not None:
+            hidden = join_slabs(hidden, group)
         # Keras flattens (D, H, W, C); the same order makes its dense kernels usable here.
         hidden = hidden.permute(0, 2, 3, 4, 1).flatten(1)
         for dense in self.denses[:-1]:

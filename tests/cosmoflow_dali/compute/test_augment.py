@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from helpers import Ranks
 
 from cosmoflow_dali.compute import augment
 from preprocess.simulator.universe import SimulateConfig, simulate_universe
@@ -113,3 +115,33 @@ def test_shifts_are_symmetries_of_whole_boxes_and_not_of_crops() -> None:
         for number in (augment.draw(0, 0, step) for step in range(8)):
             image = directional(augment.apply(volume, "periodic", number))
             assert differ(given, image) == (crops == 2), (crops, number)
+
+
+RANK = """
+import itertools, sys, torch
+import torch.distributed as dist
+sys.path[1:1] = sys.argv[1:]
+from test_networks_on_slabs import slab
+from cosmoflow_dali.compute import augment
+
+dist.init_process_group("gloo", init_method="env://")
+volume = torch.randn(2, 3, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+for group in (dist.group.WORLD, dist.new_subgroups(2)[0]):
+    place = dist.get_rank(group), dist.get_world_size(group)
+    for kind, step in ((True, 1), ("periodic", 53)):
+        for number, periodic in itertools.product(range(0, 48 * step, step), (False, True)):
+            expected = slab(augment.apply(volume, kind, number), *place, periodic=periodic)
+            own = slab(volume, *place, periodic=periodic)
+            found = augment.apply(own, kind, number, group, periodic=periodic)
+            assert found.is_contiguous(memory_format=torch.channels_last_3d)
+            assert torch.equal(found, expected), (kind, number, periodic)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_slabs_of_2_and_4_ranks_are_those_of_the_turned_volume(request: pytest.FixtureRequest) -> None:
+    folder = request.path.parent
+    line = [sys.executable, "-c", RANK, str(folder), str(folder.with_name("models"))]
+    with Ranks(line, range(4), 4) as ranks:
+        assert ranks.end(60) == ({0}, "")

@@ -54,7 +54,7 @@ def engine(
     names = choose_kernels(model, compute.kernels, compute.precision, BATCH, device)
     use_kernels(model, names, compute.precision, BATCH)
     parallel = wrap_model(model, compute, device, ranks=ranks)
-    return make_engine(parallel, compute, optimizer, scaler, SampleSpec(SIZE), BATCH, device), scaler
+    return make_engine(parallel, compute, optimizer, scaler, (BATCH, *SampleSpec(SIZE).shape), device), scaler
 
 
 def three_steps(model: nn.Module, compute: ComputeConfig, ranks: int = 1) -> list[tuple[float, torch.Tensor]]:

@@ -23,9 +23,9 @@ def arguments(width: int, channels: int, filters: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("lanes", [8, 16])
-@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("padding", [(0, 0, 0), (1, 1, 1), (0, 1, 1)])
 def test_convolution_and_gradients_equal_torch(
-    lanes: int, padding: int, monkeypatch: pytest.MonkeyPatch
+    lanes: int, padding: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_conv, "LANES", lanes)
     for width, (channels, filters) in itertools.product((4, 5, 8), CHANNELS_AND_FILTERS):
@@ -57,8 +57,8 @@ def test_half_precision_pairs_are_as_accurate(filters: int, monkeypatch: pytest.
     expected = functional.conv3d(exact[0], exact[1], exact[2], padding=1)
     grad_output = torch.linspace(-1, 1, expected.numel()).view_as(expected).bfloat16()
     expected_gradients = torch.autograd.grad(expected, exact, grad_output.double())
-    output = conv3d(inputs[0], inputs[1], inputs[2], padding=1)
-    found = conv3d_backward(grad_output, inputs[0], inputs[1], padding=1, output_mask=[True] * 3)
+    output = conv3d(inputs[0], inputs[1], inputs[2], padding=(1, 1, 1))
+    found = conv3d_backward(grad_output, inputs[0], inputs[1], padding=(1, 1, 1), output_mask=[True] * 3)
     for one, other in zip([output, *found], [expected, *expected_gradients], strict=True):
         assert one is not None and one.dtype == torch.bfloat16
         # Rounded to 8 bits once, or twice where two halves are added.
@@ -77,5 +77,5 @@ def test_pairs_are_used_where_they_fill_a_register(
         return torch_conv3d(volume, weight, bias, stride, padding)
 
     monkeypatch.setattr(functional, "conv3d", record)
-    conv3d(torch.zeros(1, 4, 4, 4, 4), torch.zeros(filters, 4, 3, 3, 3), None, padding=1)
+    conv3d(torch.zeros(1, 4, 4, 4, 4), torch.zeros(filters, 4, 3, 3, 3), None, padding=(1, 1, 1))
     assert strides == [stride]

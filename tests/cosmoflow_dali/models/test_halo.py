@@ -1,4 +1,4 @@
-"""Halos of slabs: they equal the padding of the joined volume, with its gradients."""
+"""Exchange of slabs: halos equal the padding of the joined volume, and gradients are those of all losses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ import itertools, sys, torch
 import torch.distributed as dist
 sys.path.append(sys.argv[1])
 from test_halo import padded_along_depth
-from cosmoflow_dali.models.halo import add_halos
+from cosmoflow_dali.models.halo import add_halos, join_slabs, mean_over_group
 
 dist.init_process_group("gloo", init_method="env://")
 generator = torch.Generator().manual_seed(1)
@@ -57,11 +57,30 @@ for group, periodic in itertools.product(groups, (False, True)):
         torch.testing.assert_close(slab.grad, joined.grad[:, :, slabs[rank]], rtol=1e-14, atol=1e-14)
     half = add_halos(volume[:, :, slabs[rank]].bfloat16(), group, periodic=periodic)
     torch.testing.assert_close(half, parts[rank].bfloat16(), rtol=0, atol=0)
+for group in groups:
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    volume = torch.randn(2, 3, 2 * size, 4, 5, generator=generator, dtype=torch.float64)
+    # Each rank has a loss of its own, as with dropout.
+    weights = torch.randn(size, *volume.shape, generator=generator, dtype=torch.float64)
+    for dtype in (torch.float64, torch.bfloat16):
+        slab = volume.chunk(size, 2)[rank].to(dtype).requires_grad_()
+        joined = join_slabs(slab, group)
+        torch.testing.assert_close(joined, volume.to(dtype), rtol=0, atol=0)
+    slab = volume.chunk(size, 2)[rank].clone().requires_grad_()
+    (join_slabs(slab, group) * weights[rank]).sum().backward()
+    torch.testing.assert_close(slab.grad, weights.sum(0).chunk(size, 2)[rank])
+    slab = volume.chunk(size, 2)[rank].clone().requires_grad_()
+    mean = mean_over_group(slab, group)
+    parts = torch.stack(volume.chunk(size, 2))
+    torch.testing.assert_close(mean, parts.mean(0))
+    (mean * weights[rank].chunk(size, 2)[0]).sum().backward()
+    torch.testing.assert_close(slab.grad, weights.chunk(size, 3)[0].mean(0))
+dist.barrier()
 dist.destroy_process_group()
 """
 
 
-def test_halos_of_1_2_and_4_ranks_are_the_padding_of_the_joined_volume(
+def test_slabs_of_1_2_and_4_ranks_are_those_of_the_joined_volume(
     request: pytest.FixtureRequest,
 ) -> None:
     line = [sys.executable, "-c", RANK, str(request.path.parent)]

@@ -136,7 +136,7 @@ def test_engines_and_precisions_match_keras(
     compute = ComputeConfig(precision, "eager" if engine == "compile" else engine)
     scaler = torch.amp.GradScaler(kind, init_scale=1024.0, enabled=precision == "fp16")
     optimizer = build_optimizer(SGDConfig(momentum=0.9), model)
-    step = make_engine(compiled, compute, optimizer, scaler, SampleSpec(32), 2, device)  # type: ignore[arg-type]
+    step = make_engine(compiled, compute, optimizer, scaler, (2, *SampleSpec(32).shape), device)  # type: ignore[arg-type]
     losses = []
     for lr in keras["step_lrs"]:
         set_lr(optimizer, float(lr))
