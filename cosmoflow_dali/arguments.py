@@ -28,6 +28,7 @@ FLAGS = {
     "--shuffle": "shuffle",
     "--epochs": "epochs",
     "--batch-size": "loader.batch_size",
+    "--spatial": "parallel.spatial",
     "--target-mae": "target_mae",
     "--data-dir": "data.dir",
 }

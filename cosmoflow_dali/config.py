@@ -52,6 +52,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """Division of the work among the ranks.
+
+    Args:
+        spatial: Number of consecutive ranks that share every sample, cut along its first axis; see
+            docs/whole-universes.md.
+    """
+
+    spatial: int = 1
+
+    def __post_init__(self) -> None:
+        check_field(self, "spatial", self.spatial >= 1, "must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
 class LogConfig:
     """Intervals of logging and saving.
 
@@ -110,6 +125,7 @@ class TrainConfig:
     optimizer: SGDConfig | AdamConfig = field(default_factory=SGDConfig)
     schedule: StepDecayConfig | OneCycleConfig = field(default_factory=StepDecayConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
     submission: SubmissionConfig = field(default_factory=SubmissionConfig)
     seed: int | None = None
@@ -146,6 +162,8 @@ class TrainConfig:
         if multiscale and not self.loader.apply_log:
             advice = "needs the logarithms of counts; set loader.apply_log to true"
             raise ConfigError("model.multiscale", True, advice)
+        if self.parallel.spatial > 1:
+            self._check_spatial(self.parallel.spatial)
         if self.posterior is not None and self.submission.division == "closed":
             advice = "its rules have the network see all training samples; use open, or leave `posterior` out"
             raise ConfigError("submission.division", "closed", advice)
@@ -157,6 +175,28 @@ class TrainConfig:
                 f"crops of a box are not periodic; use false, or data.simulate.crops = 1 ({simulate.crops})"
             )
             raise ConfigError("symmetries", self.symmetries, advice)
+
+    def _check_spatial(self, spatial: int) -> None:
+        """Raise ConfigError if a setting does not go with samples that `spatial` ranks share."""
+        if self.model.size % (2 * spatial):
+            advice = f"does not cut model.size = {self.model.size} into slabs of an even number of planes"
+            raise ConfigError("parallel.spatial", spatial, advice)
+        for key, value in (("compute.engine", "compile"), ("compute.kernels", "triton")):
+            if getattr(self.compute, key.removeprefix("compute.")) == value:
+                advice = f"does not compute slabs of samples (parallel.spatial = {spatial}); use auto"
+                raise ConfigError(key, value, advice)
+
+    def samples_per_step(self, ranks: int) -> int:
+        """Return the global batch of `ranks`.
+
+        Raises:
+            ConfigError: They cannot be divided into groups of `parallel.spatial`.
+        """
+        spatial = self.parallel.spatial
+        if ranks % spatial:
+            advice = f"does not divide the {ranks} ranks into groups that share a sample; change one of them"
+            raise ConfigError("parallel.spatial", spatial, advice)
+        return self.loader.batch_size * (ranks // spatial)
 
 
 def read_yaml(path: Path) -> Tree:

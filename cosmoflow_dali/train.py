@@ -52,6 +52,7 @@ from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader
 from pipelines.plan import RankSlice
+from pipelines.slab import Slab
 from preprocess.simulate import SETTINGS, make_dataset
 from preprocess.staging.stager import describe, stage
 
@@ -191,16 +192,30 @@ def _train(
         the network; None if a signal stopped it.
     """
     start, config, world = time.perf_counter(), run.config, session.world
-    check_partition(run)
+    check_partition(run, world.size)
     model = build_model(config.model, run.seed, config.compute.checkpoint_blocks)
     if isinstance(model, OpenCosmoFlow) and run.checkpoint is None:
         apply_log = config.loader.apply_log
         reader = Reader(run.train, config.loader.on_bad_sample, apply_log=apply_log)
         model.fit_input(*session.run_on_root(lambda: input_statistics(reader, apply_log=apply_log)))
+    spatial, slab, agree = config.parallel.spatial, None, None
+    model.group = session.consecutive_ranks(spatial)
+    if spatial > 1:
+        slab = Slab(world.rank % spatial, spatial, periodic=model.periodic)
+        if config.loader.on_bad_sample == "skip":
+            agree = session.maximum_over(spatial)
     # Ranks with the same samples divide them; ranks of other nodes may have other samples.
     readers = world.size // run.train.num_partitions
-    rank_slice = RankSlice(world.rank % readers, readers)
-    load = partial(Loader, config=config.loader, rank_slice=rank_slice, seed=run.seed, device=device)
+    rank_slice = RankSlice(world.rank % readers // spatial, readers // spatial)
+    load = partial(
+        Loader,
+        config=config.loader,
+        rank_slice=rank_slice,
+        seed=run.seed,
+        device=device,
+        slab=slab,
+        agree=agree,
+    )
     with (
         closing(load(run.train, shuffle=config.shuffle, ragged="drop")) as train,
         closing(load(run.validation, shuffle=False, ragged="pad")) as validation,
@@ -247,7 +262,10 @@ def _use_kernels(run: Run, model: nn.Module, session: Session, device: torch.dev
     batch = compute.micro_batch or run.config.loader.batch_size
     session.run_on_all_ranks(lambda: check_convolutions(compute.precision, device))
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    saved = run.checkpoint.kernels if run.checkpoint and device.type == "cuda" else []
+    shared = run.config.parallel.spatial > 1
+    saved = run.checkpoint.kernels if run.checkpoint and device.type == "cuda" and not shared else []
+    if shared and device.type == "cuda":
+        logger.info("blocks of slabs: torch")
 
     def choose() -> list[str]:
         return choose_kernels(model, compute.kernels, compute.precision, batch, device)

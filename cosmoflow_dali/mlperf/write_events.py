@@ -32,7 +32,7 @@ def log_settings(
         "number_of_nodes": world.nodes,
         "accelerators_per_node": world.local_size,
         constants.SEED: seed,
-        constants.GLOBAL_BATCH_SIZE: config.loader.batch_size * world.size,
+        constants.GLOBAL_BATCH_SIZE: config.samples_per_step(world.size),
         constants.TRAIN_SAMPLES: samples[0],
         constants.EVAL_SAMPLES: samples[1],
         constants.OPT_NAME: config.optimizer.kind,

@@ -95,9 +95,13 @@ expected.</p>
 
 def _headline(summary: dict[str, Any]) -> str:
     rate, ranks = summary["samples_per_s"], summary["ranks"]
+    # Summaries of earlier versions have none.
+    shared = summary.get("ranks_per_sample", 1)
     return (
         f"{summary['epochs']} epochs, {summary['steps']} steps of {summary['global_batch']} samples on "
-        f"{ranks} {'rank' if ranks == 1 else 'ranks'}, seed {summary['seed']}"
+        f"{ranks} {'rank' if ranks == 1 else 'ranks'}"
+        + (f", each sample cut over {shared} of them" if shared > 1 else "")
+        + f", seed {summary['seed']}"
         + (f"; {rate:.1f} samples/s" if rate else "")
         + f"; {summary['parameters']:,} parameters; outcome: {summary['outcome']}"
     )

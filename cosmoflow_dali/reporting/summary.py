@@ -57,7 +57,7 @@ def write_results(
         seconds["baseline"] = time.perf_counter() - start
     if posterior is not None:
         seconds["posterior"] = sum(posterior["seconds"].values())
-    global_batch, trivial = config.loader.batch_size * world.size, evaluation.trivial_mae_per_parameter
+    global_batch, trivial = config.samples_per_step(world.size), evaluation.trivial_mae_per_parameter
     summary = {
         **evaluation.scores(),
         "trivial_mae": float(np.mean(list(trivial.values()))),
@@ -70,6 +70,7 @@ def write_results(
         "seed": config.seed,
         "global_batch": global_batch,
         "ranks": world.size,
+        "ranks_per_sample": config.parallel.spatial,
         "samples_per_s": training["steps"] * global_batch / seconds["train"] if seconds["train"] else None,
         "seconds": seconds,
         "versions": system_info.versions(),

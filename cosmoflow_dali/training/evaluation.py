@@ -76,7 +76,7 @@ def evaluate(
     """Score `model` on the split that the loaders of all ranks cover together.
 
     Each rank fills in the rows of its samples, and the sum over ranks completes the table. A sample
-    that pads a last batch therefore counts once.
+    that pads a last batch therefore counts once. Of ranks that share samples, the first fills them in.
 
     Args:
         model: The network.
@@ -102,6 +102,8 @@ def evaluate(
             truths.append(batch.target.clone())
     model.train(was_training)
     read = np.concatenate(indices)
+    if loader.slab is not None and loader.slab.index:
+        read = np.full_like(read, -1)
     real = torch.from_numpy(read >= 0)
     # For each sample: 1 if it was seen, the network's output, and the target.
     table = torch.zeros(split.total, 3, len(PARAMETERS), dtype=torch.float64)

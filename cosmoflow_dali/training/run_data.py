@@ -15,6 +15,7 @@ from pipelines.errors import ConfigError
 from pipelines.filesystem import is_present
 from pipelines.plan import plan_epoch
 from pipelines.sample import ALL_SPLITS, SPLITS
+from pipelines.slab import Slab
 
 
 def open_data(
@@ -38,6 +39,8 @@ def open_data(
         if split.spec.size != config.model.size:
             advice = f"the samples in {split.root} are {split.spec.size} voxels wide"
             raise ConfigError("model.size", config.model.size, advice)
+        if (ranks := config.parallel.spatial) > 1:
+            split.check_slab(Slab(0, ranks, periodic=False))
     if config.posterior is None:
         return train, validation, None, None
     if config.data.stage is not None and world.other_local_ranks:
@@ -55,14 +58,16 @@ def open_data(
 def check_data(run: Run, ranks: int) -> None:
     """Raise UserError unless the data of `run` fit the network, the number of `ranks` and the checkpoint."""
     config = run.config
-    batch, expected, samples = config.loader.batch_size, config.global_batch, len(run.train)
-    if expected is not None and expected != batch * ranks:
+    found, expected, samples = config.samples_per_step(ranks), config.global_batch, len(run.train)
+    if expected is not None and expected != found:
+        batch, spatial = config.loader.batch_size, config.parallel.spatial
+        shared = f", {spatial} to a sample," if spatial > 1 else ""
         advice = (
-            f"{ranks} ranks with loader.batch_size {batch} make {batch * ranks}, but the learning rates are "
+            f"{ranks} ranks{shared} with loader.batch_size {batch} make {found}, but the learning rates are "
             f"tuned for {expected}; change the ranks or --batch-size"
         )
         raise ConfigError("global_batch", expected, advice)
-    plan_epoch(samples, global_batch=batch * ranks, seed=0, epoch=0, shuffle=False, ragged="drop")
+    plan_epoch(samples, global_batch=found, seed=0, epoch=0, shuffle=False, ragged="drop")
     if run.checkpoint is not None and run.checkpoint.train_samples != samples:
         advice = f"has {samples} training samples, but the run started with {run.checkpoint.train_samples}"
         raise ConfigError("data.dir", config.data.dir, advice)
@@ -77,8 +82,15 @@ def check_data(run: Run, ranks: int) -> None:
             raise ConfigError("data.dir", config.data.dir, advice)
 
 
-def check_partition(run: Run) -> None:
-    """Raise ConfigError unless the nodes have the partition of the data that the checkpoint has."""
+def check_partition(run: Run, ranks: int) -> None:
+    """Raise ConfigError unless the nodes have the partition of the data that the checkpoint has.
+
+    Ranks that share samples must have the same part.
+    """
+    readers, spatial = ranks // run.train.num_partitions, run.config.parallel.spatial
+    if readers % spatial:
+        advice = f"does not divide the {readers} ranks that read the same staged samples; change data.stage"
+        raise ConfigError("parallel.spatial", spatial, advice)
     partition = run.train.partition_signature
     if run.checkpoint is not None and run.checkpoint.division != partition:
         advice = (

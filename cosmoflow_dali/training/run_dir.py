@@ -53,6 +53,7 @@ MUTABLE_ON_RESUME = (
     "device",
     "compute.engine",
     "compute.nvtx",
+    "parallel.",
     "optimizer.implementation",
 )
 """Settings, or prefixes of settings, that may change on resume because they do not affect the weights."""
@@ -166,10 +167,13 @@ def resume_run(folder: Path, config: TrainConfig, ranks: int) -> tuple[TrainConf
             advice = f"the run in {folder} has {yaml_text(old.get(key))}; keep it, or start a new run"
             raise ConfigError(key, new.get(key), advice)
     checkpoint = Checkpoint.newest(folder / CHECKPOINTS)
-    batch = config.loader.batch_size
-    if checkpoint is not None and checkpoint.global_batch != batch * ranks:
-        advice = f"times {ranks} ranks is not the run's global batch of {checkpoint.global_batch}; change one"
-        raise ConfigError("loader.batch_size", batch, advice)
+    found = config.samples_per_step(ranks)
+    if checkpoint is not None and checkpoint.global_batch != found:
+        advice = (
+            f"on {ranks} ranks, {config.parallel.spatial} to a sample, makes a global batch of {found}, and "
+            f"the run's is {checkpoint.global_batch}; change one of them"
+        )
+        raise ConfigError("loader.batch_size", config.loader.batch_size, advice)
     if checkpoint is not None and (least := checkpoint.position.begun_epochs) > config.epochs:
         advice = (
             f"the run in {folder} has done {checkpoint.position}; give at least {least}, or start a new run"

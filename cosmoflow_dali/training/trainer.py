@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from mlperf_logging.mllog import constants
-from torch import nn
 from torch.autograd.profiler import emit_nvtx
 
 from cosmoflow_dali.compute import augment
@@ -27,6 +26,7 @@ from cosmoflow_dali.compute.engines import make_engine, wrap_model
 from cosmoflow_dali.compute.optim import build_optimizer, describe, restore_optimizer, set_lr
 from cosmoflow_dali.compute.schedule import lr_at
 from cosmoflow_dali.compute.step import autocast, input_dtype, make_scaler, seed_step
+from cosmoflow_dali.models.build import Model
 from cosmoflow_dali.training.checkpoint import Checkpoint, Position
 from cosmoflow_dali.training.evaluation import Evaluation, evaluate
 from cosmoflow_dali.training.logs import Progress, RunLogs
@@ -55,7 +55,7 @@ class Trainer:
     def __init__(
         self,
         run: Run,
-        model: nn.Module,
+        model: Model,
         train: Loader,
         validation: Loader,
         *,
@@ -66,7 +66,7 @@ class Trainer:
         self._run, self._config = run, run.config
         self._train, self._validation = train, validation
         self._session, self._device, self._logs = session, device, logs
-        self._global_batch = self._config.loader.batch_size * session.world.size
+        self._global_batch = self._config.samples_per_step(session.world.size)
         self._model = model.to(device)
         compute = self._config.compute
         precision, engine = compute.precision, compute.engine_on(device)
@@ -87,10 +87,8 @@ class Trainer:
         if run.checkpoint is not None:
             self._restore(run.checkpoint)
         self._parallel = wrap_model(self._model, compute, device, ranks=session.world.size)
-        spec, batch_size = train.split.spec, self._config.loader.batch_size
-        self._engine = make_engine(
-            self._parallel, compute, self._optimizer, self._scaler, spec, batch_size, device
-        )
+        shape = self._config.loader.batch_size, *train.shape
+        self._engine = make_engine(self._parallel, compute, self._optimizer, self._scaler, shape, device)
 
     @property
     def steps(self) -> int:
@@ -166,10 +164,12 @@ class Trainer:
         epoch, step = self.position.epoch, self.steps - self.position.epoch * steps_per_epoch
         lr = lr_at(config.schedule, step=self.steps, steps_per_epoch=steps_per_epoch, epochs=config.epochs)
         set_lr(self._optimizer, lr)
-        seed_step(self._run.seed, epoch, step, self._session.world.rank)
+        # Ranks that share samples drop the same activations.
+        seed_step(self._run.seed, epoch, step, self._session.world.rank // config.parallel.spatial)
         if config.symmetries:
             number = augment.draw(self._run.seed, epoch, step)
-            turned = augment.apply(batch.volume, config.symmetries, number)
+            group, periodic = self._model.group, self._model.periodic
+            turned = augment.apply(batch.volume, config.symmetries, number, group, periodic=periodic)
             batch = dataclasses.replace(batch, volume=turned)
         self._window.append((self._engine(batch), batch.index))
         self.position = Position(epoch, self.position.samples + self._global_batch)

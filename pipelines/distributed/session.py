@@ -27,7 +27,10 @@ from pipelines.errors import UserError
 from pipelines.filesystem import raise_open_file_limit
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
+    import torch.distributed as dist
 
 T = TypeVar("T")
 
@@ -130,6 +133,39 @@ class Session:
         if not cuda:
             # Gloo connects every two ranks. One that is connected and exits breaks the connecting of others.
             dist.barrier()
+
+    def consecutive_ranks(self, size: int, backend: str | None = None) -> dist.ProcessGroup | None:
+        """Return the group of `size` consecutive ranks that this rank is in; None if `size` is 1.
+
+        All ranks take part; `size` must divide their number.
+
+        Args:
+            size: Number of ranks in each group.
+            backend: That of `connect` by default.
+        """
+        if size == 1:
+            return None
+        import torch.distributed as dist
+
+        return dist.new_subgroups(size, backend=backend)[0]
+
+    def maximum_over(self, size: int) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
+        """Return a collective function: the maximum, by element, over each `size` consecutive ranks.
+
+        All ranks take part.
+        """
+        import torch
+        import torch.distributed as dist
+
+        # On the host also with NCCL, so that it does not wait for the device.
+        group = self.consecutive_ranks(size, "gloo")
+
+        def maximum(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            result = torch.from_numpy(values.copy())
+            dist.all_reduce(result, dist.ReduceOp.MAX, group)
+            return result.numpy()
+
+        return maximum
 
     def close(self) -> None:
         """Wait until all ranks are done, and disconnect; nothing if they are not connected."""

@@ -91,7 +91,7 @@ class Loader:
         slab: Slab | None = None,
         agree: Agree | None = None,
     ) -> None:
-        self.split, self._slab = split, slab
+        self.split, self.slab = split, slab
         skips = config.on_bad_sample == "skip"
         if slab is not None and skips and agree is None:
             raise ValueError("ranks that share samples cannot skip damaged ones without agreeing on them")
@@ -113,6 +113,11 @@ class Loader:
         self._decoding: deque[_InFlightStep] = deque()
         self._readers = ThreadPoolExecutor(config.threads, "reader", _run_as_batch)
         self._decoder = make_decoder(split, config, device, slab)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(D, H, W, C) of every volume."""
+        return self.split.spec.shape if self.slab is None else self.slab.shape(self.split.spec)
 
     def __len__(self) -> int:
         """Number of steps per epoch, the same on every rank."""
@@ -156,8 +161,8 @@ class Loader:
             DataError: A sample is damaged, or its input is not finite; names the first.
         """
         for i in index[index >= 0].tolist():
-            if self._slab is not None:
-                self.split.payload(i, slab=self._slab, fully_validate=True)
+            if self.slab is not None:
+                self.split.payload(i, slab=self.slab, fully_validate=True)
                 continue
             counts = self.split.read(i).counts
             check_input(self.split.path(i), counts, apply_log=self._apply_log, largest=largest)
@@ -165,7 +170,7 @@ class Loader:
     def raise_if_out_of_range(self, index: npt.NDArray[np.int64]) -> None:
         """Raise DataError for the first of the valid samples `index` whose target is not within -1 to 1."""
         for i in index[index >= 0].tolist():
-            target = self.split.payload(i, slab=self._slab).target
+            target = self.split.payload(i, slab=self.slab).target
             if not is_in_range(target):
                 fault = f"the loss is not finite, and the target {target.tolist()} is not within -1 to 1"
                 raise DataError(self.split.path(i), fault, "fix the target, or lower the learning rate")
