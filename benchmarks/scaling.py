@@ -6,6 +6,10 @@ The model (scaling_model.py) is calibrated with one published run of each chip a
 with the other runs of that chip and software; see published.py. The result of one calibration per chip is
 printed too. The same model then predicts N nodes. `--system measured` uses the latest results of this
 project's compute benchmark instead of a published run, on H100 nodes; options replace single figures.
+
+`--spatial 1 2 4 8` also compares groups of so many GPUs that share each sample (spatial_model.py), for
+samples of `--size` voxels along an edge: minutes to the target for the batches that are known to converge at
+128, or minutes of an epoch for those of `--batch`. `--plot` draws the gain of such groups for each size.
 """
 
 from __future__ import annotations
@@ -23,8 +27,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks import scaling_model as model
-from benchmarks.model_validation import TOLERANCE, Check, calibrated, calibration, check, gradients
+from benchmarks.model_validation import (
+    CUT_RUNS,
+    TOLERANCE,
+    Check,
+    calibrated,
+    calibration,
+    check,
+    gradients,
+    predict_cut,
+)
 from benchmarks.scaling_model import Bottleneck, Forecast, Gradients, Job, Machine, Projection, Stages
+from benchmarks.splits import SIZES, Split, draw, network_of, show_splits, splits
 from cosmoflow_dali.mlperf.published import NVIDIA, ROWS, Row
 from pipelines.errors import ConfigError, UserError
 
@@ -115,6 +129,44 @@ def show_checks(checks: Sequence[Check]) -> None:
     show_strict(checks)
 
 
+def show_cut_runs() -> None:
+    """Print the epochs of the published runs with cut samples, and their predictions from the first."""
+    print("\nFugaku, v0.7, from 512 nodes without cuts: seconds of a step and of an epoch, and errors in %")
+    for run in CUT_RUNS:
+        found = predict_cut(run)
+        cuts = "x".join(map(str, run.cuts[:2]))
+        figures = (
+            f"{run.step:.4f} {run.epoch:7.2f}",
+            _percent(found.step / run.step - 1, found.epoch / run.epoch - 1),
+        )
+        print(f"{run.nodes:6} nodes, batch {run.batch:4}, cut {cuts}:", *figures)
+
+
+def compare_splits(machine: Machine, stages: Stages, options: argparse.Namespace) -> list[Split]:
+    """Print and return the splits that the options ask for; `options.nodes` are those of a training."""
+    network = network_of(options.model, options.size)
+    batches = options.batch or (sorted(model.EPOCHS) if options.size == 128 else [64])
+    # Epochs to the target are known at 128^3 alone; otherwise an epoch is compared.
+    epochs = {
+        batch: 1.0 if options.batch or options.size != 128 else model.EPOCHS[batch] for batch in batches
+    }
+    found = [
+        each
+        for nodes in options.nodes
+        for each in splits(machine, stages, network, nodes=nodes, epochs=epochs, spatial=options.spatial)
+    ]
+    if not found:
+        shared = " ".join(map(str, options.spatial))
+        remedy = "must divide the GPUs of a number of nodes into groups that divide the batch evenly"
+        raise ConfigError("--spatial", shared, remedy)
+    show_cut_runs()
+    print(f"\n{options.model} network, {options.size}^3, {network.weights:,} weights")
+    show_splits(found)
+    if options.plot:
+        draw(machine, stages, options.model, options.spatial, options.plot)
+    return found
+
+
 def show_strict(checks: Sequence[Check]) -> None:
     """Print the result of one calibration per chip for all software."""
     known = {each.row.chip: calibration(each.row.chip) for each in checks}
@@ -179,6 +231,17 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     default = [1, 4, 16, 64, 256, 1250]
     parser.add_argument("--nodes", type=harness.positive, nargs="+", default=default, metavar="N")
     parser.add_argument("--system", choices=SYSTEMS, default="h100")
+    parser.add_argument(
+        "--spatial", type=harness.positive, nargs="+", metavar="S", help="GPUs that share a sample"
+    )
+    parser.add_argument("--size", type=int, choices=SIZES, default=128, help="of samples, with --spatial")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="picture of the gain by groups, with --spatial"
+    )
+    parser.add_argument("--model", choices=("reference", "open"), default="reference", help="with --spatial")
+    parser.add_argument(
+        "--batch", type=harness.positive, nargs="+", metavar="B", help="global, with --spatial"
+    )
     for name, text in _FIGURES.items():
         parser.add_argument(f"--{name}", type=float, help=text)
     options = parser.parse_args(argv)
@@ -206,10 +269,12 @@ def main(argv: Sequence[str] | None = None) -> tuple[list[Check], list[Projectio
     nodes = max(options.nodes)
     alone = Job(nodes, nodes * machine.gpus, max(model.EPOCHS.values()))
     show_bottlenecks(found, model.forecast(machine, stages, sent, alone))
+    compared = compare_splits(machine, stages, options) if options.spatial else []
     if options.output:
         figures = {"machine": machine, "stages": stages}
-        record = {"checks": checks, **figures, "outlooks": projections, "breaks": found}
-        print("written to", harness.save("scaling", vars(options), record, options.output))
+        record = {"checks": checks, **figures, "outlooks": projections, "breaks": found, "splits": compared}
+        path = harness.save("scaling", vars(options), record, options.output)
+        print("written to", path)
     return checks, projections, found
 
 

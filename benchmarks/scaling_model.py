@@ -46,6 +46,8 @@ class Machine:
         disk: Rate of a node's local disk; the default is assumed.
         staging: Rate of a node from the shared file system.
         file_system: Rate of the shared file system to all nodes.
+        memory, fill: Rate of a GPU's memory, and outputs of a convolution that keep the GPU busy.
+        call: Seconds of an operation between ranks beside those of its messages.
     """
 
     gpus: int
@@ -57,6 +59,9 @@ class Machine:
     disk: float = 25e9
     staging: float = math.inf
     file_system: float = math.inf
+    memory: float = math.inf
+    fill: float = 0.0
+    call: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +73,14 @@ class Stages:
         forward: Seconds of its evaluation.
         decode: CPU seconds from the file's bytes to a batch.
         read: Bytes from the disk.
+        exchange: Seconds of a step in which GPUs that share samples exchange parts of them.
     """
 
     compute: float
     forward: float
     decode: float = 0.0
     read: float = 0.0
+    exchange: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,7 @@ class Job:
         epochs: Epochs to the target.
         models: Number of trainings.
         staged: Bytes that each training stages to its nodes' disks, including copies.
+        spatial, size: GPUs that share each sample, and its edge in voxels; larger ones are as many fewer.
     """
 
     nodes: int
@@ -106,6 +114,8 @@ class Job:
     epochs: float
     models: int = 1
     staged: float = (TRAIN + VALIDATION) * PUBLISHED
+    spatial: int = 1
+    size: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +215,7 @@ def staging(machine: Machine, job: Job) -> float:
 def forecast(machine: Machine, stages: Stages, gradients: Gradients, job: Job) -> Forecast:
     """Predict the times of `job`."""
     gpus = job.nodes * machine.gpus
-    local = job.batch / gpus
+    local, crops = job.batch * job.spatial / gpus, (job.size / 128) ** 3
     reading = stages.read * machine.gpus / machine.disk
     decoding = stages.decode * machine.gpus / machine.cores
     parts = {
@@ -214,18 +224,20 @@ def forecast(machine: Machine, stages: Stages, gradients: Gradients, job: Job) -
         "the disk": local * reading,
     }
     waited = exposed(machine, job.nodes, gradients, local * stages.compute)
-    step = max(parts.values()) + waited
-    evaluation = math.ceil(VALIDATION / gpus) * max(stages.forward, decoding, reading)
-    steps = math.ceil(TRAIN / job.batch)
+    step = max(parts.values()) + waited + stages.exchange
+    # A forward pass exchanges half of what a step does.
+    each = max(stages.forward, decoding, reading) + stages.exchange / local / 2
+    evaluation = math.ceil(VALIDATION * job.spatial / crops / gpus) * each
+    steps = math.ceil(TRAIN / crops / job.batch)
     train = job.epochs * (steps * step + evaluation)
     before = staging(machine, job)
-    parts["the all-reduce"] = waited
+    parts |= {"the all-reduce": waited, "the exchange within groups": stages.exchange}
     return Forecast(
         gpus=gpus,
         step=step,
         exposed=waited,
         bound=max(parts, key=parts.__getitem__),
-        rate=local / step,
+        rate=job.batch / gpus / step,
         steps=steps,
         staging=before,
         train=train,
@@ -260,9 +272,8 @@ def bottlenecks(machine: Machine, stages: Stages, gradients: Gradients) -> list[
     alone = forecast(machine, stages, gradients, small)
     models = 1.0 if alone.staging >= alone.train else alone.train * machine.file_system / small.staged
     doublings = (1 << power for power in range(24))
-    nodes_bound = next(
-        (nodes for nodes in doublings if _is_bound_by_allreduce(machine, stages, gradients, nodes)), None
-    )
+    compute = stages.compute
+    nodes_bound = next((n for n in doublings if exposed(machine, n, gradients, compute) >= compute), None)
     found = [
         Bottleneck(
             "convergence",
@@ -283,7 +294,3 @@ def bottlenecks(machine: Machine, stages: Stages, gradients: Gradients) -> list[
         why = "its part that the backward pass does not hide takes as long as forward and backward"
         found.append(Bottleneck("all-reduce", nodes_bound * machine.gpus, why))
     return sorted(found, key=lambda each: each.gpus)
-
-
-def _is_bound_by_allreduce(machine: Machine, stages: Stages, gradients: Gradients, nodes: int) -> bool:
-    return exposed(machine, nodes, gradients, stages.compute) >= stages.compute
