@@ -56,7 +56,7 @@ def measure(
     ]
     endless = itertools.cycle(packed)
     codec = Codec.LZ4 if chunk_kib else Codec.STORED
-    decoder = PackedGpuDecoder(spec, LoaderConfig(batch_size), torch.device("cuda:0"), codec)
+    decoder = PackedGpuDecoder(spec.shape, LoaderConfig(batch_size), torch.device("cuda:0"), codec)
 
     def submit() -> None:
         batch = list(itertools.islice(endless, batch_size))

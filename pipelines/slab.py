@@ -39,6 +39,11 @@ class Slab:
         ) % size
 
 
+def shape_to_read(spec: SampleSpec, slab: Slab | None) -> tuple[int, int, int, int]:
+    """Return the shape of `slab` of a sample of `spec`, or of all of it without a slab."""
+    return spec.shape if slab is None else slab.shape(spec)
+
+
 def cyclic_runs(first: int, count: int, total: int) -> Iterator[range]:
     """Yield `count` of the numbers below `total`, from `first` on and cyclically, as consecutive runs."""
     while count:

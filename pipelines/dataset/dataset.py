@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from pipelines.dataset.manifest import MANIFEST
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats.base import Format
 from pipelines.formats.npy import Npy, map_sample, read_slab
-from pipelines.formats.packed.decode import open_packed
+from pipelines.formats.packed.decode import open_packed, open_slab
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat
 from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member
 from pipelines.formats.payload import CountsPayload, Payload
@@ -159,9 +160,7 @@ class SampleDataset:
         """
         paths = self.files(index)
         if self.sharded:
-            offset, length, _ = self.member_extents[index].item()
-            member = self.names[index].partition("/")[2]
-            return {MEMBER_SUFFIX: read_member(paths[0], member, offset, length, direct=direct)}
+            return {MEMBER_SUFFIX: self._read_member(index, direct=direct)}
         contents = [read_file(path, direct=direct) for path in paths]
         if verify and self.extents is not None:
             extents = self.extents[index][-len(paths) :]
@@ -209,7 +208,7 @@ class SampleDataset:
         key, value = "parallel.spatial", slab.count
         if self.spec.size % slab.count:
             raise ConfigError(key, value, f"does not divide the {self.spec.size} planes of a sample")
-        if self.format_name != Npy.name:
+        if self.format_name not in (Npy.name, PackedFormat.name):
             advice = "run python -m preprocess.convert -i SRC -o DST --to packed"
             fault = f"{self.root} holds {self.format_name} samples, of which no part can be read alone"
             raise ConfigError(key, value, f"{fault}: {advice}")
@@ -229,20 +228,35 @@ class SampleDataset:
             DataError: the sample cannot be read, or is damaged.
         """
         path = self.path(index)
-        if slab is not None:
+        if slab is not None and not self.sharded:
             return read_slab(path, self.spec, slab, direct=direct)
         if self.format_name == Npy.name and self.labeled and not (fully_validate or direct):
             return map_sample(path, self.spec)
-        contents = self.read_contents(index, direct=direct)
         if self.sharded:
-            packed = open_packed(path, contents[MEMBER_SUFFIX], self.spec, labeled=self.labeled)
+            if slab is None:
+                content = self._read_member(index, direct=direct)
+                packed = open_packed(path, content, self.spec, labeled=self.labeled)
+            else:
+                read = functools.partial(self._read_member, index, direct=direct)
+                packed = open_slab(path, read, self.member_extents[index]["bytes"], self.spec, slab)
             if fully_validate:
                 packed.decode()
             else:
                 packed.verify_checksum()
             return packed
+        contents = self.read_contents(index, direct=direct)
         sample = self.format.parse(path, contents, self.spec, labeled=self.labeled)
         return CountsPayload(sample.counts, sample.target)
+
+    def _read_member(
+        self, index: int, start: int = 0, length: int | None = None, *, direct: bool = False
+    ) -> bytes:
+        """Read `length` bytes from `start` of the packed sample `index`, by default all of it."""
+        offset, size, _ = self.member_extents[index].item()
+        shard, member = self.names[index].split("/", 1)
+        return read_member(
+            self.root / shard, member, offset + start, size if length is None else length, direct=direct
+        )
 
     def subset(self, index: Indices, partition: Partition | None = None) -> SampleDataset:
         """Return the samples `index` alone; `partition` is set if they are one."""

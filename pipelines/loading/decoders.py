@@ -24,7 +24,7 @@ from pipelines.loading.dali_graphs import counts_node, files_node
 from pipelines.loading.decoder import READ_AHEAD, DaliDecoder, Decoder
 from pipelines.loading.packed_decoders import PackedCpuDecoder, make_packed_gpu_decoder
 from pipelines.plan import Indices
-from pipelines.slab import Slab
+from pipelines.slab import Slab, shape_to_read
 
 
 class CountsDecoder(DaliDecoder):
@@ -105,5 +105,5 @@ def make_decoder(
     if not split.sharded:
         return CountsDecoder(config, device)
     if device.type == "cuda":
-        return make_packed_gpu_decoder(split, config, device)
-    return PackedCpuDecoder(split.spec, config)
+        return make_packed_gpu_decoder(split, config, device, slab)
+    return PackedCpuDecoder(shape_to_read(split.spec, slab), config)

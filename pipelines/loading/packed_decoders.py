@@ -24,7 +24,7 @@ from pipelines.errors import DataError
 from pipelines.formats.packed.codecs import Codec
 from pipelines.formats.packed.decode import PackedSample
 from pipelines.formats.packed.gather_choice import choose_gather
-from pipelines.formats.packed.gather_gpu import Arrays, DeviceSample, device_sample
+from pipelines.formats.packed.gather_gpu import Arrays, DeviceSample, device_sample, gather_sample
 from pipelines.formats.packed.nvcomp import NvcompInflater, choose_inflater
 from pipelines.formats.payload import Payload
 from pipelines.loading.config import LoaderConfig
@@ -32,7 +32,7 @@ from pipelines.loading.dali_graphs import packed_nodes
 from pipelines.loading.decoder import DaliDecoder, OnRead, as_torch
 from pipelines.loading.transforms import lookup_table
 from pipelines.plan import Indices
-from pipelines.sample import SampleSpec
+from pipelines.slab import Slab, shape_to_read
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ class PackedCpuDecoder:
 
     depth = 1
 
-    def __init__(self, spec: SampleSpec, config: LoaderConfig) -> None:
+    def __init__(self, shape: Sequence[int], config: LoaderConfig) -> None:
         # A sample for each thread, and `prefetch` batches that are ready.
         self.lookahead = config.prefetch + -(-config.threads // config.batch_size)
         self._apply_log = config.apply_log
         self._table = lookup_table(apply_log=config.apply_log)
-        buffers = [_huge_pages(config.batch_size, *spec.shape) for _ in range(self.lookahead + 1)]
+        buffers = [_huge_pages(config.batch_size, *shape) for _ in range(self.lookahead + 1)]
         # Views are made here: each call of torch releases the GIL, which costs time when threads are busy.
         self._buffers = itertools.cycle(
             [(buffer.numpy(), buffer.permute(0, 4, 1, 2, 3)) for buffer in buffers]
@@ -97,13 +97,14 @@ class PackedGpuDecoder(DaliDecoder):
     """Packed samples on a GPU: a kernel gathers the values of each voxel from symbols and escapes.
 
     Args:
+        shape: Shape of what is read of a sample, (D, H, W, C).
         codec: LZ4 to have DALI inflate the symbols on the GPU, ZSTD for `inflater` to do it, STORED for the
             reader threads.
     """
 
     def __init__(
         self,
-        spec: SampleSpec,
+        shape: Sequence[int],
         config: LoaderConfig,
         device: torch.device,
         codec: Codec,
@@ -111,7 +112,7 @@ class PackedGpuDecoder(DaliDecoder):
     ) -> None:
         super().__init__(config, device)
         self._gather, self._codec, self._inflater = choose_gather(device), codec, inflater
-        self._volume = torch.empty(config.batch_size, *spec.shape, device=device).permute(0, 4, 1, 2, 3)
+        self._volume = torch.empty(config.batch_size, *shape, device=device).permute(0, 4, 1, 2, 3)
         self._inputs: deque[list[Arrays]] = deque()
         # Batches that are read or in the pipeline, with the arrays that DALI reads in place.
         self._reserved: deque[list[DeviceSample | None]] = deque()
@@ -138,17 +139,11 @@ class PackedGpuDecoder(DaliDecoder):
             symbols, escapes, table = (as_torch(output[row], self._device) for output in outputs)
             if self._inflater:
                 symbols = self._inflater.inflate(symbols, sample.starts, sample.sizes)
-                if len(symbols) != volume[row, 0].numel():
+                if len(symbols) != sample.voxels:
                     # The loader reads its samples on the host then, and names the damaged one.
                     raise RuntimeError(f"nvCOMP inflated {len(symbols)} bytes of a packed sample")
-            self._gather(
-                symbols,
-                escapes,
-                table,
-                volume[row].permute(1, 2, 3, 0),
-                byte_sum=sample.byte_sum,
-                by_mean=not self._config.apply_log,
-            )
+            inputs, out = (symbols, escapes, table), volume[row].permute(1, 2, 3, 0)
+            gather_sample(self._gather, sample, inputs, out, by_mean=not self._config.apply_log)
         self._record_read()
         return volume
 
@@ -162,7 +157,7 @@ class PackedGpuDecoder(DaliDecoder):
 
 
 def make_packed_gpu_decoder(
-    split: SampleDataset, config: LoaderConfig, device: torch.device
+    split: SampleDataset, config: LoaderConfig, device: torch.device, slab: Slab | None = None
 ) -> PackedGpuDecoder:
     """Return the decoder for the codec of the first sample of `split`; it also takes samples of others."""
     codec, inflater, inflates = Codec.STORED, None, "the reader threads inflate (DALI inflates LZ4 alone)"
@@ -170,7 +165,7 @@ def make_packed_gpu_decoder(
     # A partition without samples has padding rows only.
     if len(split):
         with contextlib.suppress(DataError):
-            packed = split.payload(0)
+            packed = split.payload(0, slab=slab)
             assert isinstance(packed, PackedSample)
             first = packed.header.codecs[1]
     if first == Codec.LZ4:
@@ -178,4 +173,4 @@ def make_packed_gpu_decoder(
     elif first == Codec.ZSTD and (inflater := choose_inflater(device)):
         codec, inflates = Codec.ZSTD, "nvCOMP inflates on the GPU"
     logger.info("packed samples: %s", inflates)
-    return PackedGpuDecoder(split.spec, config, device, codec, inflater)
+    return PackedGpuDecoder(shape_to_read(split.spec, slab), config, device, codec, inflater)

@@ -11,11 +11,11 @@ import numpy as np
 
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import MAX_CONSECUTIVE_BAD, DataError
-from pipelines.formats.packed.format import encode_payload
+from pipelines.formats.packed.format import padding_payload
 from pipelines.formats.payload import CountsPayload, Payload
 from pipelines.loading.transforms import check_input
 from pipelines.sample import PARAMETERS, Sample
-from pipelines.slab import Slab
+from pipelines.slab import Slab, shape_to_read
 
 OnBadSample: TypeAlias = Literal["fail", "skip"]
 
@@ -89,12 +89,10 @@ class Reader:
 
         It is not taken from the data set, because a partition may have no samples.
         """
-        spec = self.split.spec
-        shape = spec.shape if self._slab is None else self._slab.shape(spec)
-        sample = Sample(np.ones(shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
         if self.split.sharded:
-            return encode_payload(sample)
-        return CountsPayload(sample.counts, sample.target)
+            return padding_payload(self.split.spec, self._slab)
+        shape = shape_to_read(self.split.spec, self._slab)
+        return CountsPayload(np.ones(shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
 
     def _read_sample(self, index: int) -> Sample:
         sample = self.split.read(index)

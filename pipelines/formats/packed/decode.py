@@ -1,4 +1,4 @@
-"""Decoding of packed samples, all or some of their D-slices.
+"""Decoding of packed samples, or of slabs of them.
 
 A sample has few distinct voxels: some 40,000 quadruples of counts among two million. It is stored as
 the table of them, the most frequent first, and for each voxel its row: as a symbol, a byte, for the first
@@ -8,6 +8,7 @@ docs/packed.md has the layout byte by byte, and its reasons.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,24 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import DataError
+from pipelines.errors import ConfigError, DataError
 from pipelines.formats.packed import version2
 from pipelines.formats.packed.codecs import REMEDY, inflate
 from pipelines.formats.packed.gather_cpu import ESCAPE, gather_rows, join_planes
 from pipelines.formats.packed.header import (
     BYTE_SUM_MODULUS,
+    FIELDS_BYTES,
     SYMBOLS,
     VERSION,
     Chunks,
     Header,
+    read_fields,
     read_header,
     read_table,
     read_version,
 )
-from pipelines.io import map_file
 from pipelines.sample import UNKNOWN_TARGET, SampleSpec, check_target
+from pipelines.slab import Slab, cyclic_runs, shape_to_read
 
 _DECODE_VOXELS = 1 << 18
 """Voxels decoded at a time: few enough for a cache, and enough to keep Python's overhead small."""
@@ -43,10 +46,11 @@ class PackedSample:
 
     Attributes:
         path: file that errors name.
-        content: all bytes; of `read_slices` also those after it in the file.
+        content: all bytes, or the header and the chunks that were read.
         table: (rows, C) int16, the distinct voxels.
         target: (4,) float32.
-        chunks: all chunks, or consecutive ones.
+        chunks: all chunks, or those with voxels of `slab`.
+        slab: the planes to decode; None for all.
     """
 
     path: Path
@@ -55,46 +59,62 @@ class PackedSample:
     table: npt.NDArray[np.int16]
     target: npt.NDArray[np.float32]
     chunks: Chunks
+    slab: Slab | None = None
+
+    @property
+    def window(self) -> tuple[slice, int]:
+        """The planes to decode that the chunks hold, and the number of voxels of the chunks before them."""
+        size = self.header.spec.size
+        if self.slab is None:
+            return slice(0, size), 0
+        planes, first = self.slab.planes(size)
+        return planes, first * size**2 - int(self.chunks.numbers[0]) * self.header.chunk_voxels
 
     def decode(self) -> npt.NDArray[np.int16]:
         """Decode and fully validate the counts, (D, H, W, C); DataError if they are damaged."""
         self.verify_checksum()
         self.verify_chunks()
-        counts = np.empty(self.header.spec.shape, np.int16)
+        counts = np.empty(shape_to_read(self.header.spec, self.slab), np.int16)
         self.fill(counts, self.table)
         symbols = np.frombuffer(self.symbols(self.chunks), np.uint8)
-        if int(symbols.sum(dtype=np.uint64)) % BYTE_SUM_MODULUS != self.header.byte_sum:
+        byte_sum = int(symbols.sum(dtype=np.uint64)) % BYTE_SUM_MODULUS
+        if self.slab is None and byte_sum != self.header.byte_sum:
             raise DataError(self.path, "its chunks inflate to other symbols than were packed", REMEDY)
         starts = np.cumsum(self.chunks.voxels) - self.chunks.voxels
         escaped = np.add.reduceat(symbols == ESCAPE, starts, dtype=np.int64)
         if self.header.rows > SYMBOLS and (escaped != self.chunks.escapes).any():
-            # Those of all chunks are as many as their symbols, but slices of the sample would be wrong.
+            # Those of all chunks are as many as their symbols, but slabs of the sample would be wrong.
             raise DataError(self.path, "a chunk has the escapes of another one", REMEDY)
         return counts
 
     def fill(self, out: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
-        """Write `values[row]` of each voxel into `out`.
+        """Write `values[row]` of each voxel into `out`, and zeros where a slab extends beyond the sample.
 
         Thread-safe; the GIL is released most of the time.
 
         Args:
-            out: (..., C), the voxels of `chunks`, contiguous, of the dtype of `values`.
+            out: (D, H, W, C), contiguous, of the dtype of `values`.
             values: (rows, C), contiguous: the table, or a function of it.
 
         Raises:
             DataError: a chunk does not inflate, or has a row beyond the table.
         """
-        voxels, planes = out.reshape(-1, values.shape[1]), self.escapes()
+        window, skipped = self.window
+        out[: window.start] = out[window.stop :] = 0
+        voxels, planes = out[window].reshape(-1, values.shape[1]), self.escapes()
         escapes = join_planes(planes) if planes else None
         step = max(1, _DECODE_VOXELS // self.header.chunk_voxels)
-        voxel = escape = 0
+        voxel, escape = -skipped, 0
         for first in range(0, len(self.chunks), step):
             chunks = self.chunks[first : first + step]
             symbols, count = self.symbols(chunks), int(chunks.escapes.sum())
-            part = voxels[voxel : voxel + len(symbols)]
-            fault = gather_rows(
-                symbols, None if escapes is None else escapes[escape : escape + count], values, part
-            )
+            # The first and the last chunk of a slab may have voxels outside it.
+            start, stop = max(0, -voxel), min(len(symbols), len(voxels) - voxel)
+            numbers = None
+            if escapes is not None:
+                before, after = (symbols.count(ESCAPE, *ends) for ends in ((0, start), (stop,)))
+                numbers = escapes[escape + before : max(escape + count - after, escape + before)]
+            fault = gather_rows(symbols[start:stop], numbers, values, voxels[voxel + start : voxel + stop])
             if fault:
                 raise DataError(self.path, f"{fault} in {chunks}", REMEDY)
             voxel, escape = voxel + len(symbols), escape + count
@@ -109,13 +129,15 @@ class PackedSample:
         return [self._inflate(self.chunks, plane, self.chunks.escapes) for plane in planes]
 
     def verify_checksum(self) -> None:
-        """Compare the checksum of all chunks, without inflating them; DataError if they are damaged."""
-        if crc32c.crc32c(self.content[self.chunks.extent]) != self.header.chunks_crc:
+        """Compare the checksums of what was read, without inflating it; DataError if it is damaged."""
+        if self.slab is not None:
+            self.verify_chunks()
+        elif crc32c.crc32c(self.content[self.chunks.extent]) != self.header.chunks_crc:
             self.verify_chunks()
             raise DataError(self.path, "the CRC of its chunks is wrong", REMEDY)
 
     def verify_chunks(self) -> None:
-        """Compare the checksum of each of `chunks`; all of them must be in `content`."""
+        """Compare the checksum of each of `chunks`; DataError names the first that is damaged."""
         for number in range(len(self.chunks)):
             chunk = self.chunks[number : number + 1]
             if crc32c.crc32c(self.content[chunk.extent]) != chunk.crcs[0]:
@@ -128,65 +150,85 @@ class PackedSample:
 
 
 def open_packed(
-    path: Path,
-    content: bytes | memoryview,
-    spec: SampleSpec | None = None,
-    *,
-    in_shard: bool = False,
-    labeled: bool = True,
+    path: Path, content: bytes | memoryview, spec: SampleSpec | None = None, *, labeled: bool = True
 ) -> PackedSample:
     """Parse the header and the table of the packed sample `content`.
 
     Args:
         path: file that errors name.
         spec: expected shape; None accepts any.
-        in_shard: accept content with more bytes than the sample's, and with chunks missing.
         labeled: False to ignore the target; see `Format.parse`.
 
     Raises:
         DataError: anything but a chunk is damaged.
     """
     view = memoryview(content)
-    version = read_version(path, view)
-    if version == version2.VERSION:
-        view = memoryview(version2.upgrade(path, view, exact=not in_shard))
-    elif version != VERSION:
+    if _check_version(path, view) == version2.VERSION:
+        view = memoryview(version2.upgrade(path, view))
+    return _open(path, view, len(view), spec, labeled=labeled)
+
+
+def open_slab(
+    path: Path, read: Callable[[int, int], bytes], length: int, spec: SampleSpec, slab: Slab
+) -> PackedSample:
+    """Read the header, the table and the chunks of a packed sample that hold voxels of `slab`.
+
+    Args:
+        path: file that errors name.
+        read: returns the bytes of the sample at an offset, of a length.
+        length: length of the sample in bytes.
+        spec: expected shape.
+
+    Raises:
+        DataError: anything but a chunk is damaged.
+        ConfigError: the sample is of a version of which no part can be read alone.
+    """
+    start = read(0, min(FIELDS_BYTES, length))
+    if _check_version(path, memoryview(start)) == version2.VERSION:
+        fault = f"{path} is a packed sample of version {version2.VERSION}, of which no part can be read alone"
+        advice = "run python -m preprocess.convert -i SRC -o DST --to packed"
+        raise ConfigError("parallel.spatial", slab.count, f"{fault}: {advice}")
+    end = min(read_fields(path, memoryview(start)).chunks_start, length)
+    start += read(len(start), end - len(start))
+    packed = _open(path, memoryview(start), length, spec)
+    chunks, planes, plane = packed.chunks, *slab.planes(spec.size)
+
+    def number_of_chunk(voxel: int) -> int:
+        around, voxel = divmod(voxel, spec.size**3)
+        return around * len(chunks) + voxel // packed.header.chunk_voxels
+
+    first = number_of_chunk(plane * spec.size**2)
+    stop = number_of_chunk((plane + planes.stop - planes.start) * spec.size**2 - 1) + 1
+    parts, starts = [start], chunks.starts.copy()
+    for run in cyclic_runs(first, min(stop - first, len(chunks)), len(chunks)):
+        extent = chunks[run.start : run.stop].extent
+        starts[run.start : run.stop] += sum(map(len, parts)) - extent.start
+        parts.append(read(extent.start, extent.stop - extent.start))
+    needed = replace(chunks, starts=starts)[np.arange(first, stop) % len(chunks)]
+    return replace(packed, content=memoryview(b"".join(parts)), chunks=needed, slab=slab)
+
+
+def _check_version(path: Path, content: memoryview) -> int:
+    """Return the version of the packed sample `content`; DataError if it is not read."""
+    version = read_version(path, content)
+    if version not in (version2.VERSION, VERSION):
         fault = f"is a packed sample of version {version}, not {version2.VERSION} or {VERSION}"
         raise DataError(path, fault, REMEDY)
-    header, chunks = read_header(path, view)
+    return version
+
+
+def _open(
+    path: Path, content: memoryview, length: int, spec: SampleSpec | None, *, labeled: bool = True
+) -> PackedSample:
+    """Parse `content`, a packed sample of `length` bytes, or the bytes of it before its first chunk."""
+    header, chunks = read_header(path, content)
     if spec is not None and header.spec != spec:
         fault = f"counts have shape {header.spec.shape}"
         raise DataError(path, fault, f"the other samples have {spec.shape}: remove it")
     end = chunks.extent.stop
-    if len(view) != end and not in_shard:
-        raise DataError(path, f"has {len(view)} bytes; its chunks end at {end}", REMEDY)
-    block = view[header.table_start : header.chunks_start]
+    if length != end:
+        raise DataError(path, f"has {length} bytes; its chunks end at {end}", REMEDY)
+    block = content[header.table_start : header.chunks_start]
     table = read_table(path, block, header.codecs[0], header.rows, header.spec.channels)
     target = check_target(path, header.target) if labeled else UNKNOWN_TARGET
-    return PackedSample(path, view, header, table, target, chunks)
-
-
-def read_slices(path: Path, first: int, stop: int, offset: int = 0) -> npt.NDArray[np.int16]:
-    """Read the D-slices `first` to `stop` of a packed sample, (stop - first, H, W, C).
-
-    Only the header, the table and the chunks with these slices are accessed.
-
-    Args:
-        path: file with the sample, such as a shard.
-        offset: position of the sample in the file.
-
-    Raises:
-        DataError: what is read is damaged, or there are no such slices.
-    """
-    packed = open_packed(path, memoryview(map_file(path))[offset:], in_shard=True)
-    header = packed.header
-    if not 0 <= first < stop <= header.spec.size:
-        raise DataError(path, f"has no D-slices {first} to {stop}", f"it has {header.spec.size}")
-    slice_voxels, length = header.spec.size**2, header.chunk_voxels
-    start, end = first * slice_voxels, stop * slice_voxels
-    part = replace(packed, chunks=packed.chunks[start // length : -(-end // length)])
-    part.verify_chunks()
-    voxels = np.empty((int(part.chunks.voxels.sum()), header.spec.channels), np.int16)
-    part.fill(voxels, part.table)
-    start -= part.chunks.first * length
-    return voxels[start:][: (stop - first) * slice_voxels].reshape(-1, *header.spec.shape[1:])
+    return PackedSample(path, content, header, table, target, chunks)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from pipelines.errors import DataError
 from pipelines.formats.base import Format
-from pipelines.formats.packed.decode import PackedSample, open_packed
-from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.decode import PackedSample, open_packed, open_slab
+from pipelines.formats.packed.encode import DEFAULT_PRESET, PRESETS, encode, encode_rows
 from pipelines.formats.packed.tar_shard import INDEX_SUFFIX, SHARD_SUFFIX, read_members, write_shard
 from pipelines.io import TarMember, WrittenFile
-from pipelines.sample import Sample, SampleSpec
+from pipelines.sample import PARAMETERS, Sample, SampleSpec
+from pipelines.slab import Slab
 
 MEMBER_SUFFIX = ".packed"
 """Suffix of a member's name; the rest of it is the sample id."""
@@ -44,9 +47,15 @@ class PackedFormat(Format):
         return Sample(packed.decode(), packed.target)
 
 
-def encode_payload(sample: Sample) -> PackedSample:
-    """Return the payload of a sample in memory, for padding."""
-    return open_packed(Path("padding"), b"".join(encode(sample)))
+def padding_payload(spec: SampleSpec, slab: Slab | None) -> PackedSample:
+    """Return a sample of `spec`, or `slab` of it, with one particle in every voxel."""
+    table, target = np.ones((1, spec.channels), np.int16), np.zeros(len(PARAMETERS), np.float32)
+    rows = np.zeros(spec.size**3, np.uint8)
+    content = b"".join(encode_rows(table, rows, spec.size, target, PRESETS[DEFAULT_PRESET]))
+    path = Path("padding")
+    if slab is None:
+        return open_packed(path, content)
+    return open_slab(path, lambda at, length: content[at : at + length], len(content), spec, slab)
 
 
 def sample_members(path: Path) -> tuple[TarMember, ...]:

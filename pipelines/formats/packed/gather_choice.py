@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TypeAlias
 
 import torch
 
 from pipelines.formats.packed.gather_cpu import ESCAPE
-from pipelines.formats.packed.gather_gpu import gather
-
-Gather: TypeAlias = Callable[..., None]
-"""`gather`, or a function of the same parameters and results."""
+from pipelines.formats.packed.gather_gpu import Gather, gather
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +47,7 @@ def _equals(candidate: Gather, device: torch.device) -> bool:
             (short, escapes, byte_sum),
             (few, escapes, byte_sum),
             (table, escapes, byte_sum + 1),
+            (table, escapes, None),
             (table, escapes[:, 1:].contiguous(), byte_sum),
         ):
             results = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import lz4.block
 import numpy as np
@@ -17,20 +18,28 @@ from pipelines.formats.packed.header import BYTE_SUM_MODULUS, SYMBOLS
 
 Arrays = tuple[npt.NDArray[Any], ...]
 
+Gather: TypeAlias = Callable[..., None]
+"""`gather`, or a function of the same parameters and results."""
+
 
 class DeviceSample(NamedTuple):
     """A packed sample for the device.
 
     Attributes:
         arrays: what the packed graph takes of it; see `packed_nodes`.
-        byte_sum: sum of its symbols by the header.
+        byte_sum: sum of its symbols by the header; None if only some of its chunks were read.
         starts, sizes: offset and length of each block of symbols in the first of `arrays`.
+        voxels: number of symbols.
+        planes, skipped: `PackedSample.window`.
     """
 
     arrays: Arrays
-    byte_sum: int
+    byte_sum: int | None
     starts: list[int]
     sizes: list[int]
+    voxels: int
+    planes: slice
+    skipped: int
 
 
 def device_sample(packed: PackedSample, codec: Codec) -> DeviceSample:
@@ -48,7 +57,8 @@ def device_sample(packed: PackedSample, codec: Codec) -> DeviceSample:
     for plane, content in zip(planes, escapes, strict=False):
         plane[:-1] = np.frombuffer(content, np.uint8)
     table = np.pad(packed.table, ((0, 1), (0, 0)), constant_values=-1)
-    if codec == header.codecs[1] != Codec.STORED:
+    # DALI inflates all chunks to the same length, and has zeros after a shorter one.
+    if codec == header.codecs[1] != Codec.STORED and (chunks.voxels[:-1] == header.chunk_voxels).all():
         blocks = np.frombuffer(packed.content, np.uint8)[chunks.extent]
         starts, sizes = chunks.starts[:, 0] - chunks.extent.start, chunks.sizes[:, 0]
     else:
@@ -59,7 +69,9 @@ def device_sample(packed: PackedSample, codec: Codec) -> DeviceSample:
     if codec == Codec.LZ4:
         extents = starts.astype(np.int32), sizes.astype(np.int32), np.array([header.chunk_voxels], np.int32)
         arrays = (blocks, *extents, planes, table)
-    return DeviceSample(arrays, header.byte_sum, starts.tolist(), sizes.tolist())
+    byte_sum = header.byte_sum if packed.slab is None else None
+    voxels = int(chunks.voxels.sum())
+    return DeviceSample(arrays, byte_sum, starts.tolist(), sizes.tolist(), voxels, *packed.window)
 
 
 def _compress(symbols: bytes, chunk_voxels: int, codec: Codec) -> list[bytes]:
@@ -78,7 +90,7 @@ def gather(
     table: torch.Tensor,
     out: torch.Tensor,
     *,
-    byte_sum: int,
+    byte_sum: int | None,
     by_mean: bool,
 ) -> None:
     """Write each voxel's values into `out`.
@@ -92,17 +104,41 @@ def gather(
         escapes: (planes, escapes + 1) uint8, as of `gather_cpu.gather_rows` and an unused last column.
             Ignored if a symbol can number every row.
         table: (rows + 1, C) float32, the last row NaN.
-        out: (D, H, W, C) of any floating dtype, contiguous.
+        out: (..., C) of any floating dtype, contiguous.
         byte_sum: that of the `DeviceSample`.
         by_mean: divide by the mean of all values.
     """
     symbols = symbols.view(-1)[: out[..., 0].numel()]
     rows, valid = row_numbers(symbols, escapes, table)
-    valid &= symbols.sum(dtype=torch.int64) % BYTE_SUM_MODULUS == byte_sum
+    if byte_sum is not None:
+        valid &= symbols.sum(dtype=torch.int64) % BYTE_SUM_MODULUS == byte_sum
     table = torch.where(valid, table, torch.nan)
     if by_mean:
         table = divide_by_mean(table, rows)
     torch.index_select(table.to(out.dtype), 0, rows, out=out.view(-1, table.shape[-1]))
+
+
+def gather_sample(
+    gather: Gather,
+    sample: DeviceSample,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    *,
+    by_mean: bool,
+) -> None:
+    """Write the voxels of `sample` into `out` (D, H, W, C), and zeros where a slab extends beyond the sample.
+
+    Args:
+        inputs: symbols, escapes and table of the sample on the device; see `gather`.
+    """
+    if sample.byte_sum is not None:
+        gather(*inputs, out, byte_sum=sample.byte_sum, by_mean=by_mean)
+        return
+    # The first and the last chunk of a slab may have voxels outside it.
+    voxels, window = out.new_empty(sample.voxels, out.shape[-1]), out[sample.planes]
+    gather(*inputs, voxels, byte_sum=None, by_mean=by_mean)
+    window.copy_(voxels[sample.skipped :][: window[..., 0].numel()].view(window.shape))
+    out[: sample.planes.start] = out[sample.planes.stop :] = 0
 
 
 def is_escaped(table: torch.Tensor) -> bool:

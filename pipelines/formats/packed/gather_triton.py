@@ -28,7 +28,7 @@ def gather(
     table: torch.Tensor,
     out: torch.Tensor,
     *,
-    byte_sum: int,
+    byte_sum: int | None,
     by_mean: bool,
 ) -> None:
     """Write each voxel's values into `out`, as `gather_gpu.gather` does."""
@@ -44,11 +44,13 @@ def gather(
     ends = torch.empty(programs, dtype=torch.int32, device=out.device)
     _count[(programs,)](symbols, found, ends, voxels, VOXELS=_VOXELS, num_warps=_WARPS)
     ends = ends.cumsum(0, dtype=torch.int32)
-    expected = byte_sum - (1 << 32) if byte_sum >= 1 << 31 else byte_sum
+    expected = byte_sum or 0
+    expected -= (expected >> 31) << 32
     count = escapes.shape[1] - 1
     _gather[(programs,)](
         symbols, escapes, words, found, ends, written, expected, count, voxels, programs, len(table) - 1,
-        PLANES=planes, ROW_WORDS=words.shape[1], VOXELS=_VOXELS, num_warps=_WARPS,
+        SUMMED=byte_sum is not None, PLANES=planes, ROW_WORDS=words.shape[1], VOXELS=_VOXELS,
+        num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -66,13 +68,13 @@ def _count(symbols, found, ends, voxels, VOXELS: tl.constexpr):  # fmt: skip
 @triton.jit(do_not_specialize=["expected", "count", "last"])
 def _gather(
     symbols, escapes, words, found, ends, written, expected, count, voxels, programs, last,
-    PLANES: tl.constexpr, ROW_WORDS: tl.constexpr, VOXELS: tl.constexpr,
+    SUMMED: tl.constexpr, PLANES: tl.constexpr, ROW_WORDS: tl.constexpr, VOXELS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     voxel = program * VOXELS + tl.arange(0, VOXELS)
     inside = voxel < voxels
     row = tl.load(symbols + voxel, mask=inside, other=0).to(tl.int32)
-    intact = tl.load(found) == expected
+    intact = (tl.load(found) == expected) | (not SUMMED)
     if PLANES > 0:
         intact = intact & (tl.load(ends + programs - 1) == count)
         escaped = (row == _ESCAPE).to(tl.int32)

@@ -18,6 +18,9 @@ from pipelines.sample import SampleSpec, check_not_negative
 
 VERSION = 3
 _FIELDS = struct.Struct("<8s6I8B4f3I")
+FIELDS_BYTES = _FIELDS.size
+"""Length of the header, without the directory."""
+
 _MAGIC = b"CFPACKED"
 _CRC_OFFSET = 60
 """Position of the header's own CRC, which covers everything around it up to the first chunk."""
@@ -43,6 +46,7 @@ class Header(NamedTuple):
         codecs: codec of the table, of the symbols, and of each byte plane of the escapes.
         target: (4,) float32.
         chunks_crc: CRC-32C of all chunks together.
+        crc: CRC-32C of everything around it up to the first chunk.
         byte_sum: sum of all symbols, modulo BYTE_SUM_MODULUS.
         table_start, chunks_start: offsets of the table's block and of the first chunk.
     """
@@ -54,6 +58,7 @@ class Header(NamedTuple):
     codecs: tuple[Codec, ...]
     target: npt.NDArray[np.float32]
     chunks_crc: int
+    crc: int
     byte_sum: int
     table_start: int
     chunks_start: int
@@ -61,16 +66,16 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunks:
-    """The directory of consecutive chunks.
+    """The directory of chunks whose voxels follow each other, cyclically.
 
     Attributes:
-        first: number of the first one.
-        starts, sizes: (chunks, planes) int64, offset and length of each block in the sample.
+        numbers: (chunks,) int64, the number of each in the sample.
+        starts, sizes: (chunks, planes) int64, offset and length of each block in what was read.
         voxels, escapes: (chunks,) int64, the numbers of each.
         crcs: (chunks,) int64, CRC-32C of the blocks of each.
     """
 
-    first: int
+    numbers: Integers
     starts: Integers
     sizes: Integers
     voxels: Integers
@@ -80,19 +85,19 @@ class Chunks:
     def __len__(self) -> int:
         return len(self.voxels)
 
-    def __getitem__(self, part: slice) -> Chunks:
-        """Return the chunks of `part`, a slice without a step."""
-        arrays = self.starts, self.sizes, self.voxels, self.escapes, self.crcs
-        return Chunks(self.first + (part.start or 0), *(array[part] for array in arrays))
+    def __getitem__(self, part: slice | Integers) -> Chunks:
+        """Return the chunks at the positions `part`."""
+        arrays = self.numbers, self.starts, self.sizes, self.voxels, self.escapes, self.crcs
+        return Chunks(*(array[part] for array in arrays))
 
     def __str__(self) -> str:
-        last = self.first + len(self) - 1
-        return f"chunk {last}" if last == self.first else f"chunks {self.first} to {last}"
+        first, last = self.numbers[[0, -1]].tolist()
+        return f"chunk {first}" if len(self) == 1 else f"chunks {first} to {last}"
 
     @property
     def extent(self) -> slice:
-        """The bytes of these chunks."""
-        return slice(int(self.starts[0, 0]), int(self.starts[-1, -1] + self.sizes[-1, -1]))
+        """The bytes from the first to the last of these chunks."""
+        return slice(int(self.starts.min()), int((self.starts + self.sizes).max()))
 
 
 def escape_planes(rows: int) -> int:
@@ -135,12 +140,8 @@ def read_version(path: Path, content: memoryview) -> int:
     return int(version)
 
 
-def read_header(path: Path, content: memoryview) -> tuple[Header, Chunks]:
-    """Parse the header and the directory at the start of `content`.
-
-    Raises:
-        DataError: `content` is damaged before the table, or a block cannot have its inflated length.
-    """
+def read_fields(path: Path, content: memoryview) -> Header:
+    """Parse the first FIELDS_BYTES of `content`, without a checksum; DataError if they are not valid."""
     if len(content) < _FIELDS.size:
         raise DataError(path, f"is cut off after {len(content)} bytes", REMEDY)
     fields = _FIELDS.unpack_from(content)
@@ -161,29 +162,39 @@ def read_header(path: Path, content: memoryview) -> tuple[Header, Chunks]:
         raise DataError(path, f"its header is not valid ({list(fields[2:15])})", REMEDY)
     chunks = -(-(size**3) // chunk_voxels)
     table_start = _FIELDS.size + chunks * (2 + planes) * 4
-    chunks_start = table_start + table_bytes
+    spec, floats = SampleSpec(size, channels), np.array(target, np.float32)
+    return Header(
+        spec, chunk_voxels, rows, table_bytes, tuple(map(Codec, codecs)), floats, chunks_crc, crc, byte_sum,
+        table_start, table_start + table_bytes,
+    )  # fmt: skip
+
+
+def read_header(path: Path, content: memoryview) -> tuple[Header, Chunks]:
+    """Parse the header and the directory at the start of `content`.
+
+    Raises:
+        DataError: `content` is damaged before the table, or a block cannot have its inflated length.
+    """
+    header = read_fields(path, content)
+    chunks_start = header.chunks_start
     if len(content) < chunks_start:
         fault = f"is cut off: {len(content)} bytes, and its chunks start at {chunks_start}"
         raise DataError(path, fault, REMEDY)
     found = crc32c.crc32c(content[_CRC_OFFSET + 4 : chunks_start], crc32c.crc32c(content[:_CRC_OFFSET]))
-    if found != crc:
+    if found != header.crc:
         raise DataError(path, "the CRC of its header is wrong", REMEDY)
-    directory = np.frombuffer(content, "<u4", chunks * (2 + planes), _FIELDS.size).reshape(chunks, -1)
-    crcs, escapes, *lengths = directory.T.astype(np.int64)
+    planes = len(header.codecs) - 1
+    columns = np.frombuffer(content[_FIELDS.size : header.table_start], "<u4").reshape(-1, 2 + planes).T
+    crcs, escapes, *lengths = columns.astype(np.int64)
     sizes = np.stack(lengths, 1)
     starts = chunks_start + (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
-    voxels = np.full(chunks, chunk_voxels)
-    voxels[-1] = size**3 - (chunks - 1) * chunk_voxels
+    voxels = np.full(len(crcs), header.chunk_voxels)
+    voxels[-1] = header.spec.size**3 - (len(crcs) - 1) * header.chunk_voxels
     inflated = np.stack([voxels, *[escapes] * (planes - 1)], 1)
-    ratios = np.array([MAX_RATIO[Codec(form)] for form in codecs[1:]])
+    ratios = np.array([MAX_RATIO[codec] for codec in header.codecs[1:]])
     if (escapes > (voxels if planes > 1 else 0)).any() or (sizes * ratios < inflated).any():
         raise DataError(path, "a chunk is too short for its inflated length", REMEDY)
-    spec, floats = SampleSpec(size, channels), np.array(target, np.float32)
-    header = Header(
-        spec, chunk_voxels, rows, table_bytes, tuple(map(Codec, codecs)), floats, chunks_crc, byte_sum,
-        table_start, chunks_start,
-    )  # fmt: skip
-    return header, Chunks(0, starts, sizes, voxels, escapes, crcs)
+    return header, Chunks(np.arange(len(crcs)), starts, sizes, voxels, escapes, crcs)
 
 
 def read_table(

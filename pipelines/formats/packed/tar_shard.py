@@ -111,13 +111,13 @@ def read_members(path: Path) -> tuple[TarMember, ...]:
 
 
 def read_member(path: Path, name: str, offset: int, length: int, *, direct: bool = False) -> bytes:
-    """Read the member `name`, `length` bytes at `offset` of the shard at `path`.
+    """Read the member `name` or a part of it, `length` bytes at `offset` of the shard at `path`.
 
     Args:
         direct: bypass the page cache, where the file system supports it.
 
     Raises:
-        DataError: the shard cannot be read, or ends before the member does.
+        DataError: the shard cannot be read, or ends before these bytes do.
     """
 
     def read_cached() -> bytes:
@@ -133,7 +133,7 @@ def read_member(path: Path, name: str, offset: int, length: int, *, direct: bool
         if content is None:
             content = retry_stale(read_cached)
     if len(content) < length:
-        fault = f"is cut off: the shard ends after {len(content)} of its {length} bytes"
+        fault = f"is cut off: the shard ends after {offset + len(content)} bytes"
         raise DataError(path / name, fault, _REMEDY)
     return content
 

@@ -30,12 +30,11 @@ _MAX_PLANES = 4
 _Length = TypeVar("_Length", int, npt.NDArray[np.int64])
 
 
-def upgrade(path: Path, content: memoryview, *, exact: bool) -> bytes:
-    """Return the sample of version 2 at the start of `content` in version 3, uncompressed.
+def upgrade(path: Path, content: memoryview) -> bytes:
+    """Return the sample `content` of version 2 in version 3, uncompressed.
 
     Args:
         path: file that errors name.
-        exact: refuse bytes after the sample.
 
     Raises:
         DataError: `content` is damaged.
@@ -67,7 +66,7 @@ def upgrade(path: Path, content: memoryview, *, exact: bool) -> bytes:
     sizes = np.frombuffer(content, _BLOCK, chunks * planes, _FIELDS.size)["bytes"].astype(np.int64)
     ends = chunks_start + np.cumsum(_aligned(sizes))
     end = int(ends[-1])
-    if len(content) < end or (exact and len(content) > end):
+    if len(content) != end:
         raise DataError(path, f"has {len(content)} bytes; its chunks end at {end}", REMEDY)
     if crc32c.crc32c(content[chunks_start:end]) != chunks_crc:
         raise DataError(path, "the CRC of its chunks is wrong", REMEDY)

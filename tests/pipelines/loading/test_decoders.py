@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections import deque
@@ -15,7 +16,7 @@ import pytest
 import reference_packed_reader as reference
 import torch
 import zstandard
-from helpers import tiny_sample, write_tiny
+from helpers import slab_of, slabs, tiny_sample, write_tiny
 from nvidia.dali import fn
 from reference_packed_reader import TABLE
 
@@ -23,10 +24,10 @@ from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
 from pipelines.formats.packed import gather_gpu, gather_triton
 from pipelines.formats.packed.codecs import Codec
-from pipelines.formats.packed.decode import PackedSample, open_packed
+from pipelines.formats.packed.decode import PackedSample, open_packed, open_slab
 from pipelines.formats.packed.encode import PRESETS, encode
 from pipelines.formats.packed.gather_choice import choose_gather
-from pipelines.formats.packed.gather_gpu import device_sample, gather
+from pipelines.formats.packed.gather_gpu import device_sample, gather, gather_sample
 from pipelines.formats.packed.nvcomp import NvcompInflater, choose_inflater
 from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.loading import packed_decoders
@@ -36,7 +37,8 @@ from pipelines.loading.loader import Loader
 from pipelines.loading.packed_decoders import PackedGpuDecoder
 from pipelines.loading.transforms import lookup_node, transform
 from pipelines.plan import RankSlice
-from pipelines.sample import Batch
+from pipelines.sample import Batch, SampleSpec
+from pipelines.slab import Slab, shape_to_read
 from preprocess.convert import convert
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -93,10 +95,11 @@ def decode_as_on_gpu(
         symbols = NvcompInflater(torch.device("cpu")).inflate(symbols, prepared.starts, prepared.sizes)
     values, by_mean = look_up(table, apply_log=apply_log), not apply_log
     given = symbols.to(DEVICE), torch.from_numpy(escapes).to(DEVICE), values.to(DEVICE)
-    outputs = [torch.zeros(sample.header.spec.shape, dtype=dtype, device=DEVICE) for _ in range(2)]
+    shape = shape_to_read(sample.header.spec, sample.slab)
+    outputs = [torch.full(shape, torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
     # Triton's kernel, in its interpreter, writes the same bits.
     for function, out in zip((gather, gather_triton.gather), outputs, strict=True):
-        function(*given, out, byte_sum=prepared.byte_sum, by_mean=by_mean)
+        gather_sample(function, prepared, given, out, by_mean=by_mean)
     assert torch.equal(*(out.view(torch.int16) for out in outputs))
     return outputs[0].cpu()
 
@@ -128,6 +131,22 @@ def test_gpu_decoding_equals_the_transform(name: str, codec: Codec, apply_log: b
             assert torch.equal(found, torch.from_numpy(exact))
         else:
             torch.testing.assert_close(found.float(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.usefixtures("nvcomp")
+@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("chunk_voxels", [1000, 1024])
+def test_gpu_decoding_of_slabs_equals_slabs_of_the_transform(chunk_voxels: int, codec: Codec) -> None:
+    # Of the shorter chunks the last one has fewer voxels, which are followed by those of the first.
+    sample = reference.samples()["usual"]
+    size = len(sample.counts)
+    expected = np.log1p(sample.counts.astype(np.float64)).astype(np.float32)
+    for preset, slab in itertools.product(("fast", "lz4"), slabs(1, 2, 4)):
+        content = b"".join(encode(sample, preset, chunk_voxels=chunk_voxels))
+        read = functools.partial(lambda all_of_it, at, length: all_of_it[at : at + length], content)
+        packed = open_slab(Path("a.packed"), read, len(content), SampleSpec(size), slab)
+        found = decode_as_on_gpu(packed, torch.float32, codec, apply_log=True)
+        np.testing.assert_array_equal(found.numpy(), slab_of(expected, slab))
 
 
 @pytest.mark.parametrize("apply_log", [True, False])
@@ -276,7 +295,7 @@ def write_damaged(root: Path, content: bytes) -> Path:
     return root / "train" / f"{name}.tar" / f"{name}.packed"
 
 
-def open_loader(root: Path, device: str, **options: Any) -> Loader:
+def open_loader(root: Path, device: str, slab: Slab | None = None, **options: Any) -> Loader:
     return Loader(
         open_folder(root / "train"),
         LoaderConfig(**options),
@@ -285,6 +304,7 @@ def open_loader(root: Path, device: str, **options: Any) -> Loader:
         shuffle=False,
         ragged="drop",
         device=torch.device(device),
+        slab=slab,
     )
 
 
@@ -302,14 +322,17 @@ def test_damage_that_only_decoding_finds_is_named_or_skipped(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("nvcomp")
+@pytest.mark.parametrize("slab", [None, Slab(0, 2, False), Slab(1, 2, True)])
 @pytest.mark.parametrize("codec", [Codec.STORED, Codec.ZSTD])
-def test_the_gpu_decoder_decodes_on_a_cpu_what_dali_need_not_inflate(codec: Codec, tmp_path: Path) -> None:
+def test_the_gpu_decoder_decodes_on_a_cpu_what_dali_need_not_inflate(
+    codec: Codec, slab: Slab | None, tmp_path: Path
+) -> None:
     root = write_tiny(tmp_path, train=5, validation=1, format_name="packed", size=16)
-    expected = open_loader(root, "cpu", batch_size=2)
-    loader = open_loader(root, "cpu", batch_size=2)
+    expected = open_loader(root, "cpu", slab, batch_size=2)
+    loader = open_loader(root, "cpu", slab, batch_size=2)
     inflater = choose_inflater(torch.device("cpu")) if codec == Codec.ZSTD else None
-    spec, config = loader.split.spec, LoaderConfig(batch_size=2)
-    loader._decoder = PackedGpuDecoder(spec, config, torch.device("cpu"), codec, inflater)
+    shape, config = shape_to_read(loader.split.spec, slab), LoaderConfig(batch_size=2)
+    loader._decoder = PackedGpuDecoder(shape, config, torch.device("cpu"), codec, inflater)
     for epoch, first in ((0, 0), (1, 0), (0, 1)):
         for one, other in zip(expected.batches(epoch, first), loader.batches(epoch, first), strict=True):
             assert torch.equal(one.volume, other.volume) and (one.index == other.index).all()
@@ -325,7 +348,7 @@ def test_frames_that_nvcomp_inflates_to_another_length_are_named(tmp_path: Path)
         path = write_damaged(tmp_path / str(number), content)
         loader, cpu = open_loader(tmp_path / str(number), "cpu", batch_size=2), torch.device("cpu")
         config, inflater = LoaderConfig(batch_size=2), choose_inflater(cpu)
-        loader._decoder = PackedGpuDecoder(loader.split.spec, config, cpu, Codec.ZSTD, inflater)
+        loader._decoder = PackedGpuDecoder(loader.split.spec.shape, config, cpu, Codec.ZSTD, inflater)
         with pytest.raises(DataError) as raised:
             list(loader.batches(0))
         assert raised.value.path == str(path)
@@ -360,15 +383,19 @@ def test_the_first_sample_of_a_data_set_decides_who_inflates(
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("apply_log", [True, False])
 @pytest.mark.parametrize("size", [16, 48])
+@pytest.mark.parametrize("slab", [None, Slab(0, 2, False), Slab(1, 2, True)])
 def test_gpu_batches_equal_those_of_the_cpu(
-    size: int, apply_log: bool, batch_size: int, preset: str, tmp_path: Path
+    slab: Slab | None, size: int, apply_log: bool, batch_size: int, preset: str, tmp_path: Path
 ) -> None:
+    if slab is not None and not apply_log:
+        pytest.skip("the mean of a sample needs all of it")
     source = write_tiny(tmp_path / "npy", train=7, validation=1, format_name="npy", size=size)
     root = tmp_path / "packed"
     convert(source, root, "packed", workers=1, codec=preset)
     options = {"batch_size": batch_size, "apply_log": apply_log}
-    cpu, gpu = open_loader(root, "cpu", **options), open_loader(root, "cuda:0", **options)
-    half = torch.zeros(batch_size, size, size, size, 4, dtype=torch.float16, device="cuda")
+    cpu, gpu = (open_loader(root, device, slab, **options) for device in ("cpu", "cuda:0"))
+    shape = shape_to_read(cpu.split.spec, slab)
+    half = torch.zeros(batch_size, *shape, dtype=torch.float16, device="cuda")
     into = Batch(half.permute(0, 4, 1, 2, 3), torch.zeros(batch_size, 4, device="cuda"), np.arange(0))
     for epoch in range(2):
         for one, other in zip(cpu.batches(epoch), gpu.batches(epoch), strict=True):

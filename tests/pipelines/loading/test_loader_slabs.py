@@ -22,7 +22,7 @@ from pipelines.slab import Slab
 
 SAMPLES, SIZE = 7, 8
 
-IN_PART = ["npy"]
+IN_PART = ["npy", "packed"]
 """Formats of which parts can be read."""
 
 

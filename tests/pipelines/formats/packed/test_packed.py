@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import reference_packed_reader as reference
-from helpers import tiny_sample
+from helpers import slab_of, slabs, tiny_sample
 from reference_packed_reader import LZ4, STORED, TABLE, ZSTD, write_version_2
 from reference_packed_reader import write as build
 
 from pipelines.dataset.open import open_path
-from pipelines.errors import AccessError, DataError
-from pipelines.formats.packed.decode import open_packed, read_slices
+from pipelines.errors import ConfigError, DataError
+from pipelines.formats.packed.decode import open_packed, open_slab
 from pipelines.formats.packed.distinct import tabulate
 from pipelines.formats.packed.encode import PRESETS, UNCOMPRESSED, encode, encode_rows
 from pipelines.formats.packed.format import MEMBER_SUFFIX
@@ -27,6 +28,7 @@ from pipelines.formats.packed.header import escape_planes
 from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample, SampleSpec
+from pipelines.slab import Slab
 
 PATH = Path("shard_000000.tar/universe_0000.packed")
 
@@ -149,72 +151,92 @@ def test_blocks_longer_than_their_inflated_content_are_read() -> None:
     np.testing.assert_array_equal(found.counts.reshape(4, -1, 4), np.array(TABLE, np.int16)[rows])
 
 
-RANGES = [(0, 1), (0, 16), (5, 9), (7, 8), (15, 16), (8, 16), (1, 2)]
+def read_part(content: bytes, slab: Slab, size: int, *, read: list[range] | None = None) -> npt.NDArray[Any]:
+    """Decode `slab` of a packed sample; add what is read of it to `read`."""
+
+    def read_bytes(offset: int, length: int) -> bytes:
+        if read is not None:
+            read.append(range(offset, offset + length))
+        return content[offset : offset + length]
+
+    return open_slab(PATH, read_bytes, len(content), SampleSpec(size), slab).decode()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("chunk_voxels", [100, 256, 512, 1000, 4096])
-def test_slices_are_read_without_the_other_chunks(preset: str, chunk_voxels: int, tmp_path: Path) -> None:
-    # Chunks of less than a slice, of one, of two, and of other lengths; with escapes and without.
+@pytest.mark.parametrize("chunk_voxels", [100, 256, 512, 1000, 3000, 4096])
+def test_slabs_are_read_without_the_other_chunks(preset: str, chunk_voxels: int) -> None:
+    # Chunks of less than a plane, of one, of two, and of other lengths; with escapes and without.
     for sample in (tiny_sample(6, 16), reference.samples()["all equal"]):
         first_piece, *chunks = encode(sample, preset, chunk_voxels=chunk_voxels)
-        content, path = b"".join((first_piece, *chunks)), tmp_path / "many"
-        path.write_bytes(bytes(1024) + content + b"another one")
-        for first, stop in RANGES:
-            np.testing.assert_array_equal(read_slices(path, first, stop, 1024), sample.counts[first:stop])
-        for damaged in {0, len(chunks) // 2, len(chunks) - 1}:
-            broken = bytearray(content)
-            broken[len(first_piece) + len(b"".join(chunks[:damaged]))] ^= 1
-            path.write_bytes(bytes(1024) + broken + b"another one")
-            for first, stop in RANGES:
-                # Only its own slices notice.
-                if first * 256 < (damaged + 1) * chunk_voxels and stop * 256 > damaged * chunk_voxels:
+        content = b"".join((first_piece, *chunks))
+        starts = np.cumsum([len(first_piece), *map(len, chunks)]).tolist()
+        for slab in slabs(1, 2, 4, 16):
+            expected = slab_of(sample.counts, slab)
+            read: list[range] = []
+            np.testing.assert_array_equal(read_part(content, slab, 16, read=read), expected)
+            # Every byte at most once: the chunks with these voxels, and what is before the first chunk.
+            voxels = slab_of(np.arange(16**3).reshape(16, 16, 16, 1), slab)[slab.planes(16)[0]]
+            needed = set(np.unique(voxels // chunk_voxels).tolist())
+            assert sum(map(len, read)) == len(first_piece) + sum(len(chunks[number]) for number in needed)
+            for damaged in {0, len(chunks) // 2, len(chunks) - 1}:
+                at = starts[damaged]
+                broken = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+                # Only its own slabs notice.
+                if damaged in needed:
                     with pytest.raises(DataError, match=f"the CRC of chunk {damaged} is wrong") as raised:
-                        read_slices(path, first, stop, 1024)
-                    assert raised.value.path == str(path)
+                        read_part(broken, slab, 16)
+                    assert raised.value.path == str(PATH)
                 else:
-                    np.testing.assert_array_equal(
-                        read_slices(path, first, stop, 1024), sample.counts[first:stop]
-                    )
-        # The same if the file ends before the last chunk.
-        path.write_bytes(bytes(1024) + content[: len(content) - len(chunks[-1])])
-        for first, stop in RANGES:
-            if stop * 256 <= (len(chunks) - 1) * chunk_voxels:
-                np.testing.assert_array_equal(read_slices(path, first, stop, 1024), sample.counts[first:stop])
-            else:
-                with pytest.raises(DataError, match="the CRC of chunk"):
-                    read_slices(path, first, stop, 1024)
+                    np.testing.assert_array_equal(read_part(broken, slab, 16), expected)
 
 
-def test_slices_that_do_not_exist_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.packed").write_bytes(b"".join(encode(tiny_sample(1, 16))))
-    for first, stop in ((-1, 1), (3, 3), (5, 4), (0, 17)):
-        with pytest.raises(DataError, match=f"no D-slices {first} to {stop}"):
-            read_slices(tmp_path / "a.packed", first, stop)
-    with pytest.raises(AccessError):
-        read_slices(tmp_path / "b.packed", 0, 1)
+@pytest.mark.parametrize("chunk_voxels", [1, 2, 8])
+def test_slabs_of_few_voxels_are_read(chunk_voxels: int) -> None:
+    for size in (1, 2):
+        sample = tiny_sample(3, size)
+        content = b"".join(encode(sample, chunk_voxels=min(chunk_voxels, size**3)))
+        for slab in slabs(1, size):
+            np.testing.assert_array_equal(read_part(content, slab, size), slab_of(sample.counts, slab))
 
 
-def test_slices_of_chunks_that_end_after_the_file_are_refused(tmp_path: Path) -> None:
-    path, whole = tmp_path / "a.packed", small([0, 1, 2, 1, 2, 2, 0, 1])
+def test_slabs_of_many_escapes_are_read() -> None:
+    rows = np.concatenate(MANY_ROWS)
+    counts = np.array(MANY, np.int16)[rows].reshape(10, 10, 10, 4)
+    for codecs in ((ZSTD, LZ4, LZ4, ZSTD), (STORED,) * 4):
+        for slab in slabs(1, 2, 5, 10):
+            np.testing.assert_array_equal(read_part(many(codecs=codecs), slab, 10), slab_of(counts, slab))
+
+
+def test_a_chunk_with_the_escapes_of_another_is_noticed_in_a_slab() -> None:
+    symbols = np.zeros(1000, np.int64)
+    symbols[[3, 40, 600, 900]] = 255
+    for escapes in ([[0, 7, 1], [1]], [[0], [1, 2, 3]]):
+        content = build(MANY, [symbols[:500], symbols[500:]], size=10, escapes=escapes)
+        for slab in slabs(1, 2, 5):
+            with pytest.raises(DataError, match="escapes"):
+                read_part(content, slab, 10)
+
+
+def test_chunks_that_end_after_the_sample_are_refused() -> None:
     for codec in CODECS:
         # The checksum is that of the bytes that are there.
         start = len(small([0] * 8, codecs=(0, codec), blocks={(0, 0): b""}))
         cut = small([0, 1, 2, 1, 2, 2, 0, 1], codecs=(0, codec))[start:-1]
-        lengths = {(0, 2): len(cut) + 1}
-        path.write_bytes(small([0] * 8, codecs=(0, codec), blocks={(0, 0): cut}, directory=lengths))
-        with pytest.raises(DataError, match="the symbols of chunk 0 do not inflate"):
-            read_slices(path, 0, 2)
-    path.write_bytes(whole)
-    assert read_slices(path, 0, 2).shape == (2, 2, 2, 4)
+        content = small([0] * 8, codecs=(0, codec), blocks={(0, 0): cut}, directory={(0, 2): len(cut) + 1})
+        with pytest.raises(DataError, match=f"has {len(content)} bytes; its chunks end at"):
+            read_part(content, Slab(0, 2, True), 2)
 
 
-def test_slices_compare_the_checksums_of_their_chunks(tmp_path: Path) -> None:
-    path = tmp_path / "a.packed"
-    path.write_bytes(small(directory={(1, 0): 5}))
-    assert read_slices(path, 0, 1).shape == (1, 2, 2, 4)
+def test_slabs_compare_the_checksums_of_their_chunks() -> None:
+    content = small(directory={(1, 0): 5})
     with pytest.raises(DataError, match="the CRC of chunk 1 is wrong"):
-        read_slices(path, 1, 2)
+        read_part(content, Slab(0, 1, False), 2)
+
+
+def test_parts_of_a_sample_of_version_2_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"preprocess.convert -i SRC -o DST --to packed") as raised:
+        read_part(write_version_2(TABLE, [[0, 1, 2, 1], [2, 2, 0, 1]], size=2), Slab(0, 2, True), 2)
+    assert raised.value.key == "parallel.spatial"
 
 
 @pytest.mark.parametrize(
@@ -430,7 +452,5 @@ def test_version_2_is_read(planes: int, tmp_path: Path) -> None:
     found = read(content, SampleSpec(8))
     np.testing.assert_array_equal(found.counts, expected)
     np.testing.assert_array_equal(found.target, np.array([0.1, 0.2, 0.3, 0.4], np.float32))
-    (tmp_path / "a").write_bytes(b"before" + content + b"after")
-    np.testing.assert_array_equal(read_slices(tmp_path / "a", 3, 6, 6), expected[3:6])
     with pytest.raises(DataError, match="the other samples have"):
         read(content, SampleSpec(16))
