@@ -42,7 +42,7 @@ class Mesh:
         axes = [index, index, torch.arange(size // 2 + 1, dtype=torch.float64)]
         shapes = [(-1, 1, 1), (1, -1, 1), (1, 1, -1)]
         waves = [axis.reshape(shape) for axis, shape in zip(axes, shapes, strict=True)]
-        self.square: torch.Tensor = sum(wave**2 for wave in waves).to(torch.int64)
+        self.square: torch.Tensor = sum(wave**2 for wave in waves).to(torch.int32)
         """|n|^2 of each mode, whose wave number is 2 pi |n| / size; (size, size, size // 2 + 1)."""
         # The derivative of the Nyquist mode is not a real field, so it is set to 0.
         self._waves = [
@@ -57,40 +57,48 @@ class Mesh:
             window = window * torch.sinc(wave / size) ** 4
         self._force = (self._inverse_square / window).float()
 
-    def displacement(self, modes: torch.Tensor) -> torch.Tensor:
-        """Return the curl-free field (3, size, size, size) whose divergence is minus the field of `modes`."""
-        return self._gradient(modes * self._inverse_square)
+    def potential(self, modes: torch.Tensor) -> torch.Tensor:
+        """Return the argument of `component` for the curl-free field with minus the divergence of `modes`."""
+        return (modes * self._inverse_square).mul_(1j)
+
+    def component(self, potential: torch.Tensor, axis: int) -> torch.Tensor:
+        """Return one component (size, size, size) of a curl-free field; see `potential`."""
+        return torch.fft.irfftn(self._waves[axis] * potential, s=self._shape)
 
     def second_order(self, modes: torch.Tensor) -> torch.Tensor:
-        """Return psi2 of 2LPT (3, size, size, size) for the linear overdensity of `modes`.
+        """Return the modes of div psi2 of 2LPT, for the linear overdensity of `modes`.
 
         div psi2 = sum over i < j of (f_ii f_jj - f_ij^2), f_ij the second derivatives of the
         potential (Bouchet et al. 1995, A&A 296, 575).
         """
         potential = -modes * self._inverse_square
-        second = {
-            (i, j): torch.fft.irfftn(-self._waves[i] * self._waves[j] * potential, s=self._shape)
-            for i, j in itertools.combinations_with_replacement(range(3), 2)
-        }
+
+        def second(i: int, j: int) -> torch.Tensor:
+            return torch.fft.irfftn(-self._waves[i] * self._waves[j] * potential, s=self._shape)
+
+        diagonal = [second(axis, axis) for axis in range(3)]
         source = torch.zeros(self._shape)
         for i, j in itertools.combinations(range(3), 2):
-            source += second[i, i] * second[j, j] - second[i, j] ** 2
-        return -self.displacement(torch.fft.rfftn(source))
+            source += diagonal[i] * diagonal[j] - second(i, j) ** 2
+        return torch.fft.rfftn(source)
 
-    def acceleration(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return A of the module's docstring at the particles; positions and result (3, particles)."""
-        # Mass is assigned to the points at which the force is interpolated, so they are computed once.
-        corners = [self._corners(block) for block in positions.split(_BLOCK, dim=1)]
+    def accelerations(self, positions: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield A of the module's docstring at the particles, (3, block); positions (3, particles)."""
         density = torch.zeros(self.size**3)
-        for points, weights in corners:
+        for block in positions.split(_BLOCK, dim=1):
+            points, weights = self._corners(block)
             density.index_add_(0, points.flatten(), weights.flatten())
-        modes = torch.fft.rfftn(density.reshape(self._shape))
-        field = self._gradient(modes * self._force).reshape(3, -1).T.contiguous()
-        forces = [
-            torch.nn.functional.embedding_bag(points, field, per_sample_weights=weights, mode="sum")
-            for points, weights in corners
-        ]
-        return torch.cat(forces).T.contiguous()
+        potential = torch.fft.rfftn(density.reshape(self._shape)).mul_(self._force).mul_(1j)
+        del density
+        field = torch.empty(self.size**3, 3)
+        for axis in range(3):
+            field[:, axis] = self.component(potential, axis).flatten()
+        del potential
+        # The points are computed again: those of all particles take 64 bytes each.
+        for block in positions.split(_BLOCK, dim=1):
+            points, weights = self._corners(block)
+            force = torch.nn.functional.embedding_bag(points, field, per_sample_weights=weights, mode="sum")
+            yield force.T
 
     def count(self, positions: torch.Tensor) -> npt.NDArray[np.int16]:
         """Return the number of particles in each voxel, (size, size, size), for positions (3, particles).
@@ -100,8 +108,10 @@ class Mesh:
         show 8% too little of the largest scales. With the offset the effect of the voxels' edges on the mean
         count cancels to first order of their Fourier series.
         """
-        x, y, z = self._wrap((positions + _LATTICE_OFFSET).round()).to(torch.int32)
-        cells = (x * self.size + y) * self.size + z
+        cells = torch.empty(positions.shape[1], dtype=torch.int32)
+        for block, out in zip(positions.split(_BLOCK, dim=1), cells.split(_BLOCK), strict=True):
+            x, y, z = self._wrap((block + _LATTICE_OFFSET).round()).to(torch.int32)
+            torch.add((x * self.size + y) * self.size, z, out=out)
         counts = torch.bincount(cells, minlength=self.size**3)
         assert int(counts.max()) <= np.iinfo(np.int16).max
         return counts.to(torch.int16).reshape(self._shape).numpy()
@@ -109,10 +119,6 @@ class Mesh:
     @property
     def _shape(self) -> tuple[int, int, int]:
         return (self.size, self.size, self.size)
-
-    def _gradient(self, modes: torch.Tensor) -> torch.Tensor:
-        rotated = 1j * modes
-        return torch.stack([torch.fft.irfftn(wave * rotated, s=self._shape) for wave in self._waves])
 
     def _wrap(self, whole: torch.Tensor) -> torch.Tensor:
         """Map whole numbers, as floats, into 0 to size - 1; much faster than an integer modulo."""
@@ -123,14 +129,17 @@ class Mesh:
         floor = positions.floor()
         upper = positions - floor
         weight = (1.0 - upper, upper)
-        index = tuple(self._wrap(floor + side).to(torch.int32) for side in (0, 1))
-        points = torch.empty(positions.shape[1], 8, dtype=torch.int32)
-        weights = torch.empty(positions.shape[1], 8)
-        for corner, (i, j, k) in enumerate(itertools.product((0, 1), repeat=3)):
-            plane = (index[i][0] * self.size + index[j][1]) * self.size
-            torch.add(plane, index[k][2], out=points[:, corner])
-            torch.mul(weight[i][0] * weight[j][1], weight[k][2], out=weights[:, corner])
-        return points, weights
+        index = [self._wrap(floor + side).to(torch.int32) for side in (0, 1)]
+        planes = [axes[0] * self.size**2 for axes in index]
+        rows = [axes[1] * self.size for axes in index]
+        points = torch.empty(positions.shape[1], 2, 2, 2, dtype=torch.int32)
+        weights = torch.empty(positions.shape[1], 2, 2, 2)
+        for i, j in itertools.product((0, 1), repeat=2):
+            point, product = planes[i] + rows[j], weight[i][0] * weight[j][1]
+            for k in (0, 1):
+                torch.add(point, index[k][2], out=points[:, i, j, k])
+                torch.mul(product, weight[k][2], out=weights[:, i, j, k])
+        return points.flatten(1), weights.flatten(1)
 
 
 @functools.lru_cache(maxsize=1)
@@ -169,29 +178,42 @@ def evolve(
 ) -> Iterator[npt.NDArray[np.int16]]:
     """Yield counts (size, size, size) at those of the `times` that `record` marks, in order.
 
-    The first time is reached by 2LPT, each later one by one step.
+    The first time is reached by 2LPT, each later one by one step. `modes` are freed on the way. The largest
+    demand for memory is 70 bytes for each particle; docs/simulator.md lists them.
     """
     grid = mesh(modes.shape[0])
-    axis = torch.arange(grid.size, dtype=torch.float32)
-    lattice = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")).reshape(3, -1)
-    first = grid.displacement(modes).reshape(3, -1)
-    second = grid.second_order(modes).reshape(3, -1)
     now = times[0]
-    positions = lattice + now.first * first + now.second * second
-    velocities = first + now.slope * second
+    lattice = torch.meshgrid(*[torch.arange(grid.size, dtype=torch.float32)] * 3, indexing="ij")
+    first, second = grid.potential(modes), grid.potential(grid.second_order(modes))
+    del modes
+    positions, velocities = torch.empty(2, 3, grid.size**3)
+    for axis, (x, v) in enumerate(zip(positions, velocities, strict=True)):
+        v[:] = grid.component(first, axis).flatten()
+        torch.add(lattice[axis].flatten(), now.first * v, out=x)
+        minus_psi2 = grid.component(second, axis).flatten()
+        x -= now.second * minus_psi2
+        v -= now.slope * minus_psi2
+    del first, second, minus_psi2
     if record[0]:
         yield grid.count(positions)
     for end, wanted in zip(times[1:], record[1:], strict=True):
         length = end.first - now.first
         half = now.first + length / 2.0
         alpha = kick_weight(now, end)
-        positions += length / 2.0 * velocities
-        velocities *= alpha
-        velocities += (1.0 - alpha) / half * grid.acceleration(positions)
-        positions += length / 2.0 * velocities
+        _drift(positions, velocities, length / 2.0)
+        for v, force in zip(velocities.split(_BLOCK, dim=1), grid.accelerations(positions), strict=True):
+            v *= alpha
+            v += (1.0 - alpha) / half * force
+        _drift(positions, velocities, length / 2.0)
         now = end
         if wanted:
             yield grid.count(positions)
+
+
+def _drift(positions: torch.Tensor, velocities: torch.Tensor, length: float) -> None:
+    """Move the particles, one axis at a time."""
+    for x, v in zip(positions, velocities, strict=True):
+        x += length * v
 
 
 def step_redshifts(redshifts: Sequence[float], steps: int) -> tuple[tuple[float, ...], tuple[bool, ...]]:

@@ -18,7 +18,7 @@ from pipelines.sample import ALL_SPLITS, PARAMETERS, REDSHIFTS, Sample, SplitNam
 from preprocess.simulator.cosmology import Cosmology, PowerSpectrum, draw_target, growth
 from preprocess.simulator.nbody import evolve, linear_modes, step_redshifts
 
-SIZES = (32, 64, 128, 256)
+SIZES = (32, 64, 128, 256, 512)
 _MAX_MESH = 1024
 _MAX_CROPS = 8
 
@@ -86,11 +86,13 @@ def simulate_universe(
     cosmology = Cosmology.from_target(target)
     mesh = config.size * config.crops
     box = mesh * config.voxel * cosmology.H_0 / PARAMETERS[3].mean
-    modes = linear_modes(PowerSpectrum(cosmology), mesh, box, rng)
     order = sorted(range(len(REDSHIFTS)), key=lambda channel: -REDSHIFTS[channel])
     stops, recorded = step_redshifts([REDSHIFTS[channel] for channel in order], config.steps)
     counts = np.empty((mesh, mesh, mesh, len(REDSHIFTS)), dtype=np.int16)
+    modes = linear_modes(PowerSpectrum(cosmology), mesh, box, rng)
     snapshots = evolve(modes, growth(cosmology.omega_m, stops), recorded)
+    # `evolve` frees them.
+    del modes
     for channel, snapshot in zip(order, snapshots, strict=True):
         counts[..., channel] = snapshot
     corners = itertools.product(range(0, mesh, config.size), repeat=3)
