@@ -21,9 +21,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.samples import framed
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.formats.tf_example import encode_example
-from pipelines.formats.tfrecord import frame
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice, plan_epoch
@@ -125,7 +124,7 @@ class PlainGzip(Dataset[Item]):
     def __init__(self, split: SampleDataset) -> None:
         sample = split.read(0)
         self._split, self._target = split, sample.target.copy()
-        self._start = frame(encode_example(sample)).index(sample.counts.tobytes())
+        self._start = framed(sample).index(sample.counts.tobytes())
 
     def __len__(self) -> int:
         return len(self._split)

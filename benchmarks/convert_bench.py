@@ -31,10 +31,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
-from benchmarks.samples import compressed, simulated
+from benchmarks.samples import compressed, framed, simulated
 from pipelines.formats.registry import FORMATS
-from pipelines.formats.tf_example import encode_example
-from pipelines.formats.tfrecord import frame
 
 TARGETS = {"cpu_ms": 40.0, "packed_cpu_ms": 90.0, "cpu_saving": 3.0, "speed": 5.0}
 """Targets for 128^3 on two cores: maximum CPU time in ms per file to .npy and to packed, and for .npy minimum
@@ -89,7 +87,7 @@ def project_converter(source: Path, target: Path, to: str) -> None:
 def plain(source: Path, target: Path, size: int) -> None:
     """Convert in a straightforward loop, with a known offset of the counts in the record."""
     sample = simulated(0, size)
-    start = frame(encode_example(sample)).index(sample.counts.tobytes())
+    start = framed(sample).index(sample.counts.tobytes())
     target.mkdir()
     for path in sorted(source.iterdir()):
         with gzip.open(path) as file:

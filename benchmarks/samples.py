@@ -52,9 +52,14 @@ def chosen_samples(options: argparse.Namespace) -> list[Sample]:
     return [split.read(index) for index in range(min(options.samples, len(split)))]
 
 
+def framed(sample: Sample) -> bytes:
+    """Return `sample` as a TFRecord."""
+    return b"".join(frame(encode_example(sample)))
+
+
 def compressed(sample: Sample) -> bytes:
     """Return `sample` as a gzip TFRecord of zlib's default level, like the published files."""
-    return gzip.compress(frame(encode_example(sample)), _PUBLISHED_LEVEL, mtime=0)
+    return gzip.compress(framed(sample), _PUBLISHED_LEVEL, mtime=0)
 
 
 KINDS = (*FORMATS, *(f"packed_{preset}" for preset in PRESETS if preset != DEFAULT_PRESET))

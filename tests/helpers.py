@@ -26,6 +26,7 @@ from forked import Forked
 
 from pipelines.dataset.open import open_path
 from pipelines.formats.registry import FORMATS
+from pipelines.formats.tfrecord import frame
 from pipelines.sample import Sample
 from pipelines.slab import Slab
 
@@ -57,6 +58,11 @@ def slabs(*counts: int) -> list[Slab]:
         for index in range(count)
         for periodic in (False, True)
     ]
+
+
+def framed(*record: bytes | memoryview) -> bytes:
+    """A TFRecord of `record`, given in pieces."""
+    return b"".join(frame([*record]))
 
 
 def read_sample(path: Path) -> Sample:

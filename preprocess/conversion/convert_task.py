@@ -55,10 +55,11 @@ def _members(dataset: SampleDataset, codec: str) -> Iterator[tuple[str, Iterator
     errors: list[DataError] = []
     for index in range(len(dataset)):
         try:
-            sample = dataset.read(index, verify=True)
+            # Not named: the counts are freed when they are encoded, and not when the next ones are there.
+            encoded = encode(dataset.read(index, verify=True), codec)
         except DataError as error:
             errors.append(error)
         else:
-            yield dataset.sample_id(index) + MEMBER_SUFFIX, encode(sample, codec)
+            yield dataset.sample_id(index) + MEMBER_SUFFIX, encoded
     if errors:
         raise DamagedSourceError(errors, len(dataset))

@@ -112,7 +112,7 @@ def test_samples_are_reproducible_and_compressed_as_published() -> None:
     np.testing.assert_array_equal(samples.simulated(1, 32).counts, sample.counts)
     assert not np.array_equal(samples.simulated(2, 32).counts, sample.counts)
     np.testing.assert_allclose(sample.counts.mean(axis=(0, 1, 2)), 1.0, rtol=1e-6)
-    assert gzip.decompress(samples.compressed(sample)) == frame(encode_example(sample))
+    assert gzip.decompress(samples.compressed(sample)) == b"".join(frame(encode_example(sample)))
 
 
 def test_interrupted_set_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

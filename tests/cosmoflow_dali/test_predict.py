@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import DATA, Done, config_file, inline_workers, program, tiny_sample, write_tiny
+from helpers import DATA, Done, config_file, framed, inline_workers, program, tiny_sample, write_tiny
 
 from pipelines.formats.packed.encode import encode
 from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tf_example import encode_example
-from pipelines.formats.tfrecord import TFRecord, frame
+from pipelines.formats.tfrecord import TFRecord
 from pipelines.io import write_file
 from pipelines.sample import UNKNOWN_TARGET, Sample
 
@@ -74,8 +74,8 @@ def nan_in_tfrecord_gzip(folder: Path) -> Path:
 
 def tfrecord_without_y(folder: Path) -> Path:
     # A map entry of another key is a feature that is not read.
-    record = encode_example(tiny_sample(1)).replace(b"\n\x01y", b"\n\x01z")
-    return write_file(folder / "a.tfrecord", frame(record)).path
+    record = b"".join(encode_example(tiny_sample(1))).replace(b"\n\x01y", b"\n\x01z")
+    return write_file(folder / "a.tfrecord", framed(record)).path
 
 
 def tfrecord_with_other_labels(folder: Path) -> Path:

@@ -15,8 +15,11 @@ from pipelines.formats.packed.gather_cpu import ESCAPE
 _ITEM = 8
 """Bytes of a voxel that distinct.c compares: int16 at four redshifts."""
 
+_PIECE = 1 << 16
+"""Voxels that get their rows at a time."""
 
-def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.unsignedinteger]]:
+
+def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint32]]:
     """Return the distinct voxels of `counts` (D, H, W, C), and each voxel's row among them.
 
     Returns:
@@ -24,7 +27,7 @@ def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.
         the start. The others follow by the smallest power of two that is not below their frequency; those of
         one power, and equally frequent ones among the first, are sorted by their counts, the last channel
         first. That compresses the table better than an exact order by frequency, which only a symbol needs.
-        The row of each voxel (voxels,), uint16 if the table has up to 65,536 rows, otherwise uint32.
+        The row of each voxel (voxels,) uint32.
     """
     voxels = np.ascontiguousarray(counts).reshape(-1, counts.shape[-1])
     fast = _compiled is not None and voxels.strides[0] == _ITEM
@@ -33,10 +36,13 @@ def tabulate(counts: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int16], npt.
     others = order[ESCAPE:]
     power = np.frexp(frequency[others] - 1)[1]
     order[ESCAPE:] = others[np.lexsort((*table[others].T, -power))]
-    rank = np.empty(len(order), np.uint16 if len(order) <= 1 << 16 else np.uint32)
+    rank = np.empty(len(order), np.uint32)
     rank[order] = np.arange(len(order))
-    # Mode "wrap" is faster, as it checks no bounds.
-    return table[order], np.take(rank, rows, mode="wrap")
+    for start in range(0, len(rows), _PIECE):
+        # NumPy makes an int64 index of the piece. Mode "wrap" is faster, as it checks no bounds.
+        piece = rows[start : start + _PIECE]
+        np.take(rank, piece, out=piece, mode="wrap")
+    return table[order], rows
 
 
 def _find(voxels: npt.NDArray[np.int16]) -> tuple[npt.NDArray[Any], ...]:
@@ -60,7 +66,7 @@ def _find_numpy(voxels: npt.NDArray[np.int16]) -> tuple[npt.NDArray[Any], ...]:
         table = distinct[:, None].view(np.int16)
     else:
         table, rows, frequency = np.unique(voxels, axis=0, return_inverse=True, return_counts=True)
-    return table, rows.reshape(-1), frequency
+    return table, rows.reshape(-1).astype(np.uint32), frequency
 
 
 _POINTER = ctypes.c_void_p

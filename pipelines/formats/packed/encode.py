@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import crc32c
 import lz4.block
@@ -24,12 +24,15 @@ from pipelines.formats.packed.header import (
 )
 from pipelines.sample import Sample, SampleSpec
 
+Block: TypeAlias = bytes | memoryview
+"""Consecutive bytes of a packed sample."""
+
 
 class Compressor(NamedTuple):
     """A codec, and a function that makes its blocks."""
 
     codec: Codec
-    compress: Callable[[bytes], bytes]
+    compress: Callable[[Block], bytes]
 
 
 class Preset(NamedTuple):
@@ -83,7 +86,7 @@ UNCOMPRESSED = Preset(1 << 16, _stored, _stored)
 def encode(
     sample: Sample, preset: str = DEFAULT_PRESET, *, chunk_voxels: int | None = None
 ) -> Iterator[bytes]:
-    """Encode `sample`, yielding the bytes in pieces.
+    """Encode `sample`, yielding the bytes in pieces; its counts are not needed from the first piece on.
 
     Args:
         preset: a key of PRESETS.
@@ -105,31 +108,44 @@ def encode_rows(
     """Encode a sample of `size`^3 that is given by its `table` (rows, C) and the row of each voxel."""
     voxels = size**3
     step = min(preset.chunk_voxels, voxels)
-    starts = np.arange(0, voxels, step)
-    escaped = np.flatnonzero(rows >= ESCAPE) if len(table) > SYMBOLS else np.empty(0, np.intp)
-    symbols = np.minimum(rows, ESCAPE).astype(np.uint8)
-    escapes = (rows[escaped] - ESCAPE).astype("<u4").view(np.uint8).reshape(-1, 4).T
-    bounds = [*np.searchsorted(escaped, starts).tolist(), len(escaped)]
+    bounds = [*range(0, voxels, step), voxels]
+    symbols, escapes = np.empty(voxels, np.uint8), []
+    # Chunk by chunk, as an index of all escapes would be larger than the symbols.
+    for first, stop in itertools.pairwise(bounds):
+        piece = rows[first:stop]
+        np.minimum(piece, ESCAPE, out=symbols[first:stop], casting="unsafe")
+        escaped = piece[piece >= ESCAPE] if len(table) > SYMBOLS else piece[:0]
+        escapes.append((escaped - ESCAPE).astype("<u4").view(np.uint8).reshape(-1, 4))
     table_planes = table.astype("<i2").view(np.uint8).reshape(*table.shape, 2).transpose(2, 1, 0)
     rest = preset.rest()
     planes = [
         _compress(rest, [table_planes.tobytes()]),
-        _compress(preset.symbols(), [symbols[start : start + step].tobytes() for start in starts]),
+        _compress(preset.symbols(), [symbols[first:stop].data for first, stop in itertools.pairwise(bounds)]),
     ]
-    for plane in escapes[: escape_planes(len(table))]:
-        pieces = [plane[first:stop].tobytes() for first, stop in itertools.pairwise(bounds)]
-        planes.append(_compress(rest, pieces))
+    planes += [
+        _compress(rest, [escaped[:, plane].tobytes() for escaped in escapes])
+        for plane in range(escape_planes(len(table)))
+    ]
     codecs, ((table_block,), *columns) = zip(*planes, strict=True)
-    chunks = [b"".join(blocks) for blocks in zip(*columns, strict=True)]
-    crcs, lengths = map(crc32c.crc32c, chunks), [list(map(len, blocks)) for blocks in columns]
-    directory = np.array([list(crcs), np.diff(bounds), *lengths], "<u4").T
-    sums = crc32c.crc32c(b"".join(chunks)), int(symbols.sum(dtype=np.uint64)) % BYTE_SUM_MODULUS
+    chunks = list(zip(*columns, strict=True))
+    crcs, lengths = map(_checksum, chunks), [list(map(len, blocks)) for blocks in columns]
+    directory = np.array([list(crcs), list(map(len, escapes)), *lengths], "<u4").T
+    chunks_crc = _checksum(itertools.chain.from_iterable(chunks))
+    byte_sum = int(symbols.sum(dtype=np.uint64)) % BYTE_SUM_MODULUS
     spec = SampleSpec(size, table.shape[1])
-    yield pack_header(spec, step, len(table), codecs, target, directory, table_block, *sums)
-    yield from chunks
+    yield pack_header(spec, step, len(table), codecs, target, directory, table_block, chunks_crc, byte_sum)
+    yield from map(b"".join, chunks)
 
 
-def _compress(compressor: Compressor, pieces: list[bytes]) -> tuple[Codec, list[bytes]]:
+def _checksum(blocks: Iterable[Block]) -> int:
+    """Return the CRC-32C of `blocks` one after the other."""
+    crc = 0
+    for block in blocks:
+        crc = crc32c.crc32c(block, crc)
+    return crc
+
+
+def _compress(compressor: Compressor, pieces: Sequence[Block]) -> tuple[Codec, Sequence[Block]]:
     """Compress each of `pieces` that has any bytes; leave them as they are if that is shorter."""
     blocks = [compressor.compress(piece) if piece else b"" for piece in pieces]
     shorter = sum(map(len, blocks)) < sum(map(len, pieces))

@@ -58,12 +58,13 @@ def write_shard(
     def blocks() -> Iterator[bytes]:
         offset = 0
         for name, pieces in members:
-            content = b"".join(pieces)
-            written.append(TarMember(name, offset + _BLOCK, len(content)))
+            content = list(pieces)
+            length = sum(map(len, content))
+            written.append(TarMember(name, offset + _BLOCK, length))
             yield _header(path, written[-1])
-            yield content
-            yield bytes(-len(content) % _BLOCK)
-            offset += _BLOCK + len(content) + -len(content) % _BLOCK
+            yield from content
+            yield bytes(-length % _BLOCK)
+            offset += _BLOCK + length + -length % _BLOCK
         yield bytes(2 * _BLOCK)
 
     shard = write_stream(path, blocks())

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import reference_packed_reader as reference
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
-from helpers import read_sample, tiny_sample
+from helpers import framed, read_sample, tiny_sample
 
 from pipelines.dataset.file_lists import ListedFile, read_list, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
@@ -38,7 +38,6 @@ from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import clear_handle_cache, read_members, write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tf_example import encode_example
-from pipelines.formats.tfrecord import frame
 from pipelines.sample import Sample, SampleSpec
 from preprocess.conversion.hdf5_task import crops, universe_shape
 
@@ -164,11 +163,11 @@ def fuzz(
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_records_with_sound_crcs(tmp_path: Path) -> None:
-    original, path = encode_example(tiny_sample(1, size=2)), tmp_path / "a.tfrecord"
+    original, path = b"".join(encode_example(tiny_sample(1, size=2))), tmp_path / "a.tfrecord"
 
     def write(chance: random.Random) -> Callable[[], Sample]:
         record = mutated(original, chance, near=32)
-        path.write_bytes(frame(record))
+        path.write_bytes(framed(record))
         return lambda: by_protobuf(record)
 
     read, refused = fuzz(path, write)
@@ -179,7 +178,7 @@ def test_records_with_sound_crcs(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_containers(tmp_path: Path) -> None:
-    original, path = frame(encode_example(tiny_sample(1, size=2))), tmp_path / "a.tfrecord"
+    original, path = framed(*encode_example(tiny_sample(1, size=2))), tmp_path / "a.tfrecord"
 
     def write(chance: random.Random) -> Callable[[], Sample]:
         content = mutated(original, chance, near=16)
@@ -197,7 +196,10 @@ def test_containers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_gzip_streams(tmp_path: Path) -> None:
-    original, path = gzip.compress(frame(encode_example(tiny_sample(1, size=2)))), tmp_path / "gzip.tfrecord"
+    original, path = (
+        gzip.compress(framed(*encode_example(tiny_sample(1, size=2)))),
+        tmp_path / "gzip.tfrecord",
+    )
 
     def write(chance: random.Random) -> Callable[[], Sample]:
         content = mutated(original, chance, near=12)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import program, read_sample, tiny_sample, write_tiny
+from helpers import framed, program, read_sample, tiny_sample, write_tiny
 
 from pipelines.dataset.manifest import Manifest
 from pipelines.dataset.open import open_folder
@@ -19,7 +19,6 @@ from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tf_example import encode_example
-from pipelines.formats.tfrecord import frame
 from pipelines.sample import Sample
 from preprocess.conversion.engine import run_conversion
 from preprocess.convert import plan_conversion
@@ -28,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("inline_workers")
 
 STEM = "universe_0001_000"
 SAMPLE = tiny_sample(1)
-EXAMPLE = encode_example(SAMPLE)
-RECORD = frame(EXAMPLE)
+EXAMPLE = b"".join(encode_example(SAMPLE))
+RECORD = framed(EXAMPLE)
 COUNTS_AT = RECORD.index(SAMPLE.counts.tobytes())
 
 
@@ -42,12 +41,12 @@ def flipped(content: bytes, at: int) -> bytes:
 
 def with_target(values: list[float]) -> bytes:
     """A sound record of a sample whose target is `values`."""
-    return frame(encode_example(Sample(SAMPLE.counts, np.array(values, np.float32))))
+    return framed(*encode_example(Sample(SAMPLE.counts, np.array(values, np.float32))))
 
 
 def without(feature: bytes) -> bytes:
     """A record with sound CRCs that calls `feature` something else."""
-    return frame(EXAMPLE.replace(b"\n\x01" + feature, b"\n\x01q"))
+    return framed(EXAMPLE.replace(b"\n\x01" + feature, b"\n\x01q"))
 
 
 RECORDS: dict[str, tuple[bytes, str | None]] = {
@@ -64,7 +63,7 @@ RECORDS: dict[str, tuple[bytes, str | None]] = {
     "cut before the last CRC": (RECORD[:-4], "is cut off"),
     "two records": (RECORD + RECORD, "holds more than one record"),
     "x of odd length": (
-        frame(encode_example(Sample(SAMPLE.counts[:, :, 1:], SAMPLE.target))),
+        framed(*encode_example(Sample(SAMPLE.counts[:, :, 1:], SAMPLE.target))),
         "feature x has",
     ),
     "x is missing": (without(b"x"), "feature x is 0 byte strings"),
@@ -74,11 +73,11 @@ RECORDS: dict[str, tuple[bytes, str | None]] = {
     "y is beyond its range": (with_target([0, 1.5, 0, 0]), None),
     # Messages one behind the other are merged: that is protobuf's rule.
     "extra features": (
-        frame(EXAMPLE + EXAMPLE.replace(b"\n\x01x", b"\n\x01q").replace(b"\n\x01y", b"\n\x01r")),
+        framed(EXAMPLE + EXAMPLE.replace(b"\n\x01x", b"\n\x01q").replace(b"\n\x01y", b"\n\x01r")),
         None,
     ),
     "a count below zero": (
-        frame(encode_example(Sample(SAMPLE.counts - np.int16(9), SAMPLE.target))),
+        framed(*encode_example(Sample(SAMPLE.counts - np.int16(9), SAMPLE.target))),
         "a count is -9",
     ),
 }

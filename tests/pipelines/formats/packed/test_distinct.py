@@ -35,7 +35,7 @@ def check(counts: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
     expected[255:] = sorted(expected[255:], key=lambda item: (-(item[1] - 1).bit_length(), item[0][::-1]))
     assert table.dtype == np.int16 and [tuple(row) for row in table.tolist()] == [row for row, _ in expected]
     np.testing.assert_array_equal(table[rows], counts.reshape(-1, counts.shape[-1]))
-    assert rows.shape == (len(voxels),) and rows.dtype == (np.uint16 if len(table) <= 65536 else np.uint32)
+    assert rows.shape == (len(voxels),) and rows.dtype == np.uint32
     return table
 
 

@@ -71,7 +71,10 @@ def test_the_reference_reader_reads_what_was_written_and_so_does_ours(name: str)
     for preset in PRESETS:
         check(b"".join(encode(sample, preset)), sample)
     table, rows = tabulate(sample.counts)
-    check(b"".join(encode_rows(table, rows, len(sample.counts), sample.target, UNCOMPRESSED)), sample)
+    content = b"".join(encode_rows(table, rows, len(sample.counts), sample.target, UNCOMPRESSED))
+    check(content, sample)
+    chunks = np.split(rows.astype(np.int64), range(1 << 16, len(rows), 1 << 16))
+    assert content == build(table, chunks, size=len(sample.counts), target=tuple(sample.target.tolist()))
 
 
 @pytest.mark.parametrize("chunk_voxels", [1, 16, 100, 255, 256, 257, 1000, 4095, 4096, 4097, 1 << 20])
