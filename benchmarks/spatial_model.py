@@ -115,7 +115,7 @@ class Cost:
         compute: Of a sample, forward and backward.
         copies: Copying the inputs of blocks between the received planes, and the gradients back.
         halos: Exchanging planes and their gradients.
-        gather: Gathering the volume and its gradient's adjoint.
+        gather: Gathering the volume, and summing its gradients; in the open network, averaging means too.
         norms: All-reduces of batch normalization over all ranks.
         symmetry: Exchange of what the turned and shifted slab needs.
         saved: What an overlap of the exchange with the convolution of inner planes would save.
@@ -270,16 +270,25 @@ def _overlapped(part: Part, machine: Machine, rate: float, samples: float, excha
 
 
 def _gather(machine: Machine, network: Network, parts: list[Part], group: int, width: float) -> float:
-    """Return the seconds of the gather and of its adjoint, a reduce-scatter: together a ring all-reduce."""
+    """Return the seconds of joining the slabs or of averaging their means, forward and backward."""
     if group == 1:
         return 0.0
     whole = next((part.block for part in parts if math.prod(part.cuts) == 1), None)
-    last = network.blocks[-1]
-    voxels = last.filters * (last.edge // 2) ** 3 if whole is None else whole.inputs * whole.edge**3
+    last, seconds = network.blocks[-1], 0.0
+    if whole is not None or not network.is_open:
+        volume = last.filters * (last.edge // 2) ** 3 if whole is None else whole.inputs * whole.edge**3
+        # An all-gather is half of a ring; the backward pass is an all-reduce.
+        seconds += 1.5 * _ring(machine, group, volume * width) + 2 * machine.call
+    if network.is_open:
+        seconds += 2 * (_ring(machine, group, last.filters * 2 * width) + machine.call)
+    return seconds
+
+
+def _ring(machine: Machine, group: int, size: float) -> float:
+    """Return the seconds of a ring all-reduce of `size` bytes in a group."""
     inside = min(group, machine.gpus)
-    between = model.ring(group // inside, voxels * width / inside, machine.network, machine.latency)
-    within = model.ring(inside, voxels * width, machine.nvlink, machine.nvlink_latency)
-    return within + between + 2 * machine.call
+    between = model.ring(group // inside, size / inside, machine.network, machine.latency)
+    return model.ring(inside, size, machine.nvlink, machine.nvlink_latency) + between
 
 
 def _turn(machine: Machine, network: Network, part: Part, group: int, width: float) -> float:

@@ -125,16 +125,18 @@ def gains(machine: Machine, stages: Stages, network: Network, spatial: Sequence[
 def draw(machine: Machine, stages: Stages, kind: Kind, spatial: Sequence[int], path: Path) -> None:
     """Draw the gain by GPUs that share a sample, a line for each size of samples, to `path`."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter
 
     with plot_style():
         figure = Figure(figsize=(7, 4), layout="constrained", dpi=110)
         axes = figure.subplots()
         for size in SIZES:
             found = gains(machine, stages, network_of(kind, size), spatial)
-            axes.loglog(
-                list(found), list(found.values()), marker="o", base=2, label=f"{size}\N{SUPERSCRIPT THREE}"
-            )
-        axes.loglog(spatial, spatial, color=INK, linestyle=":", linewidth=1, label="as many times as GPUs")
+            axes.plot(list(found), list(found.values()), marker="o", label=f"{size}\N{SUPERSCRIPT THREE}")
+        axes.plot(spatial, spatial, color=INK, linestyle=":", linewidth=1, label="as many times as GPUs")
+        for axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+            set_scale("log", base=2)
+            axis.set_major_formatter(FormatStrFormatter("%g"))
         axes.set_xlabel("GPUs that share each sample")
         axes.set_ylabel("speed relative to one GPU a sample")
         axes.legend()
