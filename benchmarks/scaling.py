@@ -144,27 +144,29 @@ def show_cut_runs() -> None:
 
 def compare_splits(machine: Machine, stages: Stages, options: argparse.Namespace) -> list[Split]:
     """Print and return the splits that the options ask for; `options.nodes` are those of a training."""
-    network = network_of(options.model, options.size)
-    batches = options.batch or (sorted(model.EPOCHS) if options.size == 128 else [64])
-    # Epochs to the target are known at 128^3 alone; otherwise an epoch is compared.
-    epochs = {
-        batch: 1.0 if options.batch or options.size != 128 else model.EPOCHS[batch] for batch in batches
-    }
-    found = [
-        each
-        for nodes in options.nodes
-        for each in splits(machine, stages, network, nodes=nodes, epochs=epochs, spatial=options.spatial)
-    ]
-    if not found:
+    show_cut_runs()
+    every = []
+    for size in options.size:
+        network = network_of(options.model, size)
+        # Epochs to the target are known at 128^3 alone; otherwise an epoch is compared.
+        epochs = (
+            model.EPOCHS if size == 128 and not options.batch else dict.fromkeys(options.batch or [64], 1.0)
+        )
+        counts = (
+            splits(machine, stages, network, nodes=nodes, epochs=epochs, spatial=options.spatial)
+            for nodes in options.nodes
+        )
+        found = [each for some in counts for each in some]
+        print(f"\n{options.model} network, {size}^3, {network.weights:,} weights")
+        show_splits(found)
+        every += found
+    if not every:
         shared = " ".join(map(str, options.spatial))
         remedy = "must divide the GPUs of a number of nodes into groups that divide the batch evenly"
         raise ConfigError("--spatial", shared, remedy)
-    show_cut_runs()
-    print(f"\n{options.model} network, {options.size}^3, {network.weights:,} weights")
-    show_splits(found)
     if options.plot:
         draw(machine, stages, options.model, options.spatial, options.plot)
-    return found
+    return every
 
 
 def show_strict(checks: Sequence[Check]) -> None:
@@ -234,7 +236,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--spatial", type=harness.positive, nargs="+", metavar="S", help="GPUs that share a sample"
     )
-    parser.add_argument("--size", type=int, choices=SIZES, default=128, help="of samples, with --spatial")
+    parser.add_argument(
+        "--size", type=int, nargs="+", choices=SIZES, default=[128], help="of samples, with --spatial"
+    )
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="picture of the gain by groups, with --spatial"
     )

@@ -49,7 +49,7 @@ class Part(NamedTuple):
     """A block as a rank computes it, on `extent` voxels; `cuts` are 1 after the gather."""
 
     block: Block
-    extent: tuple[int, int, int]
+    extent: tuple[int, ...]
     cuts: Cuts
 
 
@@ -98,8 +98,7 @@ class Network:
         for block in self.blocks:
             if any(cut > 1 and block.edge // cut % 2 for cut in cuts):
                 cuts = (1, 1, 1)
-            first, second, third = (block.edge // cut for cut in cuts)
-            parts.append(Part(block, (first, second, third), cuts))
+            parts.append(Part(block, tuple(block.edge // cut for cut in cuts), cuts))
         return parts
 
 
@@ -141,7 +140,8 @@ def passes(part: Part, fill: float, *, first: bool) -> tuple[float, float, float
     A convolution with fewer than `fill` outputs takes the time of so many. The gradient of the data includes
     the received planes; the first block has none.
     """
-    voxels, padded = math.prod(part.extent), math.prod(_padded(part))
+    padded = math.prod(size + 2 * (cut > 1) for size, cut in zip(part.extent, part.cuts, strict=True))
+    voxels = math.prod(part.extent)
     product = 54.0 * part.block.inputs * part.block.filters
     data = 0.0 if first else product * max(padded, fill / part.block.inputs)
     return product * max(voxels, fill / part.block.filters), data, product * voxels
@@ -243,10 +243,6 @@ def cut_stages(stages: Stages, found: Cost, size: int, group: int) -> Stages:
     share = read_share(size, group) * (size / 128) ** 3
     forward = stages.forward + (1 - BACKWARD) * (found.compute - stages.compute)
     return Stages(found.compute, forward, stages.decode * share, stages.read * share, found.exchange)
-
-
-def _padded(part: Part) -> list[int]:
-    return [size + 2 * (cut > 1) for size, cut in zip(part.extent, part.cuts, strict=True)]
 
 
 def _send(machine: Machine, group: int, size: float) -> float:

@@ -108,7 +108,7 @@ def show_splits(found: Sequence[Split]) -> None:
             f"{1e3 * each.samples * inside.compute:7.2f}",
             *(f"{1e3 * part:7.3f}" for part in parts),
             f"{1e3 * one.exposed:10.2f} {each.rate:9.1f} {inside.saved / one.step:7.1%}",
-            f"{one.train / 60:9.2f}{' *' if each in best else ''}",
+            f"{one.train / 60:9.3f}{' *' if each in best else ''}",
         )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,6 +33,10 @@ from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenConfig
 from cosmoflow_dali.models.reference import ReferenceConfig
 from pipelines.errors import ConfigError
+from pipelines.formats.packed.decode import open_packed, open_slab
+from pipelines.formats.packed.encode import encode
+from pipelines.sample import Sample, SampleSpec
+from pipelines.slab import Slab
 
 MACHINE = model_validation.NODES["H100"]
 STAGES = Stages(compute=0.004, forward=0.003)
@@ -173,6 +179,19 @@ def test_rank_reads_the_chunks_of_its_slab(size: int, group: int, chunks: int) -
     table = 0.025
     assert read_share(size, group) == pytest.approx(table + (1 - table) * chunks / (size**3 / 65_536))
     assert read_share(size, group) >= 1 / group + 2 * (group > 1) / size
+
+
+@pytest.mark.parametrize("group", [4, 8])
+def test_share_of_chunks_is_that_of_the_reader(group: int) -> None:
+    counts = np.random.default_rng(0).poisson(1.0, (64, 64, 64, 4)).astype(np.int16)
+    content = b"".join(encode(Sample(counts, np.zeros(4, np.float32))))
+    spec, path = SampleSpec(64, 4), Path("sample")
+    chunks = [
+        len(open_slab(path, lambda at, size: content[at : at + size], len(content), spec, slab).chunks)
+        for slab in (Slab(index, group, periodic=True) for index in range(group))
+    ]
+    whole = len(open_packed(path, content).chunks)
+    assert read_share(64, group) == pytest.approx(0.025 + 0.975 * max(chunks) / whole)
 
 
 def test_compute_must_exceed_what_a_step_does_once() -> None:
