@@ -12,7 +12,7 @@ from benchmarks.scaling_model import Forecast, Job, Machine, Stages
 from benchmarks.spatial_model import Cost, Network, cost, cut_stages
 from cosmoflow_dali.models.open import OpenConfig
 from cosmoflow_dali.models.reference import ReferenceConfig
-from cosmoflow_dali.reporting.plot_style import INK, plot_style
+from cosmoflow_dali.reporting.plot_style import INK, SERIES, plot_style
 
 SIZES = 128, 256, 512
 """Edges of samples in voxels."""
@@ -130,9 +130,15 @@ def draw(machine: Machine, stages: Stages, kind: Kind, spatial: Sequence[int], p
     with plot_style():
         figure = Figure(figsize=(7, 4), layout="constrained", dpi=110)
         axes = figure.subplots()
-        for size in SIZES:
+        for size, color in zip(SIZES, SERIES, strict=False):
             found = gains(machine, stages, network_of(kind, size), spatial)
-            axes.plot(list(found), list(found.values()), marker="o", label=f"{size}\N{SUPERSCRIPT THREE}")
+            axes.plot(
+                list(found),
+                list(found.values()),
+                marker="o",
+                color=color,
+                label=f"{size}\N{SUPERSCRIPT THREE}",
+            )
         axes.plot(spatial, spatial, color=INK, linestyle=":", linewidth=1, label="as many times as GPUs")
         for axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
             set_scale("log", base=2)
