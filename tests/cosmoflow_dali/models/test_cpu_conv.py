@@ -79,3 +79,55 @@ def test_pairs_are_used_where_they_fill_a_register(
     monkeypatch.setattr(functional, "conv3d", record)
     conv3d(torch.zeros(1, 4, 4, 4, 4), torch.zeros(filters, 4, 3, 3, 3), None, padding=(1, 1, 1))
     assert strides == [stride]
+
+
+@pytest.mark.parametrize("padding", [(0, 0, 0), (1, 1, 1), (0, 1, 1)])
+@pytest.mark.parametrize(("channels", "filters"), [(3, 16), (16, 4)])
+@pytest.mark.parametrize("depth", [4, 10])
+def test_halves_of_a_single_sample_equal_the_whole(
+    depth: int, channels: int, filters: int, padding: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = torch.Generator().manual_seed(depth)
+
+    def integers(*shape: int) -> torch.Tensor:
+        # Sums of few small integers are exact in float32.
+        values = torch.randint(-4, 5, shape, generator=random).float()
+        return values.contiguous(memory_format=torch.channels_last_3d) if values.ndim == 5 else values
+
+    volume, weight, bias = (
+        integers(1, channels, depth, 6, 8),
+        integers(filters, channels, 3, 3, 3),
+        integers(filters),
+    )
+    exact = [each.double().requires_grad_() for each in (volume, weight, bias)]
+    expected = functional.conv3d(exact[0], exact[1], exact[2], padding=padding)
+    grad_output = integers(*expected.shape)
+    expected_gradients = torch.autograd.grad(expected, exact, grad_output.double())
+    torch_conv3d, batches = functional.conv3d, set()
+
+    def record(volume: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        batches.add(len(volume))
+        return torch_conv3d(volume, *others, **options)
+
+    monkeypatch.setattr(functional, "conv3d", record)
+    found = conv3d(volume, weight, bias, padding=padding)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    gradients = conv3d_backward(grad_output, volume, weight, padding=padding, output_mask=[True] * 3)
+    for one, other in zip([found, *gradients], [expected, *expected_gradients], strict=True):
+        assert one is not None and torch.equal(one.double(), other)
+    assert batches == {2}
+    grad_input, grad_weight, grad_bias = conv3d_backward(
+        grad_output, volume, weight, padding=padding, output_mask=[False, True, False]
+    )
+    assert grad_input is None and grad_bias is None and grad_weight is not None
+    assert torch.equal(grad_weight.double(), expected_gradients[1])
+
+
+def test_halves_are_used_where_torch_does_without_onednn() -> None:
+    backends = []
+    for rows in (cpu_conv.NATIVE_ROWS, cpu_conv.NATIVE_ROWS + 4 * 128):
+        volume, weight = torch.empty(1, 4, rows // (4 * 128), 128, 8), torch.empty(32, 4, 3, 3, 3)
+        ones, zeros = [1] * 3, [0] * 3
+        chosen = torch._C._select_conv_backend(volume, weight, None, ones, zeros, ones, False, zeros, 1)
+        backends.append(chosen.name)
+    assert backends == ["Slow3d", "Mkldnn"]
