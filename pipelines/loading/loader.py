@@ -12,7 +12,7 @@ import functools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, TypeAlias
 
@@ -41,10 +41,12 @@ class _InFlightStep(NamedTuple):
 
     Attributes:
         upcoming: Sample indices of this step and of the later ones of its epoch, (steps, B).
+        on_read: For each sample the decoder's callback.
         reads: For each sample the index that was read (see `Reader.payload`) and its payload.
     """
 
     upcoming: Indices
+    on_read: Sequence[OnRead]
     reads: list[Future[tuple[int, Payload]]]
 
 
@@ -95,6 +97,8 @@ class Loader:
         skips = config.on_bad_sample == "skip"
         if slab is not None and skips and agree is None:
             raise ValueError("ranks that share samples cannot skip damaged ones without agreeing on them")
+        # Unless samples are skipped, all ranks read the planned ones.
+        self._agree = agree if skips else None
         self._reader = Reader(
             split, config.on_bad_sample, direct_io=config.direct_io, apply_log=config.apply_log, slab=slab
         )
@@ -204,6 +208,8 @@ class Loader:
                 if not self._reading:
                     self._read_ahead()
                 step = self._reading[0]
+                if self._agree is not None:
+                    self._read_the_same(step, self._agree)
                 self._decoder.submit([read.result()[1] for read in step.reads], step.upcoming)
                 self._decoding.append(self._reading.popleft())
             volume = self._decoder.next(into)
@@ -220,14 +226,29 @@ class Loader:
             self._reading.append(self._start_reading(next(self._planned)))
 
     def _start_reading(self, upcoming: Indices) -> _InFlightStep:
-        samples = zip(upcoming[0].tolist(), self._decoder.reserve(), strict=True)
-        return _InFlightStep(upcoming, [self._readers.submit(self._read, *sample) for sample in samples])
+        on_read = self._decoder.reserve()
+        samples = zip(upcoming[0].tolist(), on_read, strict=True)
+        reads = [self._readers.submit(self._read, *sample) for sample in samples]
+        return _InFlightStep(upcoming, on_read, reads)
 
-    def _read(self, index: int, on_read: OnRead) -> tuple[int, Payload]:
-        """Read one sample, in a reader thread; see `_InFlightStep.reads`."""
-        read, payload = self._reader.payload(index)
+    def _read(self, index: int, on_read: OnRead, ahead: int = 0) -> tuple[int, Payload]:
+        """Read one sample, in a reader thread; see `_InFlightStep.reads` and `Reader.payload`."""
+        read, payload = self._reader.payload(index, ahead)
         on_read(payload)
         return read, payload
+
+    def _read_the_same(self, step: _InFlightStep, agree: Agree) -> None:
+        """Read samples of `step` again where another rank has skipped more, until all ranks have the same."""
+        planned = step.upcoming[0]
+        while True:
+            read = np.array([read.result()[0] for read in step.reads])
+            ahead = (read - planned) % max(1, len(self.split))
+            furthest, least = np.split(agree(np.concatenate([ahead, -ahead])), 2)
+            if (furthest == -least).all():
+                return
+            for row in np.flatnonzero(ahead < furthest).tolist():
+                sample = int(planned[row]), step.on_read[row], int(furthest[row])
+                step.reads[row] = self._readers.submit(self._read, *sample)
 
     def _batch(self, volume: torch.Tensor, step: _InFlightStep, into: Batch | None) -> Batch:
         """Return the batch of `step`: its decoded `volume`, with targets and indices."""

@@ -56,11 +56,12 @@ class Reader:
         """Return sample `index`; None if it is skipped."""
         return self._unless_damaged(index, self._read_sample)
 
-    def payload(self, index: int) -> tuple[int, Payload]:
+    def payload(self, index: int, ahead: int = 0) -> tuple[int, Payload]:
         """Return the index and payload of sample `index` or, if that is skipped, of the next valid one.
 
         Args:
             index: Sample to read; -1 for a padding payload.
+            ahead: Number of samples from `index` on that another rank has skipped.
 
         Raises:
             DataError: The samples of more than MAX_CONSECUTIVE_BAD consecutive files are damaged; that of
@@ -74,14 +75,18 @@ class Reader:
             files.add(self.split.files(candidate)[-1])
             if tried == total or len(files) > MAX_CONSECUTIVE_BAD:
                 break
-            payload = self._unless_damaged(candidate, self._read_payload)
+            payload = self._unless_damaged(candidate, self._read_payload) if tried >= ahead else None
             if payload is not None:
                 return candidate, payload
         try:
-            return index, self._read_payload(index)
+            payload = self._read_payload(index)
         except DataError as error:
             fault = f"{error.fault} (unusable samples in a row: {tried})"
             raise DataError(error.path, fault, error.remedy) from error
+        if ahead:
+            fault = f"another rank cannot use its part of it (unusable samples in a row: {tried})"
+            raise DataError(self.split.path(index), fault, "fix the files that the ranks have skipped")
+        return index, payload
 
     @functools.cached_property
     def _padding_payload(self) -> Payload:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers import slab_of, slabs, write_tiny
+from helpers import slab_of, slabs, tiny_sample, write_tiny
 
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_folder
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, DataError
+from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Agree, Loader
@@ -37,6 +42,9 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SampleDataset]
     return made
 
 
+Row: TypeAlias = tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
 def load(
     split: SampleDataset,
     slab: Slab | None,
@@ -44,13 +52,14 @@ def load(
     agree: Agree | None = None,
     ragged: Ragged = "drop",
     epochs: int = 1,
+    skipped: set[str] | None = None,
     **config: Any,
-) -> list[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-    """Index, volume (D, H, W, C) and target of each row."""
+) -> list[Row]:
+    """Index, volume (D, H, W, C) and target of each row; adds the samples left out to `skipped`."""
     loader = Loader(
         split,
         LoaderConfig(batch_size=2, **config),
-        rank_slice=RankSlice(1, 2),
+        rank_slice=RankSlice(),
         seed=9,
         shuffle=True,
         ragged=ragged,
@@ -67,6 +76,8 @@ def load(
         ]
     finally:
         loader.close()
+        if skipped is not None:
+            skipped.update(loader.skipped)
 
 
 @pytest.mark.parametrize("direct_io", [False, True])
@@ -114,19 +125,105 @@ def test_the_command_that_makes_samples_readable_in_part_is_named(splits: dict[s
         load(splits["tfrecord"], Slab(0, 2, True))
 
 
-def test_damage_in_the_slab_alone_is_named(tmp_path: Path) -> None:
-    root = write_tiny(tmp_path, train=4, validation=1, size=SIZE)
-    split = open_folder(root / "train")
-    path = split.path(2)
-    content = bytearray(path.read_bytes())
-    # A negative count in plane 5.
-    content[128 + 5 * SIZE**2 * 8 + 1] = 0x80
-    path.write_bytes(content)
-    for slab in slabs(2, 4):
-        planes = range(slab.index * SIZE // slab.count - 1, (slab.index + 1) * SIZE // slab.count + 1)
+def write_damaged(root: Path, format_name: str, faults: dict[int, int]) -> Path:
+    """Write `SAMPLES` samples into `root`, of which those in `faults` are damaged in one plane."""
+    root.mkdir(exist_ok=True)
+    for index in range(SAMPLES):
+        sample, plane = tiny_sample(index, SIZE), faults.get(index)
+        if format_name == "npy":
+            if plane is not None:
+                sample.counts[plane, 0, 0, 0] = -1
+            FORMATS["npy"].write(root, str(index), sample)
+            continue
+        # A chunk for each plane.
+        start, *chunks = encode(sample, chunk_voxels=SIZE**2)
+        if plane is not None:
+            chunks[plane] = bytes([chunks[plane][0] ^ 1]) + chunks[plane][1:]
+        write_shard(root / f"{index}.tar", [(f"{index}.packed", [start, *chunks])])
+    return root
+
+
+@pytest.mark.parametrize("slab", slabs(1, 2, 4), ids=str)
+@pytest.mark.parametrize("format_name", IN_PART)
+def test_damage_is_noticed_in_the_slab_alone(format_name: str, slab: Slab, tmp_path: Path) -> None:
+    plane = 5
+    split = open_folder(write_damaged(tmp_path / "data", format_name, {3: plane}))
+    planes = slab_of(np.arange(SIZE).reshape(-1, 1, 1, 1), slab)
+    if plane not in planes:
+        load(split, slab, ragged="pad")
+        return
+    with pytest.raises(DataError) as raised:
+        load(split, slab, ragged="pad")
+    assert raised.value.path == str(split.path(3))
+    assert f"chunk {plane} " in raised.value.fault or format_name == "npy"
+
+
+class Group:
+    """Threads in place of ranks that share samples."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=30)
+        self._values: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)] * size
+
+    def agree(self, rank: int, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """See `Agree`."""
+        self._values[rank] = values
+        self._barrier.wait()
+        found: npt.NDArray[np.int64] = np.max(self._values, axis=0)
+        self._barrier.wait()
+        return found
+
+    def load(self, split: SampleDataset, slab: Slab, skipped: set[str], **options: Any) -> list[Row]:
+        """Load as one of the ranks, with damaged samples skipped; add them to `skipped`."""
+        agree = functools.partial(self.agree, slab.index)
         try:
-            load(split, slab)
-        except Exception as error:
-            assert 5 in planes and getattr(error, "path", None) == str(path)
-        else:
-            assert 5 not in planes
+            return load(split, slab, agree=agree, on_bad_sample="skip", skipped=skipped, **options)
+        except BaseException:
+            self._barrier.abort()
+            raise
+
+
+@pytest.mark.parametrize("ragged", ["drop", "pad"])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("format_name", IN_PART)
+def test_ranks_that_share_samples_skip_the_same(
+    format_name: str, count: int, ragged: Ragged, tmp_path: Path
+) -> None:
+    # Consecutive samples, damaged for one rank or another, up to the last one.
+    split = open_folder(write_damaged(tmp_path / "data", format_name, {1: 0, 2: 7, 3: 1, 6: 6}))
+    whole_skipped: set[str] = set()
+    options: dict[str, Any] = {"ragged": ragged, "epochs": 2}
+    whole = load(split, None, on_bad_sample="skip", skipped=whole_skipped, **options)
+    assert len(whole_skipped) == 4
+    group, skipped = Group(count), [set[str]() for _ in range(count)]
+    ranks = [Slab(index, count, periodic=False) for index in range(count)]
+    with ThreadPoolExecutor(count) as threads:
+        found = list(threads.map(lambda slab: group.load(split, slab, skipped[slab.index], **options), ranks))
+    for slab, rows in zip(ranks, found, strict=True):
+        assert [index for index, *_ in rows] == [index for index, *_ in whole]
+        for (index, volume, target), (_, expected, expected_target) in zip(rows, whole, strict=True):
+            if index >= 0:
+                np.testing.assert_array_equal(volume, slab_of(expected, slab))
+                np.testing.assert_array_equal(target, expected_target)
+    # Each is recorded by the ranks that met the damage.
+    assert set.union(*skipped) == whole_skipped
+    assert {Path(path).name.split("_")[0].split(".")[0] for path in skipped[0]} == {"1", "3"}
+
+
+def test_samples_of_which_every_one_is_damaged_for_some_rank_end_the_run(tmp_path: Path) -> None:
+    split = open_folder(write_damaged(tmp_path / "data", "npy", {}))
+    write_damaged(split.root, "npy", {index: index % 2 * 7 for index in range(SAMPLES)})
+    group = Group(2)
+    with ThreadPoolExecutor(2) as threads:
+        runs = [
+            threads.submit(group.load, split, Slab(index, 2, periodic=False), set()) for index in range(2)
+        ]
+    errors = [run.exception() for run in runs]
+    assert any(isinstance(error, DataError) and "in a row: 7" in error.fault for error in errors)
+
+
+def test_ranks_do_not_agree_where_damage_ends_the_run(splits: dict[str, SampleDataset]) -> None:
+    def agree(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        raise AssertionError
+
+    assert load(splits["npy"], Slab(0, 2, True), agree=agree)
