@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import read_sample, tiny_sample, write_tiny
+from helpers import read_sample, slab_of, slabs, tiny_sample, write_tiny
 
 from pipelines.dataset.file_lists import ListedFile, read_list, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import open_folder, split_dirs
 from pipelines.errors import AccessError, DataError
+from pipelines.formats.packed.decode import PackedSample
+from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import SampleSpec
 
@@ -272,3 +275,33 @@ def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has version 1, not 2") as raised:
         open_folder(tmp_path)
     assert raised.value.path == str(path)
+
+
+def bytes_read() -> int:
+    """What this thread has read so far, by the kernel's count."""
+    return int(Path("/proc/thread-self/io").read_text().split()[1])
+
+
+@pytest.mark.parametrize("format_name", ["npy", "packed"])
+def test_little_more_than_a_slab_is_read(format_name: str, tmp_path: Path) -> None:
+    sample, size = tiny_sample(1, 64), 64
+    if format_name == "npy":
+        FORMATS["npy"].write(tmp_path, "a", sample)
+    else:
+        # A chunk is as much of a sample as those of 128^3 are.
+        write_shard(tmp_path / "a.tar", [("a.packed", encode(sample, chunk_voxels=2 * size**2))])
+    dataset = open_folder(tmp_path)
+    for slab in slabs(2, 4):
+        start = bytes_read()
+        of_the_count = bytes_read() - start
+        start = bytes_read()
+        payload = dataset.payload(0, slab=slab)
+        found = bytes_read() - start - of_the_count
+        if isinstance(payload, PackedSample):
+            apart = payload.header.chunks_start
+            whole = int(dataset.member_extents[0]["bytes"]) - apart
+            np.testing.assert_array_equal(payload.decode(), slab_of(sample.counts, slab))
+        else:
+            apart, whole = 2 * 128 + 4 * 4, dataset.spec.bytes
+            np.testing.assert_array_equal(payload.counts, slab_of(sample.counts, slab))
+        assert 1 / slab.count < (found - apart) / whole < 1 / slab.count + 2 / size + 0.05
