@@ -102,24 +102,27 @@ class _CheckpointedNormBlock(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         channels, parts = len(kernel), split_depth(volume.shape[2] - 2 if halos else volume.shape[2])
         context.halos, context.parts = halos, parts
-        centers, spreads = [], []
-        for part in parts:
+
+        # Functions, so that nothing of a part is left when the next one is computed.
+        def moments(part: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
             wide = _lines(_convolved(wrapped(volume, *part, halos=halos), kernel, scale.dtype))
-            centers.append(channel_mean(wide, channels))
-            wide.sub_(centers[-1].repeat(volume.shape[4]))
-            spreads.append(channel_mean(wide.square_(), channels))
-        center = torch.stack(centers)
-        mean = mean_over_ranks(center.mean(0))
-        variance = mean_over_ranks((torch.stack(spreads) + (center - mean).square()).mean(0))
+            center = channel_mean(wide, channels)
+            wide.sub_(center.repeat(volume.shape[4]))
+            return center, channel_mean(wide.square_(), channels)
+
+        centers, spreads = map(torch.stack, zip(*map(moments, parts), strict=True))
+        mean = mean_over_ranks(centers.mean(0))
+        variance = mean_over_ranks((spreads + (centers - mean).square()).mean(0))
         inverse = torch.rsqrt(variance + eps)
-        pooled = []
-        for part in parts:
+
+        def pooled(part: tuple[int, int]) -> torch.Tensor:
             values = _normalised(wrapped(volume, *part, halos=halos), kernel, mean, inverse)
             active = functional.leaky_relu_(_scaled(values, scale, shift), LEAK)
-            pooled.append(to_rows(average_cells(active)))
+            return to_rows(average_cells(active))
+
         context.save_for_backward(volume, kernel, scale, shift, mean, inverse)
         context.mark_non_differentiable(mean, variance)
-        return torch.cat(pooled, dim=1).permute(0, 4, 1, 2, 3), mean, variance
+        return torch.cat([pooled(part) for part in parts], dim=1).permute(0, 4, 1, 2, 3), mean, variance
 
     @staticmethod
     @once_differentiable
@@ -139,24 +142,29 @@ class _CheckpointedNormBlock(torch.autograd.Function):
             back = torch.ops.aten.leaky_relu_backward(spread, cells, LEAK, False)
             return padded, values, back.view(-1, width * channels)
 
-        grad_scale, grad_shift = torch.zeros_like(scale), torch.zeros_like(shift)
-        for part in parts:
+        def scale_and_shift(part: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
             _, values, back = recompute(*part)
-            grad_shift += channel_mean(back, channels) / len(parts)
-            grad_scale += channel_mean(_lines(values).mul_(back), channels) / len(parts)
+            return channel_mean(_lines(values).mul_(back), channels), channel_mean(back, channels)
+
+        grad_scale, grad_shift = (
+            torch.stack(each).mean(0) for each in zip(*map(scale_and_shift, parts), strict=True)
+        )
         # The rule of `blocks.norm_block`: scale / sigma (g - mean(g) - x mean(g x)).
         slope, of_values = (scale * inverse).repeat(width), mean_over_ranks(grad_scale.clone()).repeat(width)
         constant = mean_over_ranks(grad_shift.clone()).repeat(width)
         grad_kernel = torch.zeros_like(kernel, dtype=scale.dtype)
         mask = [*context.needs_input_grad[:2], False]
         grad_volume = torch.zeros_like(volume) if mask[0] else None
-        for first, last in parts:
-            padded, values, back = recompute(first, last)
+
+        def through_convolution(part: tuple[int, int]) -> tuple[torch.Tensor | None, ...]:
+            padded, values, back = recompute(*part)
             _lines(values).mul_(-of_values).add_(back).sub_(constant).mul_(slope)
+            del back
             grad_values = values.permute(0, 4, 1, 2, 3).to(volume.dtype)
-            grad_padded, grad_weight, _ = conv3d_backward(
-                grad_values, padded, kernel, padding=(0, 0, 0), output_mask=mask
-            )
+            return conv3d_backward(grad_values, padded, kernel, padding=(0, 0, 0), output_mask=mask)
+
+        for first, last in parts:
+            grad_padded, grad_weight, _ = through_convolution((first, last))
             if grad_weight is not None:
                 grad_kernel += grad_weight
             if grad_volume is not None and grad_padded is not None:

@@ -105,7 +105,7 @@ def _is_native(volume: torch.Tensor, padding: Padding) -> bool:
 
 def _halves(volume: torch.Tensor, padding: Padding) -> torch.Tensor:
     """Return what the halves of the output depend on, (2, c, D/2 + 1, H, W), of `volume` padded along D."""
-    padded = functional.pad(volume, (0, 0, 0, 0, padding[0], padding[0]))
+    padded = functional.pad(volume, (0, 0, 0, 0, padding[0], padding[0])) if padding[0] else volume
     middle = padded.shape[2] // 2
     return torch.cat([padded[:, :, : middle + 1], padded[:, :, middle - 1 :]])
 
