@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import scaling_model as model
+from benchmarks.memory_model import peak_bytes
 from benchmarks.recipes import Network as Kind
 from benchmarks.scaling_model import Forecast, Job, Machine, Stages
 from benchmarks.spatial_model import Cost, Network, cost, cut_stages
@@ -28,11 +29,14 @@ class Split:
     Attributes:
         forecast: Its times; `epochs` of the job may be 1.
         cost: Seconds of a step within a group.
+        memory: Bytes of a rank in half precision, one sample at a time: activations, weights, their gradients
+            and the optimizer's numbers.
     """
 
     job: Job
     forecast: Forecast
     cost: Cost
+    memory: float
 
     @property
     def samples(self) -> float:
@@ -79,7 +83,11 @@ def splits(
             found = cost(machine, stages, network, (group, 1, 1), nodes=nodes, samples=samples)
             slab = cut_stages(stages, found, size, group)
             forecast = model.forecast(machine, slab, network.gradients, job)
-            yield Split(job, forecast, found)
+            memory = (
+                peak_bytes(network, (group, 1, 1), width=2)
+                + (16 if network.is_open else 12) * network.weights
+            )
+            yield Split(job, forecast, found, memory)
 
 
 def fastest(found: Iterable[Split]) -> list[Split]:
@@ -97,7 +105,8 @@ def show_splits(found: Sequence[Split]) -> None:
     best = fastest(found)
     print("times of a step in ms; overlap: what it would gain; a star: the fastest training on so many GPUs")
     print(
-        "  GPUs   S batch each    step compute   halos  gather  others all-reduce samples/s overlap       min"
+        "  GPUs   S batch each    step compute   halos  gather  others all-reduce samples/s overlap   GB"
+        "       min"
     )
     for each in found:
         one, inside, job = each.forecast, each.cost, each.job
@@ -108,7 +117,7 @@ def show_splits(found: Sequence[Split]) -> None:
             f"{1e3 * each.samples * inside.compute:7.2f}",
             *(f"{1e3 * part:7.3f}" for part in parts),
             f"{1e3 * one.exposed:10.2f} {each.rate:9.1f} {inside.saved / one.step:7.1%}",
-            f"{one.train / 60:9.3f}{' *' if each in best else ''}",
+            f"{each.memory / 1e9:4.1f} {one.train / 60:9.3f}{' *' if each in best else ''}",
         )
 
 

@@ -45,6 +45,9 @@ def test_step_and_epoch_are_those_of_fewer_larger_samples() -> None:
     parts = found.cost.compute * model.slowest(64) + found.forecast.exposed + found.cost.exchange
     assert found.forecast.step == pytest.approx(parts)
     assert found.rate == pytest.approx(16 / found.forecast.step)
+    # Weights, gradients and momentum beside a quarter of the activations: more than those of the first block.
+    kept = 128 * 512 * 512 * 32 * 2
+    assert 12 * network.weights + kept < found.memory < 12 * network.weights + 4 * kept
 
 
 def test_larger_samples_gain_more_from_more_gpus() -> None:
