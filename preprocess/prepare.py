@@ -1,17 +1,19 @@
-"""Cut HDF5 universes into samples and write them as TFRecords: the reference's prepare step.
+"""Cut HDF5 universes into samples, TFRecords unless --to says otherwise: the reference's prepare step.
 
     python -m preprocess.prepare -i DIR -o DIR --gzip
     mpirun -n 64 python -m preprocess.prepare -i DIR -o DIR --gzip
+    python -m preprocess.prepare -i DIR -o DIR --sample-size 512 --to packed
 
 Every *.hdf5 file below the input folder, also behind symbolic links, is a universe (see
 `preprocess.conversion.hdf5_task`); names that begin with a dot are skipped. Its samples are named
-`<parent folder>_<file name>_<crop>`, and all of them go to `train` or all to `validation`. A run that was
-stopped resumes when the same command is started again.
+`<parent folder>_<file name>_<crop>`, and all of them go to `train` or all to `validation`; packed ones are
+in one shard. A run that was stopped resumes when the same command is started again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from pipelines.dataset.open import first_valid
@@ -20,6 +22,8 @@ from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError
 from pipelines.filesystem import find_files
+from pipelines.formats.packed.format import PackedFormat
+from pipelines.formats.registry import FORMATS
 from pipelines.plan import derive_seed
 from pipelines.sample import SPLITS, SampleSpec
 from preprocess.conversion.engine import ConversionPlan, run
@@ -81,34 +85,47 @@ def plan_preparation(
         raise ConfigError("--sample-size", size, f"does not divide the universe {first} of shape {shape}")
     count = (shape[0] // size) ** 3
     plans = []
+    sharded = format_name == PackedFormat.name
     for split, names in zip(SPLITS, split_universes(list(universes), validation, seed), strict=True):
-        items = [WorkItem(universes[name], [f"{name}_{crop:03d}" for crop in range(count)]) for name in names]
-        samples = [sample for item in items for sample in item.entries]
+        crops = {name: [f"{name}_{crop:03d}" for crop in range(count)] for name in names}
+        items = [
+            WorkItem((universes[name], samples), [name] if sharded else samples)
+            for name, samples in crops.items()
+        ]
         task = CropTask(shape, size, target / split, format_name)
-        spec = SampleSpec(size, shape[3])
-        plans.append(ConversionPlan(target / split, format_name, spec, task, items, samples))
+        spec, all_samples = SampleSpec(size, shape[3]), list(chain.from_iterable(crops.values()))
+        plans.append(
+            ConversionPlan(
+                target / split, format_name, spec, task, items, all_samples, count if sharded else None
+            )
+        )
     return plans
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 if every universe has been cut."""
-    text = "Cut HDF5 universes into samples and write them as TFRecords."
+    text = "Cut HDF5 universes into samples, or take them whole, and write them in any format."
     parser = OneLineParser("preprocess.prepare", text)
     parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder with universes below")
     parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--sample-size", type=int, default=128, help="voxels along each edge of a sample")
-    parser.add_argument("--gzip", action="store_true", help="compress, as the published set is")
+    parser.add_argument("--to", choices=sorted(FORMATS), help="format (default: tfrecord)")
+    parser.add_argument("--gzip", action="store_true", help="--to tfrecord_gzip, as the published set is")
     parser.add_argument("--validation", type=float, default=1 / 9, help="fraction of the universes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw of those")
     parser.add_argument("--workers", type=int, help="processes of each rank (default: two a core)")
     arguments = parser.read(argv)
 
     def make_plans() -> list[ConversionPlan]:
+        if arguments.gzip and arguments.to not in (None, "tfrecord_gzip"):
+            raise ConfigError(
+                "--to", arguments.to, "--gzip stands for tfrecord_gzip: leave one of the two out"
+            )
         return plan_preparation(
             arguments.input_dir,
             arguments.output_dir,
             size=arguments.sample_size,
-            format_name="tfrecord_gzip" if arguments.gzip else "tfrecord",
+            format_name="tfrecord_gzip" if arguments.gzip else arguments.to or "tfrecord",
             validation=arguments.validation,
             seed=arguments.seed,
         )

@@ -17,10 +17,14 @@ from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 
 from pipelines.dataset.manifest import SourceFingerprint
 from pipelines.errors import AccessError, DataError
 from pipelines.filesystem import open_regular, report_unsupported
+from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat
+from pipelines.formats.packed.tar_shard import SHARD_SUFFIX, write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.signatures import recognize_file
 from pipelines.io import WrittenFile
@@ -47,7 +51,7 @@ def universe_shape(path: Path) -> tuple[int, int, int, int]:
 def crops(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Sample]:
     """Yield the samples of `size`^3 of the universe of `shape` at `path`, in C order (axis 0 outermost).
 
-    Holds no more than `size` planes of the universe in memory.
+    Holds `size` planes of the universe in memory, and a sample if that is less than the planes.
 
     Raises:
         DataError: The file cannot be read, is not a universe, or has another shape.
@@ -62,16 +66,28 @@ def crops(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Sample]:
         if not np.issubdtype(dtype, np.integer):
             raise DataError(path, f"{COUNTS} is {dtype}", "expected integers: counts of particles")
         for start in range(0, shape[0], size):
-            with _reading(path):
-                planes = counts[start : start + size]
-            lowest, highest = int(planes.min()), int(planes.max())
-            if lowest < 0 or highest >= COUNT_LIMIT:
-                raise DataError(
-                    path, f"counts run from {lowest} to {highest}", f"expected 0 to {COUNT_LIMIT - 1}"
-                )
+            planes = _read_planes(path, counts, start, size)
             for j, k in itertools.product(range(0, shape[1], size), range(0, shape[2], size)):
-                crop = planes[:, j : j + size, k : k + size]
-                yield Sample(np.ascontiguousarray(crop, dtype=np.int16), target)
+                yield Sample(np.ascontiguousarray(planes[:, j : j + size, k : k + size]), target)
+            # Free them before the next ones are read.
+            del planes
+
+
+def _read_planes(path: Path, counts: h5py.Dataset, start: int, count: int) -> npt.NDArray[np.int16]:
+    """Read `count` planes of the universe at `path` from plane `start` on, and check their range."""
+    planes = np.empty((count, *counts.shape[1:]), np.int16)
+    # A chunk of the file, which HDF5 inflates as a whole, is read once.
+    step = counts.chunks[0] if counts.chunks else 1
+    for first in range(0, count, step):
+        with _reading(path):
+            part = counts[start + first : start + min(first + step, count)]
+        lowest, highest = int(part.min()), int(part.max())
+        if lowest < 0 or highest >= COUNT_LIMIT:
+            raise DataError(
+                path, f"counts run from {lowest} to {highest}", f"expected 0 to {COUNT_LIMIT - 1}"
+            )
+        planes[first : first + step] = part
+    return planes
 
 
 @contextmanager
@@ -138,7 +154,8 @@ def _reading(path: Path) -> Iterator[None]:
 class CropTask:
     """Cut universes of `shape` into samples of `size`^3, as `format_name` in `target`.
 
-    The source of a work item is the path of a universe, its entries are the crops in C order.
+    The source of a work item is the path of a universe and the IDs of its crops, in C order. Its entries are
+    the crops, or one shard of them all.
     """
 
     shape: tuple[int, int, int, int]
@@ -148,13 +165,21 @@ class CropTask:
 
     def __call__(self, item: WorkItem) -> TaskResult:
         """Cut the universe of `item` unless its entries are up to date."""
-        path: Path = item.source
+        path: Path
+        sample_ids: Sequence[str]
+        path, sample_ids = item.source
 
         def convert() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
-            for name, sample in zip(item.entries, crops(path, self.shape, self.size), strict=True):
-                yield name, FORMATS[self.format_name].write(self.target, name, sample)
+            samples = zip(sample_ids, crops(path, self.shape, self.size), strict=True)
+            if self.format_name == PackedFormat.name:
+                (name,) = item.entries
+                members = ((sample_id + MEMBER_SUFFIX, encode(sample)) for sample_id, sample in samples)
+                yield name, write_shard(self.target / (name + SHARD_SUFFIX), members)
+            else:
+                for sample_id, sample in samples:
+                    yield sample_id, FORMATS[self.format_name].write(self.target, sample_id, sample)
 
         # The names are part of the fingerprint: another size of samples gives other ones.
         return convert_if_stale(
-            item, self.target, lambda: SourceFingerprint.from_files(item.entries, [path]), convert
+            item, self.target, lambda: SourceFingerprint.from_files(sample_ids, [path]), convert
         )

@@ -15,8 +15,9 @@ from pipelines.dataset.manifest import Entry
 from pipelines.errors import DataError
 from pipelines.filesystem import is_present
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, sample_members
+from pipelines.formats.packed.tar_shard import read_member
 from pipelines.formats.registry import FORMATS
-from pipelines.io import WrittenFile, read_file
+from pipelines.io import WrittenFile, checksum_file, read_file
 from pipelines.sample import Sample, SampleSpec, is_in_range
 
 
@@ -70,33 +71,35 @@ class VerifyTask:
         missing = (self.folder / (name + suffix) for suffix in expected if suffix not in present)
         result = VerifyResult([Fault("files", f"{path}: is missing; convert it again") for path in missing])
         try:
-            contents = {suffix: read_file(path) for suffix, path in present.items()}
+            # A shard may be larger than the memory: its samples are read one by one.
+            contents = {
+                suffix: b"" if suffix == PackedFormat.suffix else read_file(path)
+                for suffix, path in present.items()
+            }
             entry = result.entry = self._entry(name, contents)
             result.faults += _compare(self.folder, record, entry) if record else ()
             if not result.faults:
-                self._check_samples(entry, contents, result)
+                for path, files in self._samples(entry, contents):
+                    self._check_sample(path, files, result)
         except DataError as error:
             result.faults.append(Fault("content", str(error)))
         return result
 
-    def _check_samples(self, entry: Entry, contents: Mapping[str, bytes], result: VerifyResult) -> None:
-        """Check each sample of `entry` in the `contents` of its files, and add to its `result`."""
+    def _check_sample(self, path: Path, contents: Mapping[str, bytes], result: VerifyResult) -> None:
+        """Check the sample at `path` with these `contents`, and add to the `result` of its entry."""
         format_ = FORMATS[self.format_name]
-        for path, files in self._samples(entry, contents):
-            try:
-                sample = format_.parse(path, files, self.spec)
-            except DataError as error:
-                result.faults.append(Fault("content", str(error)))
-                continue
-            target = tuple(sample.target.tolist())
-            if not is_in_range(sample.target):
-                result.faults.append(
-                    Fault("targets", f"{path}: the target {list(target)} is not within -1 to 1")
-                )
-            if not sample.counts.any():
-                result.empty.append(path)
-            sample_id = path.name.removesuffix(format_.keys[-1])
-            result.samples.append(ValidSample(sample_id, _digest(sample), target))
+        try:
+            sample = format_.parse(path, contents, self.spec)
+        except DataError as error:
+            result.faults.append(Fault("content", str(error)))
+            return
+        target = tuple(sample.target.tolist())
+        if not is_in_range(sample.target):
+            result.faults.append(Fault("targets", f"{path}: the target {list(target)} is not within -1 to 1"))
+        if not sample.counts.any():
+            result.empty.append(path)
+        sample_id = path.name.removesuffix(format_.keys[-1])
+        result.samples.append(ValidSample(sample_id, _digest(sample), target))
 
     def _samples(
         self, entry: Entry, contents: Mapping[str, bytes]
@@ -107,15 +110,17 @@ class VerifyTask:
             yield path, contents
         for file in entry.files:
             for name, offset, length in file.members:
-                yield path / name, {MEMBER_SUFFIX: contents[file.suffix][offset : offset + length]}
+                yield path / name, {MEMBER_SUFFIX: read_member(path, name, offset, length)}
 
     def _entry(self, name: str, contents: Mapping[str, bytes]) -> Entry:
         """Return the record of files with these `contents` by suffix."""
         written = []
         for suffix, content in contents.items():
             path = self.folder / (name + suffix)
-            members = sample_members(path) if suffix == PackedFormat.suffix else ()
-            written.append(WrittenFile(path, len(content), crc32c.crc32c(content), members))
+            if suffix == PackedFormat.suffix:
+                written.append(WrittenFile(path, *checksum_file(path), sample_members(path)))
+            else:
+                written.append(WrittenFile(path, len(content), crc32c.crc32c(content)))
         return Entry.from_written(name, written)
 
 

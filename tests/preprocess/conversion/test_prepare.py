@@ -116,6 +116,61 @@ def test_crops_equal_those_of_numpy_split(tmp_path: Path) -> None:
         np.testing.assert_array_equal(sample.target, target.astype(np.float32))
 
 
+@pytest.mark.parametrize("size", [SIZE, EDGE])
+def test_packed_samples_of_a_universe_are_one_shard(universes: Path, tmp_path: Path, size: int) -> None:
+    arguments = ["-i", str(universes), "--sample-size", str(size)]
+    for form in ("npy", "packed"):
+        assert main([*arguments, "-o", str(tmp_path / form), "--to", form]) == 0
+        assert verify([str(tmp_path / form)]) == 0
+    for split in ("train", "validation"):
+        npy, packed = (open_folder(tmp_path / form / split) for form in ("npy", "packed"))
+        assert len(npy) == len(packed) == {"train": 8, "validation": 1}[split] * (EDGE // size) ** 3
+        for index in range(len(npy)):
+            assert packed.sample_id(index) == npy.sample_id(index)
+            np.testing.assert_array_equal(packed.read(index).counts, npy.read(index).counts)
+    shards = sorted(path.stem for path in (tmp_path / "packed").rglob("*.tar"))
+    assert shards == sorted(find_universes(universes))
+    # A rerun keeps them, and another size of samples is refused.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "packed").rglob("*.tar")}
+    assert main([*arguments, "-o", str(tmp_path / "packed"), "--to", "packed"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    arguments[-1] = "2"
+    with pytest.raises(SystemExit):
+        main([*arguments, "-o", str(tmp_path / "packed"), "--to", "packed"])
+
+
+@pytest.mark.parametrize("chunks", [None, (1, 8, 8, 4), (3, 2, 8, 4), (8, 8, 8, 1)])
+def test_universes_are_read_by_planes_however_they_are_stored(
+    chunks: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    path, whole = tmp_path / "u.hdf5", np.arange(EDGE**3 * 4).reshape(EDGE, EDGE, EDGE, 4)
+    for dtype in (np.int16, np.uint16, np.int64):
+        with h5py.File(path, "w") as file:
+            file.create_dataset("full", data=whole.astype(dtype), chunks=chunks)
+            file["unitPar"] = np.zeros(4)
+        for size in (SIZE, EDGE):
+            first, *_ = found = [sample.counts for sample in crops(path, whole.shape, size)]
+            assert len(found) == (EDGE // size) ** 3 and first.dtype == np.int16
+            np.testing.assert_array_equal(first, whole[:size, :size, :size])
+            np.testing.assert_array_equal(found[-1], whole[-size:, -size:, -size:])
+    # A count that int16 cannot hold is in the last plane.
+    whole[-1, -1, -1, -1] = 1 << 15
+    with h5py.File(path, "w") as file:
+        file.create_dataset("full", data=whole, chunks=chunks)
+        file["unitPar"] = np.zeros(4)
+    with pytest.raises(DataError) as raised:
+        list(crops(path, whole.shape, EDGE))
+    assert raised.value.path == str(path)
+
+
+def test_gzip_and_another_format_are_refused(universes: Path, tmp_path: Path) -> None:
+    arguments = ["-i", str(universes), "-o", str(tmp_path / "out"), "--sample-size", "8", "--gzip", "--to"]
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "npy"])
+    assert end.value.code == 1 and not (tmp_path / "out").exists()
+    assert main([*arguments, "tfrecord_gzip"]) == 0
+
+
 def test_rerun_and_number_of_ranks_change_nothing(universes: Path, tmp_path: Path) -> None:
     def content(root: Path) -> dict[str, str]:
         files = (path for path in sorted(root.rglob("*")) if path.is_file())
