@@ -29,15 +29,19 @@ from preprocess.conversion.convert_task import ConvertTask
 from preprocess.conversion.engine import ConversionPlan, run
 from preprocess.conversion.task_result import WorkItem
 
-SAMPLES_PER_SHARD = 64
-"""120 MB of packed samples of 128^3, and 9,216 shards of the published set."""
+SAMPLES_PER_SHARD, _SHARD_VOXELS = 64, 64 * 128**3
+"""Samples of a shard, and voxels of them all, at most: 120 MB, and 9,216 shards of the published set."""
+
+
+_PROCESS_BYTES, _SAMPLE_COPIES = 100 * 10**6, 3
+"""Memory of a process that converts: the program, and the sample with what is made of it (2.2 measured)."""
 
 
 def plan_conversion(
     source: Path,
     target: Path,
     to: str,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
+    samples_per_shard: int | None = None,
     expected: str | None = None,
     codec: str = DEFAULT_PRESET,
 ) -> ConversionPlan:
@@ -47,7 +51,8 @@ def plan_conversion(
         source: Folder of samples.
         target: Folder that they are converted into.
         to: A key of FORMATS.
-        samples_per_shard: Samples of each shard, in a format that has shards.
+        samples_per_shard: Samples of each shard, in a format that has shards; None for 64, or fewer of more
+            than 128^3 voxels.
         expected: Format that the source must have; None for any.
         codec: A key of PRESETS, for packed samples.
 
@@ -60,13 +65,15 @@ def plan_conversion(
         raise DataError(source, f"holds {dataset.format_name}", remedy)
     refuse_input(target, [source])
     sharded = to == PackedFormat.name
-    size, indices = samples_per_shard if sharded else 1, np.arange(len(dataset))
+    usual = max(1, min(SAMPLES_PER_SHARD, _SHARD_VOXELS // dataset.spec.size**3))
+    size, indices = (samples_per_shard or usual) if sharded else 1, np.arange(len(dataset))
     sources = [dataset.subset(indices[start : start + size]) for start in range(0, len(dataset), size)]
     sample_ids = [dataset.sample_id(index) for index in range(len(dataset))]
     names = [f"shard_{number:06d}" for number in range(len(sources))] if sharded else sample_ids
     items = [WorkItem(source, [name]) for source, name in zip(sources, names, strict=True)]
-    task, shard_size = ConvertTask(target, to, codec), samples_per_shard if sharded else None
-    return ConversionPlan(target, to, dataset.spec, task, items, sample_ids, shard_size)
+    task, shard_size = ConvertTask(target, to, codec), size if sharded else None
+    memory = _PROCESS_BYTES + _SAMPLE_COPIES * dataset.spec.bytes
+    return ConversionPlan(target, to, dataset.spec, task, memory, items, sample_ids, shard_size)
 
 
 def convert(
@@ -75,7 +82,7 @@ def convert(
     to: str,
     *,
     workers: int | None,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
+    samples_per_shard: int | None = None,
     expected: str | None = None,
     codec: str | None = None,
 ) -> int:
@@ -84,7 +91,7 @@ def convert(
     def make_plans() -> list[ConversionPlan]:
         if to not in FORMATS:
             raise ConfigError("--to", to, f"expected one of {', '.join(sorted(FORMATS))}")
-        if samples_per_shard < 1:
+        if samples_per_shard is not None and samples_per_shard < 1:
             raise ConfigError("--samples-per-shard", samples_per_shard, "expected at least one")
         if codec is not None and to != PackedFormat.name:
             raise ConfigError("--codec", codec, f"only --to {PackedFormat.name} has a choice of codecs")
@@ -117,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser("convert", "Convert samples between all formats that the project reads.")
     parser.add_argument("--to", required=True, help="one of " + ", ".join(sorted(FORMATS)))
     parser.add_argument("--workers", type=int, help="processes of each rank (default: two a core)")
-    text = "samples of each shard of packed samples"
-    parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help=text)
+    text = f"samples of each shard of packed samples (default: {SAMPLES_PER_SHARD}, fewer of larger ones)"
+    parser.add_argument("--samples-per-shard", type=int, help=text)
     text = f"compression of packed samples that are written (default: {DEFAULT_PRESET}); see docs/packed.md"
     parser.add_argument("--codec", choices=sorted(PRESETS), help=text)
     arguments = parser.read(argv)

@@ -13,6 +13,7 @@ in one shard. A run that was stopped resumes when the same command is started ag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -94,11 +95,10 @@ def plan_preparation(
         ]
         task = CropTask(shape, size, target / split, format_name)
         spec, all_samples = SampleSpec(size, shape[3]), list(chain.from_iterable(crops.values()))
-        plans.append(
-            ConversionPlan(
-                target / split, format_name, spec, task, items, all_samples, count if sharded else None
-            )
-        )
+        # The program, the planes of a universe that are cut, and a sample with what is made of it.
+        memory = 10**8 + spec.bytes * shape[0] ** 2 // size**2 + 2 * spec.bytes
+        plan = ConversionPlan(target / split, format_name, spec, task, memory, items, all_samples)
+        plans.append(replace(plan, samples_per_shard=count if sharded else None))
     return plans
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipelines.console import print_line
 from pipelines.distributed.cli import OneLineParser, report_errors
-from pipelines.distributed.world import World, available_cores
+from pipelines.distributed.world import World, available_cores, available_memory
 from pipelines.errors import AccessError, ConfigError, DataError, writing, yaml_text
 from pipelines.filesystem import is_empty, read_text
 from pipelines.formats.registry import FORMATS
@@ -27,7 +27,7 @@ from pipelines.io import remove_temporaries, write_file
 from pipelines.sample import ALL_SPLITS, SPLITS, SplitName
 from pipelines.settings import add_flags, build
 from preprocess.conversion.progress import STOPPED, lock_target, track
-from preprocess.conversion.worker_pool import run_tasks
+from preprocess.conversion.worker_pool import fit_workers, run_tasks
 from preprocess.simulator.universe import SimulateConfig, SimulateTask
 
 __all__ = ["SETTINGS", "SimulateConfig", "make_dataset"]
@@ -45,7 +45,8 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
     Args:
         config: Settings of the data set.
         root: Its folder.
-        workers: Number of processes, of one thread each; the files do not depend on it.
+        workers: Number of processes, of one thread each, if they fit into the memory; the files do not
+            depend on it.
         shown: Show the progress, and in the end what was made.
 
     Raises:
@@ -74,6 +75,7 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
             write_file(root / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
             lengths: list[int] = []
             universes = _missing(config, root)
+            workers = fit_workers(workers, config.memory, available_memory(), shown=shown)
             running = run_tasks(SimulateTask(config, root), universes, workers, lock)
             with contextlib.closing(running):
                 for _, written in track(running, len(universes), "simulated", "universe", shown=shown):

@@ -24,7 +24,7 @@ from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import list_folder, open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser, report_errors
-from pipelines.distributed.world import World, available_cores
+from pipelines.distributed.world import World, available_cores, available_memory
 from pipelines.errors import ConfigError, DataError
 from pipelines.filesystem import is_hidden
 from pipelines.formats.registry import FORMATS
@@ -32,7 +32,7 @@ from pipelines.tables import format_table
 from preprocess.conversion.progress import track
 from preprocess.conversion.target import commit, is_unfinished, list_files
 from preprocess.conversion.verify_task import VerifyTask
-from preprocess.conversion.worker_pool import run_tasks
+from preprocess.conversion.worker_pool import fit_workers, run_tasks
 
 CHECKS = ("files", "sizes", "checksums", "content", "targets", "duplicates", "lists")
 _MAX_LINES = 20
@@ -72,6 +72,9 @@ def verify_folder(folder: Path, *, workers: int, shown: bool) -> Report:
     _check_names(report, names)
     _check_lists(report, names)
     task = VerifyTask(folder, report.dataset.format_name, report.dataset.spec)
+    # The program, and a sample with what it is made of.
+    memory = 10**8 + 3 * report.dataset.spec.bytes
+    workers = fit_workers(workers, memory, available_memory(), shown=shown)
     items = ((name, records.get(name)) for name in names)
     with contextlib.closing(run_tasks(task, items, workers)) as results:
         for (name, _), result in track(results, len(names), "checked", "file", shown=shown):

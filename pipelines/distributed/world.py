@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ IN_ORDER = "start equally many ranks on every node, numbered node by node"
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """The hierarchies of control groups, and the groups of this process; see cgroups(7)."""
 
+_MEMINFO = Path("/proc/meminfo")
+
 
 def available_cores() -> int:
     """Return the number of cores this process may use.
@@ -35,29 +38,50 @@ def available_cores() -> int:
     return min([len(os.sched_getaffinity(0)), *(max(1, math.ceil(quota)) for quota in _cpu_quotas())])
 
 
+def available_memory() -> int:
+    """Return the bytes of memory that new processes may take.
+
+    They are those that the node has left, but no more than a container or a batch system grants this process.
+    """
+    available = sys.maxsize
+    with suppress(OSError, KeyError, ValueError):
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        available = 1024 * int(fields["MemAvailable"].split()[0])
+    for group, version in _groups("memory"):
+        with suppress(OSError, ValueError):
+            # No limit is "max" in version 2, and more than any node has in version 1.
+            limit = (group / ("memory.max" if version == 2 else "memory.limit_in_bytes")).read_text()
+            available = min(available, int(limit))
+    return available
+
+
 def _cpu_quotas() -> Iterator[float]:
     """Yield each limit of CPU time of this process's groups and of those around them, in cores."""
+    for group, version in _groups("cpu"):
+        with suppress(OSError, ValueError):
+            if version == 1:
+                quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            else:
+                quota, period = (group / "cpu.max").read_text().split()
+            # No limit is "max" in version 2, and -1 in version 1.
+            if (cores := int(quota) / int(period)) > 0:
+                yield cores
+
+
+def _groups(controller: str) -> Iterator[tuple[Path, int]]:
+    """Yield the folders of this process's groups and of those around them, and the version of their files."""
     try:
         groups = [line.split(":", 2)[1:] for line in _OWN_CGROUPS.read_text().splitlines()]
     except OSError:
         return
     for controllers, path in groups:
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         # Version 2 has one hierarchy without a name. In a container the topmost folder may be the own group.
-        root = _CGROUPS / "cpu" if controllers else _CGROUPS
+        root = _CGROUPS / controller if controllers else _CGROUPS
         folder = root / path.lstrip("/")
         for group in {folder, *(parent for parent in folder.parents if parent.is_relative_to(root)), root}:
-            with suppress(OSError, ValueError):
-                if controllers:
-                    quota, period = (
-                        (group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
-                    )
-                else:
-                    quota, period = (group / "cpu.max").read_text().split()
-                # No limit is "max" in version 2, and -1 in version 1.
-                if (cores := int(quota) / int(period)) > 0:
-                    yield cores
+            yield group, 1 if controllers else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +147,11 @@ class World:
         """Cores for this rank: those that the launcher bound it to, or its share of the node's."""
         cores, ranks = available_cores(), self.local_size + self.other_local_ranks
         return max(1, cores // ranks if cores >= ranks else 1)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that this rank's processes may take: its share of what the node has left."""
+        return available_memory() // (self.local_size + self.other_local_ranks)
 
     @property
     def nodes(self) -> int:

@@ -20,7 +20,7 @@ from preprocess.conversion.progress import STOPPED, lock_target, track
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
 from preprocess.conversion.target import check_folder, commit, reopen
 from preprocess.conversion.task_result import TaskResult, WorkItem
-from preprocess.conversion.worker_pool import run_tasks
+from preprocess.conversion.worker_pool import fit_workers, run_tasks
 
 _WORKERS_PER_CORE = 2
 """While one waits for the disk, another inflates."""
@@ -34,6 +34,7 @@ class ConversionPlan:
     format_name: Format of the samples, a key of FORMATS.
     spec: Shape of every sample.
     task: Converts one item; see `convert_if_stale`.
+    memory: Bytes of memory that a process takes for it, at most.
     items: The sources, each with the entries that it becomes.
     samples: IDs of all samples.
     samples_per_shard: Samples of each shard but the last; None without shards.
@@ -43,6 +44,7 @@ class ConversionPlan:
     format_name: str
     spec: SampleSpec
     task: Callable[[WorkItem], TaskResult]
+    memory: int
     items: Sequence[WorkItem]
     samples: Sequence[str]
     samples_per_shard: int | None = None
@@ -79,7 +81,7 @@ def run_conversion(
     Args:
         plan: What to convert; only rank 0 needs it.
         session: The ranks, all of which call this.
-        workers: Worker processes of each rank.
+        workers: Worker processes of each rank, if they fit into the memory.
         unit: Name of a source in the progress display.
         shown: Show the progress on rank 0.
 
@@ -113,13 +115,14 @@ def run_conversion(
         own = session.scatter(partition)
         entries: list[Entry] = []
         report = ConversionReport()
+        shown = shown and world.is_root
+        workers = fit_workers(workers, own.memory, world.memory, shown=shown)
         failures = ConsecutiveReadFailures()
         with (
             session.own_errors(),
             Journal(own.target, own.format_name, own.spec, world.rank) as journal,
             contextlib.closing(run_tasks(own.task, _begin(own.items, journal), workers, lock)) as running,
         ):
-            shown = shown and world.is_root
             for item, result in track(running, len(own.items), "done", unit, shown=shown):
                 failures.record(result.unreadable)
                 written = {entry.name for entry in result.written}

@@ -22,6 +22,7 @@ from queue import SimpleQueue
 from types import ModuleType
 from typing import Any, TypeVar
 
+from pipelines.console import print_line
 from pipelines.errors import UserError
 from pipelines.filesystem import report_unsupported
 
@@ -95,6 +96,24 @@ def run_tasks(
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
         pool.shutdown(cancel_futures=True)
+
+
+def fit_workers(workers: int, each: int, available: int, *, shown: bool) -> int:
+    """Return `workers`, or as many fewer as fit into the memory, but at least one.
+
+    Args:
+        workers: Number of processes that are wanted.
+        each: Bytes of memory that one of them takes, at most.
+        available: Bytes of memory that they may take.
+        shown: Print a line if they do not fit.
+    """
+    if workers * each <= available:
+        return workers
+    fitting = max(1, available // each)
+    if shown:
+        sizes = f"each needs {each / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available"
+        print_line(f"{fitting} of {workers} worker processes are started: {sizes}", sys.stderr)
+    return fitting
 
 
 class _InheritedDescriptor:

@@ -22,6 +22,9 @@ SIZES = (32, 64, 128, 256, 512)
 _MAX_MESH = 1024
 _MAX_CROPS = 8
 
+_PROGRAM_BYTES, _BYTES_PER_PARTICLE = 300 * 10**6, 72
+"""Memory of a process that simulates, as measured; docs/simulator.md lists what is held."""
+
 _LETTER: dict[SplitName, str] = {"train": "a", "validation": "b", "test": "c"}
 """First letter of a universe's number, so that the names of the splits differ."""
 
@@ -67,6 +70,11 @@ class SimulateConfig:
         check_field(self, "seed", self.seed >= 0, "expected 0 or more")
         known = ", ".join(sorted(FORMATS))
         check_field(self, "format", self.format in FORMATS, f"expected one of {known}")
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that a process takes to simulate a universe, at most."""
+        return _PROGRAM_BYTES + _BYTES_PER_PARTICLE * (self.size * self.crops) ** 3
 
     def sample_ids(self, split: SplitName, universe: int) -> list[str]:
         """IDs of a universe's samples: `<parent dir>_<universe>_<crop>`, as published."""

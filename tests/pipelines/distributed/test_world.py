@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.distributed import world as module
-from pipelines.distributed.world import World, available_cores
+from pipelines.distributed.world import World, available_cores, available_memory
 from pipelines.errors import ConfigError
 
 
@@ -69,6 +69,41 @@ def test_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         World(5, 8, 5, 8, "srun").device("cuda")
 
 
+def write_groups(own: str, files: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `files` by path be those of the control groups, `own` of which are those of this process."""
+    groups = folder / "groups"
+    for name, text in files.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(text + "\n")
+    (folder / "own").write_text(own)
+    monkeypatch.setattr(module, "_CGROUPS", groups)
+    monkeypatch.setattr(module, "_OWN_CGROUPS", folder / "own")
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "megabytes"),
+    [
+        ("0::/\n", {"memory.max": "3000000"}, 3),
+        ("0::/\n", {"memory.max": "max"}, 8),
+        ("0::/slurm/job_7/step_0\n", {"slurm/job_7/memory.max": "2000000", "slurm/memory.max": "max"}, 2),
+        ("4:memory:/docker/3f\n", {"memory/memory.limit_in_bytes": "1000000"}, 1),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, 8),
+        ("4:cpu:/\n", {"memory/memory.limit_in_bytes": "1000000"}, 8),
+        ("", {}, 8),
+    ],
+)
+def test_memory_is_what_is_free_and_no_more_than_the_limit_of_a_container(
+    own: str, files: dict[str, str], megabytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_groups(own, files, tmp_path, monkeypatch)
+    (tmp_path / "meminfo").write_text("MemTotal: 9999999 kB\nMemFree: 1 kB\nMemAvailable:    7812 kB\n")
+    monkeypatch.setattr(module, "_MEMINFO", tmp_path / "meminfo")
+    assert available_memory() == pytest.approx(megabytes * 1e6, rel=1e-3)
+    assert World(1, 4, 1, 2).memory == available_memory() // 2
+    (tmp_path / "meminfo").write_text("MemTotal: 9999999 kB\n")
+    assert available_memory() >= megabytes * 1e6
+
+
 @pytest.mark.parametrize(
     ("own", "files", "cores"),
     [
@@ -93,12 +128,6 @@ def test_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cores_are_no_more_than_the_quota_of_a_container(
     own: str, files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups = tmp_path / "groups"
-    for name, text in files.items():
-        (groups / name).parent.mkdir(parents=True, exist_ok=True)
-        (groups / name).write_text(text + "\n")
-    (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(module, "_CGROUPS", groups)
-    monkeypatch.setattr(module, "_OWN_CGROUPS", tmp_path / "own")
+    write_groups(own, files, tmp_path, monkeypatch)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     assert available_cores() == cores

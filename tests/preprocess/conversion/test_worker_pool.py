@@ -18,7 +18,7 @@ from helpers import ROOT, environment, kill, started_by, wait_until_gone
 from pipelines import filesystem
 from pipelines.distributed.locks import LOCK_FILE
 from pipelines.errors import DataError, UserError
-from preprocess.conversion.worker_pool import run_tasks
+from preprocess.conversion.worker_pool import fit_workers, run_tasks
 
 PARENT = """
 import sys
@@ -110,3 +110,13 @@ def test_without_semaphores_one_process_does_the_work(
     monkeypatch.setattr(filesystem, "_reported", set())
     assert list(run_tasks(abs, iter([-1, 2, -3]), 4)) == [(-1, 1), (2, 2), (-3, 3)]
     assert caplog.text.count("/dev/shm") == 1 and os.strerror(number) in caplog.text
+
+
+def test_no_more_workers_than_fit_into_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit_workers(8, 10, 80, shown=True) == 8
+    assert fit_workers(8, 10, 79, shown=False) == 7
+    assert capsys.readouterr().err == ""
+    # One that does not fit is tried: the estimate may be too high.
+    assert fit_workers(8, 3 * 10**9, 10**9, shown=True) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 of 8" in line and "3.0 GB" in line and "1.0 GB" in line
