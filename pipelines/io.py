@@ -96,12 +96,15 @@ def write_file(path: Path, *chunks: bytes | memoryview) -> WrittenFile:
     return write_stream(path, pieces, direct=sum(map(len, chunks)) >= _LARGE)
 
 
-def write_stream(path: Path, pieces: Iterable[bytes | memoryview], *, direct: bool = False) -> WrittenFile:
+def write_stream(
+    path: Path, pieces: Iterable[bytes | memoryview], *, direct: bool = False, sparse: bool = False
+) -> WrittenFile:
     """Write `pieces`, consumed one by one, to the file at `path`; see `write_atomically`.
 
     Args:
         pieces: content of the file; an exception from them leaves no file.
         direct: bypass the page cache, where the file system supports it.
+        sparse: leave holes for zeros, which take no space where the file system supports it.
     """
     length = checksum = 0
 
@@ -112,13 +115,28 @@ def write_stream(path: Path, pieces: Iterable[bytes | memoryview], *, direct: bo
             yield piece
 
     def write(file: BinaryIO) -> None:
-        if direct:
+        if sparse:
+            _write_sparse(file, measured())
+        elif direct:
             _write_direct(file.fileno(), measured())
         else:
             file.writelines(measured())
 
     write_atomically(path, write)
     return WrittenFile(path, length, checksum)
+
+
+def _write_sparse(file: BinaryIO, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write `pieces` to an empty file, without blocks of zeros."""
+    zeros = bytes(_BLOCK)
+    for piece in pieces:
+        for start in range(0, len(piece), _BLOCK):
+            block = bytes(piece[start : start + _BLOCK])
+            if block == zeros:
+                file.seek(_BLOCK, os.SEEK_CUR)
+            else:
+                file.write(block)
+    file.truncate()
 
 
 def _write_direct(descriptor: int, pieces: Iterable[bytes | memoryview]) -> None:

@@ -37,15 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_flags(parser, StageConfig)
     parser.add_argument("--models", type=int, default=1, help="number of models trained side by side")
+    text = "consecutive nodes that share every sample; each keeps its slab of packed ones"
+    parser.add_argument("--nodes-per-sample", type=int, default=1, help=text)
     arguments = parser.read(argv)
     world, faults = launched(), 0
     with report_errors(world, STOPPED) as session:
         values = vars(arguments)
         source, num_instances = values.pop("input_dir"), values.pop("models")
+        nodes_per_sample = values.pop("nodes_per_sample")
         config: StageConfig = build(StageConfig, values, "data.stage.")
         session.connect()
         splits = session.run_on_root(lambda: {str(name): open_folder(source / name) for name in SPLITS})
-        for dataset, report in stage(splits, config.folder, config, session, num_instances):
+        staged = stage(
+            splits, config.folder, config, session, num_instances, nodes_per_sample=nodes_per_sample
+        )
+        for dataset, report in staged:
             if world.is_root:
                 print_line(describe(dataset, report, world.nodes))
                 for fault in dict.fromkeys(report.faults):

@@ -70,6 +70,8 @@ class SampleDataset:
         extents: (samples, contents) EXTENT. Of shard members the positions in the shard; of files the
             manifest's lengths and checksums, None without a manifest.
         partition: set if these samples are one part of a larger data set.
+        whole: the same samples elsewhere, from which they are read unless a slab is asked for; set if the
+            files here have holes outside one slab.
         labeled: False if the counts alone are read; see `Format.parse`.
     """
 
@@ -79,6 +81,7 @@ class SampleDataset:
     spec: SampleSpec
     extents: npt.NDArray[Any] | None = None
     partition: Partition | None = None
+    whole: SampleDataset | None = None
     labeled: bool = True
 
     def __len__(self) -> int:
@@ -178,6 +181,8 @@ class SampleDataset:
         Raises:
             DataError: the sample cannot be read, or is damaged.
         """
+        if self.whole is not None:
+            return self.whole.read(index, verify=verify)
         contents = self.read_contents(index, verify=verify)
         return self.format.parse(self.path(index), contents, self.spec, labeled=self.labeled)
 
@@ -227,6 +232,8 @@ class SampleDataset:
         Raises:
             DataError: the sample cannot be read, or is damaged.
         """
+        if slab is None and self.whole is not None:
+            return self.whole.payload(index, fully_validate=fully_validate, direct=direct)
         path = self.path(index)
         if slab is not None and not self.sharded:
             return read_slab(path, self.spec, slab, direct=direct)
@@ -262,7 +269,8 @@ class SampleDataset:
         """Return the samples `index` alone; `partition` is set if they are one."""
         names = tuple(self.names[i] for i in index.tolist())
         extents = None if self.extents is None else self.extents[index]
-        return replace(self, names=names, extents=extents, partition=partition)
+        whole = None if self.whole is None else self.whole.subset(index, partition)
+        return replace(self, names=names, extents=extents, partition=partition, whole=whole)
 
 
 def dataset_from_shards(

@@ -62,16 +62,18 @@ class StageConfig:
             raise ConfigError("data.stage.dir", self.dir, f"{fault}, or write the folder without a variable")
         return Path(folder)
 
-    def teams(self, nodes: int, num_instances: int = 1) -> list[list[int]]:
+    def teams(self, nodes: int, num_instances: int = 1, nodes_per_sample: int = 1) -> list[list[int]]:
         """Return the nodes of each team; a team holds the same samples on all of its nodes.
 
         Args:
             nodes: Number of nodes in all.
             num_instances: Number of models that train side by side, each on consecutive nodes which together
                 hold all samples.
+            nodes_per_sample: Number of consecutive nodes that share every sample, and so are of one team.
 
         Raises:
-            ConfigError: The instances do not divide the nodes evenly, or the teams those of an instance.
+            ConfigError: The instances do not divide the nodes evenly, or the teams those of an instance, or
+                the nodes that share samples those of a team.
         """
         if num_instances < 1 or nodes % num_instances:
             fault = f"does not divide {nodes} nodes evenly; choose {_divisors(nodes)}, or other nodes"
@@ -82,6 +84,12 @@ class StageConfig:
             fault = (
                 f"does not divide the {own} nodes of a model evenly; choose {_divisors(own)}, or other nodes"
             )
+            raise ConfigError("data.stage.shard_multiplier", team, fault)
+        if nodes_per_sample < 1 or own % nodes_per_sample:
+            fault = f"does not divide the {own} nodes of a model evenly; choose {_divisors(own)}"
+            raise ConfigError("--nodes-per-sample", nodes_per_sample, fault)
+        if team % nodes_per_sample:
+            fault = f"is no multiple of the {nodes_per_sample} nodes that share every sample"
             raise ConfigError("data.stage.shard_multiplier", team, fault)
         return [
             [first + place for first in range(start, nodes, own) for place in range(team)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import DataError, UnreadableError, writing
 from pipelines.filesystem import refuse_input
+from pipelines.slab import Slab
 from preprocess.conversion.journal import load_records
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
 from preprocess.conversion.target import files_by_entry, remove_files, reopen
@@ -95,6 +97,15 @@ def find_missing(
     reopen(target, format_name, split.spec, [*up_to_date.values(), *others])
     remove_files(target, format_name, (name for name in files if name not in up_to_date))
     return np.array([name not in up_to_date for name in names], dtype=bool)
+
+
+def of_slab(fingerprints: npt.NDArray[Any], slab: Slab) -> npt.NDArray[Any]:
+    """Return the fingerprints of copies that hold `slab` alone, given those of the sources."""
+    marked = fingerprints.copy()
+    for row, digest in enumerate(fingerprints["digest"].tolist()):
+        text = f"{digest} {slab.index} {slab.count}"
+        marked["digest"][row] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return marked
 
 
 def is_staged(split: SampleDataset, target: Path, fingerprints: npt.NDArray[Any] | None = None) -> bool:

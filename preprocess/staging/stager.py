@@ -30,6 +30,7 @@ from pipelines.formats.npy import Npy
 from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import FIRST_MEMBER_OFFSET, SHARD_SUFFIX
 from pipelines.io import TarMember
+from pipelines.slab import Slab
 from preprocess.conversion.journal import Journal, load_records
 from preprocess.conversion.target import commit
 from preprocess.staging import inventory
@@ -65,6 +66,7 @@ def stage(
     session: Session,
     num_instances: int = 1,
     *,
+    nodes_per_sample: int = 1,
     skip_source_check: bool = False,
 ) -> list[tuple[SampleDataset, StagingReport]]:
     """Stage this node's samples of `splits` to folders of the same names in `root`; all ranks call this.
@@ -75,6 +77,8 @@ def stage(
         config: Which samples each node gets, and how they are read.
         session: The ranks.
         num_instances: Number of models that train side by side on these nodes.
+        nodes_per_sample: Number of consecutive nodes whose ranks share every sample. Each then keeps only
+            its slab of packed samples; whole ones are read from `splits`.
         skip_source_check: Take a complete folder as up to date without comparing it with the source files,
             for data that has just been staged.
 
@@ -85,12 +89,16 @@ def stage(
         UserError: On every rank that can still be reached, if a node lacks space or a file cannot be read or
             written.
     """
-    group = NodeGroup(session, config.teams(session.world.nodes, num_instances))
-    stager = _Stager(config, session, group, skip_source_check)
+    teams = config.teams(session.world.nodes, num_instances, nodes_per_sample)
+    slab = None
+    if nodes_per_sample > 1:
+        # Those of its ranks together. Without periodic ends less is read of it.
+        slab = Slab(session.world.node % nodes_per_sample, nodes_per_sample, periodic=True)
+    stager = _Stager(config, session, NodeGroup(session, teams), slab, skip_source_check)
     with ExitStack() as locks:
         plans = [stager.plan(split, root / name, locks) for name, split in splits.items()]
         session.run_on_all_ranks(lambda: _check_space(root, plans))
-        return [(_staged_dataset(plan.split, plan.target), stager.copy(plan)) for plan in plans]
+        return [(_staged_dataset(plan), stager.copy(plan)) for plan in plans]
 
 
 def describe(split: SampleDataset, report: StagingReport, nodes: int) -> str:
@@ -108,6 +116,7 @@ class _Plan:
     """Work on the folder `target` of this node.
 
     split: The samples that it is to hold.
+    slab: The part of each that it is to hold; None for all of it.
     fingerprints: Of their sources, (samples,) FINGERPRINT.
     missing: Which of them this node lacks, (samples,) bool.
     missing_in_team: Which of them any node of its team lacks, (samples,) bool.
@@ -116,6 +125,7 @@ class _Plan:
     """
 
     split: SampleDataset
+    slab: Slab | None
     target: Path
     fingerprints: npt.NDArray[Any]
     missing: npt.NDArray[np.bool_]
@@ -131,6 +141,7 @@ class _Stager:
     config: StageConfig
     session: Session
     group: NodeGroup
+    slab: Slab | None
     skip_source_check: bool
 
     def plan(self, split: SampleDataset, target: Path, locks: ExitStack) -> _Plan:
@@ -141,6 +152,10 @@ class _Stager:
             seed = self.config.seed if self.config.preshuffle else None
             indices = partition_indices(len(whole), group.number, group.num_groups, seed)
             split = whole.subset(indices, Partition(indices, group.num_groups, len(whole), seed))
+        # In an npy file a hole would be counts of zero; chunks of packed samples have checksums.
+        slab = self.slab if split.sharded else None
+        if slab is not None:
+            split.check_slab(slab)
         fingerprints, opened = np.empty(0, inventory.FINGERPRINT), False
         missing = missing_in_team = np.zeros(len(split), dtype=bool)
         complete = self.skip_source_check and all(
@@ -149,6 +164,8 @@ class _Stager:
         if not complete:
             fingerprints = inventory.compute_fingerprints(whole, session)
             fingerprints = fingerprints[split.global_indices(np.arange(len(split)))]
+            if slab is not None:
+                fingerprints = inventory.of_slab(fingerprints, slab)
             find = partial(inventory.find_missing, split, whole, target, fingerprints, session.world, locks)
             found = session.run_on_all_ranks(lambda: find() if leads else None)
             opened = found is not None
@@ -158,7 +175,7 @@ class _Stager:
             missing_in_team = _unpack(of_team, split)
             missing = _unpack(masks[session.world.rank - session.world.local_rank][1], split)
         seconds = time.perf_counter() - start
-        return _Plan(split, target, fingerprints, missing, missing_in_team, opened, seconds)
+        return _Plan(split, slab, target, fingerprints, missing, missing_in_team, opened, seconds)
 
     def copy(self, plan: _Plan) -> StagingReport:
         """Copy the samples that the team's nodes lack to their disks."""
@@ -169,8 +186,8 @@ class _Stager:
         faults: dict[str, str] = {}
         lacking = {i: SourceFingerprint(*plan.fingerprints[i].item()) for i in own if plan.missing[i]}
         if own:
-            threads, direct = self.config.threads, self.config.direct_io
-            samples = relay(split, plan.target, own, self.group, lacking, threads, direct=direct)
+            slab, threads, direct = plan.slab, self.config.threads, self.config.direct_io
+            samples = relay(split, plan.target, own, self.group, lacking, threads, slab=slab, direct=direct)
             settings = plan.target, format_name, split.spec, session.world.local_rank
             # The folder of a node that lacks nothing may not be open.
             with session.own_errors(), Journal(*settings) if lacking else nullcontext() as journal:
@@ -182,7 +199,7 @@ class _Stager:
                         faults[split.names[done.sample]] = done.fault
                     elif done.entry and journal:
                         journal.add([done.entry])
-                        written_bytes += sum(file.bytes for file in done.entry.files)
+                        written_bytes += done.written_bytes
         num_samples = len(own) if self.group.group_rank == 0 else 0
         reports = session.gather((num_samples, read_bytes, written_bytes, faults))
         # Every node that lacks a damaged sample may have reported it.
@@ -223,6 +240,9 @@ def _check_space(root: Path, plans: Sequence[_Plan]) -> None:
             lengths = np.full(count, split.spec.bytes)
             if split.sharded:
                 lengths = split.member_extents["bytes"][plan.missing]
+                if plan.slab is not None:
+                    # An estimate: some slabs have more particles than others.
+                    lengths = lengths * plan.slab.shape(split.spec)[0] // split.spec.size
             # In whole blocks, and one for the small file beside each: the label, or the index.
             needed += int((-(-(lengths + _MAX_OVERHEAD) // block) * block + block).sum())
     if needed > free:
@@ -230,8 +250,9 @@ def _check_space(root: Path, plans: Sequence[_Plan]) -> None:
         raise DataError(root, fault, "free some space, or stage to another disk")
 
 
-def _staged_dataset(split: SampleDataset, target: Path) -> SampleDataset:
-    """Return the samples of `split` as they are staged in `target`."""
+def _staged_dataset(plan: _Plan) -> SampleDataset:
+    """Return the samples of `plan` as they are staged."""
+    split, target = plan.split, plan.target
     names = [split.sample_id(index) for index in range(len(split))]
     if not split.sharded:
         files = tuple(name + Npy.suffix for name in names)
@@ -241,4 +262,5 @@ def _staged_dataset(split: SampleDataset, target: Path) -> SampleDataset:
         (name + SHARD_SUFFIX, (TarMember(name + MEMBER_SUFFIX, FIRST_MEMBER_OFFSET, length),))
         for name, length in zip(names, lengths, strict=True)
     )
-    return replace(dataset_from_shards(target, shards, split.spec), partition=split.partition)
+    whole = None if plan.slab is None else split
+    return replace(dataset_from_shards(target, shards, split.spec), partition=split.partition, whole=whole)

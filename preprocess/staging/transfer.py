@@ -14,12 +14,13 @@ from pipelines.distributed.node_groups import NodeGroup
 from pipelines.distributed.world import World
 from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.formats.npy import Npy
-from pipelines.formats.packed.decode import open_packed
+from pipelines.formats.packed.decode import keep_slab, open_packed
 from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import SHARD_SUFFIX, write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile
 from pipelines.plan import Indices
+from pipelines.slab import Slab
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
 
 
@@ -44,12 +45,14 @@ class RelayedSample(NamedTuple):
     sample: Its index.
     read_bytes: Bytes that this rank has read for it.
     entry: Its record, if this rank has written it.
+    written_bytes: Bytes that it has written for it.
     fault: The fault that this rank has found.
     """
 
     sample: int
     read_bytes: int
     entry: Entry | None
+    written_bytes: int
     fault: str | None
 
 
@@ -69,6 +72,7 @@ def relay(
     lacking: Mapping[int, SourceFingerprint],
     threads: int,
     *,
+    slab: Slab | None,
     direct: bool,
 ) -> Iterator[RelayedSample]:
     """Copy the samples `indices` to `target`; yield each as it is done.
@@ -82,6 +86,7 @@ def relay(
         group: The ranks of all nodes that get the same samples.
         lacking: Those of `indices` that this node lacks, with the fingerprints of their sources.
         threads: Number of threads that read, and of threads that write.
+        slab: Part of every sample that this node needs; None for all of it.
         direct: Read past the page cache.
 
     Raises:
@@ -97,16 +102,17 @@ def relay(
             return _Read(nothing, str(error), unreadable)
 
     def write(index: int, read_bytes: int, contents: list[bytes], fault: str | None) -> RelayedSample:
-        source, entry = lacking.get(index), None
+        source, entry, written_bytes = lacking.get(index), None, 0
         if source is not None and fault is None:
             try:
-                written = _write(split, target, index, contents)
+                written, omitted = _write(split, target, index, contents, slab)
                 entry = Entry.from_written(split.sample_id(index), written, source)
+                written_bytes = sum(file.bytes for file in written) - omitted
             except AccessError:
                 raise
             except DataError as error:
                 fault = str(error)
-        return RelayedSample(index, read_bytes, entry, fault)
+        return RelayedSample(index, read_bytes, entry, written_bytes, fault)
 
     own, failures = iter(indices_to_read(indices, group.group_rank, group.size)), ConsecutiveReadFailures()
     reading: deque[Future[_Read]] = deque()
@@ -135,13 +141,23 @@ def relay(
 
 
 def _write(
-    split: SampleDataset, target: Path, index: int, contents: Sequence[bytes]
-) -> Sequence[WrittenFile]:
-    """Write sample `index` in the format that it is staged in; `contents` are the bytes of its files."""
+    split: SampleDataset, target: Path, index: int, contents: Sequence[bytes], slab: Slab | None
+) -> tuple[Sequence[WrittenFile], int]:
+    """Write sample `index`, or `slab` of it, in the format that it is staged in.
+
+    Args:
+        contents: Bytes of its files.
+
+    Returns:
+        The files, and the number of bytes in holes of them.
+    """
     name, path = split.sample_id(index), split.path(index)
     if split.sharded:
-        (content,) = contents
+        (content,), omitted = contents, 0
         open_packed(path, content, split.spec).verify_checksum()
-        return write_shard(target / (name + SHARD_SUFFIX), [(name + MEMBER_SUFFIX, (content,))])
+        if slab is not None:
+            content, omitted = keep_slab(path, content, split.spec, slab)
+        members = [(name + MEMBER_SUFFIX, (content,))]
+        return write_shard(target / (name + SHARD_SUFFIX), members, sparse=slab is not None), omitted
     sample = split.format.parse(path, dict(zip(split.format.keys, contents, strict=True)), split.spec)
-    return FORMATS[Npy.name].write(target, name, sample)
+    return FORMATS[Npy.name].write(target, name, sample), 0

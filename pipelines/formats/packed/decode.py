@@ -208,6 +208,25 @@ def open_slab(
     return replace(packed, content=memoryview(b"".join(parts)), chunks=needed, slab=slab)
 
 
+def keep_slab(path: Path, content: bytes, spec: SampleSpec, slab: Slab) -> tuple[bytes, int]:
+    """Return the packed sample `content` with zeros for what `open_slab` does not read, and their number.
+
+    Raises:
+        DataError, ConfigError: see `open_slab`.
+    """
+    kept, omitted = bytearray(len(content)), len(content)
+
+    def read(offset: int, length: int) -> bytes:
+        nonlocal omitted
+        part = content[offset : offset + length]
+        kept[offset : offset + length] = part
+        omitted -= length
+        return part
+
+    open_slab(path, read, len(content), spec, slab)
+    return bytes(kept), omitted
+
+
 def _check_version(path: Path, content: memoryview) -> int:
     """Return the version of the packed sample `content`; DataError if it is not read."""
     version = read_version(path, content)

@@ -43,12 +43,13 @@ _REMEDY = "convert the samples again"
 
 
 def write_shard(
-    path: Path, members: Iterable[tuple[str, Iterable[bytes]]]
+    path: Path, members: Iterable[tuple[str, Iterable[bytes]]], *, sparse: bool = False
 ) -> tuple[WrittenFile, WrittenFile]:
     """Write the shard at `path` and then its index, each atomically.
 
     Args:
         members: name and pieces of each member, consumed one by one. An exception from them leaves no shard.
+        sparse: see `write_stream`.
 
     Raises:
         DataError: a name does not fit into a tar header.
@@ -67,7 +68,7 @@ def write_shard(
             offset += _BLOCK + length + -length % _BLOCK
         yield bytes(2 * _BLOCK)
 
-    shard = write_stream(path, blocks())
+    shard = write_stream(path, blocks(), sparse=sparse)
     # As DALI's wds2idx writes it. As in WebDataset, the extension is everything after the first dot.
     rows = (f"{name.rpartition('/')[2].partition('.')[2]} {at} {size} {name}\n" for name, at, size in written)
     index = write_file(path.with_suffix(INDEX_SUFFIX), f"v1.2 {len(written)}\n{''.join(rows)}".encode())

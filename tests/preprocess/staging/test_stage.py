@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from helpers import (
     mounted,
     program,
     run,
+    slab_of,
+    slabs,
     start,
     tiny_sample,
     write_tiny,
@@ -34,9 +38,14 @@ from pipelines.distributed.locks import locked
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import AccessError, ConfigError, DataError, UserError
+from pipelines.formats.packed.decode import PackedSample
+from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.io import read_file
 from pipelines.loading.reader import Reader
+from pipelines.sample import Sample
+from pipelines.slab import Slab
 from preprocess.convert import convert
 from preprocess.staging.config import StageConfig, partition_indices
 from preprocess.staging.stager import StagingReport, stage
@@ -482,6 +491,75 @@ def test_training_on_partitions_scores_every_sample_and_resumes(tmp_path: Path) 
     assert code == 1
     assert "data.stage = one share: the run was trained on 2 shares drawn with seed 0" in err
     assert "Traceback" not in err
+
+
+def test_nodes_that_share_samples_keep_only_their_slabs(tmp_path: Path) -> None:
+    data, size, generator = tmp_path / "data", 64, np.random.default_rng(1)
+    # Of few distinct voxels, so that the table is small.
+    counts = generator.poisson(0.3, (2, size, size, size, 4)).astype(np.int16)
+    samples = [Sample(each, np.zeros(4, np.float32)) for each in counts]
+    for name in ("train", "validation"):
+        (data / name).mkdir(parents=True)
+        # A chunk for each plane.
+        members = [(f"{n}.packed", encode(sample, chunk_voxels=size**2)) for n, sample in enumerate(samples)]
+        write_shard(data / name / "a.tar", members)
+
+    def staged_by(nodes_per_sample: int) -> str:
+        done = on_nodes(2, 1, data, tmp_path / "disk", "--nodes-per-sample", str(nodes_per_sample))
+        assert [code for code, _, _ in done] == [0, 0], done
+        return done[0][1]
+
+    staged_by(2)
+    for node in range(2):
+        split = open_folder(tmp_path / "disk" / str(node) / "train")
+        kept = sum(path.stat().st_blocks for path in split.root.glob("*.tar"))
+        assert kept < 0.7 * sum(path.stat().st_size for path in split.root.glob("*.tar")) / 512
+        for slab in slabs(2, 4, 8):
+            # A node has those of its own ranks, and no other.
+            own = slab.index * 2 // slab.count == node
+            for index, sample in enumerate(samples):
+                if own:
+                    payload = split.payload(index, slab=slab)
+                    assert isinstance(payload, PackedSample)
+                    np.testing.assert_array_equal(payload.decode(), slab_of(sample.counts, slab))
+                else:
+                    with pytest.raises(DataError, match="the CRC of chunk"):
+                        split.payload(index, slab=slab)
+        with pytest.raises(DataError):
+            split.read(0)
+    assert "staged 0 of 2 samples" in staged_by(2)
+    # Whole copies are others.
+    assert "staged 2 of 2 samples" in staged_by(1)
+    split = open_folder(split.root)
+    np.testing.assert_array_equal(split.read(0).counts, samples[0].counts)
+
+
+def test_whole_samples_are_read_from_the_source_of_slabs(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=3, validation=1, format_name="packed")
+    whole = open_folder(data / "train")
+    kept = replace(whole, root=tmp_path, whole=whole)
+    for dataset, number in ((kept, 0), (kept.subset(np.array([2, 1])), 2)):
+        expected = tiny_sample(number)
+        np.testing.assert_array_equal(dataset.read(0).counts, expected.counts)
+        np.testing.assert_array_equal(dataset.payload(0).target, expected.target)
+        with pytest.raises(DataError):
+            dataset.payload(0, slab=Slab(0, 2, True))
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "key"),
+    [
+        ({}, 3, "--nodes-per-sample"),
+        ({}, 0, "--nodes-per-sample"),
+        ({"shard_type": "local", "shard_multiplier": 3}, 2, "data.stage.shard_multiplier"),
+    ],
+)
+def test_teams_that_do_not_hold_whole_groups_are_refused(
+    options: dict[str, Any], nodes: int, key: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        StageConfig("x", **options).teams(24 if options else 4, 1, nodes)
+    assert raised.value.key == key
 
 
 def test_nodes_that_share_a_folder_are_refused(tiny: Path, tmp_path: Path) -> None:
