@@ -181,6 +181,7 @@ class TrainConfig:
         if self.model.size % (2 * spatial):
             advice = f"does not cut model.size = {self.model.size} into slabs of an even number of planes"
             raise ConfigError("parallel.spatial", spatial, advice)
+        self.loader.check_slabs()
         for key, value in (("compute.engine", "compile"), ("compute.kernels", "triton")):
             if getattr(self.compute, key.removeprefix("compute.")) == value:
                 advice = f"does not compute slabs of samples (parallel.spatial = {spatial}); use auto"
@@ -194,7 +195,7 @@ class TrainConfig:
         """
         spatial = self.parallel.spatial
         if ranks % spatial:
-            advice = f"does not divide the {ranks} ranks into groups that share a sample; change one of them"
+            advice = f"does not divide the number of ranks, {ranks}, into groups; change one of them"
             raise ConfigError("parallel.spatial", spatial, advice)
         return self.loader.batch_size * (ranks // spatial)
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -29,7 +28,6 @@ from cosmoflow_dali.arguments import Arguments, parse, select_instance
 from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
 from cosmoflow_dali.compute.preflight import check_convolutions
 from cosmoflow_dali.compute.torch_setup import configure_torch
-from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.mlperf.write_events import log_settings
 from cosmoflow_dali.models.build import build_model
 from cosmoflow_dali.models.open import OpenCosmoFlow
@@ -37,23 +35,27 @@ from cosmoflow_dali.reporting.posteriors import fit_run
 from cosmoflow_dali.reporting.summary import write_results
 from cosmoflow_dali.training.evaluation import Evaluation
 from cosmoflow_dali.training.logs import RunLogs, configure_logging
-from cosmoflow_dali.training.run_data import check_data, check_partition, check_symmetries, open_data
+from cosmoflow_dali.training.run_data import (
+    check_data,
+    check_partition,
+    check_symmetries,
+    open_data,
+    simulate_missing,
+)
 from cosmoflow_dali.training.run_dir import CONFIG, Run, create_run, lock_run, resume_run, save_config
 from cosmoflow_dali.training.stop_signal import StopReason, handle_stop_signals
 from cosmoflow_dali.training.trainer import Trainer
-from pipelines.dataset.open import list_folder
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.node_groups import check_nodes
 from pipelines.distributed.session import Session, exit_now
-from pipelines.distributed.world import World, available_cores
+from pipelines.distributed.world import World
 from pipelines.errors import UserError
-from pipelines.filesystem import is_hidden, is_present, provide_scratch
+from pipelines.filesystem import provide_scratch
 from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader
 from pipelines.plan import RankSlice
 from pipelines.slab import Slab
-from preprocess.simulate import SETTINGS, make_dataset
 from preprocess.staging.stager import describe, stage
 
 # As a program, this module's name is __main__.
@@ -110,8 +112,10 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
             config, checkpoint = resume_run(folder, config, session.world.size)
     if config.seed is None:
         config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
+    # Before hours of simulation.
+    config.samples_per_step(session.world.size)
     start = time.perf_counter()
-    if _simulate(config):
+    if simulate_missing(config):
         seconds["simulate"] = time.perf_counter() - start
     with session.stall_guard("opening the data set"):
         train, validation, calibration, test = open_data(config, session.world)
@@ -127,7 +131,7 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
         calibration=calibration,
         test=test,
     )
-    check_data(run, session.world.size)
+    check_data(run, session.world)
     check_symmetries(run)
     if not resumes:
         run = create_run(run, locks, must_be_new=arguments.must_be_new)
@@ -139,20 +143,6 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
     else:
         logger.info("resuming %s after %s", folder, checkpoint.position)
     return run
-
-
-def _simulate(config: TrainConfig) -> bool:
-    """Simulate missing samples if `config` asks for it; return False if there is nothing to simulate."""
-    root, simulate = Path(config.data.dir), config.data.simulate
-    samples = root / "train"
-    if simulate is None:
-        return False
-    simulated = is_present(root / SETTINGS) or not is_present(samples)
-    # Samples without simulation.json came from elsewhere: use them as they are.
-    if not simulated and not all(map(is_hidden, list_folder(samples))):
-        return False
-    make_dataset(simulate, root, workers=available_cores(), shown=True)
-    return True
 
 
 def _stage(run: Run, session: Session, logs: RunLogs, staged_since: int | None) -> Run:
@@ -192,7 +182,7 @@ def _train(
         the network; None if a signal stopped it.
     """
     start, config, world = time.perf_counter(), run.config, session.world
-    check_partition(run, world.size)
+    check_partition(run)
     model = build_model(config.model, run.seed, config.compute.checkpoint_blocks)
     if isinstance(model, OpenCosmoFlow) and run.checkpoint is None:
         apply_log = config.loader.apply_log

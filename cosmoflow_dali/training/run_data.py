@@ -1,7 +1,8 @@
-"""The samples of a run: opening them, and checks against its settings and its checkpoint."""
+"""The samples of a run: simulating and opening them, and checks against its settings and its checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from cosmoflow_dali.config import TrainConfig
@@ -9,13 +10,35 @@ from cosmoflow_dali.posterior.fitted import number_universes
 from cosmoflow_dali.posterior.partition import hold_out
 from cosmoflow_dali.training.run_dir import Run
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.dataset.open import open_folder
-from pipelines.distributed.world import World
-from pipelines.errors import ConfigError
-from pipelines.filesystem import is_present
+from pipelines.dataset.open import list_folder, open_folder
+from pipelines.distributed.world import World, available_cores
+from pipelines.errors import ConfigError, DataError
+from pipelines.filesystem import is_hidden, is_present
+from pipelines.formats.registry import READ_IN_PART
 from pipelines.plan import plan_epoch
 from pipelines.sample import ALL_SPLITS, SPLITS
 from pipelines.slab import Slab
+from preprocess.simulate import SETTINGS, make_dataset
+
+
+def simulate_missing(config: TrainConfig) -> bool:
+    """Simulate missing samples if `config` asks for it; return False if there is nothing to simulate."""
+    root, simulate = Path(config.data.dir), config.data.simulate
+    samples = root / "train"
+    if simulate is None:
+        return False
+    simulated = is_present(root / SETTINGS) or not is_present(samples)
+    # Samples without simulation.json came from elsewhere: use them as they are.
+    if not simulated and not all(map(is_hidden, list_folder(samples))):
+        return False
+    if config.parallel.spatial > 1 and simulate.format not in READ_IN_PART:
+        advice = (
+            f"no part of such a sample can be read alone (parallel.spatial = {config.parallel.spatial}); use "
+            f"{' or '.join(READ_IN_PART)}, with an empty data.dir"
+        )
+        raise ConfigError("data.simulate.format", simulate.format, advice)
+    make_dataset(simulate, root, workers=available_cores(), shown=True)
+    return True
 
 
 def open_data(
@@ -28,8 +51,8 @@ def open_data(
         posteriors, and the last one if there is no test split.
 
     Raises:
-        ConfigError: The samples do not fit the network, there are too few universes for posteriors, or
-            instances would stage different ones.
+        ConfigError: The samples do not fit the network, cannot be read in part where ranks share them, there
+            are too few universes for posteriors, or instances would stage different ones.
         DataError: A split cannot be read.
     """
     root = Path(config.data.dir)
@@ -40,7 +63,11 @@ def open_data(
             advice = f"the samples in {split.root} are {split.spec.size} voxels wide"
             raise ConfigError("model.size", config.model.size, advice)
         if (ranks := config.parallel.spatial) > 1:
-            split.check_slab(Slab(0, ranks, periodic=False))
+            slab = Slab(0, ranks, periodic=False)
+            split.check_slab(slab)
+            # A ConfigError says that this version of packed samples is not read in part; damage is for later.
+            with contextlib.suppress(DataError):
+                split.payload(0, slab=slab)
     if config.posterior is None:
         return train, validation, None, None
     if config.data.stage is not None and world.other_local_ranks:
@@ -55,9 +82,9 @@ def open_data(
     return train.subset(trained), validation, train.subset(held_out), tests[0] if tests else None
 
 
-def check_data(run: Run, ranks: int) -> None:
-    """Raise UserError unless the data of `run` fit the network, the number of `ranks` and the checkpoint."""
-    config = run.config
+def check_data(run: Run, world: World) -> None:
+    """Raise UserError unless the data of `run` fit the network, the ranks and the checkpoint."""
+    config, ranks = run.config, world.size
     found, expected, samples = config.samples_per_step(ranks), config.global_batch, len(run.train)
     if expected is not None and expected != found:
         batch, spatial = config.loader.batch_size, config.parallel.spatial
@@ -67,6 +94,13 @@ def check_data(run: Run, ranks: int) -> None:
             f"tuned for {expected}; change the ranks or --batch-size"
         )
         raise ConfigError("global_batch", expected, advice)
+    if config.data.stage is not None:
+        readers = ranks // len(config.data.stage.teams(world.nodes))
+        if readers % config.parallel.spatial:
+            advice = (
+                f"does not divide the {readers} ranks that read the same staged samples; change data.stage"
+            )
+            raise ConfigError("parallel.spatial", config.parallel.spatial, advice)
     plan_epoch(samples, global_batch=found, seed=0, epoch=0, shuffle=False, ragged="drop")
     if run.checkpoint is not None and run.checkpoint.train_samples != samples:
         advice = f"has {samples} training samples, but the run started with {run.checkpoint.train_samples}"
@@ -82,15 +116,8 @@ def check_data(run: Run, ranks: int) -> None:
             raise ConfigError("data.dir", config.data.dir, advice)
 
 
-def check_partition(run: Run, ranks: int) -> None:
-    """Raise ConfigError unless the nodes have the partition of the data that the checkpoint has.
-
-    Ranks that share samples must have the same part.
-    """
-    readers, spatial = ranks // run.train.num_partitions, run.config.parallel.spatial
-    if readers % spatial:
-        advice = f"does not divide the {readers} ranks that read the same staged samples; change data.stage"
-        raise ConfigError("parallel.spatial", spatial, advice)
+def check_partition(run: Run) -> None:
+    """Raise ConfigError unless the nodes have the partition of the data that the checkpoint has."""
     partition = run.train.partition_signature
     if run.checkpoint is not None and run.checkpoint.division != partition:
         advice = (

@@ -23,7 +23,7 @@ from pipelines.formats.packed.decode import open_packed, open_slab
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat
 from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member
 from pipelines.formats.payload import CountsPayload, Payload
-from pipelines.formats.registry import FORMATS
+from pipelines.formats.registry import FORMATS, READ_IN_PART
 from pipelines.io import TarMember, read_file
 from pipelines.plan import Indices
 from pipelines.sample import Sample, SampleSpec
@@ -213,7 +213,7 @@ class SampleDataset:
         key, value = "parallel.spatial", slab.count
         if self.spec.size % slab.count:
             raise ConfigError(key, value, f"does not divide the {self.spec.size} planes of a sample")
-        if self.format_name not in (Npy.name, PackedFormat.name):
+        if self.format_name not in READ_IN_PART:
             advice = "run python -m preprocess.convert -i SRC -o DST --to packed"
             fault = f"{self.root} holds {self.format_name} samples, of which no part can be read alone"
             raise ConfigError(key, value, f"{fault}: {advice}")

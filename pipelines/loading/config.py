@@ -38,3 +38,11 @@ class LoaderConfig:
             raise ConfigError("gpu_direct", True, "cannot skip damaged samples: set on_bad_sample to fail")
         if self.gpu_direct and self.direct_io:
             raise ConfigError("gpu_direct", True, "bypasses the page cache already: unset direct_io")
+
+    def check_slabs(self) -> None:
+        """Raise ConfigError if these settings cannot be used with slabs of samples."""
+        if self.gpu_direct:
+            raise ConfigError("loader.gpu_direct", True, "reads whole samples: unset it or parallel.spatial")
+        if not self.apply_log:
+            fault = "the mean of a sample needs all of it: set it to true, or unset parallel.spatial"
+            raise ConfigError("loader.apply_log", False, fault)

@@ -90,11 +90,7 @@ def make_decoder(
     """
     if slab is not None:
         split.check_slab(slab)
-        if config.gpu_direct:
-            raise ConfigError("loader.gpu_direct", True, "reads whole samples: unset it or parallel.spatial")
-        if not config.apply_log:
-            fault = "the mean of a sample needs all of it: set it to true, or unset parallel.spatial"
-            raise ConfigError("loader.apply_log", False, fault)
+        config.check_slabs()
     if config.gpu_direct:
         if split.format_name != Npy.name or device.type != "cuda":
             fault = f"requires npy samples and a GPU, not {split.format_name} on {device.type}: unset it"
