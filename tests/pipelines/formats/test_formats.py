@@ -15,6 +15,7 @@ import tempfile
 import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,16 +23,17 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import DATA, read_sample, tiny_sample
+from helpers import DATA, read_sample, slab_of, tiny_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.errors import AccessError, DataError
 from pipelines.formats import tfrecord
-from pipelines.formats.npy import map_sample
+from pipelines.formats.npy import map_sample, read_slab
 from pipelines.formats.registry import FORMATS
 from pipelines.sample import Sample, SampleSpec
+from pipelines.slab import Slab
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -182,12 +184,33 @@ def test_an_invalid_npy_is_refused_before_dali_reads_it(
 ) -> None:
     path = _bad_npy(tmp_path, **fault)
     dataset = SampleDataset(tmp_path, "npy", (path.name,), SampleSpec(16))
-    for use in (dataset.read, dataset.payload):
+    for use in (dataset.read, dataset.payload, partial(dataset.payload, slab=Slab(0, 2, True))):
         if use == dataset.payload and said == "-1":
             continue  # becomes NaN in DALI, and the trainer then reads the sample again
         with pytest.raises(DataError) as raised:
             use(0)
         assert said in str(raised.value) and raised.value.path.startswith(str(tmp_path / "a_"))
+
+
+def test_slabs_of_an_npy_are_read_behind_a_header_of_any_length(tmp_path: Path) -> None:
+    sample, path, slab = tiny_sample(4), _bad_npy(tmp_path), Slab(1, 2, True)
+    content = path.read_bytes()
+    for length in (118, 119, 501, 4000):
+        header = content[10:127].ljust(length - 1) + b"\n"
+        whole = content[:8] + length.to_bytes(2, "little") + header + content[128:]
+        path.write_bytes(whole)
+        for direct in (False, True):
+            found = read_slab(path, SampleSpec(16), slab, direct=direct)
+            np.testing.assert_array_equal(found.counts, slab_of(sample.counts, slab))
+            np.testing.assert_array_equal(found.target, sample.target)
+        for cut in (5, length, length + 10, len(whole) - 1):
+            path.write_bytes(whole[:cut])
+            with pytest.raises(DataError) as raised:
+                read_slab(path, SampleSpec(16), slab)
+            assert raised.value.path == str(path)
+    path.unlink()
+    with pytest.raises(AccessError):
+        read_slab(path, SampleSpec(16), slab)
 
 
 def test_files_of_other_than_one_record_are_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import crc32c
@@ -26,13 +27,14 @@ import numpy as np
 import pytest
 import reference_packed_reader as reference
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
-from helpers import framed, read_sample, tiny_sample
+from helpers import framed, read_sample, slab_of, slabs, tiny_sample
 
 from pipelines.dataset.file_lists import ListedFile, read_list, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import open_folder
-from pipelines.errors import DataError
+from pipelines.errors import ConfigError, DataError
 from pipelines.filesystem import is_hidden
+from pipelines.formats.packed.decode import open_packed, open_slab
 from pipelines.formats.packed.encode import PRESETS, encode
 from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import clear_handle_cache, read_members, write_shard
@@ -240,6 +242,19 @@ def test_npy_pairs(tmp_path: Path) -> None:
     assert read > 20 and refused > 20
 
 
+def damaged_inside(original: bytes, chance: random.Random) -> bytes:
+    """Return the packed sample `original` with a damage and valid checksums around it."""
+    if chance.random() < 0.5:
+        return with_checksums(mutated(original, chance, near=200))
+    # One of the numbers in the header and the directory.
+    at = chance.randrange(8, 160, 4) % (len(original) - 3)
+    (number,) = struct.unpack_from("<I", original, at)
+    near = [number - 1, number + 1, 2 * number, number // 2, chance.randrange(1024)]
+    number = chance.choice([*near, 0, 255, 256, 257, 65535, 65536, 2**31, 2**32 - 1])
+    changed = struct.pack("<I", number % 2**32)
+    return with_checksums(original[:at] + changed + original[at + 4 :])
+
+
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize(
     ("seconds", "files"), [(0, 200), pytest.param(2 * SECONDS, 2 * MIN_FILES, marks=pytest.mark.slow)]
@@ -253,23 +268,51 @@ def test_packed_samples_with_sound_checksums(seconds: float, files: int, tmp_pat
     ]
 
     def write(chance: random.Random) -> Callable[[], Sample]:
-        original = chance.choice(originals)
-        if chance.random() < 0.5:
-            content = with_checksums(mutated(original, chance, near=200))
-        else:
-            # One of the numbers in the header and the directory.
-            at = chance.randrange(8, 160, 4) % (len(original) - 3)
-            (number,) = struct.unpack_from("<I", original, at)
-            near = [number - 1, number + 1, 2 * number, number // 2, chance.randrange(1024)]
-            number = chance.choice([*near, 0, 255, 256, 257, 65535, 65536, 2**31, 2**32 - 1])
-            changed = struct.pack("<I", number % 2**32)
-            content = with_checksums(original[:at] + changed + original[at + 4 :])
+        content = damaged_inside(chance.choice(originals), chance)
         write_shard(path, [(f"a{MEMBER_SUFFIX}", [content])])
         clear_handle_cache()
         return lambda: Sample(*reference.read(content))
 
     read, refused = fuzz(path, write, seconds=seconds, files=files)
     assert read > 20 and refused > 20
+
+
+def test_slabs_of_packed_samples_with_sound_checksums() -> None:
+    chance, path, read, refused = random.Random(13), Path("a.tar/a.packed"), 0, 0
+    originals = [
+        (len(sample.counts), b"".join(encode(sample, preset, chunk_voxels=chunk_voxels)))
+        for preset in PRESETS
+        for sample, chunk_voxels in (
+            (reference.samples()["512 different"], 100),
+            (tiny_sample(1, size=4), 30),
+        )
+    ]
+    while read + refused < 600:
+        size, original = chance.choice(originals)
+        content, slab = damaged_inside(original, chance), chance.choice(slabs(1, 2, 4))
+        try:
+            found = open_slab(path, partial(part_of, content), len(content), SampleSpec(size), slab).decode()
+        except ConfigError:
+            # No part of version 2 can be read.
+            assert content[8] == 2
+            continue
+        except DataError:
+            with pytest.raises(DataError):
+                open_packed(path, content, SampleSpec(size)).decode()
+            refused += 1
+            continue
+        assert found.shape == slab.shape(SampleSpec(size))
+        read += 1
+        with contextlib.suppress(DataError):  # The damage may be outside the slab.
+            whole = open_packed(path, content).decode()
+            np.testing.assert_array_equal(found, slab_of(whole, slab))
+    assert read > 20 and refused > 20
+
+
+def part_of(content: bytes, offset: int, length: int) -> bytes:
+    """Return `length` bytes of `content`."""
+    assert offset >= 0 and length >= 0 and offset + length <= len(content)
+    return content[offset : offset + length]
 
 
 def repeat(attempt: Callable[[random.Random], None]) -> tuple[int, int]:
