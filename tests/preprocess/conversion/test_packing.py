@@ -13,6 +13,7 @@ from pipelines.dataset.manifest import Manifest
 from pipelines.dataset.open import open_folder
 from pipelines.distributed.locks import LOCK_FILE
 from pipelines.formats.registry import FORMATS
+from preprocess.convert import plan_conversion
 
 CONVERT = "preprocess.convert"
 
@@ -51,6 +52,17 @@ def test_there_and_back(format_name: str, ranks: int, tmp_path: Path) -> None:
         assert (tmp_path / "back" / name).read_bytes() == found
     again = program(CONVERT, *to_packed)
     assert "0 samples converted" in again.out and "13 up to date" in again.out
+
+
+@pytest.mark.parametrize(("voxels", "shards"), [(64 * 128**3, 1), (3 * 16**3, 3), (1, 8)])
+def test_shards_of_large_samples_hold_fewer(
+    voxels: int, shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preprocess.convert._SHARD_VOXELS", voxels)
+    data = write_tiny(tmp_path / "data", train=8, validation=1)
+    plan = plan_conversion(data / "train", tmp_path / "packed", "packed")
+    assert len(plan.items) == shards and len(plan.samples) == 8
+    assert plan.memory > 2 * plan.spec.bytes
 
 
 def test_changed_sample_converts_its_shard_again(tmp_path: Path) -> None:
