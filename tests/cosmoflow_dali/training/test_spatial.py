@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import DATA, OPEN, SIZE, config_file, program, write_tiny
-from run_artifacts import metrics, weights
+from helpers import DATA, OPEN, SIZE, Ranks, command, config_file, program, tiny_sample, write_tiny
+from helpers import run as run_command
+from run_artifacts import metrics, same_weights, weights
 
 from cosmoflow_dali.config import read_yaml, resolve
 from cosmoflow_dali.mlperf.checkers import check_compliance
@@ -19,6 +22,9 @@ from cosmoflow_dali.training.run_data import check_data, open_data, simulate_mis
 from cosmoflow_dali.training.run_dir import Run
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError
+from pipelines.formats.packed.encode import encode
+from pipelines.formats.packed.tar_shard import write_shard
+from pipelines.formats.registry import FORMATS
 
 TRAIN = "cosmoflow_dali.train"
 EXACT = 1e-5
@@ -27,6 +33,8 @@ EXACT = 1e-5
 # Rates at which rounding errors do not grow from step to step. Adam would turn those of a gradient near zero
 # into a full step.
 REFERENCE: dict[str, Any] = {
+    # Ranks that share a sample must drop the same activations.
+    "model": {"size": SIZE, "blocks": 3, "filters": 2, "dense": [16, 8], "dropout": 0.2},
     "schedule": {"initial_lr": 0.001, "base_lr": 0.002, "warmup_epochs": 1, "decay_epochs": [2],
                  "decay_factors": [0.25]},
     "symmetries": True,
@@ -210,3 +218,108 @@ def test_nodes_with_the_same_staged_samples_hold_whole_groups(
     with pytest.raises(ConfigError) as refusal:
         check_data(run, world)
     assert refusal.value.key == "parallel.spatial"
+
+
+@pytest.mark.slow
+def test_resume_after_kill_9_of_a_rank_is_exact(config: Path, shared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Ranks(command(TRAIN, ["--config", config, "--run-dir", run, "--spatial", 2]), range(2), 2) as ranks:
+        deadline = time.monotonic() + 120
+        while not any((run / "checkpoints").glob("*.pt")) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        ranks.processes[1].kill()
+        statuses, words = ranks.end(90, 1)
+    assert statuses == {1} and "rank 1 " in words and "connection lost" in words, words
+    checkpoint = Checkpoint.newest(run / "checkpoints")
+    assert checkpoint is not None and checkpoint.position.epoch < 2
+    done = program(TRAIN, "--run-dir", run, "--resume", ranks=2)
+    assert done.code == 0, done.err
+    assert metrics(run) == metrics(shared) and same_weights(run, shared)
+
+
+@pytest.mark.slow
+def test_groups_of_ranks_train_the_open_network_of_one_on_converted_samples(tmp_path: Path) -> None:
+    published = write_tiny(tmp_path / "published", train=20, validation=3, format_name="tfrecord_gzip")
+    config = config_file(tmp_path / "c.yaml", published, **MULTISCALE)
+    one, packed = train(config, tmp_path / "one"), tmp_path / "packed"
+    refused = program(TRAIN, "--config", config, "--run-dir", tmp_path / "run", "--spatial", 2, ranks=2)
+    assert refused.code == 1 and not (tmp_path / "run").exists()
+    (command_line,) = re.findall(r"run python -m (.*)", refused.err)
+    module, *arguments = command_line.replace("SRC", str(published)).replace("DST", str(packed)).split()
+    assert program(module, *arguments).code == 0
+    for spatial, batch in ((2, 2), (4, 4)):
+        more = "--data-dir", packed, "--batch-size", batch
+        run = train(config, tmp_path / f"run {spatial}", *more, ranks=4, spatial=spatial)
+        check_equal(run, one, steps=20, epochs=4)
+
+
+def write_sample(root: Path, index: int, format_name: str, damaged_plane: int | None = None) -> None:
+    """Write a sample of which each plane is read and checked alone."""
+    sample = tiny_sample(index)
+    if format_name == "npy":
+        if damaged_plane is not None:
+            sample.counts[damaged_plane, 2, 3, 0] = -5
+        FORMATS["npy"].write(root, f"{index:04d}", sample)
+        return
+    start, *chunks = encode(sample, chunk_voxels=SIZE**2)
+    if damaged_plane is not None:
+        chunks[damaged_plane] = bytes([chunks[damaged_plane][0] ^ 1]) + chunks[damaged_plane][1:]
+    write_shard(root / f"{index:04d}.tar", [(f"{index:04d}.packed", [start, *chunks])])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_name", ["npy", "packed"])
+def test_sample_damaged_in_the_part_of_one_rank_is_skipped_by_its_group(
+    format_name: str, tmp_path: Path
+) -> None:
+    data, damaged = tmp_path / "data", {3: 3, 4: 12, 102: 12}
+    for split, indices in (("train", range(12)), ("validation", range(100, 105))):
+        (data / split).mkdir(parents=True)
+        for index in indices:
+            write_sample(data / split, index, format_name, damaged.get(index))
+    changes = REFERENCE | {"loader": {"batch_size": 2, "on_bad_sample": "skip"}}
+    config = config_file(tmp_path / "c.yaml", data, **changes)
+    one = train(config, tmp_path / "one")
+    shared = train(config, tmp_path / "shared", ranks=2, spatial=2)
+    check_equal(shared, one, steps=12, epochs=2)
+    for run in (one, shared):
+        summary = summary_of(run)
+        assert summary["skipped_samples"] == {"train": 2, "validation": 1} and summary["samples"] == 4
+        assert predictions(run)[:, 0].tolist() == [0, 1, 3, 4]
+    flags = ["--set", "loader.on_bad_sample=fail"]
+    done = program(TRAIN, "--config", config, "--run-dir", tmp_path / "fail", "--spatial", 2, *flags, ranks=2)
+    assert done.code == 1 and "Traceback" not in done.err
+    faults = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert 1 <= len(faults) <= 2
+    for fault in faults:
+        (rank,) = re.findall(r"rank (\d) of 2: ", fault)
+        assert {"0": "/0003", "1": "/0004"}[rank] in fault
+
+
+@pytest.mark.slow
+def test_posteriors_are_fitted_and_scored_on_whole_samples(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=104, validation=3, test=12)
+    changes = MULTISCALE | {"posterior": {"calibration": 0.5}, "epochs": 1}
+    config = config_file(tmp_path / "c.yaml", data, **changes)
+    run = train(config, tmp_path / "run", ranks=2, spatial=2)
+    posterior = summary_of(run)["posterior"]
+    assert posterior["fit_samples"] == {"summaries": 104, "network": 52} and posterior["samples"] == 12
+    newest = max((run / "checkpoints").glob("epoch*.pt"))
+    done = program("cosmoflow_dali.evaluate", "--data-dir", data, "--weights", newest, "--split", "test")
+    assert done.code == 0, done.err
+    scores = json.loads(done.out)["posterior"]["scores"]
+    assert scores.keys() == posterior["scores"].keys()
+    for name, score in scores.items():
+        assert score["nll"] == pytest.approx(posterior["scores"][name]["nll"], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_instances_side_by_side_share_their_samples_each(config: Path, shared: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    line = ["--config", config, "--run-dir", both, "--instances", 2, "--spatial", 2]
+    done = run_command(command(TRAIN, line, ranks=4))
+    assert done.code == 0, done.err
+    # The first has the seed of the configuration.
+    assert metrics(both / "1") == metrics(shared) and same_weights(both / "1", shared)
+    found = summary_of(both / "2")
+    assert (found["seed"], found["ranks"], found["ranks_per_sample"], found["global_batch"]) == (6, 2, 2, 4)
