@@ -15,7 +15,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
@@ -34,6 +34,7 @@ from cosmoflow_dali.models.open import OpenCosmoFlow
 from cosmoflow_dali.reporting.posteriors import fit_run
 from cosmoflow_dali.reporting.summary import write_results
 from cosmoflow_dali.training.evaluation import Evaluation
+from cosmoflow_dali.training.loaders import open_loaders
 from cosmoflow_dali.training.logs import RunLogs, configure_logging
 from cosmoflow_dali.training.run_data import (
     check_data,
@@ -52,10 +53,7 @@ from pipelines.distributed.world import World
 from pipelines.errors import UserError
 from pipelines.filesystem import provide_scratch
 from pipelines.loading.input_stats import input_statistics
-from pipelines.loading.loader import Loader
 from pipelines.loading.reader import Reader
-from pipelines.plan import RankSlice
-from pipelines.slab import Slab
 from preprocess.staging.stager import describe, stage
 
 # As a program, this module's name is __main__.
@@ -188,28 +186,8 @@ def _train(
         apply_log = config.loader.apply_log
         reader = Reader(run.train, config.loader.on_bad_sample, apply_log=apply_log)
         model.fit_input(*session.run_on_root(lambda: input_statistics(reader, apply_log=apply_log)))
-    spatial, slab, agree = config.parallel.spatial, None, None
-    model.group = session.consecutive_ranks(spatial)
-    if spatial > 1:
-        slab = Slab(world.rank % spatial, spatial, periodic=model.periodic)
-        if config.loader.on_bad_sample == "skip":
-            agree = session.maximum_over(spatial)
-    # Ranks with the same samples divide them; ranks of other nodes may have other samples.
-    readers = world.size // run.train.num_partitions
-    rank_slice = RankSlice(world.rank % readers // spatial, readers // spatial)
-    load = partial(
-        Loader,
-        config=config.loader,
-        rank_slice=rank_slice,
-        seed=run.seed,
-        device=device,
-        slab=slab,
-        agree=agree,
-    )
-    with (
-        closing(load(run.train, shuffle=config.shuffle, ragged="drop")) as train,
-        closing(load(run.validation, shuffle=False, ragged="pad")) as validation,
-    ):
+    model.group = session.consecutive_ranks(config.parallel.spatial)
+    with open_loaders(run, session, device, periodic=model.periodic) as (train, validation):
         run = dataclasses.replace(run, kernels=_use_kernels(run, model, session, device))
         trainer = Trainer(run, model, train, validation, session=session, device=device, logs=logs)
         if run.checkpoint is None:
