@@ -62,6 +62,18 @@ def test_number_of_workers_changes_no_byte(made: Path, tmp_path: Path) -> None:
     assert digests(tmp_path / "three") == digests(made)
 
 
+def test_workers_that_do_not_fit_into_the_memory_are_not_started(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("preprocess.simulate.available_memory", lambda: 2 * SMALL.memory + 1)
+    with inline_workers("preprocess.simulate"):
+        make_dataset(SMALL, tmp_path, workers=8, shown=True)
+    assert "2 of 8 worker processes" in capsys.readouterr().err
+    assert digests(tmp_path) == digests(made)
+    # Two bytes for each of 512^3 particles' four counts are the least that is held.
+    assert SimulateConfig(size=512).memory > 8 * 512**3
+
+
 def test_missing_samples_are_made_and_a_folder_can_grow(made: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     with inline_workers("preprocess.simulate"):
