@@ -32,11 +32,11 @@ class Slab:
         The slab's other planes are zeros. The sample's planes follow each other cyclically.
         """
         depth = size // self.count
-        zeros_before = not self.periodic and self.index == 0
-        zeros_after = not self.periodic and self.index == self.count - 1
-        return slice(int(zeros_before), depth + 2 - zeros_after), (
-            self.index * depth - 1 + zeros_before
-        ) % size
+        start, stop = 0, depth + 2
+        if not self.periodic:
+            start += self.index == 0
+            stop -= self.index == self.count - 1
+        return slice(start, stop), (self.index * depth - 1 + start) % size
 
 
 def shape_to_read(spec: SampleSpec, slab: Slab | None) -> tuple[int, int, int, int]:
