@@ -29,7 +29,7 @@ from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
 from cosmoflow_dali.compute.preflight import check_convolutions
 from cosmoflow_dali.compute.torch_setup import configure_torch
 from cosmoflow_dali.mlperf.write_events import log_settings
-from cosmoflow_dali.models.build import build_model
+from cosmoflow_dali.models.build import Model, build_model
 from cosmoflow_dali.models.open import OpenCosmoFlow
 from cosmoflow_dali.reporting.posteriors import fit_run
 from cosmoflow_dali.reporting.summary import write_results
@@ -88,8 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if run.checkpoint is None:
                 logs.mlperf.event(constants.CACHE_CLEAR, value=arguments.caches_cleared, time_ms=start_ms)
                 logs.mlperf.start(constants.INIT_START, time_ms=start_ms)
+            model = _build_model(run, session)
             staged = _stage(run, session, logs, arguments.staged_since)
-            result = _train(staged, session, device, logs)
+            result = _train(staged, model, session, device, logs)
         if result is None:
             logger.info("stopped by a signal; resume with --run-dir %s --resume", run.folder)
             return os.EX_TEMPFAIL
@@ -143,6 +144,20 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
     return run
 
 
+def _build_model(run: Run, session: Session) -> Model:
+    """Return the network with its initial weights and, unless it is resumed, the statistics of its input.
+
+    They are of whole samples, which a staged copy may not have.
+    """
+    config = run.config
+    model = build_model(config.model, run.seed, config.compute.checkpoint_blocks)
+    if isinstance(model, OpenCosmoFlow) and run.checkpoint is None:
+        apply_log = config.loader.apply_log
+        reader = Reader(run.train, config.loader.on_bad_sample, apply_log=apply_log)
+        model.fit_input(*session.run_on_root(lambda: input_statistics(reader, apply_log=apply_log)))
+    return model
+
+
 def _stage(run: Run, session: Session, logs: RunLogs, staged_since: int | None) -> Run:
     """Copy both splits to each node's own disk, if `data.stage` is set; return the run on these copies.
 
@@ -171,9 +186,9 @@ def _stage(run: Run, session: Session, logs: RunLogs, staged_since: int | None) 
 
 
 def _train(
-    run: Run, session: Session, device: torch.device, logs: RunLogs
+    run: Run, model: Model, session: Session, device: torch.device, logs: RunLogs
 ) -> tuple[Evaluation, dict[str, Any], dict[str, Any]] | None:
-    """Build everything and train on all ranks.
+    """Train `model` on all ranks.
 
     Returns:
         Validation of the final weights, the entries of summary.json about the training, and the state dict of
@@ -181,11 +196,6 @@ def _train(
     """
     start, config, world = time.perf_counter(), run.config, session.world
     check_partition(run)
-    model = build_model(config.model, run.seed, config.compute.checkpoint_blocks)
-    if isinstance(model, OpenCosmoFlow) and run.checkpoint is None:
-        apply_log = config.loader.apply_log
-        reader = Reader(run.train, config.loader.on_bad_sample, apply_log=apply_log)
-        model.fit_input(*session.run_on_root(lambda: input_statistics(reader, apply_log=apply_log)))
     model.group = session.consecutive_ranks(config.parallel.spatial)
     with open_loaders(run, session, device, periodic=model.periodic) as (train, validation):
         run = dataclasses.replace(run, kernels=_use_kernels(run, model, session, device))
