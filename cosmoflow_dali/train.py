@@ -170,7 +170,16 @@ def _stage(run: Run, session: Session, logs: RunLogs, staged_since: int | None) 
     if run.checkpoint is None:
         logs.mlperf.start("staging_start", time_ms=start_ms)
     splits = {"train": run.train, "validation": run.validation}
-    staged = stage(splits, config.folder, config, session, skip_source_check=staged_since is not None)
+    # Nodes whose ranks hold a part of each sample need no more of it.
+    nodes_per_sample, left = divmod(run.config.parallel.spatial, session.world.local_size)
+    staged = stage(
+        splits,
+        config.folder,
+        config,
+        session,
+        nodes_per_sample=1 if left else nodes_per_sample,
+        skip_source_check=staged_since is not None,
+    )
     seconds = time.time() - 1e-3 * start_ms
     if run.checkpoint is None:
         names = "samples", "read_bytes", "written_bytes"
