@@ -115,8 +115,9 @@ class Session:
                 # If there are several nodes, this rank is not on that of rank 0.
                 store.set(_ROOT_ADDRESS, connection.getpeername()[0])
         backend = "nccl" if cuda else "gloo"
-        if not cuda and "GLOO_SOCKET_IFNAME" not in os.environ:
+        if "GLOO_SOCKET_IFNAME" not in os.environ:
             # By itself gloo takes the address that the host's name resolves to, which others may not reach.
+            # With NCCL too, groups of ranks use gloo for what is on the host.
             if is_loopback(own) and not world.single_node:
                 store.set_timeout(_COLLECTIVE_TIMEOUT[backend])
                 own = store.get(_ROOT_ADDRESS).decode()
@@ -147,7 +148,8 @@ class Session:
             return None
         import torch.distributed as dist
 
-        return dist.new_subgroups(size, backend=backend)[0]
+        timeout = _COLLECTIVE_TIMEOUT[backend or dist.get_backend()]
+        return dist.new_subgroups(size, timeout=timeout, backend=backend)[0]
 
     def maximum_over(self, size: int) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
         """Return a collective function: the maximum, by element, over each `size` consecutive ranks.

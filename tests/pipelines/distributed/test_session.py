@@ -31,6 +31,7 @@ def test_collectives_of_one_rank_are_plain_calls() -> None:
 
 def test_collectives_of_three_ranks() -> None:
     program = """
+import numpy as np
 with report_errors(world) as session:
     session.connect()
     assert session.run_on_root(lambda: world.rank) == 0
@@ -39,6 +40,11 @@ with report_errors(world) as session:
     assert session.gather(world.rank) == [0, 1, 2]
     assert session.gather_to_root(world.rank) == ([0, 1, 2] if world.is_root else [])
     assert session.sum(torch.ones(2)).tolist() == [3, 3]
+    assert session.maximum_over(3)(np.array([world.rank, -world.rank])).tolist() == [2, 0]
+    assert session.consecutive_ranks(1) is None
+    group = session.consecutive_ranks(3)
+    timeouts = [each._get_backend(torch.device("cpu")).options._timeout for each in (group, dist.group.WORLD)]
+    assert timeouts[0] == timeouts[1]
     def fail():
         if world.rank > 0:
             raise UserError(f"error of rank {world.rank}")
@@ -55,15 +61,19 @@ with report_errors(world) as session:
     assert statuses == {0} and words == "error of rank 1\nerror of rank 0\n" * 3
 
 
-def test_gloo_uses_the_interface_that_reaches_rank_0_and_not_the_hosts_name() -> None:
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_gloo_uses_the_interface_that_reaches_rank_0_and_not_the_hosts_name(kind: str) -> None:
     program = """
 import os
+# The interface is chosen without a GPU.
+connect, torch.cuda.set_device = dist.init_process_group, print
+dist.init_process_group = lambda backend, device_id, **options: connect("gloo", **options)
 with report_errors(world) as session:
-    session.connect()
+    session.connect(torch.device(sys.argv[1]))
     assert session.gather(os.environ["GLOO_SOCKET_IFNAME"]) == ["lo"] * 3
 """
     nodes = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "HEARTBEAT_INTERVAL": "1"}
-    with Ranks([sys.executable, "-c", HEAD + program], range(3), 3, **nodes) as ranks:
+    with Ranks([sys.executable, "-c", HEAD + program, kind], range(3), 3, **nodes) as ranks:
         statuses, _ = ranks.end(60)
     assert statuses == {0}
 
