@@ -203,22 +203,32 @@ class Loader:
 
     def _decode_next(self, into: torch.Tensor | None) -> tuple[torch.Tensor, _InFlightStep]:
         """Decode as far ahead as intended; return the volumes of the oldest step."""
-        try:
-            while len(self._decoding) < self._decoder.depth:
-                if not self._reading:
-                    self._read_ahead()
-                step = self._reading[0]
-                if self._agree is not None:
-                    self._read_the_same(step, self._agree)
-                self._decoder.submit([read.result()[1] for read in step.reads], step.upcoming)
-                self._decoding.append(self._reading.popleft())
+        while len(self._decoding) < self._decoder.depth:
+            if not self._reading:
+                self._read_ahead()
+            step = self._reading[0]
+            if self._agree is not None:
+                self._read_the_same(step, self._agree)
+            payloads = [read.result()[1] for read in step.reads]
+            with self._naming_damaged():
+                self._decoder.submit(payloads, step.upcoming)
+            self._decoding.append(self._reading.popleft())
+        with self._naming_damaged():
             volume = self._decoder.next(into)
+        return volume, self._decoding.popleft()
+
+    @contextlib.contextmanager
+    def _naming_damaged(self) -> Iterator[None]:
+        """Raise the DataError of a damaged sample in flight, if there is one, for a RuntimeError of the body.
+
+        DALI's errors name no file, and may concern a later step: the samples are read again on the host.
+        """
+        try:
+            yield
         except RuntimeError:
-            # DALI's errors name no file, and may concern a later step: read the samples again on the host.
             for step in (*self._decoding, *self._reading):
                 self.raise_if_damaged(step.upcoming[0])
             raise
-        return volume, self._decoding.popleft()
 
     def _read_ahead(self) -> None:
         """Start reading as far ahead as intended."""

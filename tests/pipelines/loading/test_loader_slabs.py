@@ -222,6 +222,16 @@ def test_samples_of_which_every_one_is_damaged_for_some_rank_end_the_run(tmp_pat
     assert any(isinstance(error, DataError) and "in a row: 7" in error.fault for error in errors)
 
 
+def test_lost_rank_is_not_taken_for_a_damaged_sample(tmp_path: Path) -> None:
+    split = open_folder(write_damaged(tmp_path / "data", "npy", dict.fromkeys(range(3), 0)))
+
+    def agree(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        load(split, Slab(0, 2, False), agree=agree, on_bad_sample="skip")
+
+
 def test_ranks_do_not_agree_where_damage_ends_the_run(splits: dict[str, SampleDataset]) -> None:
     def agree(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         raise AssertionError
