@@ -27,8 +27,10 @@ def input_statistics(
     for index in np.linspace(0, len(split) - 1, count).astype(int).tolist():
         sample = reader.sample(index)
         if sample is not None:
-            values = transform(sample.counts, apply_log=apply_log).astype(np.float64)
-            moments.append([values.mean(axis=(0, 1, 2)), np.square(values).mean(axis=(0, 1, 2))])
+            counts = sample.counts
+            # The mean of counts is that of the whole sample.
+            planes = map(_logarithms, counts) if apply_log else transform(counts, apply_log=False)
+            moments.append(np.mean([_moments(plane) for plane in planes], axis=0))
     if not moments:
         first = next(iter(reader.skipped.values()))
         raise DataError(split.root, f"none of the {count} samples read can be used", f"the first: {first}")
@@ -37,3 +39,16 @@ def input_statistics(
     variance = square - mean**2
     deviation = np.sqrt(np.where(variance > 1e-12, variance, 1.0))
     return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def _logarithms(counts: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
+    return transform(counts, apply_log=True)
+
+
+def _moments(plane: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Return the mean and the mean square of each redshift of (H, W, C), (2, C).
+
+    In double precision a whole sample of 512^3 would take four gigabytes, twice.
+    """
+    values = plane.astype(np.float64)
+    return np.stack([values.mean(axis=(0, 1)), np.square(values).mean(axis=(0, 1))])
