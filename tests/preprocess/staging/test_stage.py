@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import (
+    OPEN,
+    SIZE,
     can_mount,
     command,
     config_file,
@@ -532,6 +534,31 @@ def test_nodes_that_share_samples_keep_only_their_slabs(tmp_path: Path) -> None:
     assert "staged 2 of 2 samples" in staged_by(1)
     split = open_folder(split.root)
     np.testing.assert_array_equal(split.read(0).counts, samples[0].counts)
+
+
+@pytest.mark.slow
+def test_training_on_staged_slabs_gives_the_losses_of_whole_samples(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name, samples in (("train", 8), ("validation", 2)):
+        (data / name).mkdir(parents=True)
+        numbered = ((f"universe_{n:04d}_000.packed", tiny_sample(n)) for n in range(samples))
+        # A chunk for each plane.
+        members = [(member, encode(sample, chunk_voxels=SIZE**2)) for member, sample in numbered]
+        write_shard(data / name / "a.tar", members)
+
+    def losses(run_dir: Path, **where: object) -> list[float]:
+        changes = OPEN | {"data": {"dir": str(data)} | where, "epochs": 2, "parallel": {"spatial": 2}}
+        config = config_file(tmp_path / "c.yaml", data, **changes)
+        done = as_srun(2, 1, lambda _: ["cosmoflow_dali.train", "--config", config, "--run-dir", run_dir])
+        assert [code for code, _, _ in done] == [0, 0], done
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+    expected = losses(tmp_path / "whole")
+    disk = tmp_path / "disk"
+    assert expected and losses(tmp_path / "slabs", stage={"dir": str(disk / "$NODE")}) == expected
+    with pytest.raises(DataError, match="the CRC of chunk"):
+        open_folder(disk / "0" / "train").read(0)
 
 
 def test_whole_samples_are_read_from_the_source_of_slabs(tmp_path: Path) -> None:
