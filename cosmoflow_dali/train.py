@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 
 import torch
 from mlperf_logging.mllog import constants
-from torch import nn
 
 from cosmoflow_dali.arguments import Arguments, parse, select_instance
 from cosmoflow_dali.compute.kernels import choose_kernels, use_kernels
@@ -236,7 +235,7 @@ def _train(
     return evaluation, summary, model.state_dict()
 
 
-def _use_kernels(run: Run, model: nn.Module, session: Session, device: torch.device) -> list[str]:
+def _use_kernels(run: Run, model: Model, session: Session, device: torch.device) -> list[str]:
     """Compute the blocks of `model` with the checkpoint's kernels, or those that rank 0 chooses.
 
     Ranks with another model of GPU choose their own, as those of rank 0 may be slow or fail there. All
@@ -249,7 +248,7 @@ def _use_kernels(run: Run, model: nn.Module, session: Session, device: torch.dev
     batch = compute.micro_batch or run.config.loader.batch_size
     session.run_on_all_ranks(lambda: check_convolutions(compute.precision, device))
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    shared = run.config.parallel.spatial > 1
+    shared = model.group is not None
     saved = run.checkpoint.kernels if run.checkpoint and device.type == "cuda" and not shared else []
     if shared and device.type == "cuda":
         logger.info("blocks of slabs: torch")
