@@ -76,13 +76,15 @@ class PackedSample:
         self.verify_chunks()
         counts = np.empty(shape_to_read(self.header.spec, self.slab), np.int16)
         self.fill(counts, self.table)
-        symbols = np.frombuffer(self.symbols(self.chunks), np.uint8)
-        byte_sum = int(symbols.sum(dtype=np.uint64)) % BYTE_SUM_MODULUS
+        symbols = self.symbols(self.chunks)
+        byte_sum = int(np.frombuffer(symbols, np.uint8).sum(dtype=np.uint64)) % BYTE_SUM_MODULUS
         if self.slab is None and byte_sum != self.header.byte_sum:
             raise DataError(self.path, "its chunks inflate to other symbols than were packed", REMEDY)
-        starts = np.cumsum(self.chunks.voxels) - self.chunks.voxels
-        escaped = np.add.reduceat(symbols == ESCAPE, starts, dtype=np.int64)
-        if self.header.rows > SYMBOLS and (escaped != self.chunks.escapes).any():
+        ends = np.cumsum(self.chunks.voxels)
+        extents = zip((ends - self.chunks.voxels).tolist(), ends.tolist(), strict=True)
+        # Not by comparing with NumPy, which takes the memory of another sample.
+        escaped = [symbols.count(ESCAPE, start, end) for start, end in extents]
+        if self.header.rows > SYMBOLS and escaped != self.chunks.escapes.tolist():
             # Those of all chunks are as many as their symbols, but slabs of the sample would be wrong.
             raise DataError(self.path, "a chunk has the escapes of another one", REMEDY)
         return counts
