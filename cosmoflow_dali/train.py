@@ -47,6 +47,7 @@ from cosmoflow_dali.training.stop_signal import StopReason, handle_stop_signals
 from cosmoflow_dali.training.trainer import Trainer
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.node_groups import check_nodes
+from pipelines.distributed.sample_groups import consecutive_ranks
 from pipelines.distributed.session import Session, exit_now
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
@@ -204,7 +205,7 @@ def _train(
     """
     start, config, world = time.perf_counter(), run.config, session.world
     check_partition(run)
-    model.group = session.consecutive_ranks(config.parallel.spatial)
+    model.group = consecutive_ranks(config.parallel.spatial)
     with open_loaders(run, session, device, periodic=model.periodic) as (train, validation):
         run = dataclasses.replace(run, kernels=_use_kernels(run, model, session, device))
         trainer = Trainer(run, model, train, validation, session=session, device=device, logs=logs)

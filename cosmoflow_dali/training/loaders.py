@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from cosmoflow_dali.training.run_dir import Run
+from pipelines.distributed.sample_groups import maximum_over
 from pipelines.distributed.session import Session
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice
@@ -43,7 +44,7 @@ def open_loaders(
             at_once,
         )
         if config.loader.on_bad_sample == "skip":
-            agree = session.maximum_over(spatial)
+            agree = maximum_over(session, spatial)
     # Ranks with the same samples divide them; ranks of other nodes may have other samples.
     readers = world.size // run.train.num_partitions
     rank_slice = RankSlice(world.rank % readers // spatial, readers // spatial)

@@ -67,7 +67,6 @@ class FailureDetector(ABC):
     """One rank's part of the failure detector; it runs until `end` or `report_failure`."""
 
     _root_runs = True
-
     _address: tuple[str, int] | None = None
     """Host and port that refuse connections once this process has ended."""
 
@@ -83,13 +82,14 @@ class FailureDetector(ABC):
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     @contextlib.contextmanager
-    def stall_guard(self, operation: str) -> Iterator[None]:
-        """Report this rank as stuck in `operation` if the body takes longer than STALL_TIMEOUT."""
-        self._operation = (operation, time.monotonic())
+    def stall_guard(self, operation: str | None) -> Iterator[None]:
+        """Report `operation` if the body takes longer than STALL_TIMEOUT; None suspends an outer guard."""
+        outer = self._operation
+        self._operation = (operation, time.monotonic()) if operation else None
         try:
             yield
         finally:
-            self._operation = None
+            self._operation = (outer[0], time.monotonic()) if outer else None
 
     def end(self) -> None:
         """Stop, after all ranks have finished their work."""

@@ -27,14 +27,11 @@ from pipelines.errors import UserError
 from pipelines.filesystem import raise_open_file_limit
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     import torch
-    import torch.distributed as dist
 
 T = TypeVar("T")
 
-_COLLECTIVE_TIMEOUT = {"nccl": timedelta(minutes=30), "gloo": timedelta(days=7)}
+COLLECTIVE_TIMEOUT = {"nccl": timedelta(minutes=30), "gloo": timedelta(days=7)}
 """Longest wait for another rank in a collective: on the CPU a rank may convert files for days. Failed ranks
 are detected by heartbeats, much earlier."""
 
@@ -119,7 +116,7 @@ class Session:
             # By itself gloo takes the address that the host's name resolves to, which others may not reach.
             # With NCCL too, groups of ranks use gloo for what is on the host.
             if is_loopback(own) and not world.single_node:
-                store.set_timeout(_COLLECTIVE_TIMEOUT[backend])
+                store.set_timeout(COLLECTIVE_TIMEOUT[backend])
                 own = store.get(_ROOT_ADDRESS).decode()
             if (name := interface(own)) is not None:
                 os.environ["GLOO_SOCKET_IFNAME"] = name
@@ -128,46 +125,12 @@ class Session:
             store=store,
             rank=world.rank,
             world_size=world.size,
-            timeout=_COLLECTIVE_TIMEOUT[backend],
+            timeout=COLLECTIVE_TIMEOUT[backend],
             device_id=device if cuda else None,
         )
         if not cuda:
             # Gloo connects every two ranks. One that is connected and exits breaks the connecting of others.
             dist.barrier()
-
-    def consecutive_ranks(self, size: int, backend: str | None = None) -> dist.ProcessGroup | None:
-        """Return the group of `size` consecutive ranks that this rank is in; None if `size` is 1.
-
-        All ranks take part; `size` must divide their number.
-
-        Args:
-            size: Number of ranks in each group.
-            backend: That of `connect` by default.
-        """
-        if size == 1:
-            return None
-        import torch.distributed as dist
-
-        timeout = _COLLECTIVE_TIMEOUT[backend or dist.get_backend()]
-        return dist.new_subgroups(size, timeout=timeout, backend=backend)[0]
-
-    def maximum_over(self, size: int) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
-        """Return a collective function: the maximum, by element, over each `size` consecutive ranks.
-
-        All ranks take part.
-        """
-        import torch
-        import torch.distributed as dist
-
-        # On the host also with NCCL, so that it does not wait for the device.
-        group = self.consecutive_ranks(size, "gloo")
-
-        def maximum(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-            result = torch.from_numpy(values.copy())
-            dist.all_reduce(result, dist.ReduceOp.MAX, group)
-            return result.numpy()
-
-        return maximum
 
     def close(self) -> None:
         """Wait until all ranks are done, and disconnect; nothing if they are not connected."""
@@ -286,8 +249,8 @@ class Session:
         except UserError as error:
             raise RankError(self.world, error) from error
 
-    def stall_guard(self, operation: str) -> AbstractContextManager[None]:
-        """Report this rank as stuck in `operation` if the body takes too long."""
+    def stall_guard(self, operation: str | None) -> AbstractContextManager[None]:
+        """Report `operation` of this rank if the body takes too long; None suspends an outer guard."""
         return self._detector.stall_guard(operation) if self._detector is not None else nullcontext()
 
     def with_stall_guard(self, items: Iterable[T], operation: str) -> Iterator[T]:

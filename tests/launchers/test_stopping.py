@@ -57,11 +57,11 @@ def test_error_of_an_instance_is_printed_by_its_own_rank_0(
 def test_opening_the_data_set_is_guarded_against_stalls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    about: list[str] = []
+    about: list[str | None] = []
 
     class Guarded(Session):
         @contextlib.contextmanager
-        def stall_guard(self, operation: str) -> Iterator[None]:
+        def stall_guard(self, operation: str | None) -> Iterator[None]:
             about.append(operation)
             yield
             about.pop()
