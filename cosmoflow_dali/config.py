@@ -73,14 +73,19 @@ class LogConfig:
     Args:
         every: Steps between lines of metrics.jsonl; at these steps the ranks synchronize.
         checkpoint_every: Steps between checkpoints; a checkpoint is also saved after every epoch.
+        trackers: Programs that also get the records of metrics.jsonl: "tensorboard" and "wandb" (Weights &
+            Biases), each a package of this name to install; see docs/tracking.md.
     """
 
     every: int = 10
     checkpoint_every: int = 1000
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("every", "checkpoint_every"):
             check_field(self, name, getattr(self, name) >= 1, "must be at least 1 step")
+        once = len(set(self.trackers)) == len(self.trackers)
+        check_field(self, "trackers", once, "names one twice; name each once")
 
 
 @dataclass(frozen=True, slots=True)

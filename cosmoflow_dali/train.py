@@ -44,6 +44,7 @@ from cosmoflow_dali.training.run_data import (
 )
 from cosmoflow_dali.training.run_dir import CONFIG, Run, create_run, lock_run, resume_run, save_config
 from cosmoflow_dali.training.stop_signal import StopReason, handle_stop_signals
+from cosmoflow_dali.training.trackers import check_installed
 from cosmoflow_dali.training.trainer import Trainer
 from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.node_groups import check_nodes
@@ -84,20 +85,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = session.run_on_root(lambda: _prepare_run(arguments, session, locks))
         provide_scratch(run.folder)
         saved = (run.checkpoint.logs, run.checkpoint.mlperf_log) if run.checkpoint else ({}, "")
-        with RunLogs(run.folder if world.is_root else None, *saved) as logs:
+        with RunLogs(run.folder if world.is_root else None, *saved, run.config.log.trackers) as logs:
             if run.checkpoint is None:
                 logs.mlperf.event(constants.CACHE_CLEAR, value=arguments.caches_cleared, time_ms=start_ms)
                 logs.mlperf.start(constants.INIT_START, time_ms=start_ms)
             model = _build_model(run, session)
             staged = _stage(run, session, logs, arguments.staged_since)
             result = _train(staged, model, session, device, logs)
-        if result is None:
-            logger.info("stopped by a signal; resume with --run-dir %s --resume", run.folder)
-            return os.EX_TEMPFAIL
-        # Posteriors and baseline read the whole data set, not this node's part of it.
-        evaluation, training, weights = result
-        posterior = fit_run(run, weights, device, session) if run.calibration is not None else None
-        session.run_on_root(partial(write_results, run, evaluation, training, posterior, world))
+            if result is None:
+                logger.info("stopped by a signal; resume with --run-dir %s --resume", run.folder)
+                return os.EX_TEMPFAIL
+            # Posteriors and baseline read the whole data set, not this node's part of it.
+            evaluation, training, weights = result
+            posterior = fit_run(run, weights, device, session) if run.calibration is not None else None
+            write = partial(write_results, run, evaluation, training, posterior, world)
+            logs.summarize(session.run_on_root(write))
     return 0
 
 
@@ -109,6 +111,7 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
         if resumes:
             locks.enter_context(lock_run(folder))
             config, checkpoint = resume_run(folder, config, session.world.size)
+    check_installed(config.log.trackers)
     if config.seed is None:
         config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
     # Before hours of simulation.

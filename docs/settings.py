@@ -83,7 +83,8 @@ def _type(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(_code(yaml_text(value)) for value in arguments)
     if typing.get_origin(kind) is tuple:
-        return f"list of {NAMES[arguments[0]]}s"
+        each = arguments[0]
+        return f"list of {NAMES[each]}s" if each in NAMES else f"list of {_type(each)}"
     if arguments:
         return " or ".join("null" if choice is type(None) else _type(choice) for choice in arguments)
     return NAMES[kind]

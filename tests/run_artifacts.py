@@ -25,7 +25,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl without measured times."""
-    clocked = ("samples_per_s", "data_wait_ms", "step_ms")
+    """Return the records of metrics.jsonl without times."""
+    clocked = ("time_ms", "samples_per_s", "data_wait_ms", "step_ms")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in lines]

@@ -30,13 +30,16 @@ def write_results(
     training: dict[str, Any],
     posterior: dict[str, Any] | None,
     world: World,
-) -> None:
+) -> dict[str, Any]:
     """Write predictions.csv, summary.json and report.html into the folder of `run`, and log the scores.
 
     Args:
         evaluation: Validation of the final weights.
         training: Entries of summary.json about the training.
         posterior: Its entry about the posteriors, if there are any.
+
+    Returns:
+        The content of summary.json.
     """
     config, seconds = run.config, dict(training["seconds"])
     write_predictions(run.folder, evaluation)
@@ -85,6 +88,7 @@ def write_results(
         logger.info("posteriors of the %d samples in %s:", posterior["samples"], posterior["split"])
         for line in (*format_table(score_table(posterior["scores"])).splitlines(), *verdicts(posterior)):
             logger.info(line)
+    return summary
 
 
 def _write_report(folder: Path) -> None:

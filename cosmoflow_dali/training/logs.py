@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from typing import Any
 from mlperf_logging.mllog.mllog import MLLogger
 from tqdm import tqdm
 
+from cosmoflow_dali.training.trackers import TrackerThread
 from pipelines.distributed.world import World
 from pipelines.errors import AccessError, printable, writing
 from pipelines.filesystem import sync_file
@@ -47,7 +48,11 @@ class RunLogs:
     """
 
     def __init__(
-        self, folder: Path | None, lengths: Mapping[str, int] = MappingProxyType({}), mlperf_log: str = ""
+        self,
+        folder: Path | None,
+        lengths: Mapping[str, int] = MappingProxyType({}),
+        mlperf_log: str = "",
+        trackers: Sequence[str] = (),
     ) -> None:
         """Open the logs in `folder`; without a `folder`, write nothing.
 
@@ -55,8 +60,10 @@ class RunLogs:
             folder: Folder of the run.
             lengths: Bytes of each log to keep, by name.
             mlperf_log: The bytes to keep of the MLPerf log, if they are known.
+            trackers: Names of programs that also get the records of metrics.jsonl.
         """
         self.run_stop_ms: int | None = None
+        self._trackers: list[TrackerThread] = []
         metrics, mlperf = (logging.Logger(name, logging.INFO) for name in (METRICS, MLPERF))
         self._files: list[_RaisingHandler] = []
         if folder:
@@ -73,12 +80,25 @@ class RunLogs:
                 with writing(path):
                     log.addHandler(handler := _RaisingHandler(path, encoding="utf-8"))
                 self._files.append(handler)
+            self._trackers = [TrackerThread(name, folder) for name in trackers]
+            for line in read_file(folder / METRICS).splitlines() if trackers else ():
+                self._track(json.loads(line))
         self._metrics = metrics
         self.mlperf = MLLogger(mlperf, default_namespace="", root_dir=_ROOT)
 
     def metric(self, record: dict[str, Any]) -> None:
-        """Append `record` to metrics.jsonl as one line; raise AccessError if that fails."""
+        """Append `record`, with the time, to metrics.jsonl as one line; raise AccessError if that fails."""
+        record = {**record, "time_ms": round(1e3 * time.time())}
         self._metrics.info(json.dumps(record))
+        self._track(record)
+
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Hand the numbers of summary.json to the trackers."""
+        self._track({**summary, "kind": "summary", "step": summary["steps"]})
+
+    def _track(self, record: dict[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.log(record)
 
     def sync(self) -> tuple[dict[str, int], str]:
         """Wait until all lines are on the disk; return the bytes in each file by name, and the MLPerf log."""
@@ -96,6 +116,8 @@ class RunLogs:
         return self
 
     def __exit__(self, *error: object) -> None:
+        for tracker in self._trackers:
+            tracker.close(failed=any(error))
         # After an error, closing may fail again to write what a full disk has refused.
         with suppress(AccessError) if any(error) else nullcontext():
             for file in self._files:

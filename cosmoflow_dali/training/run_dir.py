@@ -2,6 +2,7 @@
 
 config.yaml       the resolved configuration, including the seed
 metrics.jsonl     one line for every few steps and every evaluation
+tensorboard/      the same for TensorBoard, and wandb/ for Weights & Biases, if `log.trackers` names them
 mlperf.log        the MLPerf log
 checkpoints/      the newest checkpoints, and posterior.pt, the posteriors of the final weights
 predictions.csv   the validation set at the end: true and predicted parameters
@@ -47,6 +48,7 @@ MUTABLE_ON_RESUME = (
     "data.stage",
     "loader.",
     "log.checkpoint_every",
+    "log.trackers",
     "submission.",
     "target_mae",
     "baseline",
