@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ class Arguments:
         instances: Number of training instances that the ranks are divided into.
         caches_cleared: The page caches were cleared just before.
         staged_since: Start of staging in a job step before this program, in Unix ms.
+        profile: Steps to record for a trace, counted from 1 on.
     """
 
     config: TrainConfig
@@ -56,6 +58,7 @@ class Arguments:
     instances: int = 1
     caches_cleared: bool = False
     staged_since: int | None = None
+    profile: range = range(0)
 
 
 def parse(argv: Sequence[str] | None) -> Arguments:
@@ -74,8 +77,13 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     since = values["staged_since"]
     if since is not None and config.data.stage is None:
         raise ConfigError("--staged-since", since, "nothing is staged without data.stage.dir")
+    profile = range(0) if values["profile"] is None else _parse_steps(values["profile"])
+    if profile and config.compute.nvtx:
+        raise ConfigError("--profile", values["profile"], "set compute.nvtx to false; torch does one of both")
     folder = run_dir or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Arguments(config, folder, run_dir is None, resume, instances, values["caches_cleared"], since)
+    return Arguments(
+        config, folder, run_dir is None, resume, instances, values["caches_cleared"], since, profile
+    )
 
 
 def select_instance(arguments: Arguments, instance: int) -> Arguments:
@@ -86,6 +94,15 @@ def select_instance(arguments: Arguments, instance: int) -> Arguments:
     if config.seed is not None:
         config = replace(config, seed=config.seed + instance)
     return replace(arguments, config=config, run_dir=arguments.run_dir / str(instance + 1))
+
+
+def _parse_steps(text: str) -> range:
+    """Return the steps of `FIRST:LAST`."""
+    found = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise ConfigError("--profile", text, "expected FIRST:LAST, such as 20:25, counted from 1 on")
+    return range(first, last + 1)
 
 
 def _parse_setting(text: str) -> tuple[str, Any]:
@@ -115,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--caches-cleared", action="store_true", help="log that the page caches were cleared for this run")
     text = "log that staging began at this time (Unix ms), in a job step before this one"
     add("--staged-since", type=int, metavar="MS", help=text)
+    text = "record these steps on rank 0 and write a trace for ui.perfetto.dev into the run's folder"
+    add("--profile", metavar="FIRST:LAST", help=text)
     text = "resume the run in --run-dir from its newest checkpoint; start it if there is none"
     add("--resume", action="store_true", help=text)
     return parser

@@ -43,6 +43,7 @@ from cosmoflow_dali.training.run_data import (
     simulate_missing,
 )
 from cosmoflow_dali.training.run_dir import CONFIG, Run, create_run, lock_run, resume_run, save_config
+from cosmoflow_dali.training.step_trace import check_profile
 from cosmoflow_dali.training.stop_signal import StopReason, handle_stop_signals
 from cosmoflow_dali.training.trackers import check_installed
 from cosmoflow_dali.training.trainer import Trainer
@@ -132,9 +133,11 @@ def _prepare_run(arguments: Arguments, session: Session, locks: ExitStack) -> Ru
         seconds,
         calibration=calibration,
         test=test,
+        profile=arguments.profile,
     )
     check_data(run, session.world)
     check_symmetries(run)
+    check_profile(run, session.world.size)
     if not resumes:
         run = create_run(run, locks, must_be_new=arguments.must_be_new)
         logger.info("run folder %s, seed %d", run.folder, run.seed)

@@ -4,6 +4,7 @@ config.yaml       the resolved configuration, including the seed
 metrics.jsonl     one line for every few steps and every evaluation
 tensorboard/      the same for TensorBoard, and wandb/ for Weights & Biases, if `log.trackers` names them
 mlperf.log        the MLPerf log
+trace_*.json.gz   the steps of `--profile`
 checkpoints/      the newest checkpoints, and posterior.pt, the posteriors of the final weights
 predictions.csv   the validation set at the end: true and predicted parameters
 summary.json      the results
@@ -76,6 +77,7 @@ class Run:
         kernels: Kernel of each block of the network on rank 0's GPU; see `choose_kernels`.
         calibration: Training samples that are kept from the network, for its posteriors; None without any.
         test: Samples to score the posteriors on; None if the data set has no test split.
+        profile: Steps to record for a trace, counted from 1 on.
     """
 
     folder: Path
@@ -88,6 +90,7 @@ class Run:
     kernels: list[str] = field(default_factory=list)
     calibration: SampleDataset | None = None
     test: SampleDataset | None = None
+    profile: range = range(0)
 
     @property
     def seed(self) -> int:

@@ -31,6 +31,7 @@ from cosmoflow_dali.training.checkpoint import Checkpoint, Position
 from cosmoflow_dali.training.evaluation import Evaluation, evaluate
 from cosmoflow_dali.training.logs import Progress, RunLogs
 from cosmoflow_dali.training.run_dir import CHECKPOINTS, Run
+from cosmoflow_dali.training.step_trace import StepTrace
 from cosmoflow_dali.training.stop_signal import StopReason, StopSignal
 from cosmoflow_dali.training.timer import StepTimer
 from pipelines.distributed.session import Session
@@ -63,8 +64,7 @@ class Trainer:
         device: torch.device,
         logs: RunLogs,
     ) -> None:
-        self._run, self._config = run, run.config
-        self._train, self._validation = train, validation
+        self._run, self._config, self._train, self._validation = run, run.config, train, validation
         self._session, self._device, self._logs = session, device, logs
         self._global_batch = self._config.samples_per_step(session.world.size)
         self._model = model.to(device)
@@ -86,6 +86,7 @@ class Trainer:
         self._window: list[tuple[torch.Tensor, npt.NDArray[np.int64]]] = []
         if run.checkpoint is not None:
             self._restore(run.checkpoint)
+        self._trace = StepTrace(run, session.world)
         self._parallel = wrap_model(self._model, compute, device, ranks=session.world.size)
         shape = self._config.loader.batch_size, *train.shape
         self._engine = make_engine(self._parallel, compute, self._optimizer, self._scaler, shape, device)
@@ -106,7 +107,7 @@ class Trainer:
             logger.info("the run has done %s (%s): nothing is left to train", self.position, reason.value)
             self._log_run_stop(reason, self._logs.run_stop_ms)
             return reason
-        with closing(self._engine), self._stop, emit_nvtx(enabled=self._config.compute.nvtx):
+        with closing(self._engine), self._stop, self._trace, emit_nvtx(enabled=self._config.compute.nvtx):
             while not (reason := self._finished()):
                 if not self._train_epoch():
                     return StopReason.STOPPED
@@ -143,7 +144,7 @@ class Trainer:
             self._logs.mlperf.start(constants.EPOCH_START, metadata={"epoch_num": epoch + 1})
         self._parallel.train()
         self.timer.reset()
-        loaded = self._train.batches(epoch, first, self._engine.inputs)
+        loaded = self._trace.follow(self._train.batches(epoch, first, self._engine.inputs), self.steps)
         guarded = self._session.with_stall_guard(loaded, "waiting for a training sample")
         with self._progress.epoch(f"epoch {epoch + 1}/{self._config.epochs}", first, steps):
             for batch in self.timer.waiting(self._session.tag_rank_errors(guarded)):
