@@ -323,27 +323,3 @@ def test_instances_side_by_side_share_their_samples_each(config: Path, shared: P
     assert metrics(both / "1") == metrics(shared) and same_weights(both / "1", shared)
     found = summary_of(both / "2")
     assert (found["seed"], found["ranks"], found["ranks_per_sample"], found["global_batch"]) == (6, 2, 2, 4)
-
-
-@pytest.mark.slow
-def test_nodes_that_share_samples_stage_their_parts(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    for split, indices in (("train", range(8)), ("validation", range(100, 103))):
-        (data / split).mkdir(parents=True)
-        for index in indices:
-            write_sample(data / split, index, "packed")
-    # Of this network, rank 0 reads statistics of whole samples.
-    changes = MULTISCALE | {"epochs": 1}
-    config = config_file(tmp_path / "c.yaml", data, **changes)
-    stage = {"dir": str(tmp_path / "disk$RANK")}
-    staging = config_file(tmp_path / "s.yaml", data, **changes | {"data": {"dir": str(data), "stage": stage}})
-    one, run = train(config, tmp_path / "one"), tmp_path / "run"
-    line = command(TRAIN, ["--config", staging, "--run-dir", run, "--spatial", 2])
-    with Ranks(line, range(2), 2, LOCAL_RANK="0", LOCAL_WORLD_SIZE="1") as ranks:
-        statuses, words = ranks.end(100)
-    assert statuses == {0}, words
-    check_equal(run, one, steps=2, epochs=1)
-    events = [json.loads(line[9:]) for line in (run / "mlperf.log").read_text().splitlines()]
-    (staged,) = (event["metadata"] for event in events if event["key"] == "staging_stop")
-    # Of samples this small, tables are the most.
-    assert staged["written_bytes"] < 2 * staged["read_bytes"]
