@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.memory_model import peak_bytes
 from benchmarks.spatial_model import Network
+from cosmoflow_dali.config import CONFIGS, read_yaml, resolve
 from cosmoflow_dali.models.build import ModelConfig, build_model
 from cosmoflow_dali.models.open import OpenConfig
 from cosmoflow_dali.models.reference import ReferenceConfig
+from pipelines.sample import REDSHIFTS
 
 
 class Held(TorchDispatchMode):
@@ -93,3 +96,16 @@ def test_checkpointed_blocks_hold_their_input_alone() -> None:
     inputs = sum(block.inputs * block.edge**3 for block in network.blocks[1:])
     outputs = network.blocks[0].filters * math.prod((512 // 8 + 4, 512, 512))
     assert peak_bytes(network, checkpoint_blocks=7) < 4 * (3 * inputs + 3 * outputs)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_512_*.yaml")), ids=lambda path: path.stem)
+def test_configurations_for_whole_universes_fit_their_gpus(path: Path) -> None:
+    config = resolve(read_yaml(path))
+    network, spatial = Network.of(config.model), config.parallel.spatial
+    samples = config.compute.micro_batch or config.loader.batch_size
+    peak = peak_bytes(network, (spatial, 1, 1), samples=samples, width=2)
+    # Weights, gradients, the optimizer's numbers and the buckets of the all-reduce; batches of the loader.
+    state = 20 * network.weights
+    batches = 3 * config.loader.batch_size * len(REDSHIFTS) * (512 // spatial + 2) * 512**2 * 2
+    assert peak + state + batches < 0.5 * 80e9
+    assert samples * network.blocks[0].filters * 512**3 // spatial < 2**31
