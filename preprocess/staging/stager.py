@@ -98,7 +98,7 @@ def stage(
     with ExitStack() as locks:
         plans = [stager.plan(split, root / name, locks) for name, split in splits.items()]
         session.run_on_all_ranks(lambda: _check_space(root, plans))
-        return [(_staged_dataset(plan), stager.copy(plan)) for plan in plans]
+        return [(_staged_dataset(plan.split, plan.target, plan.slab), stager.copy(plan)) for plan in plans]
 
 
 def describe(split: SampleDataset, report: StagingReport, nodes: int) -> str:
@@ -159,7 +159,7 @@ class _Stager:
         fingerprints, opened = np.empty(0, inventory.FINGERPRINT), False
         missing = missing_in_team = np.zeros(len(split), dtype=bool)
         complete = self.skip_source_check and all(
-            session.gather(session.run_on_all_ranks(lambda: not leads or inventory.is_staged(split, target)))
+            session.gather(session.run_on_all_ranks(lambda: not leads or _is_complete(split, target, slab)))
         )
         if not complete:
             fingerprints = inventory.compute_fingerprints(whole, session)
@@ -250,9 +250,21 @@ def _check_space(root: Path, plans: Sequence[_Plan]) -> None:
         raise DataError(root, fault, "free some space, or stage to another disk")
 
 
-def _staged_dataset(plan: _Plan) -> SampleDataset:
-    """Return the samples of `plan` as they are staged."""
-    split, target = plan.split, plan.target
+def _is_complete(split: SampleDataset, target: Path, slab: Slab | None) -> bool:
+    """Return whether `target` is a complete copy of `split`, or of at least `slab` of its samples."""
+    if not inventory.is_staged(split, target):
+        return False
+    if split.sharded and len(split):
+        # A copy of other slabs has the same names.
+        try:
+            _staged_dataset(split, target, slab).payload(0, slab=slab)
+        except DataError:
+            return False
+    return True
+
+
+def _staged_dataset(split: SampleDataset, target: Path, slab: Slab | None) -> SampleDataset:
+    """Return the samples of `split` as they, or `slab` of them, are staged in `target`."""
     names = [split.sample_id(index) for index in range(len(split))]
     if not split.sharded:
         files = tuple(name + Npy.suffix for name in names)
@@ -262,5 +274,5 @@ def _staged_dataset(plan: _Plan) -> SampleDataset:
         (name + SHARD_SUFFIX, (TarMember(name + MEMBER_SUFFIX, FIRST_MEMBER_OFFSET, length),))
         for name, length in zip(names, lengths, strict=True)
     )
-    whole = None if plan.slab is None else split
+    whole = None if slab is None else split
     return replace(dataset_from_shards(target, shards, split.spec), partition=split.partition, whole=whole)

@@ -530,7 +530,14 @@ def test_nodes_that_share_samples_keep_only_their_slabs(tmp_path: Path) -> None:
         with pytest.raises(DataError):
             split.read(0)
     assert "staged 0 of 2 samples" in staged_by(2)
-    # Whole copies are others.
+    # Whole copies are others, which is noticed without the source files too.
+    splits = {name: open_folder(data / name) for name in ("train", "validation")}
+    for reports in (2, 0):
+        (train, report), _ = stage(
+            splits, tmp_path / "disk" / "0", StageConfig("x"), Session(World()), skip_source_check=True
+        )
+        assert report.samples == reports
+        np.testing.assert_array_equal(train.read(0).counts, samples[0].counts)
     assert "staged 2 of 2 samples" in staged_by(1)
     split = open_folder(split.root)
     np.testing.assert_array_equal(split.read(0).counts, samples[0].counts)
