@@ -232,24 +232,6 @@ class OpenFile:
             os.close(self._descriptor)
 
 
-def checksum_file(path: Path) -> tuple[int, int]:
-    """Return the length and the CRC-32C of the file at `path`.
-
-    Raises:
-        DataError: it cannot be read, or is a folder, FIFO, socket or device.
-    """
-
-    def read() -> tuple[int, int]:
-        length = checksum = 0
-        with open(open_regular(path), "rb", buffering=0) as file:
-            while piece := file.read(_PIECE):
-                length, checksum = length + len(piece), crc32c.crc32c(piece, checksum)
-        return length, checksum
-
-    with reading(path):
-        return retry_stale(read)
-
-
 def retry_stale(read: Callable[[], _Read]) -> _Read:
     """Return `read()`, called again if it fails because NFS has replaced the file since it was opened."""
     try:

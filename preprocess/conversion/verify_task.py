@@ -12,13 +12,16 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from pipelines.dataset.manifest import Entry
-from pipelines.errors import DataError
-from pipelines.filesystem import is_present
+from pipelines.errors import DataError, reading
+from pipelines.filesystem import is_present, open_regular
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, sample_members
 from pipelines.formats.packed.tar_shard import read_member
 from pipelines.formats.registry import FORMATS
-from pipelines.io import WrittenFile, checksum_file, read_file
+from pipelines.io import WrittenFile, read_file, retry_stale
 from pipelines.sample import Sample, SampleSpec, is_in_range
+
+_PIECE = 1 << 18
+"""Bytes of a shard that are read at a time."""
 
 
 class Fault(NamedTuple):
@@ -118,10 +121,24 @@ class VerifyTask:
         for suffix, content in contents.items():
             path = self.folder / (name + suffix)
             if suffix == PackedFormat.suffix:
-                written.append(WrittenFile(path, *checksum_file(path), sample_members(path)))
+                written.append(WrittenFile(path, *_checksum(path), sample_members(path)))
             else:
                 written.append(WrittenFile(path, len(content), crc32c.crc32c(content)))
         return Entry.from_written(name, written)
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    """Return the length and the CRC-32C of the file at `path`, which may be larger than the memory."""
+
+    def read() -> tuple[int, int]:
+        length = checksum = 0
+        with open(open_regular(path), "rb", buffering=0) as file:
+            while piece := file.read(_PIECE):
+                length, checksum = length + len(piece), crc32c.crc32c(piece, checksum)
+        return length, checksum
+
+    with reading(path):
+        return retry_stale(read)
 
 
 def _compare(folder: Path, record: Entry, found: Entry) -> Iterator[Fault]:
