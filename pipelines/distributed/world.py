@@ -51,8 +51,16 @@ def available_memory() -> int:
         with suppress(OSError, ValueError):
             # No limit is "max" in version 2, and more than any node has in version 1.
             limit = (group / ("memory.max" if version == 2 else "memory.limit_in_bytes")).read_text()
-            available = min(available, int(limit))
+            available = min(available, max(0, int(limit) - _held_memory(group, version)))
     return available
+
+
+def _held_memory(group: Path, version: int) -> int:
+    """Return the bytes that the processes of `group` hold beside files, which are dropped; 0 if unknown."""
+    with suppress(OSError, KeyError, ValueError):
+        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(fields["anon" if version == 2 else "total_rss"])
+    return 0
 
 
 def _cpu_quotas() -> Iterator[float]:

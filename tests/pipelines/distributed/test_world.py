@@ -84,9 +84,16 @@ def write_groups(own: str, files: dict[str, str], folder: Path, monkeypatch: pyt
     ("own", "files", "megabytes"),
     [
         ("0::/\n", {"memory.max": "3000000"}, 3),
+        ("0::/\n", {"memory.max": "5000000", "memory.stat": "anon 2000000\nfile 900000"}, 3),
+        ("0::/\n", {"memory.max": "5000000", "memory.stat": "anon 6000000\nfile 900000"}, 0),
         ("0::/\n", {"memory.max": "max"}, 8),
         ("0::/slurm/job_7/step_0\n", {"slurm/job_7/memory.max": "2000000", "slurm/memory.max": "max"}, 2),
         ("4:memory:/docker/3f\n", {"memory/memory.limit_in_bytes": "1000000"}, 1),
+        (
+            "4:memory:/\n",
+            {"memory/memory.limit_in_bytes": "3000000", "memory/memory.stat": "rss 7\ntotal_rss 2000000"},
+            1,
+        ),
         ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, 8),
         ("4:cpu:/\n", {"memory/memory.limit_in_bytes": "1000000"}, 8),
         ("", {}, 8),
