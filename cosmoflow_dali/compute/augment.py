@@ -129,16 +129,17 @@ def _apply_to_slabs(
         planes = [plane[(plane >= 0) & (plane < size)] for plane in planes]
     wanted = [source[plane % size] for plane in planes]
     if symmetry.axes[0] == 2:
-        sent = [own[:, :, needed[needed // depth == rank] % depth] for needed in wanted]
+        sent = [own[:, :, _moved(needed[needed // depth == rank] % depth, own.device)] for needed in wanted]
         owners = wanted[rank] // depth
         counts = [int((owners == each).sum()) for each in range(ranks)]
         shapes = [(*own.shape[:2], count, *own.shape[3:]) for count in counts]
         received = torch.cat(_exchange(sent, shapes, group), 2)
         # From the order of owners to that of the result.
-        received = received[:, :, torch.argsort(torch.argsort(owners, stable=True))]
+        order = torch.argsort(torch.argsort(owners, stable=True))
+        received = received[:, :, _moved(order, own.device)]
     else:
         axis = symmetry.axes[0]
-        sent = [own.index_select(axis, needed.to(own.device)) for needed in wanted]
+        sent = [own.index_select(axis, _moved(needed, own.device)) for needed in wanted]
         shape = [*own.shape]
         shape[axis] = len(wanted[rank])
         received = torch.cat(_exchange(sent, [tuple(shape)] * ranks, group), 2)
@@ -147,8 +148,14 @@ def _apply_to_slabs(
         return turned
     result = turned.new_zeros(*own.shape[:2], depth + 2, size, size)
     result = result.contiguous(memory_format=torch.channels_last_3d)
-    result[:, :, places[rank]] = turned
+    first, last = places[rank][[0, -1]].tolist()
+    result[:, :, first : last + 1] = turned
     return result
+
+
+def _moved(index: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `index` on `device`. Indexing a GPU's tensor by one on the host would wait for the GPU."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
 
 
 def _exchange(

@@ -39,7 +39,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def slab(volume: torch.Tensor, index: int, count: int, *, periodic: bool) -> torch.Tensor:
-    """What the loader reads of `volume` for rank `index` of `count`."""
+    """Return what the loader reads of `volume` for rank `index` of `count`."""
     padding = (0, 0, 0, 0, 1, 1)
     padded = functional.pad(volume, padding, mode="circular") if periodic else functional.pad(volume, padding)
     depth = volume.shape[2] // count

@@ -278,7 +278,7 @@ def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def bytes_read() -> int:
-    """What this thread has read so far, by the kernel's count."""
+    """Return the bytes that this thread has read so far, by the kernel's count."""
     return int(Path("/proc/thread-self/io").read_text().split()[1])
 
 
