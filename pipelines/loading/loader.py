@@ -30,7 +30,7 @@ from pipelines.loading.reader import Reader
 from pipelines.loading.transforms import check_input
 from pipelines.plan import Indices, Ragged, RankSlice, plan_epoch
 from pipelines.sample import Batch, is_in_range
-from pipelines.slab import Slab
+from pipelines.slab import Slab, shape_to_read
 
 Agree: TypeAlias = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
 """Returns the elementwise maximum of an array over the ranks that share samples, which all must call it."""
@@ -121,7 +121,7 @@ class Loader:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(D, H, W, C) of every volume."""
-        return self.split.spec.shape if self.slab is None else self.slab.shape(self.split.spec)
+        return shape_to_read(self.split.spec, self.slab)
 
     def __len__(self) -> int:
         """Number of steps per epoch, the same on every rank."""
