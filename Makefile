@@ -31,7 +31,7 @@ $(VENV)/.done: pyproject.toml constraints.txt $(C_FILES)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	find pipelines -name "*.so" -delete
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),mpi,trackers,dev]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),mpi,trackers,cloud,dev]'
 	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet $(TRITON)
 	touch $@
 
