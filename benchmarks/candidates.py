@@ -13,7 +13,6 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from pipelines.dataset.dataset import SampleDataset
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice, plan_epoch
+from pipelines.storage.location import Location
 
 _BLOCK = 4096
 """Block size of O_DIRECT reads that suits any disk."""
@@ -131,7 +131,7 @@ class PlainGzip(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         """Return logarithms (D, H, W, 4) float32, and a constant target (4,), which is cheaper to read."""
-        content = gzip.decompress(self._split.path(index).read_bytes())
+        content = gzip.decompress(self._split.storage.read(self._split.path(index)))
         shape = self._split.spec.shape
         counts = np.frombuffer(content, np.int16, int(np.prod(shape)), self._start).reshape(shape)
         return torch.from_numpy(np.log1p(counts.astype(np.float32))), self._target
@@ -167,7 +167,7 @@ def limit(
 
     def move(index: int, out: torch.Tensor, into: mmap.mmap) -> None:
         for path in split.files(index):
-            offset, length = 0, path.stat().st_size
+            offset, length = 0, split.storage.state(path).bytes
             if split.sharded:
                 offset, length, _ = split.member_extents[index].item()
             _read(path, offset, length, into, direct=direct)
@@ -188,7 +188,7 @@ def limit(
             yield batch_size
 
 
-def _read(path: Path, offset: int, length: int, into: mmap.mmap, *, direct: bool) -> None:
+def _read(path: Location, offset: int, length: int, into: mmap.mmap, *, direct: bool) -> None:
     """Read the whole blocks that contain `length` bytes at `offset` of `path`."""
     start = offset // _BLOCK * _BLOCK
     end = -(-(offset + length) // _BLOCK) * _BLOCK
@@ -207,5 +207,7 @@ def bytes_read(split: SampleDataset) -> npt.NDArray[np.int64]:
     """Return the bytes of each sample's files, or of its member in a shard."""
     if split.sharded:
         return split.member_extents["bytes"]
-    sizes = [sum(path.stat().st_size for path in split.files(index)) for index in range(len(split))]
+    sizes = [
+        sum(split.storage.state(path).bytes for path in split.files(index)) for index in range(len(split))
+    ]
     return np.array(sizes, np.int64)

@@ -209,8 +209,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
             # Needs packages that resident data does not.
             from benchmarks.samples import make_splits
 
-            root = options.data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            data = make_splits(root, ["packed"], options.samples, options.size)["packed"].root
+            folder = options.data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            data = Path(make_splits(folder, ["packed"], options.samples, options.size)["packed"].root)
         started = time.localtime()
         for limits, results in run(options, device, data):
             record = {"limits": limits, "bars": TARGETS, **results}

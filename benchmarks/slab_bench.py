@@ -78,7 +78,7 @@ def run(split: SampleDataset, ranks: int, rounds: int, *, periodic: bool) -> Res
                     # Whole samples are mapped, and read only here.
                     np.take(table, payload.counts, out=out, mode="clip")
                     own, label = split.spec.bytes, split.files(index)[0]
-                    every = split.path(index).stat().st_size - own + label.stat().st_size
+                    every = sum(split.storage.state(path).bytes for path in (split.path(index), label)) - own
                 seconds[slab] += time.thread_time() - start
                 if slab is not None:
                     parts.append((read - every) / own)

@@ -25,12 +25,12 @@ from cosmoflow_dali.reporting.posteriors import score_posteriors, score_table, s
 from cosmoflow_dali.reporting.read_features import read_features
 from pipelines.console import print_line
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.dataset.open import open_folder
-from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.dataset.open import has_split, open_folder
+from pipelines.distributed.cli import OneLineParser, location, report_errors
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import DataError
-from pipelines.filesystem import is_present, refuse_input
+from pipelines.filesystem import refuse_input
 from pipelines.loading.reader import Reader
 from pipelines.output import write_output
 from pipelines.tables import format_table
@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_errors(world):
         parser = OneLineParser("cosmoflow_dali.baseline", __doc__)
         parser.add_argument(
-            "data", type=Path, metavar="DATA", help="data set with train/ and test/ or validation/"
+            "data",
+            type=location,
+            metavar="DATA",
+            help="folder or URL of train/ and test/ or validation/",
         )
         parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all scores")
         parser.add_argument(
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--seed {arguments.seed}: must be at least 0")
         configure_torch(torch.device("cpu"), world.cores)
         start, root = time.perf_counter(), arguments.data
-        scored_name = "test" if is_present(root / "test") else "validation"
+        scored_name = "test" if has_split(root, "test") else "validation"
         datasets = [open_folder(root / name) for name in ("train", scored_name)]
         if datasets[0].spec != datasets[1].spec:
             fault = f"holds samples of shape {datasets[1].spec.shape}, and train/ of {datasets[0].spec.shape}"

@@ -27,6 +27,7 @@ from pipelines import strict_yaml
 from pipelines.errors import ConfigError, DataError, check_field
 from pipelines.loading.config import LoaderConfig
 from pipelines.settings import Tree, build, flatten_tree, set_key
+from pipelines.storage.location import Location, parse_location
 from preprocess.simulate import SimulateConfig
 from preprocess.staging.config import StageConfig
 
@@ -41,7 +42,8 @@ class DataConfig:
     """Location of the samples.
 
     Args:
-        dir: Folder with `train` and `validation`, in any format that the project reads.
+        dir: Folder with `train` and `validation`, in any format that the project reads: a path, or a URL
+            that begins with s3://, gs://, az:// or https://; see docs/clouds.md.
         simulate: Settings for simulating the samples if `dir` has none.
         stage: Settings for a copy on each node's own disk, from which the node then reads.
     """
@@ -49,6 +51,14 @@ class DataConfig:
     dir: str = "data"
     simulate: SimulateConfig | None = None
     stage: StageConfig | None = None
+
+    def __post_init__(self) -> None:
+        parse_location(self.dir, "dir")
+
+    @property
+    def location(self) -> Location:
+        """`dir` as an address."""
+        return parse_location(self.dir, "data.dir")
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ from cosmoflow_dali.training.pretrained import LoadedModel, load_model
 from pipelines.console import check_output, print_line
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_folder
-from pipelines.distributed.cli import OneLineParser, launched, report_errors
+from pipelines.distributed.cli import OneLineParser, launched, location, report_errors
 from pipelines.distributed.session import Session, exit_now
 from pipelines.distributed.world import World
 from pipelines.errors import DataError
@@ -58,11 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = launched()
     with report_errors(world) as session:
         parser = OneLineParser("cosmoflow_dali.evaluate", __doc__)
-        parser.add_argument("--data-dir", type=Path, required=True, help="folder with train/ and validation/")
+        text = "folder or URL of train/ and validation/"
+        parser.add_argument("--data-dir", type=location, required=True, help=text)
         parser.add_argument("--weights", type=Path, required=True, help="a checkpoint or a reference .npz")
         parser.add_argument("--split", choices=ALL_SPLITS, default="validation", help="samples to score")
         text = "second data set, whose samples of the same split are scored beside the first"
-        parser.add_argument("--against", type=Path, metavar="DIR", help=text)
+        parser.add_argument("--against", type=location, metavar="DIR", help=text)
         parser.add_argument("--batch-size", type=int, default=4, help="samples per batch on each rank")
         text = "auto is a GPU if there is one"
         parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)

@@ -48,13 +48,14 @@ from cosmoflow_dali.training.pretrained import LoadedModel, load_model
 from pipelines.console import check_output
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import SAMPLE_SUFFIXES, open_path
-from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.distributed.cli import OneLineParser, location, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import DataError
 from pipelines.filesystem import find_files, refuse_input
 from pipelines.loading.transforms import check_input, transform
 from pipelines.output import write_output
 from pipelines.sample import HALF_RANGE, PARAMETERS, to_physical
+from pipelines.storage.location import Location
 
 HEADER = ["file"] + [
     column
@@ -110,8 +111,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "new folder for a chain of each sample, as GetDist reads them"
     parser.add_argument("--chains", type=Path, metavar="DIR", help=text)
     parser.add_argument("--seed", type=int, help="seed of the draws (default: 0)")
-    text = "samples, shards or folders of them, in any format"
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=text)
+    text = "samples, shards or folders of them, in any format; paths, patterns or URLs"
+    parser.add_argument("paths", nargs="+", type=location, metavar="PATH", help=text)
     arguments = parser.parse_args(argv)
     samples, draws = arguments.samples, arguments.draws
     if samples is None:
@@ -133,10 +134,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _expand(paths: Iterable[Path]) -> Iterator[Path]:
+def _expand(paths: Iterable[Location]) -> Iterator[Location]:
     """Yield `paths`, and in place of patterns what they match; DataError for one that does not exist."""
     for path in paths:
-        if path.exists():
+        if not isinstance(path, Path) or path.exists():
             yield path
         elif matched := _match(path):
             yield from matched
@@ -164,7 +165,7 @@ def _match(pattern: Path) -> list[Path]:
     return sorted(matched)
 
 
-def _open(loaded: LoadedModel, paths: Iterable[Path], outputs: Sequence[Path]) -> Iterator[SampleDataset]:
+def _open(loaded: LoadedModel, paths: Iterable[Location], outputs: Sequence[Path]) -> Iterator[SampleDataset]:
     """Open the samples at `paths`, one after the other; DataError for what must not be predicted."""
     for path in paths:
         for dataset in open_path(path, labeled=False):

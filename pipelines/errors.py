@@ -49,7 +49,8 @@ class AccessError(DataError):
     def reading(path: str | os.PathLike[str], error: OSError) -> UnreadableError:
         """Return the error for `error`, raised while reading `path`."""
         remedy = remedy_for_link(path, error) or _remedy(error)
-        return UnreadableError(path, f"cannot be read ({error.strerror or error})", remedy)
+        kind = MissingError if isinstance(error, FileNotFoundError) else UnreadableError
+        return kind(path, f"cannot be read ({error.strerror or error})", remedy)
 
     @staticmethod
     def writing(
@@ -85,6 +86,10 @@ def _remedy(error: OSError) -> str:
 
 class UnreadableError(AccessError):
     """A file or folder that cannot be read; others in the same place may still be readable."""
+
+
+class MissingError(UnreadableError):
+    """A file or folder that does not exist."""
 
 
 def remedy_for_link(path: str | os.PathLike[str], error: OSError) -> str | None:

@@ -129,7 +129,7 @@ def kind_of(state: os.stat_result) -> str:
     return kinds.get(stat.S_IFMT(state.st_mode), "device")
 
 
-def refuse_input(output: Path, inputs: Iterable[Path]) -> None:
+def refuse_input(output: Path, inputs: Iterable[os.PathLike[str]]) -> None:
     """Raise DataError if `output` is one of `inputs`, also by a symbolic or hard link."""
     # A file that cannot be accessed is reported where it is read or written.
     with contextlib.suppress(OSError):
@@ -137,7 +137,7 @@ def refuse_input(output: Path, inputs: Iterable[Path]) -> None:
         for path in inputs:
             with contextlib.suppress(OSError):
                 if os.path.samestat(found, os.stat(path)):
-                    raise DataError(output, f"is the input {path} itself", "choose another output")
+                    raise DataError(output, f"is the input {os.fspath(path)} itself", "choose another output")
 
 
 def raise_open_file_limit(count: int) -> int:

@@ -12,7 +12,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import crc32c
 
@@ -45,9 +45,9 @@ class TarMember(NamedTuple):
 
 
 class WrittenFile(NamedTuple):
-    """A written file: its path, its length, the CRC-32C of its content, and its members if it is a shard."""
+    """A written file: its address, length, CRC-32C of the content, and members if it is a shard."""
 
-    path: Path
+    path: Any
     bytes: int
     crc32c: int
     members: tuple[TarMember, ...] = ()

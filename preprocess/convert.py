@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.dataset.open import open_folder, split_dirs
-from pipelines.distributed.cli import OneLineParser
+from pipelines.distributed.cli import OneLineParser, location
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError
@@ -25,6 +25,7 @@ from pipelines.filesystem import refuse_input
 from pipelines.formats.packed.encode import DEFAULT_PRESET, PRESETS
 from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.registry import FORMATS
+from pipelines.storage.location import Location
 from preprocess.conversion.convert_task import ConvertTask
 from preprocess.conversion.engine import ConversionPlan, run
 from preprocess.conversion.task_result import WorkItem
@@ -38,7 +39,7 @@ _PROCESS_BYTES, _SAMPLE_COPIES = 100 * 10**6, 3
 
 
 def plan_conversion(
-    source: Path,
+    source: Location,
     target: Path,
     to: str,
     samples_per_shard: int | None = None,
@@ -77,7 +78,7 @@ def plan_conversion(
 
 
 def convert(
-    source: Path,
+    source: Location,
     target: Path,
     to: str,
     *,
@@ -141,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(name: str, description: str) -> OneLineParser:
     parser = OneLineParser(f"preprocess.{name}", description)
-    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder of samples or splits")
+    text = "folder or URL of samples or splits"
+    parser.add_argument("-i", "--input-dir", type=location, required=True, help=text)
     parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder to write")
     return parser
 

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pipelines.console import print_line
 from pipelines.dataset.open import open_folder
-from pipelines.distributed.cli import OneLineParser, launched, report_errors
+from pipelines.distributed.cli import OneLineParser, launched, location, report_errors
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
 from pipelines.errors import UserError
@@ -31,7 +30,8 @@ from preprocess.staging.stager import describe, stage
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 if every sample is on every node that needs it."""
     parser = OneLineParser("preprocess.stage", "Stage a data set to the disk of every node.")
-    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder of train and validation")
+    text = "folder or URL of train and validation"
+    parser.add_argument("-i", "--input-dir", type=location, required=True, help=text)
     parser.add_argument(
         "-o", "--output-dir", dest="dir", required=True, help="folder on each node's own disk"
     )

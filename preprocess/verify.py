@@ -16,18 +16,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from pathlib import Path
 
 from pipelines.console import check_output, print_line
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import list_folder, open_folder, split_dirs
-from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.distributed.cli import OneLineParser, location, report_errors
 from pipelines.distributed.world import World, available_cores, available_memory
-from pipelines.errors import ConfigError, DataError
+from pipelines.errors import ConfigError, DataError, MissingError
 from pipelines.filesystem import is_hidden
 from pipelines.formats.registry import FORMATS
+from pipelines.storage.location import Location
 from pipelines.tables import format_table
 from preprocess.conversion.progress import track
 from preprocess.conversion.target import commit, is_unfinished, list_files
@@ -55,7 +55,7 @@ class Report:
     manifest: Manifest | None
     faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     entries: dict[str, Entry] = field(default_factory=dict)
-    empty: list[Path] = field(default_factory=list)
+    empty: list[Location] = field(default_factory=list)
     samples: dict[tuple[str, tuple[float, ...]], list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -64,7 +64,7 @@ class Report:
         return {target for _, target in self.samples}
 
 
-def verify_folder(folder: Path, *, workers: int, shown: bool) -> Report:
+def verify_folder(folder: Location, *, workers: int, shown: bool) -> Report:
     """Check the samples in `folder` with `workers` processes; DataError if there are none."""
     report = Report(open_folder(folder), Manifest.load(folder))
     records = {entry.name: entry for entry in report.manifest.entries} if report.manifest else {}
@@ -125,9 +125,10 @@ def _check_lists(report: Report, entries: Sequence[str]) -> None:
         if [file.name for file in listed] != expected:
             faults.append(f"{path}: does not list the samples in their order")
         for file in listed:
-            sample = folder / file.name
-            if file.bytes is not None and sample.exists() and sample.stat().st_size != file.bytes:
-                faults.append(f"{path}: lists {file.name} with {file.bytes} bytes, which is not its length")
+            with contextlib.suppress(MissingError):
+                if file.bytes not in (None, report.dataset.storage.state(folder / file.name).bytes):
+                    fault = f"lists {file.name} with {file.bytes} bytes, which is not its length"
+                    faults.append(f"{path}: {fault}")
 
 
 def _column(report: Report) -> list[str]:
@@ -143,7 +144,7 @@ def _column(report: Report) -> list[str]:
     return cells
 
 
-def verify(root: Path, *, workers: int, write: bool) -> int:
+def verify(root: Location, *, workers: int, write: bool) -> int:
     """Check the data set at `root` and print the result; return 0 without faults.
 
     With `write`, a folder without faults and without a manifest gets one.
@@ -178,7 +179,8 @@ def verify(root: Path, *, workers: int, write: bool) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 without faults."""
     parser = OneLineParser("preprocess.verify", "Check every file of a data set, and print a table.")
-    parser.add_argument("dir", type=Path, metavar="DIR", help="samples, or a folder with the splits")
+    text = "folder or URL of samples, or of the splits"
+    parser.add_argument("dir", type=location, metavar="DIR", help=text)
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
     parser.add_argument(
         "--write", action="store_true", help="give a folder without faults a manifest and lists"

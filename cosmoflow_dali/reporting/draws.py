@@ -31,6 +31,7 @@ from pipelines.loading.transforms import check_input
 from pipelines.output import write_output
 from pipelines.plan import derive_seed
 from pipelines.sample import PARAMETERS, to_physical
+from pipelines.storage.location import Location
 
 QUANTILES = (2.5, 16.0, 50.0, 84.0, 97.5)
 """Quantiles of `Draws.statistics`, in percent."""
@@ -71,7 +72,7 @@ class Draws:
             parameters' units; None if it was not asked for.
     """
 
-    path: Path
+    path: Location
     sample_id: str
     values: npt.NDArray[np.float32]
     log_densities: npt.NDArray[np.float64] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class LoadedModel:
     apply_log: bool
     residual_rms: dict[str, float] | None = None
 
-    def check_spec(self, path: str | Path, spec: SampleSpec) -> None:
+    def check_spec(self, path: str | os.PathLike[str], spec: SampleSpec) -> None:
         """Raise DataError unless the network takes the samples at `path`, which are of `spec`."""
         if spec.size != self.size:
             remedy = f"{self.path} takes samples of {self.size} voxels"

@@ -10,7 +10,7 @@ from cosmoflow_dali.posterior.fitted import number_universes
 from cosmoflow_dali.posterior.partition import hold_out
 from cosmoflow_dali.training.run_dir import Run
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.dataset.open import list_folder, open_folder
+from pipelines.dataset.open import has_split, list_folder, open_folder
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import ConfigError, DataError
 from pipelines.filesystem import is_hidden, is_present
@@ -23,10 +23,11 @@ from preprocess.simulate import SETTINGS, make_dataset
 
 def simulate_missing(config: TrainConfig) -> bool:
     """Simulate missing samples if `config` asks for it; return False if there is nothing to simulate."""
-    root, simulate = Path(config.data.dir), config.data.simulate
-    samples = root / "train"
-    if simulate is None:
+    root, simulate = config.data.location, config.data.simulate
+    # Samples behind a URL came from elsewhere.
+    if simulate is None or not isinstance(root, Path):
         return False
+    samples = root / "train"
     simulated = is_present(root / SETTINGS) or not is_present(samples)
     # Samples without simulation.json came from elsewhere: use them as they are.
     if not simulated and not all(map(is_hidden, list_folder(samples))):
@@ -55,8 +56,8 @@ def open_data(
             are too few universes for posteriors, or instances would stage different ones.
         DataError: A split cannot be read.
     """
-    root = Path(config.data.dir)
-    tested = config.posterior is not None and is_present(root / "test")
+    root = config.data.location
+    tested = config.posterior is not None and has_split(root, "test")
     train, validation, *tests = (open_folder(root / split) for split in (ALL_SPLITS if tested else SPLITS))
     for split in (train, validation, *tests):
         if split.spec.size != config.model.size:

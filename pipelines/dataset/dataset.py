@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import crc32c
@@ -21,13 +20,17 @@ from pipelines.formats.base import Format
 from pipelines.formats.npy import Npy, map_sample, read_slab
 from pipelines.formats.packed.decode import open_packed, open_slab
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat
-from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member
+from pipelines.formats.packed.tar_shard import read_member
 from pipelines.formats.payload import CountsPayload, Payload
 from pipelines.formats.registry import FORMATS, READ_IN_PART
-from pipelines.io import TarMember, read_file
+from pipelines.io import TarMember
 from pipelines.plan import Indices
 from pipelines.sample import Sample, SampleSpec
 from pipelines.slab import Slab
+from pipelines.storage.base import Storage
+from pipelines.storage.local import LOCAL, clear_open_files
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
 
 EXTENT = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("crc32c", "<i8")])
 """Position and checksum of one content in its file; -1 where they are not known."""
@@ -73,9 +76,10 @@ class SampleDataset:
         whole: the same samples elsewhere, from which they are read unless a slab is asked for; set if the
             files here have holes outside one slab.
         labeled: False if the counts alone are read; see `Format.parse`.
+        storage: holds the files.
     """
 
-    root: Path
+    root: Location
     format_name: str
     names: tuple[str, ...]
     spec: SampleSpec
@@ -83,6 +87,7 @@ class SampleDataset:
     partition: Partition | None = None
     whole: SampleDataset | None = None
     labeled: bool = True
+    storage: Storage = LOCAL
 
     def __len__(self) -> int:
         return len(self.names)
@@ -124,7 +129,7 @@ class SampleDataset:
         """Return the positions of the samples `index` in the data set of all partitions."""
         return self.partition.global_indices[index] if self.partition else index
 
-    def path(self, index: int) -> Path:
+    def path(self, index: int) -> Location:
         """Return the file that holds the counts of sample `index`, or `<shard>/<member>`."""
         return self.root / self.names[index]
 
@@ -138,13 +143,13 @@ class SampleDataset:
         files = dict.fromkeys(name.partition("/")[0] for name in self.names)
         return [file.removesuffix(self.format.suffix) for file in files]
 
-    def files(self, index: int) -> tuple[Path, ...]:
+    def files(self, index: int) -> tuple[Location, ...]:
         """Return the files that reading sample `index` needs, the one with the counts last."""
         entry = self.names[index].partition("/")[0].removesuffix(self.format.suffix)
         suffixes = self.format.suffixes if self.labeled else (self.format.suffix,)
         return tuple(self.root / (entry + suffix) for suffix in suffixes)
 
-    def all_files(self) -> Iterator[Path]:
+    def all_files(self) -> Iterator[Location]:
         """Yield all files of these samples and the records of their folder, whether they exist or not."""
         yield from (self.root / name for name in (MANIFEST, DATA_LIST, LABEL_LIST))
         for name in self.entry_names:
@@ -164,7 +169,7 @@ class SampleDataset:
         paths = self.files(index)
         if self.sharded:
             return {MEMBER_SUFFIX: self._read_member(index, direct=direct)}
-        contents = [read_file(path, direct=direct) for path in paths]
+        contents = [self.storage.read(path, direct=direct) for path in paths]
         if verify and self.extents is not None:
             extents = self.extents[index][-len(paths) :]
             for path, content, extent in zip(paths, contents, extents, strict=True):
@@ -236,9 +241,9 @@ class SampleDataset:
             return self.whole.payload(index, fully_validate=fully_validate, direct=direct)
         path = self.path(index)
         if slab is not None and not self.sharded:
-            return read_slab(path, self.spec, slab, direct=direct)
+            return read_slab(path, self.spec, slab, storage=self.storage, direct=direct)
         if self.format_name == Npy.name and self.labeled and not (fully_validate or direct):
-            return map_sample(path, self.spec)
+            return map_sample(path, self.spec, self.storage)
         if self.sharded:
             if slab is None:
                 content = self._read_member(index, direct=direct)
@@ -261,9 +266,9 @@ class SampleDataset:
         """Read `length` bytes from `start` of the packed sample `index`, by default all of it."""
         offset, size, _ = self.member_extents[index].item()
         shard, member = self.names[index].split("/", 1)
-        return read_member(
-            self.root / shard, member, offset + start, size if length is None else length, direct=direct
-        )
+        length = size if length is None else length
+        at = offset + start
+        return read_member(self.root / shard, member, at, length, storage=self.storage, direct=direct)
 
     def subset(self, index: Indices, partition: Partition | None = None) -> SampleDataset:
         """Return the samples `index` alone; `partition` is set if they are one."""
@@ -274,14 +279,14 @@ class SampleDataset:
 
 
 def dataset_from_shards(
-    folder: Path, shards: Iterable[tuple[str, Sequence[TarMember]]], spec: SampleSpec
+    folder: Location, shards: Iterable[tuple[str, Sequence[TarMember]]], spec: SampleSpec
 ) -> SampleDataset:
     """Return the packed samples of `spec` in `folder`, given each shard's name and members.
 
     Raises:
         DataError: two samples have the same id.
     """
-    clear_handle_cache()
+    clear_open_files()
     members = [(f"{shard}/{member.name}", member) for shard, members in shards for member in members]
     first: dict[str, str] = {}
     for name, member in members:
@@ -290,4 +295,5 @@ def dataset_from_shards(
             raise DataError(folder / name, f"has the same name as {first[sample_id]}", "keep one of them")
         first[sample_id] = name
     extents = np.array([(member.offset, member.bytes, -1) for _, member in members], EXTENT)[:, None]
-    return SampleDataset(folder, PackedFormat.name, tuple(name for name, _ in members), spec, extents)
+    names = tuple(name for name, _ in members)
+    return SampleDataset(folder, PackedFormat.name, names, spec, extents, storage=storage_of(folder))

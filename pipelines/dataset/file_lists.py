@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from pipelines.errors import DataError
 from pipelines.filesystem import is_hidden
-from pipelines.io import read_file, write_file
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
 
 DATA_LIST, LABEL_LIST = "files_data.lst", "files_label.lst"
 
@@ -31,7 +32,7 @@ class ListedFile(NamedTuple):
     bytes: int | None = None
 
 
-def read_list(path: Path) -> tuple[ListedFile, ...]:
+def read_list(path: Location) -> tuple[ListedFile, ...]:
     """Return the files that the list at `path` names.
 
     Byte-order marks, line ends of other systems, empty lines and names that begin with a dot are skipped. A
@@ -41,7 +42,7 @@ def read_list(path: Path) -> tuple[ListedFile, ...]:
     Raises:
         DataError: The list is not in UTF-8, or names a file twice.
     """
-    content = read_file(path)
+    content = storage_of(path).read(path)
     if b"\0" in content:
         raise DataError(path, "contains zero bytes, as text in UTF-16 does", "save the list in UTF-8")
     try:
@@ -56,7 +57,7 @@ def read_list(path: Path) -> tuple[ListedFile, ...]:
         name, length = line.rstrip(), None
         if sized := _SIZED.fullmatch(name):
             name, length = sized[1], int(sized[2])
-        if name[:1].isspace() and not os.path.lexists(path.parent / name):
+        if name[:1].isspace() and not storage_of(path).is_present(path.parent / name):
             name = name.lstrip()
         folder, last = os.path.split(name)
         if folder and (in_own_folder(folder) or _is_same(path.parent, last, name)):
@@ -69,8 +70,10 @@ def read_list(path: Path) -> tuple[ListedFile, ...]:
     return tuple(files.values())
 
 
-def _is_same(folder: Path, name: str, listed: str) -> bool:
+def _is_same(folder: Location, name: str, listed: str) -> bool:
     """Return True if `listed`, seen from `folder` or from the folder above, is `name` in `folder`."""
+    if not isinstance(folder, Path):
+        return False
     for base in (folder, folder.absolute().parent):
         with contextlib.suppress(OSError):
             if os.path.samefile(base / listed, folder / name):
@@ -78,7 +81,7 @@ def _is_same(folder: Path, name: str, listed: str) -> bool:
     return False
 
 
-def write_list(path: Path, files: Iterable[ListedFile]) -> None:
+def write_list(path: Location, files: Iterable[ListedFile]) -> None:
     """Write the list at `path` atomically."""
     lines = (f"{name}\n" if length is None else f"{name} {length}\n" for name, length in files)
-    write_file(path, "".join(lines).encode())
+    storage_of(path).write(path, "".join(lines).encode())

@@ -9,8 +9,8 @@ number). Then one array for each sample, or for each shard of packed ones, in or
 The entry's name; for each of its files the suffix of the name, the length in bytes, the CRC-32C of the
 content in hexadecimal and, of a shard, its members, each with name, offset and length; and, for an
 entry made from other files, their length in bytes and a digest of their names, lengths and times of
-last change, else null. Opening the folder reads this file and lists nothing, which matters with
-half a million files on a parallel file system.
+last change (ETags of objects), else null. Opening the folder reads this file and lists nothing, which
+matters with half a million files on a parallel file system.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.errors import DataError, reading
-from pipelines.filesystem import is_present
-from pipelines.io import TarMember, WrittenFile, read_file, write_file
+from pipelines.errors import DataError, MissingError
+from pipelines.io import TarMember, WrittenFile
 from pipelines.sample import SampleSpec
+from pipelines.storage.base import FileState
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
 
 MANIFEST = "manifest.jsonl"
 _VERSION = 2
@@ -61,7 +61,7 @@ class SourceFingerprint(NamedTuple):
 
     Attributes:
         bytes: length of all files together.
-        digest: BLAKE2b digest of their names, lengths and times of last change, in hexadecimal.
+        digest: BLAKE2b digest of their names, lengths and times of last change or ETags, in hexadecimal.
     """
 
     bytes: int
@@ -69,18 +69,19 @@ class SourceFingerprint(NamedTuple):
 
     @staticmethod
     def from_files(
-        names: Iterable[str], paths: Iterable[Path], stat: Callable[[Path], os.stat_result] = os.stat
+        names: Iterable[str],
+        paths: Iterable[Location],
+        state_of: Callable[[Location], FileState] | None = None,
     ) -> SourceFingerprint:
         """Return the fingerprint of the samples `names`, in this order, in the files `paths`.
 
         Raises:
-            AccessError: `stat` fails for one of them.
+            UnreadableError: the state of one of them cannot be read.
         """
-        with reading():
-            found = [(path.name, stat(path)) for path in paths]
-        state = [list(names), [(name, file.st_size, file.st_mtime_ns) for name, file in found]]
-        digest = hashlib.blake2b(json.dumps(state).encode(), digest_size=8).hexdigest()
-        return SourceFingerprint(sum(file.st_size for _, file in found), digest)
+        states = [(path.name, *(state_of or storage_of(path).state)(path)) for path in paths]
+        content = json.dumps([list(names), states]).encode()
+        digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+        return SourceFingerprint(sum(length for _, length, _ in states), digest)
 
 
 class Entry(NamedTuple):
@@ -128,14 +129,15 @@ class Entry(NamedTuple):
             source = SourceFingerprint(int(length), str(digest))
         return Entry(name, files, source)
 
-    def files_in(self, folder: Path) -> Iterator[tuple[Path, FileRecord]]:
+    def files_in(self, folder: Location) -> Iterator[tuple[Location, FileRecord]]:
         """Yield the path in `folder` and the record of each file."""
         return ((folder / (self.name + file.suffix), file) for file in self.files)
 
-    def is_complete_in(self, folder: Path) -> bool:
+    def is_complete_in(self, folder: Location) -> bool:
         """Return True if all its files are in `folder` with the recorded lengths."""
-        with reading(folder / self.name), contextlib.suppress(FileNotFoundError):
-            complete = all(path.stat().st_size == file.bytes for path, file in self.files_in(folder))
+        storage = storage_of(folder)
+        with contextlib.suppress(MissingError):
+            complete = all(storage.state(path).bytes == file.bytes for path, file in self.files_in(folder))
             return complete and bool(self.files)
         return False
 
@@ -154,7 +156,7 @@ class Manifest:
     spec: SampleSpec
     entries: tuple[Entry, ...]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Location) -> None:
         """Write the manifest of `folder` atomically."""
         header = {
             "manifest": _VERSION,
@@ -164,18 +166,19 @@ class Manifest:
             "samples": sum(entry.samples for entry in self.entries),
         }
         lines = [json.dumps(header), *(json.dumps(entry.to_json()) for entry in self.entries), ""]
-        write_file(folder / MANIFEST, "\n".join(lines).encode())
+        path = folder / MANIFEST
+        storage_of(path).write(path, "\n".join(lines).encode())
 
     @staticmethod
-    def load(folder: Path) -> Manifest | None:
+    def load(folder: Location) -> Manifest | None:
         """Return the manifest of `folder`, or None if it has none; DataError if it is damaged."""
-        path = folder / MANIFEST
-        if not is_present(path):
+        path, storage = folder / MANIFEST, storage_of(folder)
+        if not storage.is_present(path):
             return None
         entries: list[Entry] = []
         try:
             # An editor may have added a byte-order mark, or empty lines.
-            header, *lines = filter(str.strip, read_file(path).decode("utf-8-sig").splitlines())
+            header, *lines = filter(str.strip, storage.read(path).decode("utf-8-sig").splitlines())
             fields = json.loads(header)
             if fields["manifest"] != _VERSION:
                 raise DataError(path, f"has version {fields['manifest']}, not {_VERSION}", _REMEDY)

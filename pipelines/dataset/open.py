@@ -15,13 +15,16 @@ import numpy as np
 from pipelines.dataset.dataset import EXTENT, SampleDataset, dataset_from_shards
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Manifest
-from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError, DataError, reading, remedy_for_link
-from pipelines.filesystem import is_hidden, is_present, open_regular
+from pipelines.errors import MAX_CONSECUTIVE_BAD, DataError
+from pipelines.filesystem import is_hidden
 from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.packed.format import PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import GZIP_MAGIC, TFRECORD_SUFFIX
-from pipelines.sample import ALL_SPLITS, SPLITS, SampleSpec
+from pipelines.sample import ALL_SPLITS, SampleSpec
+from pipelines.storage.local import clear_open_files
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
 
 SAMPLE_SUFFIXES = tuple(dict.fromkeys(format_.suffix for format_ in FORMATS.values()))
 """Suffixes of files that hold samples."""
@@ -34,23 +37,32 @@ _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
 
 
-def split_dirs(root: Path) -> list[str]:
+def split_dirs(root: Location) -> list[str]:
     """Return the folders of samples in `root`: those of ALL_SPLITS that exist, or ["."] if there are none.
 
     Raises:
         AccessError: `root` cannot be listed or searched.
         DataError: samples lie beside the splits, so that it is unclear which are meant.
     """
-    # A split that is a link to nowhere is refused when it is opened.
-    found: list[str] = [split for split in ALL_SPLITS if is_present(root / split)]
-    for name in list_folder(root) if found else ():
+    found: list[str] = [split for split in ALL_SPLITS if has_split(root, split)]
+    for name in list_folder(root) if found and storage_of(root).lists_folders else ():
         if name.endswith(SAMPLE_SUFFIXES) and not is_hidden(name):
             fault = f"holds {name} beside {' and '.join(found)}"
             raise DataError(root, fault, "give one of these folders, or keep the sample elsewhere")
     return found or ["."]
 
 
-def open_folder(folder: Path, *, labeled: bool = True) -> SampleDataset:
+def has_split(root: Location, split: str) -> bool:
+    """Return whether there is a folder `split` in `root`, or a link of this name that leads nowhere.
+
+    Raises:
+        UnreadableError: `root` cannot be searched.
+    """
+    storage = storage_of(root)
+    return storage.is_present(root / split if storage.lists_folders else root / split / MANIFEST)
+
+
+def open_folder(folder: Location, *, labeled: bool = True) -> SampleDataset:
     """Open the samples in `folder`, those of its manifest if it has one.
 
     Without a manifest the folder is listed, in the order of `files_data.lst` if that exists, and the
@@ -63,6 +75,7 @@ def open_folder(folder: Path, *, labeled: bool = True) -> SampleDataset:
         DataError: there is no folder, no sample or a mixture of formats, or the lists do not match the files.
     """
     manifest = Manifest.load(folder)
+    clear_open_files()
     if manifest is not None:
         return replace(_from_manifest(folder, manifest), labeled=labeled)
     names = list_folder(folder)
@@ -86,7 +99,7 @@ def open_folder(folder: Path, *, labeled: bool = True) -> SampleDataset:
     return _from_files(folder, format_name, ordered, labeled)
 
 
-def open_path(path: Path, *, labeled: bool = True) -> list[SampleDataset]:
+def open_path(path: Location, *, labeled: bool = True) -> list[SampleDataset]:
     """Open the samples at `path`: a file of one, a shard, a folder of samples, or the splits of a data set.
 
     Args:
@@ -95,7 +108,7 @@ def open_path(path: Path, *, labeled: bool = True) -> list[SampleDataset]:
     Raises:
         DataError: There is no sample, or its file is damaged or of no known format.
     """
-    if path.is_dir():
+    if not path.name.endswith(SAMPLE_SUFFIXES) or (isinstance(path, Path) and path.is_dir()):
         return [open_folder(path / split, labeled=labeled) for split in split_dirs(path)]
     return [_from_files(path.parent, _detect_format(path), [path.name], labeled)]
 
@@ -114,35 +127,32 @@ def first_valid(items: Iterable[_Item], probe: Callable[[_Item], _Found]) -> _Fo
     raise errors[0]
 
 
-def list_folder(folder: Path) -> list[str]:
-    """Return the names in `folder`, sorted; AccessError if it cannot be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries)
-    except OSError as error:
-        remedy = f"give a folder of samples, or one that holds {' and '.join(SPLITS)}"
-        remedy = remedy_for_link(folder, error) or remedy
-        raise AccessError(folder, f"cannot be listed ({error.strerror})", remedy) from error
+def list_folder(folder: Location) -> list[str]:
+    """Return the names in `folder`, sorted; UnreadableError if it cannot be listed."""
+    return storage_of(folder).list(folder)
 
 
-def _detect_format(path: Path) -> str:
+def _detect_format(path: Location) -> str:
     """Return the name of the format of `path`, by its suffix and, of a TFRecord, its first bytes."""
     if path.name.endswith(TFRECORD_SUFFIX):
-        with reading(path), open(open_regular(path), "rb") as file:
-            return "tfrecord_gzip" if file.read(len(GZIP_MAGIC)) == GZIP_MAGIC else "tfrecord"
+        start = storage_of(path).read_range(path, 0, len(GZIP_MAGIC))
+        return "tfrecord_gzip" if start == GZIP_MAGIC else "tfrecord"
     for name, format_ in FORMATS.items():
         if path.name.endswith(format_.suffix):
             return name
     raise DataError(path, "has the name of no known format", f"expected {_EXPECTED}")
 
 
-def _from_files(folder: Path, format_name: str, names: Sequence[str], labeled: bool) -> SampleDataset:
+def _from_files(folder: Location, format_name: str, names: Sequence[str], labeled: bool) -> SampleDataset:
     """Return the samples in the files `names`; their shape is that of the first valid one."""
     if format_name == PackedFormat.name:
         shards = ((name, sample_members(folder / name)) for name in names)
         dataset = replace(dataset_from_shards(folder, shards, _UNKNOWN_SPEC), labeled=labeled)
     else:
-        dataset = SampleDataset(folder, format_name, tuple(names), _UNKNOWN_SPEC, labeled=labeled)
+        storage = storage_of(folder)
+        dataset = SampleDataset(
+            folder, format_name, tuple(names), _UNKNOWN_SPEC, labeled=labeled, storage=storage
+        )
     parse = partial(dataset.format.parse, labeled=labeled)
 
     def shape_of(index: int) -> tuple[int, ...]:
@@ -152,7 +162,7 @@ def _from_files(folder: Path, format_name: str, names: Sequence[str], labeled: b
     return replace(dataset, spec=SampleSpec(size, channels))
 
 
-def _from_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
+def _from_manifest(folder: Location, manifest: Manifest) -> SampleDataset:
     """Return the samples that `manifest` lists in `folder`.
 
     Raises:
@@ -173,10 +183,12 @@ def _from_manifest(folder: Path, manifest: Manifest) -> SampleDataset:
         for file in entry.files:
             if file.suffix in format_.suffixes:
                 row[format_.suffixes.index(file.suffix)] = 0, file.bytes, file.crc32c
-    return SampleDataset(folder, manifest.format_name, names, manifest.spec, extents)
+    return SampleDataset(
+        folder, manifest.format_name, names, manifest.spec, extents, storage=storage_of(folder)
+    )
 
 
-def _in_list_order(folder: Path, found: Sequence[str], names: Collection[str]) -> Sequence[str]:
+def _in_list_order(folder: Location, found: Sequence[str], names: Collection[str]) -> Sequence[str]:
     """Return the samples `found` in the order of the folder's list files, if `names` has any."""
     if DATA_LIST not in names:
         return found
@@ -184,7 +196,8 @@ def _in_list_order(folder: Path, found: Sequence[str], names: Collection[str]) -
     listed = [file.name for file in read_list(path)]
     if missing := set(listed) - set(found):
         name, fault = min(missing), "does not exist"
-        if any(os.path.lexists(base / name) for base in (folder, folder.absolute().parent)):
+        bases = (folder, folder.absolute().parent) if isinstance(folder, Path) else ()
+        if any(os.path.lexists(base / name) for base in bases):
             fault = "is in another folder" if "/" in name else f"is not one of the {_EXPECTED} files here"
         raise DataError(path, f"lists {name}, which {fault}", remedy)
     if not listed:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NoReturn
 from pipelines.console import OutputError, check_output, interruptible
 from pipelines.distributed.session import RankError, Session, exit_now, lost_contact
 from pipelines.distributed.world import World
-from pipelines.errors import UserError
+from pipelines.errors import ConfigError, UserError
+from pipelines.storage.location import Location, parse_location
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -27,6 +28,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default is not None and action.default is not False
         return super()._get_help_string(action) if has_default else action.help
+
+
+def location(text: str) -> Location:
+    """Return the path or URL that an argument of a command line gives; for `add_argument(type=...)`."""
+    try:
+        return parse_location(text, "argument")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(error.remedy) from error
 
 
 class OneLineParser(argparse.ArgumentParser):

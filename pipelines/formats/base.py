@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 
 from pipelines.io import WrittenFile
 from pipelines.sample import Sample, SampleSpec
+from pipelines.storage.location import Location
 
 
 class Format(ABC):
@@ -33,13 +33,13 @@ class Format(ABC):
         return (*self.extra_suffixes, *self.suffixes)
 
     @abstractmethod
-    def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
+    def write(self, directory: Location, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
         """Write `sample`, each file atomically, the one with the counts last."""
 
     @abstractmethod
     def parse(
         self,
-        path: Path,
+        path: Location,
         contents: Mapping[str, bytes],
         spec: SampleSpec | None = None,
         *,

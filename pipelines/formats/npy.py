@@ -13,17 +13,16 @@ import math
 import mmap
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import DataError, reading
+from pipelines.errors import DataError
 from pipelines.formats.base import Format
 from pipelines.formats.payload import CountsPayload
 from pipelines.formats.signatures import SIGNATURE_BYTES, recognize
-from pipelines.io import OpenFile, WrittenFile, map_file, read_direct, read_file, retry_stale, write_file
+from pipelines.io import WrittenFile
 from pipelines.sample import (
     UNKNOWN_TARGET,
     Sample,
@@ -33,6 +32,10 @@ from pipelines.sample import (
     check_target,
 )
 from pipelines.slab import Slab, cyclic_runs
+from pipelines.storage.base import Storage
+from pipelines.storage.local import LOCAL
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
 
 DATA_SUFFIX, LABEL_SUFFIX = "_data.npy", "_label.npy"
 _REMEDY = "convert the sample again"
@@ -48,14 +51,14 @@ class Npy(Format):
     suffix = DATA_SUFFIX
     suffixes = keys = (LABEL_SUFFIX, DATA_SUFFIX)
 
-    def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
+    def write(self, directory: Location, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
         """Write the label, then the data, each atomically."""
         arrays = ((LABEL_SUFFIX, sample.target), (DATA_SUFFIX, sample.counts))
         return tuple(write_npy(directory / f"{sample_id}{suffix}", array) for suffix, array in arrays)
 
     def parse(
         self,
-        path: Path,
+        path: Location,
         contents: Mapping[str, bytes],
         spec: SampleSpec | None = None,
         *,
@@ -69,7 +72,7 @@ class Npy(Format):
         return Sample(counts, check_target(label, parse_npy(label, contents[LABEL_SUFFIX])))
 
 
-def map_sample(path: Path, spec: SampleSpec) -> CountsPayload:
+def map_sample(path: Location, spec: SampleSpec, storage: Storage = LOCAL) -> CountsPayload:
     """Memory-map the counts in `path` and read the target beside them.
 
     Nothing is copied: DALI's threads read the pages as they need them. Negative counts are not
@@ -78,62 +81,55 @@ def map_sample(path: Path, spec: SampleSpec) -> CountsPayload:
     Raises:
         DataError: a header or the target is damaged, or the shape is not that of `spec`.
     """
-    mapped = map_file(path)
+    mapped = storage.map(path)
     counts = parse_npy(path, mapped)
     if counts.shape != spec.shape or counts.dtype != np.int16:
         check_counts(path, counts, spec)
-    return CountsPayload(counts, _read_target(path), mapped if isinstance(mapped, mmap.mmap) else None)
+    target = _read_target(path, storage)
+    return CountsPayload(counts, target, mapped if isinstance(mapped, mmap.mmap) else None)
 
 
-def read_slab(path: Path, spec: SampleSpec, slab: Slab, *, direct: bool = False) -> CountsPayload:
+def read_slab(
+    path: Location, spec: SampleSpec, slab: Slab, *, storage: Storage = LOCAL, direct: bool = False
+) -> CountsPayload:
     """Read the planes of `slab` of the counts in `path`, and the target beside them.
 
     Args:
-        direct: bypass the page cache, where the file system supports it.
+        storage: holds the file.
+        direct: bypass the page cache, where there is one and the file system supports it.
 
     Raises:
         DataError: a header, the target or a count of these planes is damaged, or the shape is not that of
             `spec`.
     """
-
-    def read() -> npt.NDArray[np.int16]:
-        file = OpenFile(path)
-
-        def read_part(offset: int, length: int) -> bytes:
-            content = read_direct(path, offset, length) if direct else None
-            return file.read(offset, length) if content is None else content
-
-        start = read_part(0, _USUAL_START)
-        if (missing := _start_length(start) - len(start)) > 0:
-            start += read_part(len(start), missing)
-        shape, dtype, length = _parse_start(path, start, file.size)
-        # Of what the header says alone.
-        check_counts(path, np.broadcast_to(dtype.type(0), shape), spec)
-        counts = np.zeros(slab.shape(spec), np.int16)
-        planes, first = slab.planes(spec.size)
-        at, plane_bytes = planes.start, counts[0].nbytes
-        for run in cyclic_runs(first, len(counts[planes]), spec.size):
-            content = read_part(length + run.start * plane_bytes, len(run) * plane_bytes)
-            if len(content) < len(run) * plane_bytes:
-                raise DataError(path, "was cut off while it was read", _REMEDY)
-            counts[at : at + len(run)] = np.frombuffer(content, dtype).reshape(-1, *spec.shape[1:])
-            at += len(run)
-        return counts
-
-    with reading(path):
-        counts = retry_stale(read)
+    read_part = functools.partial(storage.read_range, path, direct=direct)
+    start = read_part(0, _USUAL_START)
+    if (missing := _start_length(start) - len(start)) > 0:
+        start += read_part(len(start), missing)
+    shape, dtype, length = _parse_start(path, start, storage.state(path).bytes)
+    # Of what the header says alone.
+    check_counts(path, np.broadcast_to(dtype.type(0), shape), spec)
+    counts = np.zeros(slab.shape(spec), np.int16)
+    planes, first = slab.planes(spec.size)
+    at, plane_bytes = planes.start, counts[0].nbytes
+    for run in cyclic_runs(first, len(counts[planes]), spec.size):
+        content = read_part(length + run.start * plane_bytes, len(run) * plane_bytes)
+        if len(content) < len(run) * plane_bytes:
+            raise DataError(path, "was cut off while it was read", _REMEDY)
+        counts[at : at + len(run)] = np.frombuffer(content, dtype).reshape(-1, *spec.shape[1:])
+        at += len(run)
     check_not_negative(path, counts)
-    return CountsPayload(counts, _read_target(path))
+    return CountsPayload(counts, _read_target(path, storage))
 
 
-def write_npy(path: Path, array: npt.NDArray[Any]) -> WrittenFile:
+def write_npy(path: Location, array: npt.NDArray[Any]) -> WrittenFile:
     """Write `array` as numpy.save does, atomically."""
     array, header = np.ascontiguousarray(array), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    return write_file(path, header.getvalue(), array.data.cast("B"))
+    return storage_of(path).write(path, header.getvalue(), array.data.cast("B"))
 
 
-def parse_npy(path: Path, content: bytes | mmap.mmap) -> npt.NDArray[Any]:
+def parse_npy(path: Location, content: bytes | mmap.mmap) -> npt.NDArray[Any]:
     """Return the array in `content`, of the .npy file `path`, as a view.
 
     Raises:
@@ -150,7 +146,7 @@ def _start_length(content: bytes | mmap.mmap) -> int:
     return 10 + int.from_bytes(content[8:10], "little")
 
 
-def _parse_start(path: Path, start: bytes, size: int) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+def _parse_start(path: Location, start: bytes, size: int) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """Return shape, dtype and offset of the array in the .npy file `path` of `size` bytes, by its `start`.
 
     Raises:
@@ -178,13 +174,13 @@ def _parse_start(path: Path, start: bytes, size: int) -> tuple[tuple[int, ...], 
     return shape, dtype, length
 
 
-def _read_target(path: Path) -> npt.NDArray[np.float32]:
+def _read_target(path: Location, storage: Storage) -> npt.NDArray[np.float32]:
     """Return the target that belongs to the counts in `path`."""
     label = _label_path(path)
-    return check_target(label, parse_npy(label, read_file(label)))
+    return check_target(label, parse_npy(label, storage.read(label)))
 
 
-def _label_path(path: Path) -> Path:
+def _label_path(path: Location) -> Location:
     """Return the file of the target that belongs to the counts in `path`."""
     return path.with_name(path.name.removesuffix(DATA_SUFFIX) + LABEL_SUFFIX)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 import zlib
-from pathlib import Path
 
 from pipelines.errors import DataError
-from pipelines.filesystem import open_regular
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
 
 SIGNATURE_BYTES = 512
 """First bytes of a file that `recognize` needs."""
@@ -51,10 +51,10 @@ def recognize(start: bytes) -> str | None:
     return "text" if text.isascii() else None
 
 
-def recognize_file(path: Path) -> str | None:
+def recognize_file(path: Location) -> str | None:
     """Return `recognize` of the file at `path`; None if it is not a file or cannot be read."""
-    with contextlib.suppress(OSError, DataError), open(open_regular(path), "rb") as file:
-        return recognize(file.read(SIGNATURE_BYTES))
+    with contextlib.suppress(DataError):
+        return recognize(storage_of(path).read_range(path, 0, SIGNATURE_BYTES))
     return None
 
 

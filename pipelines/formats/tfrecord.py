@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from pathlib import Path
 
 import crc32c
 from zlib_ng import zlib_ng
@@ -17,8 +16,10 @@ from pipelines.errors import DataError
 from pipelines.formats.base import Format
 from pipelines.formats.signatures import SIGNATURE_BYTES, recognize
 from pipelines.formats.tf_example import REMEDY, Pieces, encode_example, parse_example
-from pipelines.io import WrittenFile, write_file
+from pipelines.io import WrittenFile
 from pipelines.sample import REDSHIFTS, Sample, SampleSpec, check_counts, check_target
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
 
 try:
     import deflate
@@ -53,7 +54,7 @@ class TFRecord(Format):
         # A plain record has an index.
         self.extra_suffixes = () if compressed else (TFRECORD_SUFFIX + INDEX_SUFFIX,)
 
-    def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
+    def write(self, directory: Location, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
         """Write `<sample_id>.tfrecord`, after the index of a plain one.
 
         The index, `<sample_id>.tfrecord.idx`, has the offset and the length in bytes, container
@@ -66,19 +67,19 @@ class TFRecord(Format):
         if channels != len(REDSHIFTS):
             fault = f"cannot hold {channels} channels: a TFRecord has {len(REDSHIFTS)}"
             raise DataError(path, fault, "use npy or packed")
-        content = frame(encode_example(sample))
+        storage, content = storage_of(path), frame(encode_example(sample))
         if self.compressed:
             # 4% larger than with zlib's default level, in a seventh of its time. Not isa-l, which is faster
             # still: its output differs between runs in a few hundred processes (isa-l issue 140).
             stream = zlib_ng.compressobj(_LEVEL, wbits=_GZIP_WBITS)
-            return (write_file(path, *map(stream.compress, content), stream.flush()),)
+            return (storage.write(path, *map(stream.compress, content), stream.flush()),)
         length = sum(map(len, content))
-        index = write_file(path.with_name(path.name + INDEX_SUFFIX), f"0 {length}\n".encode())
-        return index, write_file(path, *content)
+        index = storage.write(path.with_name(path.name + INDEX_SUFFIX), f"0 {length}\n".encode())
+        return index, storage.write(path, *content)
 
     def parse(
         self,
-        path: Path,
+        path: Location,
         contents: Mapping[str, bytes],
         spec: SampleSpec | None = None,
         *,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from pipelines.formats.payload import CountsPayload, Payload
 from pipelines.loading.transforms import check_input
 from pipelines.sample import PARAMETERS, Sample
 from pipelines.slab import Slab, shape_to_read
+from pipelines.storage.location import Location
 
 OnBadSample: TypeAlias = Literal["fail", "skip"]
 
@@ -69,7 +69,7 @@ class Reader:
         """
         if index < 0:
             return index, self._padding_payload
-        total, files = len(self.split), set[Path]()
+        total, files = len(self.split), set[Location]()
         for tried in range(total + 1):
             candidate = (index + tried) % total
             files.add(self.split.files(candidate)[-1])

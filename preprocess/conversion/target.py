@@ -19,6 +19,8 @@ from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.registry import FORMATS
 from pipelines.io import final_name, remove_temporaries
 from pipelines.sample import SampleSpec
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
 from preprocess.conversion.journal import is_journal, load_records, write_journal
 
 _REMEDY = "convert into a new folder, or remove this one"
@@ -89,7 +91,7 @@ def remove_files(folder: Path, format_name: str, names: Iterable[str]) -> None:
                 (folder / (name + suffix)).unlink(missing_ok=True)
 
 
-def commit(folder: Path, format_name: str, spec: SampleSpec, entries: Sequence[Entry]) -> None:
+def commit(folder: Location, format_name: str, spec: SampleSpec, entries: Sequence[Entry]) -> None:
     """Write the list files and the manifest of `entries`, then remove the journals."""
     sizes = {entry.name + file.suffix: file.bytes for entry in entries for file in entry.files}
     for name, files in list_files(format_name, [entry.name for entry in entries]).items():
@@ -97,9 +99,8 @@ def commit(folder: Path, format_name: str, spec: SampleSpec, entries: Sequence[E
         sized = format_name == "tfrecord_gzip"
         write_list(folder / name, (ListedFile(file, sizes[file] if sized else None) for file in files))
     Manifest(format_name, spec, tuple(entries)).save(folder)
-    with writing(folder):
-        for name in filter(is_journal, list_folder(folder)):
-            (folder / name).unlink()
+    for name in filter(is_journal, list_folder(folder)):
+        storage_of(folder).remove(folder / name)
 
 
 def list_files(format_name: str, names: Sequence[str]) -> dict[str, list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import crc32c
@@ -12,15 +11,16 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from pipelines.dataset.manifest import Entry
-from pipelines.errors import DataError, reading
-from pipelines.filesystem import is_present, open_regular
+from pipelines.errors import DataError
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat, sample_members
 from pipelines.formats.packed.tar_shard import read_member
 from pipelines.formats.registry import FORMATS
-from pipelines.io import WrittenFile, read_file, retry_stale
+from pipelines.io import WrittenFile
 from pipelines.sample import Sample, SampleSpec, is_in_range
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
 
-_PIECE = 1 << 18
+_PIECE = 1 << 23
 """Bytes of a shard that are read at a time."""
 
 
@@ -53,30 +53,30 @@ class VerifyResult:
     faults: list[Fault]
     entry: Entry | None = None
     samples: list[ValidSample] = field(default_factory=list)
-    empty: list[Path] = field(default_factory=list)
+    empty: list[Location] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyTask:
     """Check entries of samples of `spec` in the format `format_name`, in `folder`."""
 
-    folder: Path
+    folder: Location
     format_name: str
     spec: SampleSpec
 
     def __call__(self, item: tuple[str, Entry | None]) -> VerifyResult:
         """Check the entry with the name item[0]; item[1] is its record in the manifest, if there is one."""
         name, record = item
-        format_ = FORMATS[self.format_name]
+        format_, storage = FORMATS[self.format_name], storage_of(self.folder)
         paths = {suffix: self.folder / (name + suffix) for suffix in format_.written_suffixes}
-        present = {suffix: path for suffix, path in paths.items() if is_present(path)}
+        present = {suffix: path for suffix, path in paths.items() if storage.is_present(path)}
         expected = [file.suffix for file in record.files] if record else format_.suffixes
         missing = (self.folder / (name + suffix) for suffix in expected if suffix not in present)
         result = VerifyResult([Fault("files", f"{path}: is missing; convert it again") for path in missing])
         try:
             # A shard may be larger than the memory: its samples are read one by one.
             contents = {
-                suffix: b"" if suffix == PackedFormat.suffix else read_file(path)
+                suffix: b"" if suffix == PackedFormat.suffix else storage.read(path)
                 for suffix, path in present.items()
             }
             entry = result.entry = self._entry(name, contents)
@@ -88,7 +88,7 @@ class VerifyTask:
             result.faults.append(Fault("content", str(error)))
         return result
 
-    def _check_sample(self, path: Path, contents: Mapping[str, bytes], result: VerifyResult) -> None:
+    def _check_sample(self, path: Location, contents: Mapping[str, bytes], result: VerifyResult) -> None:
         """Check the sample at `path` with these `contents`, and add to the `result` of its entry."""
         format_ = FORMATS[self.format_name]
         try:
@@ -106,14 +106,14 @@ class VerifyTask:
 
     def _samples(
         self, entry: Entry, contents: Mapping[str, bytes]
-    ) -> Iterator[tuple[Path, Mapping[str, bytes]]]:
+    ) -> Iterator[tuple[Location, Mapping[str, bytes]]]:
         """Yield the path of each sample of `entry`, and its contents as `Format.parse` takes them."""
-        path = self.folder / (entry.name + FORMATS[self.format_name].suffix)
+        path, storage = self.folder / (entry.name + FORMATS[self.format_name].suffix), storage_of(self.folder)
         if self.format_name != PackedFormat.name:
             yield path, contents
         for file in entry.files:
             for name, offset, length in file.members:
-                yield path / name, {MEMBER_SUFFIX: read_member(path, name, offset, length)}
+                yield path / name, {MEMBER_SUFFIX: read_member(path, name, offset, length, storage=storage)}
 
     def _entry(self, name: str, contents: Mapping[str, bytes]) -> Entry:
         """Return the record of files with these `contents` by suffix."""
@@ -127,21 +127,15 @@ class VerifyTask:
         return Entry.from_written(name, written)
 
 
-def _checksum(path: Path) -> tuple[int, int]:
+def _checksum(path: Location) -> tuple[int, int]:
     """Return the length and the CRC-32C of the file at `path`, which may be larger than the memory."""
-
-    def read() -> tuple[int, int]:
-        length = checksum = 0
-        with open(open_regular(path), "rb", buffering=0) as file:
-            while piece := file.read(_PIECE):
-                length, checksum = length + len(piece), crc32c.crc32c(piece, checksum)
-        return length, checksum
-
-    with reading(path):
-        return retry_stale(read)
+    storage, length, checksum = storage_of(path), 0, 0
+    while piece := storage.read_range(path, length, _PIECE):
+        length, checksum = length + len(piece), crc32c.crc32c(piece, checksum)
+    return length, checksum
 
 
-def _compare(folder: Path, record: Entry, found: Entry) -> Iterator[Fault]:
+def _compare(folder: Location, record: Entry, found: Entry) -> Iterator[Fault]:
     """Yield the differences between the manifest's `record` and the files that were `found`."""
     found_files = {file.suffix: file for file in found.files}
     for path, expected in record.files_in(folder):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -131,14 +130,15 @@ def compute_fingerprints(split: SampleDataset, session: Session) -> npt.NDArray[
     """
     world = session.world
     # Neighbours lie in one shard, and a parallel file system is slow to return a file's state.
-    stat, failures = functools.lru_cache(maxsize=1)(os.stat), ConsecutiveReadFailures()
+    state_of = functools.lru_cache(maxsize=1)(split.storage.state)
+    failures = ConsecutiveReadFailures()
 
     def compute_own() -> npt.NDArray[Any]:
         own = []
         for index in range(world.rank, len(split), world.size):
             found, unreadable = _UNKNOWN, {}
             try:
-                found = SourceFingerprint.from_files([split.names[index]], split.files(index), stat)
+                found = SourceFingerprint.from_files([split.names[index]], split.files(index), state_of)
             except UnreadableError as error:
                 unreadable = {error.path: error.fault}
             failures.record(unreadable)

@@ -121,7 +121,7 @@ def test_interrupted_set_is_made_again(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(KeyboardInterrupt):
             samples.make_splits(tmp_path, ["npy"], samples=2, size=32)
     (split,) = samples.make_splits(tmp_path, ["npy"], samples=2, size=32).values()
-    assert len(split) == 2 and [path.name for path in split.root.parent.iterdir()] == ["npy"]
+    assert len(split) == 2 and [path.name for path in Path(split.root).parent.iterdir()] == ["npy"]
 
 
 def test_utilisation_of_emulated_accelerators(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

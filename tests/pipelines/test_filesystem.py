@@ -24,10 +24,11 @@ from pipelines.errors import AccessError, DataError, UnreadableError
 from pipelines.filesystem import free_space, open_regular, provide_scratch, refuse_input
 from pipelines.formats.npy import map_sample
 from pipelines.formats.packed.format import sample_members
-from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member
+from pipelines.formats.packed.tar_shard import read_member
 from pipelines.formats.registry import FORMATS
 from pipelines.io import OpenFile, map_file, read_file, write_file
 from pipelines.sample import SampleSpec
+from pipelines.storage.local import clear_open_files
 from pipelines.strict_yaml import read_yaml
 
 
@@ -185,7 +186,7 @@ def test_a_file_that_nfs_has_replaced_is_opened_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a").write_bytes(b"content")
-    clear_handle_cache()
+    clear_open_files()
     stale, read = [failing(errno.ESTALE)], OpenFile.read
 
     def read_once_stale(handle: OpenFile, offset: int, length: int) -> bytes:
@@ -196,7 +197,7 @@ def test_a_file_that_nfs_has_replaced_is_opened_again(
     monkeypatch.setattr(OpenFile, "read", failing(errno.ESTALE))
     with pytest.raises(UnreadableError):
         read_member(tmp_path / "a", "x", 3, 2)
-    clear_handle_cache()
+    clear_open_files()
 
 
 def test_space_is_unknown_where_the_file_system_does_not_count_it(

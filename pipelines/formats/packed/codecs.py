@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 import lz4.block
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import zstandard
 
 from pipelines.errors import DataError
+from pipelines.storage.location import Location
 
 REMEDY = "convert the sample again"
 
@@ -40,7 +40,7 @@ MAX_RATIO = {Codec.STORED: 1, Codec.LZ4: 255, Codec.ZSTD: 1 << 15}
 
 
 def inflate(
-    path: Path,
+    path: Location,
     codec: Codec,
     content: memoryview,
     starts: Integers,

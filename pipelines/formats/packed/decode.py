@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import crc32c
@@ -35,6 +34,7 @@ from pipelines.formats.packed.header import (
 )
 from pipelines.sample import UNKNOWN_TARGET, SampleSpec, check_target
 from pipelines.slab import Slab, cyclic_runs, shape_to_read
+from pipelines.storage.location import Location
 
 _DECODE_VOXELS = 1 << 18
 """Voxels decoded at a time: few enough for a cache, and enough to keep Python's overhead small."""
@@ -53,7 +53,7 @@ class PackedSample:
         slab: the planes to decode; None for all.
     """
 
-    path: Path
+    path: Location
     content: memoryview
     header: Header
     table: npt.NDArray[np.int16]
@@ -152,7 +152,7 @@ class PackedSample:
 
 
 def open_packed(
-    path: Path, content: bytes | memoryview, spec: SampleSpec | None = None, *, labeled: bool = True
+    path: Location, content: bytes | memoryview, spec: SampleSpec | None = None, *, labeled: bool = True
 ) -> PackedSample:
     """Parse the header and the table of the packed sample `content`.
 
@@ -171,7 +171,7 @@ def open_packed(
 
 
 def open_slab(
-    path: Path, read: Callable[[int, int], bytes], length: int, spec: SampleSpec, slab: Slab
+    path: Location, read: Callable[[int, int], bytes], length: int, spec: SampleSpec, slab: Slab
 ) -> PackedSample:
     """Read the header, the table and the chunks of a packed sample that hold voxels of `slab`.
 
@@ -210,7 +210,7 @@ def open_slab(
     return replace(packed, content=memoryview(b"".join(parts)), chunks=needed, slab=slab)
 
 
-def keep_slab(path: Path, content: bytes, spec: SampleSpec, slab: Slab) -> tuple[bytes, int]:
+def keep_slab(path: Location, content: bytes, spec: SampleSpec, slab: Slab) -> tuple[bytes, int]:
     """Return the packed sample `content` with zeros for what `open_slab` does not read, and their number.
 
     Raises:
@@ -229,7 +229,7 @@ def keep_slab(path: Path, content: bytes, spec: SampleSpec, slab: Slab) -> tuple
     return bytes(kept), omitted
 
 
-def _check_version(path: Path, content: memoryview) -> int:
+def _check_version(path: Location, content: memoryview) -> int:
     """Return the version of the packed sample `content`; DataError if it is not read."""
     version = read_version(path, content)
     if version not in (version2.VERSION, VERSION):
@@ -239,7 +239,7 @@ def _check_version(path: Path, content: memoryview) -> int:
 
 
 def _open(
-    path: Path, content: memoryview, length: int, spec: SampleSpec | None, *, labeled: bool = True
+    path: Location, content: memoryview, length: int, spec: SampleSpec | None, *, labeled: bool = True
 ) -> PackedSample:
     """Parse `content`, a packed sample of `length` bytes, or the bytes of it before its first chunk."""
     header, chunks = read_header(path, content)

@@ -15,6 +15,7 @@ from pipelines.formats.packed.tar_shard import INDEX_SUFFIX, SHARD_SUFFIX, read_
 from pipelines.io import TarMember, WrittenFile
 from pipelines.sample import PARAMETERS, Sample, SampleSpec
 from pipelines.slab import Slab
+from pipelines.storage.location import Location
 
 MEMBER_SUFFIX = ".packed"
 """Suffix of a member's name; the rest of it is the sample id."""
@@ -29,14 +30,14 @@ class PackedFormat(Format):
     extra_suffixes = (INDEX_SUFFIX,)
     keys = (MEMBER_SUFFIX,)
 
-    def write(self, directory: Path, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
+    def write(self, directory: Location, sample_id: str, sample: Sample) -> tuple[WrittenFile, ...]:
         """Write the index of a shard of `sample` alone, and the shard."""
         members = [(sample_id + MEMBER_SUFFIX, encode(sample))]
         return write_shard(directory / f"{sample_id}{SHARD_SUFFIX}", members)
 
     def parse(
         self,
-        path: Path,
+        path: Location,
         contents: Mapping[str, bytes],
         spec: SampleSpec | None = None,
         *,
@@ -58,7 +59,7 @@ def padding_payload(spec: SampleSpec, slab: Slab | None) -> PackedSample:
     return open_slab(path, lambda at, length: content[at : at + length], len(content), spec, slab)
 
 
-def sample_members(path: Path) -> tuple[TarMember, ...]:
+def sample_members(path: Location) -> tuple[TarMember, ...]:
     """Return the packed samples in the shard at `path`, found by reading its headers.
 
     Raises:

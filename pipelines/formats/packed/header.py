@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import crc32c
@@ -15,6 +14,7 @@ from pipelines.errors import DataError
 from pipelines.formats.packed.codecs import MAX_RATIO, REMEDY, Codec, Integers, inflate
 from pipelines.formats.packed.gather_cpu import ESCAPE
 from pipelines.sample import SampleSpec, check_not_negative
+from pipelines.storage.location import Location
 
 VERSION = 3
 _FIELDS = struct.Struct("<8s6I8B4f3I")
@@ -130,7 +130,7 @@ def pack_header(
     return fields[:_CRC_OFFSET] + struct.pack("<I", crc) + rest
 
 
-def read_version(path: Path, content: memoryview) -> int:
+def read_version(path: Location, content: memoryview) -> int:
     """Return the version of the packed sample `content`; DataError if it is not one."""
     if bytes(content[:8]) != _MAGIC[: len(content)] or not content:
         raise DataError(path, "is not a packed sample", REMEDY)
@@ -140,7 +140,7 @@ def read_version(path: Path, content: memoryview) -> int:
     return int(version)
 
 
-def read_fields(path: Path, content: memoryview) -> Header:
+def read_fields(path: Location, content: memoryview) -> Header:
     """Parse the first FIELDS_BYTES of `content`, without a checksum; DataError if they are not valid."""
     if len(content) < _FIELDS.size:
         raise DataError(path, f"is cut off after {len(content)} bytes", REMEDY)
@@ -169,7 +169,7 @@ def read_fields(path: Path, content: memoryview) -> Header:
     )  # fmt: skip
 
 
-def read_header(path: Path, content: memoryview) -> tuple[Header, Chunks]:
+def read_header(path: Location, content: memoryview) -> tuple[Header, Chunks]:
     """Parse the header and the directory at the start of `content`.
 
     Raises:
@@ -198,7 +198,7 @@ def read_header(path: Path, content: memoryview) -> tuple[Header, Chunks]:
 
 
 def read_table(
-    path: Path, block: memoryview, codec: Codec, rows: int, channels: int
+    path: Location, block: memoryview, codec: Codec, rows: int, channels: int
 ) -> npt.NDArray[np.int16]:
     """Inflate the table `block`; return the table (rows, C)."""
     start, size, length = (np.array([number]) for number in (0, len(block), rows * channels * 2))

@@ -8,24 +8,17 @@ parallel file system, instead of two million, and a sample is one read from it.
 
 from __future__ import annotations
 
-import functools
-import os
 import tarfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from pipelines.errors import DataError, reading
-from pipelines.filesystem import is_hidden, open_regular, raise_open_file_limit
+from pipelines.filesystem import is_hidden
 from pipelines.formats.signatures import recognize_file
-from pipelines.io import (
-    OpenFile,
-    TarMember,
-    WrittenFile,
-    read_direct,
-    retry_stale,
-    write_file,
-    write_stream,
-)
+from pipelines.io import TarMember, WrittenFile
+from pipelines.storage.base import Storage
+from pipelines.storage.local import LOCAL
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
 
 SHARD_SUFFIX, INDEX_SUFFIX = ".tar", ".idx"
 _BLOCK = tarfile.BLOCKSIZE
@@ -33,17 +26,11 @@ _BLOCK = tarfile.BLOCKSIZE
 FIRST_MEMBER_OFFSET = _BLOCK
 """Offset of the first member of a shard."""
 
-_MAX_OPEN_SHARDS = 16384
-"""Shards that a process keeps open, if the system allows it: more than the published set has."""
-
-_FD_RESERVE = 512
-"""Other files that the process may open."""
-
 _REMEDY = "convert the samples again"
 
 
 def write_shard(
-    path: Path, members: Iterable[tuple[str, Iterable[bytes]]], *, sparse: bool = False
+    path: Location, members: Iterable[tuple[str, Iterable[bytes]]], *, sparse: bool = False
 ) -> tuple[WrittenFile, WrittenFile]:
     """Write the shard at `path` and then its index, each atomically.
 
@@ -68,24 +55,26 @@ def write_shard(
             offset += _BLOCK + length + -length % _BLOCK
         yield bytes(2 * _BLOCK)
 
-    shard = write_stream(path, blocks(), sparse=sparse)
+    storage = storage_of(path)
+    shard = storage.write_stream(path, blocks(), sparse=sparse)
     # As DALI's wds2idx writes it. As in WebDataset, the extension is everything after the first dot.
     rows = (f"{name.rpartition('/')[2].partition('.')[2]} {at} {size} {name}\n" for name, at, size in written)
-    index = write_file(path.with_suffix(INDEX_SUFFIX), f"v1.2 {len(written)}\n{''.join(rows)}".encode())
+    index_path = path.with_name(path.name.removesuffix(SHARD_SUFFIX) + INDEX_SUFFIX)
+    index = storage.write(index_path, f"v1.2 {len(written)}\n{''.join(rows)}".encode())
     return index, shard._replace(members=tuple(written))
 
 
-def read_members(path: Path) -> tuple[TarMember, ...]:
+def read_members(path: Location) -> tuple[TarMember, ...]:
     """Return the regular files in the tar archive at `path` that are not hidden, by reading its headers.
 
     Raises:
         DataError: the archive is not complete, or has members that are neither files nor folders.
     """
-    members = []
+    members, storage = [], storage_of(path)
     try:
         with (
             reading(path),
-            open(open_regular(path), "rb") as file,
+            storage.open(path) as file,
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
             for entry in tar:
@@ -102,7 +91,8 @@ def read_members(path: Path) -> tuple[TarMember, ...]:
                     fault = f"has {entry.name} of type {entry.type!a}"
                     raise DataError(path, fault, "make it with tar --format=ustar, of files alone")
             # tarfile takes a damaged or missing header for the end.
-            if os.pread(file.fileno(), _BLOCK, tar.offset) != bytes(_BLOCK):
+            file.seek(tar.offset)
+            if file.read(_BLOCK) != bytes(_BLOCK):
                 fault = f"is not a complete tar archive: no header at byte {tar.offset}"
                 raise DataError(path, fault, _REMEDY)
     except (tarfile.TarError, ValueError) as error:
@@ -112,50 +102,26 @@ def read_members(path: Path) -> tuple[TarMember, ...]:
     return tuple(members)
 
 
-def read_member(path: Path, name: str, offset: int, length: int, *, direct: bool = False) -> bytes:
+def read_member(
+    path: Location, name: str, offset: int, length: int, *, storage: Storage = LOCAL, direct: bool = False
+) -> bytes:
     """Read the member `name` or a part of it, `length` bytes at `offset` of the shard at `path`.
 
     Args:
-        direct: bypass the page cache, where the file system supports it.
+        storage: holds the shard.
+        direct: bypass the page cache, where there is one and the file system supports it.
 
     Raises:
         DataError: the shard cannot be read, or ends before these bytes do.
     """
-
-    def read_cached() -> bytes:
-        handle = _shard_handles()(path)
-        try:
-            return handle.read(offset, length)
-        except OSError:
-            clear_handle_cache()
-            raise
-
-    with reading(path):
-        content = read_direct(path, offset, length) if direct else None
-        if content is None:
-            content = retry_stale(read_cached)
+    content = storage.read_range(path, offset, length, direct=direct)
     if len(content) < length:
         fault = f"is cut off: the shard ends after {offset + len(content)} bytes"
         raise DataError(path / name, fault, _REMEDY)
     return content
 
 
-def clear_handle_cache() -> None:
-    """Close all shards; the files of these names may have been replaced."""
-    _shard_handles().cache_clear()
-
-
-@functools.cache
-def _shard_handles() -> functools._lru_cache_wrapper[OpenFile]:
-    """Return the cache of open shards: on a parallel file system, opening takes longer than reading a sample.
-
-    A handle that the cache drops is closed when the last thread that reads from it is done.
-    """
-    limit = raise_open_file_limit(_MAX_OPEN_SHARDS + _FD_RESERVE) - _FD_RESERVE
-    return functools.lru_cache(maxsize=max(limit, _FD_RESERVE // 2))(OpenFile)
-
-
-def _header(path: Path, member: TarMember) -> bytes:
+def _header(path: Location, member: TarMember) -> bytes:
     entry = tarfile.TarInfo(member.name)
     entry.size = member.bytes
     try:

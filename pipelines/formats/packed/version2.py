@@ -7,7 +7,6 @@ escapes. A chunk is a number of D-slices. Every block is LZ4, and padded to a mu
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 from typing import TypeVar
 
 import crc32c
@@ -19,6 +18,7 @@ from pipelines.formats.packed.codecs import MAX_RATIO, REMEDY, Codec, inflate
 from pipelines.formats.packed.encode import UNCOMPRESSED, encode_rows
 from pipelines.formats.packed.gather_cpu import join_planes
 from pipelines.formats.packed.header import read_table
+from pipelines.storage.location import Location
 
 VERSION = 2
 _FIELDS = struct.Struct("<8s7I4fIII")
@@ -30,7 +30,7 @@ _MAX_PLANES = 4
 _Length = TypeVar("_Length", int, npt.NDArray[np.int64])
 
 
-def upgrade(path: Path, content: memoryview) -> bytes:
+def upgrade(path: Location, content: memoryview) -> bytes:
     """Return the sample `content` of version 2 in version 3, uncompressed.
 
     Args:

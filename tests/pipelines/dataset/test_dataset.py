@@ -38,7 +38,7 @@ def test_a_fingerprint_is_of_names_order_and_contents_in_any_format(tmp_path: Pa
     assert len(set(digests)) == 9 and all(digests)
     assert all(other.fingerprint() == digests for other in others)
     assert first.subset(np.arange(9)[::-1]).fingerprint()[0] != digests[0]
-    first.path(8).write_bytes(b"damaged")
+    Path(first.path(8)).write_bytes(b"damaged")
     assert first.fingerprint() == [*digests[:8], ""]
 
 

@@ -31,4 +31,4 @@ def test_old_data_sets_verify_and_hold_the_same_samples(tmp_path: Path) -> None:
         manifest = Manifest.load(dataset.root)
         assert manifest is not None
         manifest.save(tmp_path)
-        assert (tmp_path / MANIFEST).read_bytes() == (dataset.root / MANIFEST).read_bytes()
+        assert (tmp_path / MANIFEST).read_bytes() == Path(dataset.root / MANIFEST).read_bytes()

@@ -37,10 +37,11 @@ from pipelines.filesystem import is_hidden
 from pipelines.formats.packed.decode import open_packed, open_slab
 from pipelines.formats.packed.encode import PRESETS, encode
 from pipelines.formats.packed.format import MEMBER_SUFFIX
-from pipelines.formats.packed.tar_shard import clear_handle_cache, read_members, write_shard
+from pipelines.formats.packed.tar_shard import read_members, write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tf_example import encode_example
 from pipelines.sample import Sample, SampleSpec
+from pipelines.storage.local import clear_open_files
 from preprocess.conversion.hdf5_task import crops, universe_shape
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
@@ -270,7 +271,7 @@ def test_packed_samples_with_sound_checksums(seconds: float, files: int, tmp_pat
     def write(chance: random.Random) -> Callable[[], Sample]:
         content = damaged_inside(chance.choice(originals), chance)
         write_shard(path, [(f"a{MEMBER_SUFFIX}", [content])])
-        clear_handle_cache()
+        clear_open_files()
         return lambda: Sample(*reference.read(content))
 
     read, refused = fuzz(path, write, seconds=seconds, files=files)

@@ -317,7 +317,7 @@ def test_a_file_damaged_after_opening_is_named(
 ) -> None:
     shutil.copytree(roots[format_name], tmp_path / "data")
     with open_loader(tmp_path / "data", shuffle=False, batch_size=1) as loader:
-        damaged = loader.split.files(7)[-1]
+        damaged = Path(loader.split.files(7)[-1])
         content = damaged.read_bytes()
         damaged.write_bytes(content[: len(content) // 2])
         with pytest.raises(DataError) as raised:
@@ -348,7 +348,7 @@ def test_a_file_cut_off_after_it_was_mapped_is_named(
 def test_a_file_that_disappears_is_named(roots: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(roots["npy"], tmp_path / "data")
     with open_loader(tmp_path / "data", shuffle=False, batch_size=1) as loader:
-        missing = loader.split.path(7)
+        missing = Path(loader.split.path(7))
         missing.unlink()
         with pytest.raises(DataError) as raised:
             rows(loader.batches(0))
@@ -361,7 +361,7 @@ def test_a_file_that_dali_cannot_read_is_named_although_it_reads_ahead(
     monkeypatch.setattr("pipelines.loading.loader.make_decoder", files_decoder)
     shutil.copytree(roots["npy"], tmp_path / "data")
     with open_loader(tmp_path / "data", shuffle=False, batch_size=1) as loader:
-        damaged = loader.split.path(3)
+        damaged = Path(loader.split.path(3))
         damaged.write_bytes(damaged.read_bytes()[:-100])
         with pytest.raises(DataError) as raised:
             rows(loader.batches(0))

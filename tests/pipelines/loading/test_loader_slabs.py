@@ -212,7 +212,7 @@ def test_ranks_that_share_samples_skip_the_same(
 
 def test_samples_of_which_every_one_is_damaged_for_some_rank_end_the_run(tmp_path: Path) -> None:
     split = open_folder(write_damaged(tmp_path / "data", "npy", {}))
-    write_damaged(split.root, "npy", {index: index % 2 * 7 for index in range(SAMPLES)})
+    write_damaged(Path(split.root), "npy", {index: index % 2 * 7 for index in range(SAMPLES)})
     group = Group(2)
     with ThreadPoolExecutor(2) as threads:
         runs = [

@@ -13,7 +13,7 @@ from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_folder
 from pipelines.errors import DataError
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.tar_shard import clear_handle_cache, write_shard
+from pipelines.formats.packed.tar_shard import write_shard
 from pipelines.formats.payload import CountsPayload
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
@@ -23,6 +23,7 @@ from pipelines.loading.reader import Reader
 from pipelines.loading.transforms import transform
 from pipelines.plan import Ragged, RankSlice
 from pipelines.sample import Sample
+from pipelines.storage.local import clear_open_files
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def split(tmp_path: Path) -> SampleDataset:
     """Eight samples, of which 2, 3 and 7 are damaged."""
     dataset = open_folder(write_tiny(tmp_path, train=8, validation=1) / "train")
     for index in (2, 3, 7):
-        dataset.path(index).write_bytes(b"no")
+        Path(dataset.path(index)).write_bytes(b"no")
     return dataset
 
 
@@ -59,16 +60,16 @@ def test_missing_and_damaged_shards_are_skipped_as_a_whole(tmp_path: Path) -> No
         write_shard(tmp_path / f"{shard}.tar", members)
     packed = open_folder(tmp_path)
     # Opening the folder has read sample 0, and its shard is still open.
-    clear_handle_cache()
-    packed.files(0)[0].unlink()
-    packed.files(20)[0].write_bytes(b"no")
+    clear_open_files()
+    Path(packed.files(0)[0]).unlink()
+    Path(packed.files(20)[0]).write_bytes(b"no")
     reader = Reader(packed, "skip")
     assert reader.payload(0)[0] == reader.payload(39)[0] == 40
     assert len(reader.skipped) == 40
-    packed.files(40)[0].write_bytes(b"no")
+    Path(packed.files(40)[0]).write_bytes(b"no")
     with pytest.raises(DataError, match="unusable samples in a row: 60") as raised:
         reader.payload(0)
-    assert packed.path(0).is_relative_to(raised.value.path)
+    assert Path(packed.path(0)).is_relative_to(raised.value.path)
 
 
 def test_the_reason_why_no_sample_can_be_used_is_that_of_the_first(tmp_path: Path) -> None:

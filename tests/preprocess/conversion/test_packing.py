@@ -105,7 +105,7 @@ def test_verify_names_a_damaged_sample_in_its_shard(tmp_path: Path) -> None:
     assert program(CONVERT, *line).code == 0
     split = open_folder(tmp_path / "packed")
     assert split.sharded
-    shard = split.files(4)[0]
+    shard = Path(split.files(4)[0])
     broken = bytearray(shard.read_bytes())
     broken[sum(split.member_extents[4].item()[:2]) - 20] ^= 1
     shard.write_bytes(broken)

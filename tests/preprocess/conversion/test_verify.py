@@ -75,7 +75,7 @@ def _flip(path: Path, at: int = -1) -> None:
 
 
 def _data(folder: Path, index: int = 2) -> Path:
-    return open_folder(folder).files(index)[-1]
+    return Path(open_folder(folder).files(index)[-1])
 
 
 def _rewrite(folder: Path, sample: Sample, *, index: int = 2) -> None:

@@ -21,10 +21,11 @@ from helpers import tiny_sample, write_tiny
 from pipelines.dataset.open import open_folder
 from pipelines.errors import AccessError, DataError
 from pipelines.formats.packed.encode import encode
-from pipelines.formats.packed.tar_shard import clear_handle_cache, read_member, read_members, write_shard
+from pipelines.formats.packed.tar_shard import read_member, read_members, write_shard
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice
+from pipelines.storage.local import clear_open_files
 from preprocess.convert import convert
 
 CONTENTS = {
@@ -250,11 +251,11 @@ def test_a_process_opens_a_shard_once(tmp_path: Path, monkeypatch: pytest.Monkey
         return theirs(path, flags)
 
     monkeypatch.setattr(os, "open", noted)
-    clear_handle_cache()
+    clear_open_files()
     for path in (*paths, *paths):
         assert read_member(path, "x", 3, 2) == b"te"
     assert opened == paths
-    clear_handle_cache()
+    clear_open_files()
 
 
 def test_a_tar_without_samples_is_named(packed: Path, tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""Objects of a bucket or container, and files of a web server."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.errors import DataError, MissingError, UnreadableError
+from pipelines.io import WrittenFile
+from pipelines.storage.base import FileState, Result, Storage
+from pipelines.storage.location import Location, Url
+from pipelines.storage.requests import COUNTS, Requests
+from pipelines.storage.stores import make_store
+
+_TRANSFERS = 3
+"""Number of transfers of what arrives damaged, before it counts as damaged in the store."""
+
+
+@dataclass(frozen=True)
+class ObjectStorage(Storage):
+    """Objects by their keys.
+
+    Attributes:
+        scheme, host: As of `Url`.
+    """
+
+    scheme: str
+    host: str
+
+    def read(self, path: Location, *, direct: bool = False) -> bytes:
+        """See `Storage`."""
+        return self._get(path, None)
+
+    def read_range(self, path: Location, offset: int, length: int, *, direct: bool = False) -> bytes:
+        """See `Storage`."""
+        return self._get(path, (offset, offset + length)) if length else b""
+
+    @property
+    def lists_folders(self) -> bool:
+        """See `Storage`; a web server has files alone."""
+        return self.scheme not in ("http", "https")
+
+    def state(self, path: Location) -> FileState:
+        """See `Storage`; one of an object that this process has read already takes no request."""
+        key, client = _key(path), self._client
+        if key not in client.states:
+            import obstore
+
+            meta = client.requests.run(_url(path), lambda: obstore.head_async(client.store, key))
+            client.states[key] = _state(meta)
+        return client.states[key]
+
+    def list(self, folder: Location) -> list[str]:
+        """See `Storage`."""
+        import obstore
+
+        client, prefix = self._client, _key(folder)
+        if not self.lists_folders:
+            remedy = "write a manifest for them, with python -m preprocess.verify --write, and upload it"
+            raise UnreadableError(folder, "cannot be listed, as it lies on a web server", remedy)
+        found = client.requests.run(
+            _url(folder), lambda: obstore.list_with_delimiter_async(client.store, prefix or None)
+        )
+        client.states |= {str(meta["path"]): _state(meta) for meta in found["objects"]}
+        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
+        names = sorted({path.rstrip("/").rpartition("/")[2] for path in paths})
+        if not names:
+            raise MissingError(folder, "holds no objects", "check the address")
+        return names
+
+    def is_present(self, path: Location) -> bool:
+        """See `Storage`."""
+        try:
+            self.state(path)
+        except MissingError:
+            with contextlib.suppress(MissingError):
+                return self.lists_folders and bool(self.list(path))
+            return False
+        return True
+
+    def retry_damaged(self, read: Callable[[Storage], Result]) -> Result:
+        """See `Storage`."""
+        for _ in range(_TRANSFERS - 1):
+            try:
+                return read(self)
+            except UnreadableError:
+                raise
+            except DataError:
+                COUNTS.retries += 1
+        return read(self)
+
+    def write_stream(
+        self, path: Location, pieces: Iterable[bytes | memoryview], *, sparse: bool = False
+    ) -> WrittenFile:
+        """See `Storage`."""
+        raise NotImplementedError
+
+    def remove(self, path: Location) -> None:
+        """See `Storage`."""
+        raise NotImplementedError
+
+    @property
+    def _client(self) -> _Client:
+        return _client(self.scheme, self.host)
+
+    def _get(self, path: Location, extent: tuple[int, int] | None) -> bytes:
+        """Return the bytes from extent[0] to extent[1] of an object, or all of them.
+
+        Raises:
+            DataError: The object has changed since this process has first read it.
+        """
+        import obstore
+
+        client, key = self._client, _key(path)
+        if extent is not None and key in client.states and extent[0] >= client.states[key].bytes:
+            return b""
+
+        async def request() -> tuple[FileState, bytes]:
+            result = await obstore.get_async(client.store, key, options={"range": extent} if extent else {})
+            content = bytes(await result.buffer_async())
+            COUNTS.bytes += len(content)
+            start, stop = result.range
+            if len(content) != stop - start:
+                raise ConnectionResetError("the connection broke off")
+            return _state(result.meta), content
+
+        state, content = client.requests.run(_url(path), request)
+        if client.states.setdefault(key, state) != state:
+            fault = f"has changed since it was first read: its ETag was {client.states[key].version}"
+            raise DataError(path, f"{fault} and is {state.version}", "restore it, or start again")
+        return content
+
+
+class _Client:
+    """The connections of this process to one bucket or web server.
+
+    Attributes:
+        states: State of each object as this process has first seen it, by its key.
+    """
+
+    def __init__(self, scheme: str, host: str) -> None:
+        self.store = make_store(scheme, host)
+        self.requests = Requests()
+        self.states: dict[str, FileState] = {}
+
+
+_client = functools.cache(_Client)
+
+
+def _url(path: Location) -> Url:
+    assert isinstance(path, Url), path
+    return path
+
+
+def _key(path: Location) -> str:
+    return _url(path).key
+
+
+def _state(meta: Any) -> FileState:
+    """Return the state that the metadata of an object say; without an ETag its time of change."""
+    return FileState(meta["size"], meta["e_tag"] or meta["last_modified"].isoformat())

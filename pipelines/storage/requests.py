@@ -1,0 +1,165 @@
+"""Requests to one server: repeated when they fail, raced by a second one when they stall, counted.
+
+All of a process run on one event loop, in a thread of its own; callers wait for their result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from pipelines.errors import MissingError, UnreadableError
+from pipelines.storage.answers import Refusal, explain
+from pipelines.storage.location import Url
+from pipelines.storage.stores import REQUEST_SECONDS
+
+DEADLINE_SECONDS = 60.0
+"""Duration after which what cannot be read is given up."""
+
+FIRST_DEADLINE_SECONDS = 15.0
+"""The same for a server that has not answered this process yet: its address is probably wrong."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE, _THROTTLED_PAUSE = 0.1, 5.0, 0.5
+"""Seconds before a request is repeated: doubled each time, up to the longest, times a random number."""
+
+_RACE_SECONDS, _RACE_FACTOR = 1.0, 4.0
+"""A request is raced when it takes longer than this, and than this multiple of the usual duration."""
+
+_WEIGHT = 0.1
+"""Weight of the latest request in the moving average of durations."""
+
+_Answer = TypeVar("_Answer")
+
+
+@dataclass
+class TransferCounts:
+    """Counts of this process.
+
+    Attributes:
+        requests: Requests that were sent, with repeated and raced ones.
+        bytes: Bytes received of contents.
+        retries: Requests repeated after an error, or because what they brought was damaged.
+        throttled: Answers that asked for fewer requests.
+        raced: Second requests beside stalled ones.
+        cache_hits, cache_bytes: Reads, and their bytes, that the node's cache answered.
+    """
+
+    requests: int = 0
+    bytes: int = 0
+    retries: int = 0
+    throttled: int = 0
+    raced: int = 0
+    cache_hits: int = 0
+    cache_bytes: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return asdict(self)
+
+
+COUNTS = TransferCounts()
+
+
+class Requests:
+    """Requests to one server.
+
+    Attributes:
+        seconds: Moving average of the durations of requests for contents; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        self._reached = False
+
+    def run(self, url: Url, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
+        """Return the answer of `request`, repeated until the deadline.
+
+        Args:
+            url: What it is about, for errors.
+            request: Sends it; may be called several times, also while another one waits.
+
+        Raises:
+            MissingError: There is no such object.
+            UnreadableError: The server refuses, or does not answer before the deadline.
+        """
+        return asyncio.run_coroutine_threadsafe(self._repeat(url, request), _event_loop()).result()
+
+    async def _repeat(self, url: Url, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
+        start, attempts = time.monotonic(), 0
+        while True:
+            try:
+                answer = await self._race(request)
+                self._reached = True
+                return answer
+            except Exception as error:
+                refusal = explain(error)
+                if refusal.kind != "temporary":
+                    raise _error(url, refusal) from error
+                attempts += 1
+                pause = _THROTTLED_PAUSE if refusal.throttled else _FIRST_PAUSE
+                pause = min(pause * 2 ** (attempts - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.5)
+                self._reached |= refusal.throttled
+                seconds = time.monotonic() - start
+                limit = DEADLINE_SECONDS if self._reached else FIRST_DEADLINE_SECONDS
+                if seconds + pause > limit:
+                    fault = f"cannot be read: {refusal.fault} ({attempts} attempts in {seconds:.0f} s)"
+                    raise UnreadableError(url, fault, refusal.remedy) from error
+                COUNTS.retries += 1
+                COUNTS.throttled += refusal.throttled
+                await asyncio.sleep(pause)
+
+    async def _race(self, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
+        """Return the first answer of a request, and of a second one if the first stalls."""
+        start, usual = time.monotonic(), self.seconds or 0.0
+        running = {self._send(request)}
+        try:
+            done, running = await asyncio.wait(running, timeout=max(_RACE_SECONDS, _RACE_FACTOR * usual))
+            if not done:
+                COUNTS.raced += 1
+                running.add(self._send(request))
+            while True:
+                if not done:
+                    done, running = await asyncio.wait(
+                        running, timeout=REQUEST_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    )
+                if not done:
+                    raise TimeoutError
+                first = done.pop()
+                # A failure waits for the other request, if there is one.
+                if first.exception() is None or not running:
+                    answer = first.result()
+                    taken = time.monotonic() - start
+                    self.seconds = taken if self.seconds is None else usual + _WEIGHT * (taken - usual)
+                    return answer
+        finally:
+            for task in running:
+                task.cancel()
+
+    @staticmethod
+    def _send(request: Callable[[], Awaitable[_Answer]]) -> asyncio.Task[_Answer]:
+        COUNTS.requests += 1
+
+        async def send() -> _Answer:
+            return await request()
+
+        return asyncio.get_running_loop().create_task(send())
+
+
+def _error(url: Url, refusal: Refusal) -> UnreadableError:
+    if refusal.kind == "missing":
+        return MissingError(url, refusal.fault, refusal.remedy)
+    return UnreadableError(url, f"cannot be read: {refusal.fault}", refusal.remedy)
+
+
+@functools.cache
+def _event_loop() -> Any:
+    """Return the event loop of all requests of this process, running in a thread."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="requests", daemon=True).start()
+    return loop

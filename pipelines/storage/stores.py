@@ -1,0 +1,68 @@
+"""Clients of object stores, with credentials and endpoints from where each ecosystem keeps them."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from pipelines.errors import ConfigError
+
+REQUEST_SECONDS = 30
+"""Duration after which a request without a complete answer is given up and repeated."""
+
+_CONNECT_SECONDS = 5
+
+
+def make_store(scheme: str, host: str) -> Any:
+    """Return obstore's client of a bucket, a container or a web server.
+
+    S3 takes credentials, region and endpoint from the environment, ~/.aws and instance roles, by boto3 if it
+    is installed; without any it sends unsigned requests. Google's and Azure's are found by obstore.
+
+    Raises:
+        ConfigError: obstore is not installed, or the settings in the environment are not complete.
+    """
+    try:
+        from obstore.store import S3Store, from_url
+    except ImportError as error:
+        fault = "URLs are read with obstore, which is not installed: pip install 'cosmoflow-dali[cloud]'"
+        raise ConfigError("data.dir", f"{scheme}://{host}", fault) from error
+    client = {
+        "timeout": f"{REQUEST_SECONDS}s",
+        "connect_timeout": f"{_CONNECT_SECONDS}s",
+        # With a plain endpoint, which the user has named, or a web server.
+        "allow_http": True,
+    }
+    # Requests are repeated, and counted, by `Requests`.
+    options: dict[str, Any] = {"client_options": client, "retry_config": {"max_retries": 0}}
+    try:
+        if scheme == "s3":
+            return S3Store(host, **options, **_aws_settings())
+        return from_url(f"{scheme}://{host}", **options)
+    except Exception as error:  # obstore raises errors of many types for its settings
+        reason = str(error).partition("\n")[0]
+        raise ConfigError("data.dir", f"{scheme}://{host}", f"{reason}; see docs/clouds.md") from error
+
+
+def _aws_settings() -> dict[str, Any]:
+    """Return what boto3 knows of credentials, region and endpoint; empty without boto3."""
+    try:
+        import boto3
+        from botocore.exceptions import BotoCoreError
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        return {}
+    session = boto3.Session()
+    settings: dict[str, Any] = {}
+    if session.get_credentials() is None:
+        # As for public data.
+        settings["skip_signature"] = True
+    else:
+        settings["credential_provider"] = Boto3CredentialProvider(session)
+    if session.region_name:
+        settings["region"] = session.region_name
+    with contextlib.suppress(BotoCoreError, ValueError):
+        endpoint = session.client("s3", region_name=session.region_name or "us-east-1").meta.endpoint_url
+        if not endpoint.endswith(".amazonaws.com"):
+            settings["endpoint"] = endpoint
+    return settings
