@@ -22,6 +22,9 @@ _CODES = {
     ),
     "NoSuchBucket": ("the bucket does not exist", "check its name, and the endpoint"),
     "InvalidBucketName": ("the name of the bucket is not valid", "check it"),
+    "QuotaExceeded": ("the quota of the bucket is used up", "remove something there, or ask for more"),
+    "XMinioStorageFull": ("the server's disks are full", "remove something there"),
+    "BadDigest": ("the content was damaged on its way", "run the same command again: it resumes"),
     "PermanentRedirect": ("the bucket is in another region", "set AWS_REGION to that region"),
     "AuthorizationHeaderMalformed": ("the bucket is in another region", "set AWS_REGION to that region"),
 }

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.errors import DataError, MissingError, UnreadableError
+from pipelines.errors import AccessError, DataError, MissingError, UnreadableError
 from pipelines.io import WrittenFile
 from pipelines.storage.base import FileState, Result, Storage
 from pipelines.storage.location import Location, Url
 from pipelines.storage.requests import COUNTS, Requests
 from pipelines.storage.stores import make_store
+from pipelines.storage.uploads import delete, upload, upload_stream
 
 _TRANSFERS = 3
 """Number of transfers of what arrives damaged, before it counts as damaged in the store."""
@@ -92,15 +93,32 @@ class ObjectStorage(Storage):
                 COUNTS.retries += 1
         return read(self)
 
+    def write(self, path: Location, *chunks: bytes | memoryview) -> WrittenFile:
+        """See `Storage`."""
+        return upload(self._writer(path), _url(path), chunks)
+
     def write_stream(
         self, path: Location, pieces: Iterable[bytes | memoryview], *, sparse: bool = False
     ) -> WrittenFile:
         """See `Storage`."""
-        raise NotImplementedError
+        written = upload_stream(self._writer(path), _url(path), pieces)
+        if (length := self.state(path).bytes) != written.bytes:
+            fault = f"cannot be written: the store has {length} bytes of {written.bytes}"
+            raise AccessError(path, fault, "try again")
+        return written
 
     def remove(self, path: Location) -> None:
         """See `Storage`."""
-        raise NotImplementedError
+        delete(self._writer(path), _url(path))
+
+    def _writer(self, path: Location) -> Any:
+        """Return the client that changes the object at `path`, whose known state is forgotten."""
+        if not self.lists_folders:
+            remedy = "give a folder, or a URL that begins with s3://, gs:// or az://"
+            raise AccessError(path, "cannot be written, as it lies on a web server", remedy)
+        client = self._client
+        client.states.pop(_key(path), None)
+        return client.writer
 
     @property
     def _client(self) -> _Client:
@@ -142,9 +160,15 @@ class _Client:
     """
 
     def __init__(self, scheme: str, host: str) -> None:
+        self._scheme, self._host = scheme, host
         self.store = make_store(scheme, host)
         self.requests = Requests()
         self.states: dict[str, FileState] = {}
+
+    @functools.cached_property
+    def writer(self) -> Any:
+        """Client for uploads, which repeats requests itself: only it still has the part of a stream."""
+        return make_store(self._scheme, self._host, writes=True)
 
 
 _client = functools.cache(_Client)

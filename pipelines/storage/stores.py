@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import timedelta
 from typing import Any
 
 from pipelines.errors import ConfigError
@@ -12,12 +13,26 @@ REQUEST_SECONDS = 30
 
 _CONNECT_SECONDS = 5
 
+_UPLOAD_SECONDS = 120
+"""The same for a request that uploads: 64 MB at most, over a slow line."""
 
-def make_store(scheme: str, host: str) -> Any:
+_UPLOAD_RETRIES = {
+    "max_retries": 10,
+    "retry_timeout": timedelta(seconds=3 * _UPLOAD_SECONDS),
+    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+"""Half a minute without a server that can be reached."""
+
+
+def make_store(scheme: str, host: str, *, writes: bool = False) -> Any:
     """Return obstore's client of a bucket, a container or a web server.
 
     S3 takes credentials, region and endpoint from the environment, ~/.aws and instance roles, by boto3 if it
     is installed; without any it sends unsigned requests. Google's and Azure's are found by obstore.
+
+    Args:
+        scheme, host: As of `Url`.
+        writes: For uploads: it repeats requests, and S3 checks the SHA-256 of what arrives.
 
     Raises:
         ConfigError: obstore is not installed, or the settings in the environment are not complete.
@@ -28,16 +43,19 @@ def make_store(scheme: str, host: str) -> Any:
         fault = "URLs are read with obstore, which is not installed: pip install 'cosmoflow-dali[cloud]'"
         raise ConfigError("data.dir", f"{scheme}://{host}", fault) from error
     client = {
-        "timeout": f"{REQUEST_SECONDS}s",
+        "timeout": f"{_UPLOAD_SECONDS if writes else REQUEST_SECONDS}s",
         "connect_timeout": f"{_CONNECT_SECONDS}s",
         # With a plain endpoint, which the user has named, or a web server.
         "allow_http": True,
     }
-    # Requests are repeated, and counted, by `Requests`.
+    # Requests for reading are repeated, and counted, by `Requests`.
     options: dict[str, Any] = {"client_options": client, "retry_config": {"max_retries": 0}}
+    if writes:
+        options["retry_config"] = _UPLOAD_RETRIES
     try:
         if scheme == "s3":
-            return S3Store(host, **options, **_aws_settings())
+            settings = {**_aws_settings(), **({"checksum_algorithm": "SHA256"} if writes else {})}
+            return S3Store(host, **options, **settings)
         return from_url(f"{scheme}://{host}", **options)
     except Exception as error:  # obstore raises errors of many types for its settings
         reason = str(error).partition("\n")[0]
