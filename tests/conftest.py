@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest_plugins = ["object_store"]
+
 if not torch.cuda.is_available():
     # Read when Triton is imported, which torch may do before the tests of kernels.
     os.environ["TRITON_INTERPRET"] = "1"
