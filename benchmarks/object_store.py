@@ -93,7 +93,6 @@ class ObjectStore:
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException, UserError):
-                self.make_bucket(BUCKET)
                 self.write("ready", b"yes")
                 if _request(self.port, "GET", f"/{BUCKET}/ready") == (200, b"yes"):
                     return
