@@ -42,6 +42,17 @@ class DataError(UserError):
         super().__init__(f"{self.path}: {fault}; {remedy}")
 
 
+class StorageError(UserError):
+    """A server, bucket or credentials that cannot be used: `<path>: <fault>; <remedy>`.
+
+    Unlike a DataError it concerns all samples: none is skipped because of it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fault: str, remedy: str) -> None:
+        self.path, self.fault, self.remedy = os.fspath(path), fault, remedy
+        super().__init__(f"{self.path}: {fault}; {remedy}")
+
+
 class AccessError(DataError):
     """A file or folder that the file system cannot read or write, whatever its content."""
 

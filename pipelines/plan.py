@@ -20,6 +20,21 @@ Indices: TypeAlias = npt.NDArray[np.int64]
 Ragged: TypeAlias = Literal["drop", "pad"]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Partition:
+    """One of `count` almost equal parts of a data set of `total` samples.
+
+    Attributes:
+        global_indices: positions of this part's samples in the data set, int64.
+        seed: seed that drew the parts; None where each has every `count`-th sample.
+    """
+
+    global_indices: Indices
+    count: int
+    total: int
+    seed: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class RankSlice:
     """One rank's part of every step: the `index`-th of `count` equal parts."""

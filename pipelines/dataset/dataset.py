@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import crc32c
 import numpy as np
@@ -23,14 +24,12 @@ from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat
 from pipelines.formats.packed.tar_shard import read_member
 from pipelines.formats.payload import CountsPayload, Payload
 from pipelines.formats.registry import FORMATS, READ_IN_PART
-from pipelines.io import TarMember
-from pipelines.plan import Indices
+from pipelines.plan import Indices, Partition
 from pipelines.sample import Sample, SampleSpec
 from pipelines.slab import Slab
 from pipelines.storage.base import Storage
-from pipelines.storage.local import LOCAL, clear_open_files
+from pipelines.storage.local import LOCAL
 from pipelines.storage.location import Location
-from pipelines.storage.select import storage_of
 
 EXTENT = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("crc32c", "<i8")])
 """Position and checksum of one content in its file; -1 where they are not known."""
@@ -38,25 +37,12 @@ EXTENT = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("crc32c", "<i8")])
 _PROBES = 8
 """Samples that `fingerprint` reads."""
 
+_Read = TypeVar("_Read")
+
 _REMEDY = (
     f"fetch or convert it again, or if it was changed on purpose, remove {MANIFEST} and regenerate it with "
     "python -m preprocess.verify --write"
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Partition:
-    """One of `count` almost equal parts of a data set of `total` samples.
-
-    Attributes:
-        global_indices: positions of this part's samples in the data set, int64.
-        seed: seed that drew the parts; None where each has every `count`-th sample.
-    """
-
-    global_indices: Indices
-    count: int
-    total: int
-    seed: int | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,17 +146,30 @@ class SampleDataset:
 
         Args:
             verify: compare them with the manifest's lengths and checksums, if there is a manifest. To be
-                set where they are converted: damage in a format without checksums would become valid.
+                set where they are converted: damage in a format without checksums would become valid. What
+                is transferred is always compared.
             direct: bypass the page cache, where the file system supports it.
 
         Raises:
             DataError: a file cannot be read, or differs from the manifest.
         """
+
+        def read(dataset: SampleDataset) -> dict[str, bytes]:
+            contents = dataset._contents(index, verify=verify, direct=direct)
+            if self.sharded and self.storage.is_remote:
+                packed = open_packed(self.path(index), contents[MEMBER_SUFFIX], self.spec)
+                packed.verify_checksum()
+            return contents
+
+        return self._retry_damaged(read)
+
+    def _contents(self, index: int, *, verify: bool = False, direct: bool = False) -> dict[str, bytes]:
+        """Read the contents of sample `index` once; see `read_contents`."""
         paths = self.files(index)
         if self.sharded:
             return {MEMBER_SUFFIX: self._read_member(index, direct=direct)}
         contents = [self.storage.read(path, direct=direct) for path in paths]
-        if verify and self.extents is not None:
+        if (verify or self.storage.is_remote) and self.extents is not None:
             extents = self.extents[index][-len(paths) :]
             for path, content, extent in zip(paths, contents, extents, strict=True):
                 _, length, crc = extent.item()
@@ -188,8 +187,12 @@ class SampleDataset:
         """
         if self.whole is not None:
             return self.whole.read(index, verify=verify)
-        contents = self.read_contents(index, verify=verify)
-        return self.format.parse(self.path(index), contents, self.spec, labeled=self.labeled)
+
+        def parse(dataset: SampleDataset) -> Sample:
+            contents = dataset._contents(index, verify=verify)
+            return self.format.parse(self.path(index), contents, self.spec, labeled=self.labeled)
+
+        return self._retry_damaged(parse)
 
     def fingerprint(self) -> list[str]:
         """Return digests that tell these samples, in this order, from others, in any folder and format.
@@ -239,11 +242,19 @@ class SampleDataset:
         """
         if slab is None and self.whole is not None:
             return self.whole.payload(index, fully_validate=fully_validate, direct=direct)
+        return self._retry_damaged(
+            lambda dataset: dataset._payload(index, slab, fully_validate=fully_validate, direct=direct)
+        )
+
+    def _payload(self, index: int, slab: Slab | None, *, fully_validate: bool, direct: bool) -> Payload:
+        """Read sample `index` once; see `payload`."""
         path = self.path(index)
         if slab is not None and not self.sharded:
             return read_slab(path, self.spec, slab, storage=self.storage, direct=direct)
-        if self.format_name == Npy.name and self.labeled and not (fully_validate or direct):
-            return map_sample(path, self.spec, self.storage)
+        # Nothing compares a mapped file with its checksum.
+        mappable = isinstance(path, Path) and not self.storage.is_remote
+        if self.format_name == Npy.name and self.labeled and mappable and not (fully_validate or direct):
+            return map_sample(Path(path), self.spec)
         if self.sharded:
             if slab is None:
                 content = self._read_member(index, direct=direct)
@@ -256,9 +267,16 @@ class SampleDataset:
             else:
                 packed.verify_checksum()
             return packed
-        contents = self.read_contents(index, direct=direct)
+        contents = self._contents(index, direct=direct)
         sample = self.format.parse(path, contents, self.spec, labeled=self.labeled)
         return CountsPayload(sample.counts, sample.target)
+
+    def _retry_damaged(self, read: Callable[[SampleDataset], _Read]) -> _Read:
+        """Return `read` of these samples, which is repeated as `Storage.retry_damaged` says."""
+        own = self.storage
+        return own.retry_damaged(
+            lambda storage: read(self if storage is own else replace(self, storage=storage))
+        )
 
     def _read_member(
         self, index: int, start: int = 0, length: int | None = None, *, direct: bool = False
@@ -276,24 +294,3 @@ class SampleDataset:
         extents = None if self.extents is None else self.extents[index]
         whole = None if self.whole is None else self.whole.subset(index, partition)
         return replace(self, names=names, extents=extents, partition=partition, whole=whole)
-
-
-def dataset_from_shards(
-    folder: Location, shards: Iterable[tuple[str, Sequence[TarMember]]], spec: SampleSpec
-) -> SampleDataset:
-    """Return the packed samples of `spec` in `folder`, given each shard's name and members.
-
-    Raises:
-        DataError: two samples have the same id.
-    """
-    clear_open_files()
-    members = [(f"{shard}/{member.name}", member) for shard, members in shards for member in members]
-    first: dict[str, str] = {}
-    for name, member in members:
-        sample_id = member.name.rpartition("/")[2]
-        if sample_id in first:
-            raise DataError(folder / name, f"has the same name as {first[sample_id]}", "keep one of them")
-        first[sample_id] = name
-    extents = np.array([(member.offset, member.bytes, -1) for _, member in members], EXTENT)[:, None]
-    names = tuple(name for name, _ in members)
-    return SampleDataset(folder, PackedFormat.name, names, spec, extents, storage=storage_of(folder))

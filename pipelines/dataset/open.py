@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipelines.dataset.dataset import EXTENT, SampleDataset, dataset_from_shards
+from pipelines.dataset.dataset import EXTENT, SampleDataset
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, read_list
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.errors import MAX_CONSECUTIVE_BAD, DataError
@@ -21,6 +21,7 @@ from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.packed.format import PackedFormat, sample_members
 from pipelines.formats.registry import FORMATS
 from pipelines.formats.tfrecord import GZIP_MAGIC, TFRECORD_SUFFIX
+from pipelines.io import TarMember
 from pipelines.sample import ALL_SPLITS, SampleSpec
 from pipelines.storage.local import clear_open_files
 from pipelines.storage.location import Location
@@ -108,7 +109,9 @@ def open_path(path: Location, *, labeled: bool = True) -> list[SampleDataset]:
     Raises:
         DataError: There is no sample, or its file is damaged or of no known format.
     """
-    if not path.name.endswith(SAMPLE_SUFFIXES) or (isinstance(path, Path) and path.is_dir()):
+    # Objects have no folders that could be asked for.
+    is_folder = path.is_dir() if isinstance(path, Path) else not path.name.endswith(SAMPLE_SUFFIXES)
+    if is_folder:
         return [open_folder(path / split, labeled=labeled) for split in split_dirs(path)]
     return [_from_files(path.parent, _detect_format(path), [path.name], labeled)]
 
@@ -208,3 +211,24 @@ def _in_list_order(folder: Location, found: Sequence[str], names: Collection[str
             fault = f"does not list the labels of {DATA_LIST} in its order"
             raise DataError(folder / LABEL_LIST, fault, remedy)
     return listed
+
+
+def dataset_from_shards(
+    folder: Location, shards: Iterable[tuple[str, Sequence[TarMember]]], spec: SampleSpec
+) -> SampleDataset:
+    """Return the packed samples of `spec` in `folder`, given each shard's name and members.
+
+    Raises:
+        DataError: two samples have the same id.
+    """
+    clear_open_files()
+    members = [(f"{shard}/{member.name}", member) for shard, members in shards for member in members]
+    first: dict[str, str] = {}
+    for name, member in members:
+        sample_id = member.name.rpartition("/")[2]
+        if sample_id in first:
+            raise DataError(folder / name, f"has the same name as {first[sample_id]}", "keep one of them")
+        first[sample_id] = name
+    extents = np.array([(member.offset, member.bytes, -1) for _, member in members], EXTENT)[:, None]
+    names = tuple(name for name, _ in members)
+    return SampleDataset(folder, PackedFormat.name, names, spec, extents, storage=storage_of(folder))

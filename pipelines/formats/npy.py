@@ -13,6 +13,7 @@ import math
 import mmap
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipelines.errors import DataError
 from pipelines.formats.base import Format
 from pipelines.formats.payload import CountsPayload
 from pipelines.formats.signatures import SIGNATURE_BYTES, recognize
-from pipelines.io import WrittenFile
+from pipelines.io import WrittenFile, map_file
 from pipelines.sample import (
     UNKNOWN_TARGET,
     Sample,
@@ -72,7 +73,7 @@ class Npy(Format):
         return Sample(counts, check_target(label, parse_npy(label, contents[LABEL_SUFFIX])))
 
 
-def map_sample(path: Location, spec: SampleSpec, storage: Storage = LOCAL) -> CountsPayload:
+def map_sample(path: Path, spec: SampleSpec) -> CountsPayload:
     """Memory-map the counts in `path` and read the target beside them.
 
     Nothing is copied: DALI's threads read the pages as they need them. Negative counts are not
@@ -81,11 +82,11 @@ def map_sample(path: Location, spec: SampleSpec, storage: Storage = LOCAL) -> Co
     Raises:
         DataError: a header or the target is damaged, or the shape is not that of `spec`.
     """
-    mapped = storage.map(path)
+    mapped = map_file(path)
     counts = parse_npy(path, mapped)
     if counts.shape != spec.shape or counts.dtype != np.int16:
         check_counts(path, counts, spec)
-    target = _read_target(path, storage)
+    target = _read_target(path, LOCAL)
     return CountsPayload(counts, target, mapped if isinstance(mapped, mmap.mmap) else None)
 
 

@@ -16,6 +16,9 @@ class LoaderConfig:
         batch_size: Samples per step on each rank.
         threads: Threads that read files, and decode packed samples on a host; DALI uses as many more.
         prefetch: Batches decoded ahead of the one in use.
+        requests_ahead: Samples asked for ahead of these threads, because remote storage takes long to answer;
+            0 for none. If not given, none of local files, and of remote ones as many as the measured latency
+            and rate need.
         apply_log: Use log(count + 1) as input; otherwise the counts divided by their mean.
         direct_io: Bypass the page cache where the file system supports it; for data sets larger than memory.
         gpu_direct: Let DALI read npy files directly into GPU memory (GPUDirect Storage).
@@ -26,6 +29,7 @@ class LoaderConfig:
     batch_size: int = 1
     threads: int = 2
     prefetch: int = 2
+    requests_ahead: int | None = None
     apply_log: bool = True
     direct_io: bool = False
     gpu_direct: bool = False
@@ -34,6 +38,8 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "threads", "prefetch"):
             check_field(self, name, getattr(self, name) >= 1, "must be at least 1")
+        ahead = self.requests_ahead
+        check_field(self, "requests_ahead", ahead is None or ahead >= 0, "must be at least 0")
         if self.gpu_direct and self.on_bad_sample == "skip":
             raise ConfigError("gpu_direct", True, "cannot skip damaged samples: set on_bad_sample to fail")
         if self.gpu_direct and self.direct_io:

@@ -92,8 +92,9 @@ def make_decoder(
         split.check_slab(slab)
         config.check_slabs()
     if config.gpu_direct:
-        if split.format_name != Npy.name or device.type != "cuda":
-            fault = f"requires npy samples and a GPU, not {split.format_name} on {device.type}: unset it"
+        if split.format_name != Npy.name or split.storage.is_remote or device.type != "cuda":
+            found = f"{split.format_name} in {split.root} on {device.type}"
+            fault = f"requires npy files and a GPU, not {found}: unset it"
             raise ConfigError("loader.gpu_direct", True, fault)
         # A partition without samples has no file to read for its padding rows.
         if len(split):

@@ -26,6 +26,7 @@ from pipelines.formats.payload import Payload
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.decoder import OnRead
 from pipelines.loading.decoders import make_decoder
+from pipelines.loading.fetch import Fetched, Fetcher
 from pipelines.loading.reader import Reader
 from pipelines.loading.transforms import check_input
 from pipelines.plan import Indices, Ragged, RankSlice, plan_epoch
@@ -117,6 +118,10 @@ class Loader:
         self._decoding: deque[_InFlightStep] = deque()
         self._readers = ThreadPoolExecutor(config.threads, "reader", _run_as_batch)
         self._decoder = make_decoder(split, config, device, slab)
+        ahead = config.requests_ahead
+        self._fetcher: Fetcher | None = None
+        if ahead or (ahead is None and split.storage.is_remote):
+            self._fetcher = Fetcher(self._reader, ahead, _run_as_batch)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -181,6 +186,8 @@ class Loader:
 
     def close(self) -> None:
         """Stop the threads and free the buffers."""
+        if self._fetcher:
+            self._fetcher.close()
         self._readers.shutdown(wait=True, cancel_futures=True)
         del self._decoder
 
@@ -188,6 +195,8 @@ class Loader:
         """Continue from (epoch, step); discard everything in flight."""
         self._planned = self._steps_from(epoch, step)
         wait([read for reading in self._reading for read in reading.reads if not read.cancel()])
+        if self._fetcher:
+            self._fetcher.clear()
         self._reading.clear()
         self._decoder.reset()
         for _ in range(len(self._decoding)):
@@ -233,17 +242,29 @@ class Loader:
     def _read_ahead(self) -> None:
         """Start reading as far ahead as intended."""
         while len(self._reading) < self._decoder.lookahead:
-            self._reading.append(self._start_reading(next(self._planned)))
+            self._reading.append(self._start_reading())
 
-    def _start_reading(self, upcoming: Indices) -> _InFlightStep:
+    def _start_reading(self) -> _InFlightStep:
         on_read = self._decoder.reserve()
-        samples = zip(upcoming[0].tolist(), on_read, strict=True)
-        reads = [self._readers.submit(self._read, *sample) for sample in samples]
+        if self._fetcher:
+            upcoming, fetched = self._fetcher.take(self._planned)
+            reads = [self._readers.submit(self._take, *each) for each in zip(fetched, on_read, strict=True)]
+        else:
+            upcoming = next(self._planned)
+            samples = zip(upcoming[0].tolist(), on_read, strict=True)
+            reads = [self._readers.submit(self._read, *sample) for sample in samples]
         return _InFlightStep(upcoming, on_read, reads)
 
     def _read(self, index: int, on_read: OnRead, ahead: int = 0) -> tuple[int, Payload]:
         """Read one sample, in a reader thread; see `_InFlightStep.reads` and `Reader.payload`."""
         read, payload = self._reader.payload(index, ahead)
+        on_read(payload)
+        return read, payload
+
+    @staticmethod
+    def _take(fetched: Fetched, on_read: OnRead) -> tuple[int, Payload]:
+        """Take a sample that is being fetched, in a reader thread; see `_InFlightStep.reads`."""
+        read, payload = fetched.result()
         on_read(payload)
         return read, payload
 

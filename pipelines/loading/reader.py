@@ -36,6 +36,7 @@ class Reader:
 
     Attributes:
         skipped: Fault of each sample skipped so far, by the path of its file.
+        slab: As given.
     """
 
     def __init__(
@@ -50,18 +51,19 @@ class Reader:
         self.split = split
         self.skipped: dict[str, str] = {}
         self._skips = on_bad_sample == "skip"
-        self._direct_io, self._apply_log, self._slab = direct_io, apply_log, slab
+        self._direct_io, self._apply_log, self.slab = direct_io, apply_log, slab
 
     def sample(self, index: int) -> Sample | None:
         """Return sample `index`; None if it is skipped."""
         return self._unless_damaged(index, self._read_sample)
 
-    def payload(self, index: int, ahead: int = 0) -> tuple[int, Payload]:
+    def payload(self, index: int, ahead: int = 0, split: SampleDataset | None = None) -> tuple[int, Payload]:
         """Return the index and payload of sample `index` or, if that is skipped, of the next valid one.
 
         Args:
             index: Sample to read; -1 for a padding payload.
             ahead: Number of samples from `index` on that another rank has skipped.
+            split: The same samples, with some of them in memory.
 
         Raises:
             DataError: The samples of more than MAX_CONSECUTIVE_BAD consecutive files are damaged; that of
@@ -70,16 +72,17 @@ class Reader:
         if index < 0:
             return index, self._padding_payload
         total, files = len(self.split), set[Location]()
+        read = functools.partial(self._read_payload, split=split or self.split)
         for tried in range(total + 1):
             candidate = (index + tried) % total
             files.add(self.split.files(candidate)[-1])
             if tried == total or len(files) > MAX_CONSECUTIVE_BAD:
                 break
-            payload = self._unless_damaged(candidate, self._read_payload) if tried >= ahead else None
+            payload = self._unless_damaged(candidate, read) if tried >= ahead else None
             if payload is not None:
                 return candidate, payload
         try:
-            payload = self._read_payload(index)
+            payload = read(index)
         except DataError as error:
             fault = f"{error.fault} (unusable samples in a row: {tried})"
             raise DataError(error.path, fault, error.remedy) from error
@@ -95,8 +98,8 @@ class Reader:
         It is not taken from the data set, because a partition may have no samples.
         """
         if self.split.sharded:
-            return padding_payload(self.split.spec, self._slab)
-        shape = shape_to_read(self.split.spec, self._slab)
+            return padding_payload(self.split.spec, self.slab)
+        shape = shape_to_read(self.split.spec, self.slab)
         return CountsPayload(np.ones(shape, np.int16), np.zeros(len(PARAMETERS), np.float32))
 
     def _read_sample(self, index: int) -> Sample:
@@ -104,10 +107,8 @@ class Reader:
         check_input(self.split.path(index), sample.counts, apply_log=self._apply_log)
         return sample
 
-    def _read_payload(self, index: int) -> Payload:
-        payload = self.split.payload(
-            index, slab=self._slab, fully_validate=self._skips, direct=self._direct_io
-        )
+    def _read_payload(self, index: int, split: SampleDataset) -> Payload:
+        payload = split.payload(index, slab=self.slab, fully_validate=self._skips, direct=self._direct_io)
         counts = payload.counts if isinstance(payload, CountsPayload) else payload.table
         # Mapped counts are not read yet. If they are all zero, the decoder makes NaN of them.
         if not (isinstance(payload, CountsPayload) and payload.mapped):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from pipelines.io import WrittenFile
@@ -25,8 +25,13 @@ class Storage(ABC):
     """Files of one file system, bucket or web server; picklable, and safe to use in threads.
 
     Every method raises DataError that names the file: MissingError if there is none, UnreadableError if it
-    cannot be read, AccessError if it cannot be written.
+    cannot be read, AccessError if it cannot be written; or StorageError if the server cannot be used.
     """
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether files are transferred, which takes time and may damage them."""
+        return False
 
     @property
     def lists_folders(self) -> bool:
@@ -49,9 +54,9 @@ class Storage(ABC):
         """Return the file at `path`, open for reading in small parts."""
         return io.BufferedReader(_RangeReader(self, path))
 
-    def map(self, path: Location) -> mmap.mmap | bytes:
-        """Return the content of the file at `path`, not read yet where it can be mapped into memory."""
-        return self.read(path)
+    def read_ranges(self, path: Location, extents: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return `read_range` of each (offset, length) in `extents`, which follow each other in the file."""
+        return [self.read_range(path, *extent) for extent in extents]
 
     @abstractmethod
     def state(self, path: Location) -> FileState:
@@ -92,6 +97,53 @@ class Storage(ABC):
     @abstractmethod
     def remove(self, path: Location) -> None:
         """Remove the file at `path`; nothing happens if there is none."""
+
+
+@dataclass(frozen=True)
+class Layer(Storage):
+    """Storage in front of `inner`, which does what a subclass leaves."""
+
+    inner: Storage
+
+    @property
+    def is_remote(self) -> bool:
+        """See `Storage`."""
+        return self.inner.is_remote
+
+    @property
+    def lists_folders(self) -> bool:
+        """See `Storage`."""
+        return self.inner.lists_folders
+
+    def read(self, path: Location, *, direct: bool = False) -> bytes:
+        """See `Storage`."""
+        return self.inner.read(path, direct=direct)
+
+    def read_range(self, path: Location, offset: int, length: int, *, direct: bool = False) -> bytes:
+        """See `Storage`."""
+        return self.inner.read_range(path, offset, length, direct=direct)
+
+    def state(self, path: Location) -> FileState:
+        """See `Storage`."""
+        return self.inner.state(path)
+
+    def list(self, folder: Location) -> list[str]:
+        """See `Storage`."""
+        return self.inner.list(folder)
+
+    def is_present(self, path: Location) -> bool:
+        """See `Storage`."""
+        return self.inner.is_present(path)
+
+    def write_stream(
+        self, path: Location, pieces: Iterable[bytes | memoryview], *, sparse: bool = False
+    ) -> WrittenFile:
+        """See `Storage`."""
+        return self.inner.write_stream(path, pieces, sparse=sparse)
+
+    def remove(self, path: Location) -> None:
+        """See `Storage`."""
+        self.inner.remove(path)
 
 
 class _RangeReader(io.RawIOBase):

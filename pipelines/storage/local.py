@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import mmap
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from pipelines.filesystem import is_present, open_regular, raise_open_file_limit
 from pipelines.io import (
     OpenFile,
     WrittenFile,
-    map_file,
     read_direct,
     read_file,
     retry_stale,
@@ -60,10 +58,6 @@ class LocalStorage(Storage):
         """See `Storage`."""
         with reading(path):
             return open(open_regular(path), "rb")
-
-    def map(self, path: Location) -> mmap.mmap | bytes:
-        """See `Storage`."""
-        return map_file(Path(path))
 
     def state(self, path: Location) -> FileState:
         """See `Storage`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,17 @@ class ObjectStorage(Storage):
     def read_range(self, path: Location, offset: int, length: int, *, direct: bool = False) -> bytes:
         """See `Storage`."""
         return self._get(path, (offset, offset + length)) if length else b""
+
+    def read_ranges(self, path: Location, extents: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See `Storage`; by one request."""
+        start = extents[0][0]
+        content = self._get(path, (start, sum(extents[-1])))
+        return [content[offset - start : offset - start + length] for offset, length in extents]
+
+    @property
+    def is_remote(self) -> bool:
+        """See `Storage`."""
+        return True
 
     @property
     def lists_folders(self) -> bool:

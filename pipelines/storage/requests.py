@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from pipelines.errors import MissingError, UnreadableError
+from pipelines.errors import MissingError, StorageError, UserError
 from pipelines.storage.answers import Refusal, explain
 from pipelines.storage.location import Url
 from pipelines.storage.stores import REQUEST_SECONDS
@@ -86,7 +86,7 @@ class Requests:
 
         Raises:
             MissingError: There is no such object.
-            UnreadableError: The server refuses, or does not answer before the deadline.
+            StorageError: The server refuses, or does not answer before the deadline.
         """
         return asyncio.run_coroutine_threadsafe(self._repeat(url, request), _event_loop()).result()
 
@@ -109,7 +109,7 @@ class Requests:
                 limit = DEADLINE_SECONDS if self._reached else FIRST_DEADLINE_SECONDS
                 if seconds + pause > limit:
                     fault = f"cannot be read: {refusal.fault} ({attempts} attempts in {seconds:.0f} s)"
-                    raise UnreadableError(url, fault, refusal.remedy) from error
+                    raise StorageError(url, fault, refusal.remedy) from error
                 COUNTS.retries += 1
                 COUNTS.throttled += refusal.throttled
                 await asyncio.sleep(pause)
@@ -151,10 +151,10 @@ class Requests:
         return asyncio.get_running_loop().create_task(send())
 
 
-def _error(url: Url, refusal: Refusal) -> UnreadableError:
+def _error(url: Url, refusal: Refusal) -> UserError:
     if refusal.kind == "missing":
         return MissingError(url, refusal.fault, refusal.remedy)
-    return UnreadableError(url, f"cannot be read: {refusal.fault}", refusal.remedy)
+    return StorageError(url, f"cannot be read: {refusal.fault}", refusal.remedy)
 
 
 @functools.cache

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.dataset.dataset import Partition, SampleDataset, dataset_from_shards
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.manifest import SourceFingerprint
+from pipelines.dataset.open import dataset_from_shards
 from pipelines.distributed.node_groups import NodeGroup
 from pipelines.distributed.session import Session
 from pipelines.errors import DataError
@@ -30,6 +31,7 @@ from pipelines.formats.npy import Npy
 from pipelines.formats.packed.format import MEMBER_SUFFIX
 from pipelines.formats.packed.tar_shard import FIRST_MEMBER_OFFSET, SHARD_SUFFIX
 from pipelines.io import TarMember
+from pipelines.plan import Partition
 from pipelines.slab import Slab
 from preprocess.conversion.journal import Journal, load_records
 from preprocess.conversion.target import commit

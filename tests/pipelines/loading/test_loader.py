@@ -17,14 +17,14 @@ import pytest
 import torch
 from helpers import DATA, write_tiny
 
-from pipelines.dataset.dataset import Partition, SampleDataset
+from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import open_folder
 from pipelines.errors import ConfigError, DataError, UserError
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
 from pipelines.loading.decoders import FilesDecoder
 from pipelines.loading.loader import Loader
-from pipelines.plan import Ragged, RankSlice, plan_epoch
+from pipelines.plan import Partition, Ragged, RankSlice, plan_epoch
 from pipelines.sample import Batch, Sample
 
 SAMPLES, SIZE = 11, 8
