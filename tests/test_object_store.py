@@ -8,6 +8,7 @@ import http.client
 import socket
 import time
 import urllib.parse
+from collections import Counter
 from pathlib import Path
 
 import boto3
@@ -143,17 +144,22 @@ def test_latency_is_added_to_each_answer_and_delays_to_some(url: str, fault_prox
 
 
 def test_a_fraction_is_drawn_by_seed_and_request(bucket: Bucket, fault_proxy: FaultProxy) -> None:
-    def faulty(seed: int, keys: list[str]) -> set[str]:
+    def faulty(seed: int, keys: list[str]) -> dict[str, str]:
         fault_proxy.reset()
-        fault_proxy.configure(Rule("slow down", match=r"^GET .*/key", fraction=0.25, seed=seed))
+        rules = [
+            Rule(fault, match=r"^GET .*/key", fraction=0.2, seed=seed) for fault in ("slow down", "html")
+        ]
+        fault_proxy.configure(*rules)
         with contextlib.closing(http.client.HTTPConnection(HOST, fault_proxy.port)) as connection:
             for key in keys:
                 get_on(connection, f"http://{HOST}/{bucket.name}/{key}")
-        return {one.path for one in fault_proxy.requests() if one.fault}
+        return {one.path: one.fault for one in fault_proxy.requests() if one.fault}
 
     keys = [f"key{number}" for number in range(200)]
     chosen = faulty(1, keys)
-    assert 25 < len(chosen) < 80
+    # 40 and 32, by five standard deviations.
+    counts = Counter(chosen.values())
+    assert 11 < counts["slow down"] < 69 and 6 < counts["html"] < 58
     assert faulty(1, keys[::-1]) == chosen != faulty(2, keys)
 
 
