@@ -104,10 +104,10 @@ def fetched(nodes: int, held: float, epochs: int) -> float:
 
 
 def in_flight(rate: float, latency: float, form: Format) -> float:
-    """Return the requests in flight that deliver `rate` samples per second, by Little's law.
+    """Return the samples in flight that deliver `rate` samples per second, by Little's law.
 
     Args:
-        latency: Seconds to the first byte of a request.
+        latency: Seconds to the first byte of a request; those of a sample are sent one after the other.
     """
     return rate * (form.requests * latency + form.bytes / CONNECTION)
 
@@ -135,7 +135,7 @@ def show_costs(
         figures[form.name] = {"requests": requests, "bytes": size, "dollars": costs, "in_flight": flying}
         words = [form.name, f"{requests:,}", f"{1e-12 * size:.2f}", *(f"{cost:,.2f}" for cost in costs)]
         table.append([*words, f"{network:.0f}", *(f"{each:.0f}" for each in flying)])
-    print(f"\nan epoch without caches, and the requests in flight of a rank at {rate:g} samples/s")
+    print(f"\nan epoch without caches, and the samples in flight of a rank at {rate:g} samples/s")
     print(format_table(table))
     table = [["nodes", "cache", "hits in epoch 2", "5", str(epochs), "fetches of a sample", "of all"]]
     for number in nodes:

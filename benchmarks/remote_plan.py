@@ -36,6 +36,9 @@ from pipelines.tables import format_table
 SHARD = 64
 """Samples of a shard."""
 
+_JOINED = 4
+"""Packed samples that one request brings at most: 8 MiB, see pipelines/loading/fetch.py."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -43,7 +46,7 @@ class Load:
 
     Attributes:
         asked, left: Samples of an epoch that ranks ask for, and that "drop" leaves out.
-        joined: Requests of an epoch that are joined with the one for the sample before.
+        joined: Requests of an epoch that are saved, because one brings several samples.
         rate: Requests per second of all ranks.
         shard_mean, shard_peak: Requests to a shard in one second: mean, and maximum over shards and seconds.
         ranges, range_peak: Key ranges that S3 needs, and requests in one second to the busiest one.
@@ -79,16 +82,15 @@ def check_plan(plan: Indices, ranks: int, samples: int, ragged: Ragged) -> int:
     return count
 
 
-def count_joined(plan: Indices, ranks: int, window: int) -> int:
-    """Return the samples that follow another one in its shard, both among `window` samples of a rank."""
-    joined = 0
+def count_joined(plan: Indices, ranks: int) -> int:
+    """Return the requests that are saved where samples of a shard follow each other in a rank's order."""
+    saved = 0
     for rank in range(ranks):
         order = RankSlice(rank, ranks).select(plan).ravel()
-        windows = np.pad(order, (0, -len(order) % window), constant_values=-1).reshape(-1, window)
-        windows.sort(axis=1)
-        later = windows[:, 1:]
-        joined += int(((later - windows[:, :-1] == 1) & (later % SHARD != 0)).sum())
-    return joined
+        follows = (order[1:] - order[:-1] == 1) & (order[1:] % SHARD != 0)
+        runs = np.diff(np.flatnonzero(np.concatenate(([True], ~follows, [True]))))
+        saved += int((runs - -(-runs // _JOINED)).sum())
+    return saved
 
 
 def loads(plans: Sequence[Indices], seconds_of_step: float, shards: int) -> list[Indices]:
@@ -120,7 +122,7 @@ def simulate(samples: int, ranks: int, shuffle: bool, options: argparse.Namespac
     starts = np.arange(ranges) * shards // ranges
     peak = max(int(np.add.reduceat(load, starts).max()) for load in found)
     mean = float(np.mean(found))
-    joined = count_joined(plans[0], ranks, options.window)
+    joined = count_joined(plans[0], ranks)
     return Load(ranks, shuffle, asked, samples - asked, joined, rate, mean, int(np.max(found)), ranges, peak)
 
 
@@ -158,7 +160,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--batch-size", type=harness.positive, default=1, help="samples of a step on each rank"
     )
-    parser.add_argument("--window", type=harness.positive, default=32, help="samples that a rank reads ahead")
     parser.add_argument("--gpus", type=harness.positive, default=8, help="ranks of a node")
     parser.add_argument("--epochs", type=harness.positive, default=23)
     for name, price in asdict(Prices()).items():
