@@ -27,6 +27,7 @@ from pipelines import strict_yaml
 from pipelines.errors import ConfigError, DataError, check_field
 from pipelines.loading.config import LoaderConfig
 from pipelines.settings import Tree, build, flatten_tree, set_key
+from pipelines.storage.cache import CacheConfig
 from pipelines.storage.location import Location, parse_location
 from preprocess.simulate import SimulateConfig
 from preprocess.staging.config import StageConfig
@@ -46,13 +47,18 @@ class DataConfig:
             that begins with s3://, gs://, az:// or https://; see docs/clouds.md.
         simulate: Settings for simulating the samples if `dir` has none.
         stage: Settings for a copy on each node's own disk, from which the node then reads.
+        cache: Settings for keeping samples on each node's own disk once they were read; not with `stage`.
     """
 
     dir: str = "data"
     simulate: SimulateConfig | None = None
     stage: StageConfig | None = None
+    cache: CacheConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.stage is not None and self.cache is not None:
+            advice = "with data.stage all samples are on the node's disk already; leave one of the two out"
+            raise ConfigError("cache.dir", self.cache.dir, advice)
         parse_location(self.dir, "dir")
 
     @property

@@ -10,13 +10,14 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import resource
 import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipelines.errors import AccessError, DataError, reading
+from pipelines.errors import AccessError, ConfigError, DataError, reading
 
 UNSUPPORTED = frozenset(
     {
@@ -33,6 +34,9 @@ UNSUPPORTED = frozenset(
 
 _FOLDER_CANNOT_SYNC = UNSUPPORTED | {errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
 """The same for syncing a folder; the last two occur for a folder that can be written but not read."""
+
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+"""The syntax of os.path.expandvars."""
 
 _reported: set[str] = set()
 """Operations that `report_unsupported` has reported in this process."""
@@ -163,6 +167,24 @@ def provide_scratch(folder: Path) -> None:
     except FileNotFoundError:
         # For this process, and those that it starts.
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+
+
+def node_folder(text: str, key: str) -> Path:
+    """Return the folder `text` of the setting `key`, with the values of environment variables on this node.
+
+    Raises:
+        ConfigError: A variable is not set here.
+    """
+    folder = os.path.expandvars(text)
+    if "$" in folder:
+        unset = _VARIABLE.search(folder)
+        fault = (
+            f"{unset[0]} is not set on {os.uname().nodename}; set it"
+            if unset
+            else "$ without the name of a variable; add it"
+        )
+        raise ConfigError(key, text, f"{fault}, or write the folder without a variable")
+    return Path(folder)
 
 
 def is_hidden(path: str) -> bool:

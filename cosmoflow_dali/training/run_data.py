@@ -9,6 +9,7 @@ from cosmoflow_dali.config import TrainConfig
 from cosmoflow_dali.posterior.fitted import number_universes
 from cosmoflow_dali.posterior.partition import hold_out
 from cosmoflow_dali.training.run_dir import Run
+from pipelines.dataset.cached import cached
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import has_split, list_folder, open_folder
 from pipelines.distributed.world import World, available_cores
@@ -58,7 +59,9 @@ def open_data(
     """
     root = config.data.location
     tested = config.posterior is not None and has_split(root, "test")
-    train, validation, *tests = (open_folder(root / split) for split in (ALL_SPLITS if tested else SPLITS))
+    train, validation, *tests = (
+        cached(open_folder(root / split), config.data.cache) for split in (ALL_SPLITS if tested else SPLITS)
+    )
     for split in (train, validation, *tests):
         if split.spec.size != config.model.size:
             advice = f"the samples in {split.root} are {split.spec.size} voxels wide"

@@ -47,6 +47,7 @@ _GRACE = 5.0
 MUTABLE_ON_RESUME = (
     "data.dir",
     "data.stage",
+    "data.cache",
     "loader.",
     "log.checkpoint_every",
     "log.trackers",

@@ -63,6 +63,7 @@ class SampleDataset:
             files here have holes outside one slab.
         labeled: False if the counts alone are read; see `Format.parse`.
         storage: holds the files.
+        version: changes with the content of any file; empty without a manifest.
     """
 
     root: Location
@@ -74,6 +75,7 @@ class SampleDataset:
     whole: SampleDataset | None = None
     labeled: bool = True
     storage: Storage = LOCAL
+    version: str = ""
 
     def __len__(self) -> int:
         return len(self.names)

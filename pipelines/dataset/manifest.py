@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipelines.errors import DataError, MissingError
@@ -150,11 +150,13 @@ class Manifest:
         format_name: a key of FORMATS.
         spec: shape of every sample.
         entries: one for each sample or shard, in order.
+        digest: of the file that it was loaded from.
     """
 
     format_name: str
     spec: SampleSpec
     entries: tuple[Entry, ...]
+    digest: str = field(default="", compare=False)
 
     def save(self, folder: Location) -> None:
         """Write the manifest of `folder` atomically."""
@@ -178,13 +180,15 @@ class Manifest:
         entries: list[Entry] = []
         try:
             # An editor may have added a byte-order mark, or empty lines.
-            header, *lines = filter(str.strip, storage.read(path).decode("utf-8-sig").splitlines())
+            content = storage.read(path)
+            header, *lines = filter(str.strip, content.decode("utf-8-sig").splitlines())
             fields = json.loads(header)
             if fields["manifest"] != _VERSION:
                 raise DataError(path, f"has version {fields['manifest']}, not {_VERSION}", _REMEDY)
             entries.extend(Entry.from_json(json.loads(line)) for line in lines)
             spec = SampleSpec(int(fields["size"]), int(fields["channels"]))
-            manifest = Manifest(str(fields["format"]), spec, tuple(entries))
+            digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+            manifest = Manifest(str(fields["format"]), spec, tuple(entries), digest)
             missing = int(fields["samples"]) - sum(entry.samples for entry in entries)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             fault = f"the line after {len(entries)} samples is not valid ({error})"

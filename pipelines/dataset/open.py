@@ -78,7 +78,7 @@ def open_folder(folder: Location, *, labeled: bool = True) -> SampleDataset:
     manifest = Manifest.load(folder)
     clear_open_files()
     if manifest is not None:
-        return replace(_from_manifest(folder, manifest), labeled=labeled)
+        return replace(_from_manifest(folder, manifest), labeled=labeled, version=manifest.digest)
     names = list_folder(folder)
     named = [name for name in names if name.endswith(SAMPLE_SUFFIXES)]
     found = [name for name in named if not is_hidden(name)]

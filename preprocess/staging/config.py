@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,10 +9,8 @@ from typing import Literal
 import numpy as np
 
 from pipelines.errors import ConfigError, check_field
+from pipelines.filesystem import node_folder
 from pipelines.plan import Indices, permutation
-
-_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
-"""The syntax of os.path.expandvars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +47,7 @@ class StageConfig:
     @property
     def folder(self) -> Path:
         """`dir` on this node; ConfigError if it names an environment variable that is not set there."""
-        folder = os.path.expandvars(self.dir)
-        if "$" in folder:
-            unset = _VARIABLE.search(folder)
-            fault = (
-                f"{unset[0]} is not set on {os.uname().nodename}; set it"
-                if unset
-                else "$ without the name of a variable; add it"
-            )
-            raise ConfigError("data.stage.dir", self.dir, f"{fault}, or write the folder without a variable")
-        return Path(folder)
+        return node_folder(self.dir, "data.stage.dir")
 
     def teams(self, nodes: int, num_instances: int = 1, nodes_per_sample: int = 1) -> list[list[int]]:
         """Return the nodes of each team; a team holds the same samples on all of its nodes.
