@@ -33,6 +33,7 @@ from cosmoflow_dali.models.open import OpenCosmoFlow
 from cosmoflow_dali.reporting.posteriors import fit_run
 from cosmoflow_dali.reporting.summary import write_results
 from cosmoflow_dali.training.evaluation import Evaluation
+from cosmoflow_dali.training.fill_cache import fill_cache
 from cosmoflow_dali.training.loaders import open_loaders
 from cosmoflow_dali.training.logs import RunLogs, configure_logging
 from cosmoflow_dali.training.run_data import (
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 logs.mlperf.start(constants.INIT_START, time_ms=start_ms)
             model = _build_model(run, session)
             staged = _stage(run, session, logs, arguments.staged_since)
+            staged = fill_cache(staged, session, logs, periodic=model.periodic)
             result = _train(staged, model, session, device, logs)
             if result is None:
                 logger.info("stopped by a signal; resume with --run-dir %s --resume", run.folder)
