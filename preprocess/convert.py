@@ -6,7 +6,7 @@
 SRC is a folder of samples, or one that holds `train` and `validation`; DST becomes the same. The ranks of
 mpirun, srun or torchrun, or the single process without a launcher, share the samples; each has worker
 processes for its cores. A run that was stopped resumes when the same command is started again: entries that
-are complete and made from the same source file are kept.
+are complete and made from the same source file are kept. SRC and DST may be URLs; see docs/clouds.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.dataset.open import open_folder, split_dirs
-from pipelines.distributed.cli import OneLineParser, location
+from pipelines.distributed.cli import OneLineParser, location, target_location
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ _PROCESS_BYTES, _SAMPLE_COPIES = 100 * 10**6, 3
 
 def plan_conversion(
     source: Location,
-    target: Path,
+    target: Location,
     to: str,
     samples_per_shard: int | None = None,
     expected: str | None = None,
@@ -64,7 +64,10 @@ def plan_conversion(
     if expected not in (None, dataset.format_name):
         remedy = f"expected {expected}, as the command line says"
         raise DataError(source, f"holds {dataset.format_name}", remedy)
-    refuse_input(target, [source])
+    if isinstance(target, Path):
+        refuse_input(target, [source])
+    elif target == source:
+        raise DataError(target, "is the input itself", "choose another output")
     sharded = to == PackedFormat.name
     usual = max(1, min(SAMPLES_PER_SHARD, _SHARD_VOXELS // dataset.spec.size**3))
     size, indices = (samples_per_shard or usual) if sharded else 1, np.arange(len(dataset))
@@ -79,7 +82,7 @@ def plan_conversion(
 
 def convert(
     source: Location,
-    target: Path,
+    target: Location,
     to: str,
     *,
     workers: int | None,
@@ -144,7 +147,8 @@ def _parser(name: str, description: str) -> OneLineParser:
     parser = OneLineParser(f"preprocess.{name}", description)
     text = "folder or URL of samples or splits"
     parser.add_argument("-i", "--input-dir", type=location, required=True, help=text)
-    parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder to write")
+    text = "folder or URL to write"
+    parser.add_argument("-o", "--output-dir", type=target_location, required=True, help=text)
     return parser
 
 

@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 
 from pipelines.dataset.open import first_valid
-from pipelines.distributed.cli import OneLineParser
+from pipelines.distributed.cli import OneLineParser, target_location
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, DataError
@@ -27,6 +27,7 @@ from pipelines.formats.packed.format import PackedFormat
 from pipelines.formats.registry import FORMATS
 from pipelines.plan import derive_seed
 from pipelines.sample import SPLITS, SampleSpec
+from pipelines.storage.location import Location
 from preprocess.conversion.engine import ConversionPlan, run
 from preprocess.conversion.hdf5_task import CropTask, universe_shape
 from preprocess.conversion.task_result import WorkItem
@@ -73,7 +74,7 @@ def split_universes(names: Sequence[str], validation: float, seed: int) -> tuple
 
 
 def plan_preparation(
-    source: Path, target: Path, *, size: int, format_name: str, validation: float, seed: int
+    source: Path, target: Location, *, size: int, format_name: str, validation: float, seed: int
 ) -> list[ConversionPlan]:
     """Plan to cut the universes below `source` into samples of `size`^3 in the splits in `target`."""
     universes = find_universes(source)
@@ -107,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = "Cut HDF5 universes into samples, or take them whole, and write them in any format."
     parser = OneLineParser("preprocess.prepare", text)
     parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder with universes below")
-    parser.add_argument("-o", "--output-dir", type=Path, required=True, help="folder of the data set")
+    text = "folder or URL of the data set"
+    parser.add_argument("-o", "--output-dir", type=target_location, required=True, help=text)
     parser.add_argument("--sample-size", type=int, default=128, help="voxels along each edge of a sample")
     parser.add_argument("--to", choices=sorted(FORMATS), help="format (default: tfrecord)")
     parser.add_argument("--gzip", action="store_true", help="--to tfrecord_gzip, as the published set is")

@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from pipelines.console import print_line
-from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.distributed.cli import OneLineParser, report_errors, target_location
 from pipelines.distributed.world import World, available_cores, available_memory
-from pipelines.errors import AccessError, ConfigError, DataError, writing, yaml_text
-from pipelines.filesystem import is_empty, read_text
+from pipelines.errors import ConfigError, DataError, MissingError, writing, yaml_text
+from pipelines.filesystem import is_hidden
 from pipelines.formats.registry import FORMATS
-from pipelines.io import remove_temporaries, write_file
+from pipelines.io import remove_temporaries
 from pipelines.sample import ALL_SPLITS, SPLITS, SplitName
 from pipelines.settings import add_flags, build
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
+from preprocess.conversion.journal import names_in
 from preprocess.conversion.progress import STOPPED, lock_target, track
 from preprocess.conversion.worker_pool import fit_workers, run_tasks
 from preprocess.simulator.universe import SimulateConfig, SimulateTask
@@ -39,12 +41,12 @@ _VERSION = 1
 """Version of the simulation: to be raised by every change that makes other universes of the same settings."""
 
 
-def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: bool) -> None:
+def make_dataset(config: SimulateConfig, root: Location, *, workers: int, shown: bool) -> None:
     """Make the samples of `config` that are missing in the folders of the splits in `root`.
 
     Args:
         config: Settings of the data set.
-        root: Its folder.
+        root: Its folder, which may be one of an object store.
         workers: Number of processes, of one thread each, if they fit into the memory; the files do not
             depend on it.
         shown: Show the progress, and in the end what was made.
@@ -54,7 +56,8 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
         DataError: `root` holds something else, or cannot be written.
         UserError: A worker process died.
     """
-    root = Path(root).absolute()
+    if isinstance(root, Path):
+        root = root.absolute()
     _check_settings(config, root)
     if not _missing(config, root):
         if shown:
@@ -65,14 +68,15 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
     start = time.perf_counter()
     with writing(root):
         folders = [root / split for split in ALL_SPLITS if split in SPLITS or getattr(config, split)]
-        for folder in folders:
+        local = [folder for folder in (root, *folders) if isinstance(folder, Path)]
+        for folder in local:
             folder.mkdir(parents=True, exist_ok=True)
         with lock_target(root, shown=shown) as lock:
             tested = _check_settings(config, root)
-            for folder in (root, *folders):
+            for folder in local:
                 remove_temporaries(folder)
             settings = {"version": _VERSION, **asdict(config), "test": max(config.test, tested)}
-            write_file(root / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+            storage_of(root).write(root / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
             lengths: list[int] = []
             universes = _missing(config, root)
             workers = fit_workers(workers, config.memory, available_memory(), shown=shown)
@@ -85,13 +89,10 @@ def make_dataset(config: SimulateConfig, root: Path, *, workers: int, shown: boo
         print(f"simulated {len(universes)} universes: {len(lengths)} files, {size:.1f} MB, {seconds:.1f} s")
 
 
-def _missing(config: SimulateConfig, root: Path) -> list[tuple[SplitName, int]]:
+def _missing(config: SimulateConfig, root: Location) -> list[tuple[SplitName, int]]:
     """Return the universes that lack a sample, in order."""
     suffix = FORMATS[config.format].suffix
-    # Unlike a glob, listdir reports a folder that cannot be read.
-    present = {
-        split: set(os.listdir(root / split)) if (root / split).exists() else set() for split in ALL_SPLITS
-    }
+    present = {split: set(names_in(root / split)) for split in ALL_SPLITS}
     return [
         (split, universe)
         for split in ALL_SPLITS
@@ -100,7 +101,7 @@ def _missing(config: SimulateConfig, root: Path) -> list[tuple[SplitName, int]]:
     ]
 
 
-def _check_settings(config: SimulateConfig, root: Path) -> int:
+def _check_settings(config: SimulateConfig, root: Location) -> int:
     """Raise an error if `root` was made with other settings, or by something else.
 
     Returns:
@@ -108,16 +109,13 @@ def _check_settings(config: SimulateConfig, root: Path) -> int:
     """
     path = root / SETTINGS
     try:
-        recorded = json.loads(read_text(path))
-    except FileNotFoundError:
+        recorded = json.loads(storage_of(path).read(path))
+    except MissingError:
         for split in ALL_SPLITS:
-            folder = root / split
-            if folder.is_dir() and not is_empty(folder):
+            if not all(map(is_hidden, names_in(root / split))):
                 fault = f"holds {split}/ but no {SETTINGS}"
                 raise DataError(root, fault, "choose another folder to simulate into") from None
         return 0
-    except OSError as error:
-        raise AccessError.reading(path, error) from error
     except ValueError as error:
         raise DataError(path, f"cannot be read ({error})", "remove the folder, or choose another") from error
     if isinstance(recorded, dict):
@@ -140,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 0 when the data set is complete."""
     text = "Simulate universes and write their samples in the published format."
     parser = OneLineParser("preprocess.simulate", text)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the data set")
+    text = "folder or URL of the data set"
+    parser.add_argument("-o", "--output", type=target_location, required=True, help=text)
     add_flags(parser, SimulateConfig)
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
     arguments = parser.read(argv)

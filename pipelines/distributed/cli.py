@@ -17,6 +17,7 @@ from pipelines.distributed.session import RankError, Session, exit_now, lost_con
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, UserError
 from pipelines.storage.location import Location, parse_location
+from pipelines.storage.select import storage_of
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -36,6 +37,15 @@ def location(text: str) -> Location:
         return parse_location(text, "argument")
     except ConfigError as error:
         raise argparse.ArgumentTypeError(error.remedy) from error
+
+
+def target_location(text: str) -> Location:
+    """Return the path or URL of a folder that is written to; see `location`."""
+    found = location(text)
+    if not storage_of(found).lists_folders:
+        fault = f"{text}: a web server cannot be written to; give a folder, or a URL that begins with s3://"
+        raise argparse.ArgumentTypeError(fault)
+    return found
 
 
 class OneLineParser(argparse.ArgumentParser):

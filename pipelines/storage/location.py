@@ -62,6 +62,11 @@ Location: TypeAlias = Path | Url
 """Address of a file or folder."""
 
 
+def is_url(text: str) -> bool:
+    """Return whether `text` is a URL, and not a path."""
+    return _SCHEME.fullmatch(text) is not None
+
+
 def parse_location(text: str, key: str) -> Location:
     """Return the address that a user wrote: a path, or a URL.
 

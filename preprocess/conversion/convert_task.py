@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.manifest import SourceFingerprint
@@ -14,6 +13,7 @@ from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat
 from pipelines.formats.packed.tar_shard import SHARD_SUFFIX, write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile
+from pipelines.storage.location import Location
 from preprocess.conversion.task_result import DamagedSourceError, TaskResult, WorkItem, convert_if_stale
 
 
@@ -24,7 +24,7 @@ class ConvertTask:
     The source of a work item is a SampleDataset: of one sample, or of those that become one shard.
     """
 
-    target: Path
+    target: Location
     format_name: str
     codec: str
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from pipelines.console import print_line
@@ -15,10 +16,12 @@ from pipelines.distributed.cli import launched, report_errors
 from pipelines.distributed.session import Session
 from pipelines.errors import ConfigError, writing
 from pipelines.sample import SampleSpec
-from preprocess.conversion.journal import Journal
+from pipelines.storage.location import Location
+from pipelines.storage.select import storage_of
+from preprocess.conversion.journal import Journal, journal_path, open_journal
 from preprocess.conversion.progress import STOPPED, lock_target, track
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
-from preprocess.conversion.target import check_folder, commit, reopen
+from preprocess.conversion.target import check_folder, check_not_replaced, commit, reopen
 from preprocess.conversion.task_result import TaskResult, WorkItem
 from preprocess.conversion.worker_pool import fit_workers, run_tasks
 
@@ -30,7 +33,7 @@ _WORKERS_PER_CORE = 2
 class ConversionPlan:
     """Content that a folder is to have, and how it is made.
 
-    target: The folder.
+    target: The folder, which may be one of an object store.
     format_name: Format of the samples, a key of FORMATS.
     spec: Shape of every sample.
     task: Converts one item; see `convert_if_stale`.
@@ -40,7 +43,7 @@ class ConversionPlan:
     samples_per_shard: Samples of each shard but the last; None without shards.
     """
 
-    target: Path
+    target: Location
     format_name: str
     spec: SampleSpec
     task: Callable[[WorkItem], TaskResult]
@@ -50,7 +53,7 @@ class ConversionPlan:
     samples_per_shard: int | None = None
 
     @property
-    def target_arguments(self) -> tuple[Path, str, SampleSpec, set[str], Sequence[str], int | None]:
+    def target_arguments(self) -> tuple[Location, str, SampleSpec, set[str], Sequence[str], int | None]:
         """Arguments of `check_folder`."""
         names = {name for item in self.items for name in item.entries}
         return self.target, self.format_name, self.spec, names, self.samples, self.samples_per_shard
@@ -94,22 +97,27 @@ def run_conversion(
     world = session.world
     with contextlib.ExitStack() as stack:
         lock: int | None = None
+        journal: Location | None = None
 
         def partition() -> list[ConversionPlan]:
             """Lock and open the target; return each rank's part of the plan."""
-            nonlocal lock
+            nonlocal lock, journal
             assert plan is not None, "rank 0 has the plan"
-            with writing(plan.target):
-                plan.target.mkdir(parents=True, exist_ok=True)
+            if isinstance(plan.target, Path):
+                with writing(plan.target):
+                    plan.target.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(lock_target(plan.target))
             records = check_folder(*plan.target_arguments)
             settings = {"samples_per_shard": plan.samples_per_shard, "samples": list(plan.samples)}
-            reopen(plan.target, plan.format_name, plan.spec, records.values(), **settings)
             finished = {name: entry for name, entry in records.items() if entry.files}
             items = [
                 item._replace(recorded=[finished[name] for name in item.entries if name in finished])
                 for item in plan.items
             ]
+            if not isinstance(plan.target, Path):
+                paths = (journal_path(plan.target, plan.format_name, number) for number in count(1))
+                items = [item._replace(journal=path) for item, path in zip(items, paths, strict=False)]
+            journal = reopen(plan.target, plan.format_name, plan.spec, records.values(), **settings)
             return [replace(plan, items=items[rank :: world.size], samples=()) for rank in range(world.size)]
 
         own = session.scatter(partition)
@@ -120,36 +128,39 @@ def run_conversion(
         failures = ConsecutiveReadFailures()
         with (
             session.own_errors(),
-            Journal(own.target, own.format_name, own.spec, world.rank) as journal,
-            contextlib.closing(run_tasks(own.task, _begin(own.items, journal), workers, lock)) as running,
+            open_journal(own.target, own.format_name, own.spec, world.rank) as own_journal,
+            contextlib.closing(run_tasks(own.task, _begin(own.items, own_journal), workers, lock)) as running,
         ):
             for item, result in track(running, len(own.items), "done", unit, shown=shown):
                 failures.record(result.unreadable)
-                written = {entry.name for entry in result.written}
-                unchanged = [entry for entry in item.recorded if entry.name not in written]
-                done = [*result.written, *unchanged]
-                journal.add(done)
+                done = item.records(result.written)
+                if own_journal:
+                    own_journal.add(done)
                 entries += done
                 report += ConversionReport(
                     sum(entry.samples for entry in result.written),
-                    sum(entry.samples for entry in unchanged) if result.up_to_date else 0,
+                    sum(entry.samples for entry in item.recorded) if result.up_to_date else 0,
                     tuple(result.faults),
                 )
         gathered = session.gather_to_root((entries, report))
 
         def commit_if_complete() -> ConversionReport:
-            assert plan is not None, "rank 0 has the plan"
+            assert plan is not None and journal is not None, "rank 0 has both"
             total = sum((report for _, report in gathered), ConversionReport())
             if not total.faults:
                 by_name = {entry.name: entry for entries, _ in gathered for entry in entries}
                 ordered = [by_name[name] for item in plan.items for name in item.entries]
+                if not isinstance(plan.target, Path):
+                    check_not_replaced(journal)
                 commit(plan.target, plan.format_name, plan.spec, ordered)
             return replace(total, faults=tuple(sorted(total.faults)))
 
         return session.run_on_root(commit_if_complete)
 
 
-def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, unit: str, target: Path) -> int:
+def run(
+    make_plans: Callable[[], list[ConversionPlan]], workers: int | None, unit: str, target: Location
+) -> int:
     """Run the conversions that `make_plans` returns on rank 0; return the exit status, 0 without faults."""
     world = launched()
     with report_errors(world, STOPPED) as session:
@@ -162,7 +173,7 @@ def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, uni
             plans.extend(make_plans())
             # The splits of a data set belong together: if one is refused, the others must not change either.
             for plan in plans:
-                if plan.target.exists():
+                if storage_of(plan.target).is_present(plan.target):
                     with lock_target(plan.target):
                         check_folder(*plan.target_arguments)
 
@@ -191,8 +202,9 @@ def run(make_plans: Callable[[], list[ConversionPlan]], workers: int | None, uni
     return 1 if total.faults else 0
 
 
-def _begin(items: Iterable[WorkItem], journal: Journal) -> Iterator[WorkItem]:
+def _begin(items: Iterable[WorkItem], journal: Journal | None) -> Iterator[WorkItem]:
     """Yield `items`, each recorded as begun."""
     for item in items:
-        journal.begin(item.entries)
+        if journal:
+            journal.begin(item.entries)
         yield item

@@ -29,6 +29,7 @@ from pipelines.formats.registry import FORMATS
 from pipelines.formats.signatures import recognize_file
 from pipelines.io import WrittenFile
 from pipelines.sample import COUNT_LIMIT, Sample, check_target
+from pipelines.storage.location import Location
 from preprocess.conversion.task_result import TaskResult, WorkItem, convert_if_stale
 
 COUNTS, TARGET = "full", "unitPar"
@@ -160,7 +161,7 @@ class CropTask:
 
     shape: tuple[int, int, int, int]
     size: int
-    target: Path
+    target: Location
     format_name: str
 
     def __call__(self, item: WorkItem) -> TaskResult:

@@ -5,6 +5,9 @@ Files appear under their names only when they are complete. Writer n, from 1, re
 manifest). The first line of a journal holds the shape of the samples; that of journal 0, which a conversion
 writes before anything else, also its other settings and its source: `samples_per_shard`, and `samples`, the
 IDs of all samples of the source. At the end the manifest replaces the journals.
+
+Objects of a store cannot be appended to. There journal n holds the records of the n-th source of the
+conversion alone, and is written after its entries.
 """
 
 from __future__ import annotations
@@ -12,17 +15,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipelines.dataset.manifest import Entry, Manifest
 from pipelines.dataset.open import list_folder
-from pipelines.errors import DataError, writing
+from pipelines.errors import DataError, MissingError, writing
 from pipelines.formats.packed.format import MEMBER_SUFFIX
-from pipelines.io import write_file
 from pipelines.sample import SampleSpec
+from pipelines.storage.location import Location
+from pipelines.storage.parallel import map_ahead
+from pipelines.storage.select import storage_of
 
+_NAME = ".journal.{}.{}.jsonl"
 _JOURNAL = re.compile(r"\.journal\.(?P<format>\w+)\.(?P<writer>\d+)\.jsonl")
 
 
@@ -47,7 +54,7 @@ class TargetState:
             self.samples.update(members if entry.members else [entry.name])
 
 
-def load_records(folder: Path, format_name: str, spec: SampleSpec) -> TargetState:
+def load_records(folder: Location, format_name: str, spec: SampleSpec) -> TargetState:
     """Return what the manifest and the journals in `folder` record.
 
     Raises:
@@ -61,11 +68,13 @@ def load_records(folder: Path, format_name: str, spec: SampleSpec) -> TargetStat
             state.add(entry)
         if len(manifest.entries) > 1:
             state.samples_per_shard = len(manifest.entries[0].members) or None
-    journals = [match for match in map(_JOURNAL.fullmatch, list_folder(folder)) if match]
+    journals = [match for match in map(_JOURNAL.fullmatch, names_in(folder)) if match]
     # Journal 0 holds what there was before the others began.
-    for journal in sorted(journals, key=lambda match: int(match["writer"])):
+    journals.sort(key=lambda match: int(match["writer"]))
+    contents = map_ahead(storage_of(folder).read, (folder / journal[0] for journal in journals))
+    for journal, content in zip(journals, contents, strict=True):
         _check_same(folder, "format", journal["format"], format_name)
-        for line in (folder / journal[0]).read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        for line in content.decode("utf-8-sig", errors="replace").splitlines():
             try:
                 fields = json.loads(line)
                 if not isinstance(fields, dict):
@@ -80,10 +89,17 @@ def load_records(folder: Path, format_name: str, spec: SampleSpec) -> TargetStat
     return state
 
 
-def _check_same(folder: Path, what: str, there: Any, wanted: Any) -> None:
+def _check_same(folder: Location, what: str, there: Any, wanted: Any) -> None:
     if there != wanted:
         fault = f"holds samples of {what} {there}, not {wanted}"
         raise DataError(folder, fault, "convert into a new folder, or remove this one")
+
+
+def names_in(folder: Location) -> list[str]:
+    """Return the names in a folder that may not exist: one of a store does once it holds an object."""
+    with suppress(MissingError):
+        return list_folder(folder)
+    return []
 
 
 def is_journal(name: str) -> bool:
@@ -92,20 +108,31 @@ def is_journal(name: str) -> bool:
 
 
 def write_journal(
-    folder: Path, format_name: str, spec: SampleSpec, entries: Iterable[Entry], **settings: Any
-) -> Path:
+    folder: Location, format_name: str, spec: SampleSpec, entries: Iterable[Entry], **settings: Any
+) -> Location:
     """Write journal 0 with `entries`, and `settings` in its first line; return its path."""
-    path = _journal(folder, format_name, 0)
-    lines = (_first_line(spec, **settings), *(json.dumps(entry.to_json()) for entry in entries), "")
-    write_file(path, "\n".join(lines).encode())
+    path = journal_path(folder, format_name, 0)
+    storage_of(path).write(path, f"{_first_line(spec, **settings)}\n".encode(), _lines(entries))
     return path
+
+
+def write_records(path: Location, entries: Iterable[Entry]) -> None:
+    """Write the journal at `path`, which holds `entries` alone."""
+    storage_of(path).write(path, _lines(entries))
+
+
+def open_journal(
+    folder: Location, format_name: str, spec: SampleSpec, rank: int
+) -> AbstractContextManager[Journal | None]:
+    """Return the journal of `rank` in `folder`; None in a folder of an object store, where tasks record."""
+    return Journal(folder, format_name, spec, rank) if isinstance(folder, Path) else nullcontext()
 
 
 class Journal:
     """Records of the entries that one rank writes into a folder."""
 
     def __init__(self, folder: Path, format_name: str, spec: SampleSpec, rank: int) -> None:
-        self._path = _journal(folder, format_name, rank + 1)
+        self._path = folder / _NAME.format(format_name, rank + 1)
         with writing(self._path):
             self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         self._file.write(f"{_first_line(spec)}\n")  # Written to the disk with the first record.
@@ -133,5 +160,10 @@ def _first_line(spec: SampleSpec, **settings: Any) -> str:
     return json.dumps({"size": spec.size, "channels": spec.channels, **settings})
 
 
-def _journal(folder: Path, format_name: str, writer: int) -> Path:
-    return folder / f".journal.{format_name}.{writer}.jsonl"
+def _lines(entries: Iterable[Entry]) -> bytes:
+    return "".join(f"{json.dumps(entry.to_json())}\n" for entry in entries).encode()
+
+
+def journal_path(folder: Location, format_name: str, writer: int) -> Location:
+    """Return the path of the journal of `writer`, 0 for that of the conversion."""
+    return folder / _NAME.format(format_name, writer)

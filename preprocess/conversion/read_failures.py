@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.errors import MAX_CONSECUTIVE_BAD, AccessError, reading
+from pipelines.storage.location import is_url
 
 
 class ConsecutiveReadFailures:
@@ -25,7 +26,9 @@ class ConsecutiveReadFailures:
             AccessError: More than MAX_CONSECUTIVE_BAD files in a row cannot be read, or not even a folder.
         """
         self._faults = {**self._faults, **unreadable} if unreadable else {}
-        for folder in {Path(path).parent for path in unreadable}:
+        # A store that is gone has been asked for a minute.
+        paths = (Path(path) for path in unreadable if not is_url(path))
+        for folder in {path.parent for path in paths}:
             # Up to the first name: half a million names are too many to list for each file.
             with reading(folder), os.scandir(folder) as names:
                 next(names, None)

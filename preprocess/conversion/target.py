@@ -5,6 +5,7 @@ No function here removes a file of a sample except `remove_files`, which is for 
 
 from __future__ import annotations
 
+import secrets
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -12,22 +13,22 @@ from typing import Any
 
 from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST, ListedFile, write_list
 from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
-from pipelines.dataset.open import list_folder
-from pipelines.errors import DataError, writing
+from pipelines.errors import AccessError, DataError, MissingError, writing
 from pipelines.filesystem import is_hidden
 from pipelines.formats.npy import DATA_SUFFIX, LABEL_SUFFIX
 from pipelines.formats.registry import FORMATS
 from pipelines.io import final_name, remove_temporaries
 from pipelines.sample import SampleSpec
 from pipelines.storage.location import Location
+from pipelines.storage.parallel import map_ahead
 from pipelines.storage.select import storage_of
-from preprocess.conversion.journal import is_journal, load_records, write_journal
+from preprocess.conversion.journal import is_journal, load_records, names_in, write_journal
 
 _REMEDY = "convert into a new folder, or remove this one"
 
 
 def check_folder(
-    folder: Path,
+    folder: Location,
     format_name: str,
     spec: SampleSpec,
     entries: Collection[str],
@@ -36,7 +37,7 @@ def check_folder(
 ) -> dict[str, Entry]:
     """Check that `folder` belongs to a conversion, and change nothing; return all records by name of entry.
 
-    The folder must exist, and no other process may write into it. Samples that were added to the source since
+    No other process may write into it. Samples that were added to the source since
     an earlier run are accepted.
 
     Args:
@@ -72,15 +73,34 @@ def check_folder(
 
 
 def reopen(
-    folder: Path, format_name: str, spec: SampleSpec, entries: Iterable[Entry], **settings: Any
-) -> None:
-    """Replace manifest, lists and journals by one journal with `entries`; remove temporary files."""
-    with writing(folder):
-        remove_temporaries(folder)
-        journal = write_journal(folder, format_name, spec, entries, **settings)
-        for name in list_folder(folder):
-            if _is_record(name) and name != journal.name:
-                (folder / name).unlink()
+    folder: Location, format_name: str, spec: SampleSpec, entries: Iterable[Entry], **settings: Any
+) -> Location:
+    """Replace manifest, lists and journals by one journal with `entries`, whose path is returned.
+
+    Temporary files are removed.
+    """
+    if isinstance(folder, Path):
+        with writing(folder):
+            remove_temporaries(folder)
+    journal = write_journal(folder, format_name, spec, entries, run=secrets.token_hex(8), **settings)
+    _remove(folder, (name for name in names_in(folder) if _is_record(name) and name != journal.name))
+    # For `check_not_replaced`.
+    storage_of(journal).state(journal)
+    return journal
+
+
+def check_not_replaced(journal: Location) -> None:
+    """Raise DataError if another conversion has begun since `reopen` has written `journal`.
+
+    In a folder of an object store another machine cannot be kept from it.
+    """
+    try:
+        storage_of(journal).read(journal)
+    except (MissingError, DataError) as error:
+        if isinstance(error, AccessError) and not isinstance(error, MissingError):
+            raise
+        fault = "another conversion into it has begun meanwhile, on another machine"
+        raise DataError(journal.parent, fault, "wait until it has finished") from error
 
 
 def remove_files(folder: Path, format_name: str, names: Iterable[str]) -> None:
@@ -99,8 +119,7 @@ def commit(folder: Location, format_name: str, spec: SampleSpec, entries: Sequen
         sized = format_name == "tfrecord_gzip"
         write_list(folder / name, (ListedFile(file, sizes[file] if sized else None) for file in files))
     Manifest(format_name, spec, tuple(entries)).save(folder)
-    for name in filter(is_journal, list_folder(folder)):
-        storage_of(folder).remove(folder / name)
+    _remove(folder, filter(is_journal, names_in(folder)))
 
 
 def list_files(format_name: str, names: Sequence[str]) -> dict[str, list[str]]:
@@ -113,14 +132,14 @@ def list_files(format_name: str, names: Sequence[str]) -> dict[str, list[str]]:
     return {name: [entry + suffix for entry in names] for name, suffix in lists.items()}
 
 
-def files_by_entry(folder: Path, format_name: str) -> dict[str, list[str]]:
+def files_by_entry(folder: Location, format_name: str) -> dict[str, list[str]]:
     """Return the files in `folder` by the name of their entry, without records, locks and other hidden files.
 
     A file that is not of `format_name` stands under its own name.
     """
     found: dict[str, list[str]] = defaultdict(list)
     suffixes = FORMATS[format_name].written_suffixes
-    for name in list_folder(folder):
+    for name in names_in(folder):
         # A temporary file of another program is hidden too, but `reopen` would remove it.
         final = final_name(name)
         foreign = final is not None and not (_is_record(final) or final.endswith(suffixes))
@@ -133,6 +152,11 @@ def files_by_entry(folder: Path, format_name: str) -> dict[str, list[str]]:
 def is_unfinished(name: str) -> bool:
     """Return whether `name` is that of a file which only a killed writer leaves."""
     return is_journal(name) or final_name(name) is not None
+
+
+def _remove(folder: Location, names: Iterable[str]) -> None:
+    for _ in map_ahead(storage_of(folder).remove, (folder / name for name in names)):
+        pass
 
 
 def _is_record(name: str) -> bool:

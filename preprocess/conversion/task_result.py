@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.dataset.manifest import Entry, SourceFingerprint
 from pipelines.errors import AccessError, DataError, UnreadableError, UserError
 from pipelines.io import WrittenFile
+from pipelines.storage.location import Location
+from preprocess.conversion.journal import write_records
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
 
 
@@ -20,11 +21,18 @@ class WorkItem(NamedTuple):
     source: What the task reads it by; picklable.
     entries: Names of the entries that it becomes.
     recorded: Records of those that an earlier run finished.
+    journal: Where the task records them itself; None if this is done in the journal of its rank.
     """
 
     source: Any
     entries: Sequence[str]
     recorded: Sequence[Entry] = ()
+    journal: Location | None = None
+
+    def records(self, written: Sequence[Entry]) -> list[Entry]:
+        """Return the records of all finished entries, once those of `written` are."""
+        names = {entry.name for entry in written}
+        return [*written, *(entry for entry in self.recorded if entry.name not in names)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,7 @@ class DamagedSourceError(UserError):
 
 def convert_if_stale(
     item: WorkItem,
-    target: Path,
+    target: Location,
     fingerprint: Callable[[], SourceFingerprint],
     convert: Callable[[], Iterable[tuple[str, Sequence[WrittenFile]]]],
 ) -> TaskResult:
@@ -84,10 +92,18 @@ def convert_if_stale(
     source: SourceFingerprint | None = None
     with contextlib.suppress(UnreadableError):  # `convert` raises it with the file and the reason.
         source = fingerprint()
-    complete = [entry for entry in item.recorded if entry.source == source and entry.is_complete_in(target)]
+    # Of a store, the folder has been listed already.
+    complete = [
+        entry
+        for entry in item.recorded
+        if entry.source == source and (item.journal or entry.is_complete_in(target))
+    ]
     if source and len(complete) == len(item.entries):
         return TaskResult(up_to_date=True)
+    if item.journal and item.recorded:
+        write_records(item.journal, [Entry(name, ()) for name in item.entries])
     written: list[Entry] = []
+    damage: DamagedSourceError | None = None
     try:
         for name, files in convert():
             written.append(Entry.from_written(name, files, source))
@@ -97,7 +113,9 @@ def convert_if_stale(
         if isinstance(error, AccessError) and not isinstance(error, UnreadableError):
             raise
         damage = DamagedSourceError([error])
-    else:
+    if item.journal:
+        write_records(item.journal, item.records(written))
+    if damage is None:
         return TaskResult(written)
     # One failure does not end the run, but a folder that has gone does.
     ConsecutiveReadFailures().record(damage.unreadable)

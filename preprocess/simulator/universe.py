@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from pipelines.errors import check_field
 from pipelines.formats.registry import FORMATS
 from pipelines.plan import derive_seed
 from pipelines.sample import ALL_SPLITS, PARAMETERS, REDSHIFTS, Sample, SplitName
+from pipelines.storage.location import Location
 from preprocess.simulator.cosmology import Cosmology, PowerSpectrum, draw_target, growth
 from preprocess.simulator.nbody import evolve, linear_modes, step_redshifts
 
@@ -115,7 +115,7 @@ class SimulateTask:
     """Simulate one universe of `config` and write its samples below the folder `root`."""
 
     config: SimulateConfig
-    root: Path
+    root: Location
 
     def __call__(self, item: tuple[SplitName, int]) -> list[int]:
         """Simulate universe item[1] of split item[0]; return the lengths of the files written, in bytes."""
