@@ -37,7 +37,8 @@ _CONNECTIONS = (
     (re.compile(r"dns error|failed to lookup|Name or service", re.IGNORECASE), "the host is not found"),
     (re.compile(r"ConnectionRefused|Connection refused"), "the connection is refused"),
     (re.compile(r"certificate|UnknownIssuer", re.IGNORECASE), "its certificate is not valid"),
-    (re.compile(r"TimedOut|timed out|timeout", re.IGNORECASE), "no answer in time"),
+    # Every error of obstore states its setting `retry_timeout`.
+    (re.compile(r"TimedOut|timed out|(?<!retry_)timeout", re.IGNORECASE), "no answer in time"),
     (re.compile(r"IncompleteMessage|ConnectionReset|reset by peer|end of file", re.IGNORECASE),
      "the connection broke off"),
 )  # fmt: skip
@@ -81,6 +82,8 @@ def explain(error: BaseException) -> Refusal:
         return Refusal("permanent", f"{answered}, a redirection", "give the address that it leads to")
     if number == 412:
         return Refusal("permanent", "has changed since it was first read", "start again")
+    if "BareRedirect" in text:
+        return Refusal("permanent", *_CODES["PermanentRedirect"])
     if number:
         return Refusal("permanent", answered, "check the address and the server")
     if type(error).__name__ == "NotSupportedError":
