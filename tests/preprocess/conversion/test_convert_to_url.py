@@ -156,7 +156,10 @@ def test_a_simulated_set_grows_and_gets_a_manifest(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def simulated(config: SimulateConfig, split: SplitName, universe: int) -> Iterator[tuple[str, Sample]]:
-        yield config.sample_ids(split, universe)[0], tiny_sample(universe)
+        yield (
+            config.sample_ids(split, universe)[0],
+            tiny_sample(universe + (1000 if split == "validation" else 0)),
+        )
 
     monkeypatch.setattr("preprocess.simulator.universe.simulate_universe", simulated)
     rest = ["--size", 32, "--workers", 1, "--format", "npy", "--validation", 1]
