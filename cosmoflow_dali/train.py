@@ -57,6 +57,7 @@ from pipelines.errors import UserError
 from pipelines.filesystem import provide_scratch
 from pipelines.loading.input_stats import input_statistics
 from pipelines.loading.reader import Reader
+from pipelines.storage.requests import COUNTS, TransferCounts
 from preprocess.staging.stager import describe, stage
 
 # As a program, this module's name is __main__.
@@ -231,6 +232,7 @@ def _train(
         evaluation = trainer.evaluation or trainer.validate()
     timer = trainer.timer
     waits = session.gather(timer.total_waited / timer.total if timer.total else 0.0)
+    transfers = [sum(counts) for counts in zip(*session.gather(dataclasses.astuple(COUNTS)), strict=True)]
     summary = {
         "skipped_samples": trainer.skipped,
         "outcome": reason.value,
@@ -239,6 +241,7 @@ def _train(
         "computes": trainer.compute_summary,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "data_wait_fraction": {"mean": statistics.fmean(waits), "worst_rank": max(waits)},
+        "transfers": dataclasses.asdict(TransferCounts(*transfers)) if any(transfers) else None,
         "seconds": seconds | trainer.seconds,
     }
     return evaluation, summary, model.state_dict()

@@ -59,8 +59,9 @@ class AccessError(DataError):
     @staticmethod
     def reading(path: str | os.PathLike[str], error: OSError) -> UnreadableError:
         """Return the error for `error`, raised while reading `path`."""
-        remedy = remedy_for_link(path, error) or _remedy(error)
-        kind = MissingError if isinstance(error, FileNotFoundError) else UnreadableError
+        link = remedy_for_link(path, error)
+        kind = MissingError if isinstance(error, FileNotFoundError) and not link else UnreadableError
+        remedy = link or _remedy(error)
         return kind(path, f"cannot be read ({error.strerror or error})", remedy)
 
     @staticmethod

@@ -97,7 +97,8 @@ def _check_names(report: Report, entries: Sequence[str]) -> None:
     known = {name + suffix for name in entries for suffix in format_.written_suffixes}
     known |= {MANIFEST, DATA_LIST, LABEL_LIST}
     suffixes = tuple(suffix for other in FORMATS.values() for suffix in other.suffixes)
-    for name in list_folder(folder):
+    # A web server has no lists of its files.
+    for name in list_folder(folder) if report.dataset.storage.lists_folders else ():
         if is_unfinished(name):
             fault = f"{folder / name}: was left by a writer that was stopped; run it again"
             report.faults["files"].append(fault)
@@ -109,11 +110,10 @@ def _check_names(report: Report, entries: Sequence[str]) -> None:
 def _check_lists(report: Report, entries: Sequence[str]) -> None:
     """Compare the list files, if there are any, with the samples in their order."""
     folder = report.dataset.root
-    present = set(list_folder(folder))
     faults = report.faults["lists"]
     for name, expected in list_files(report.dataset.format_name, entries).items():
         path = folder / name
-        if name not in present:
+        if not report.dataset.storage.is_present(path):
             if report.manifest:
                 faults.append(f"{path}: is missing; convert again")
             continue

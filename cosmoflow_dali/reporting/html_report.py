@@ -125,11 +125,22 @@ def _facts(summary: dict[str, Any]) -> list[list[str]]:
     return [
         ["waiting for data, mean over ranks", f"{wait['mean']:.1%}"],
         ["waiting for data, worst rank", f"{wait['worst_rank']:.1%}"],
+        *_transfers(summary.get("transfers")),
         ["processor", f"{hardware['cpu']}, {hardware['cores']} cores"],
         ["GPUs per node", ", ".join(hardware["gpus"]) or "none"],
         ["memory", f"{hardware['memory'] / 2**30:.0f} GiB"],
         ["versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())],
     ]
+
+
+def _transfers(counts: dict[str, int] | None) -> list[list[str]]:
+    """Return the rows about requests for remote samples; none if there were none, as in earlier versions."""
+    if counts is None:
+        return []
+    sent = f"{counts['requests']:,}, {counts['bytes'] / 1e9:.2f} GB"
+    again = f"{counts['retries']:,} ({counts['throttled']:,} of a busy server), {counts['raced']:,} raced"
+    hits = f"{counts['cache_hits']:,}, {counts['cache_bytes'] / 1e9:.2f} GB"
+    return [["requests for data", sent], ["requests repeated", again], ["reads from the node's cache", hits]]
 
 
 def _posterior_headline(posterior: dict[str, Any] | None) -> str:

@@ -39,6 +39,9 @@ _PROBES = 8
 
 _Read = TypeVar("_Read")
 
+_LONGEST_START: dict[SampleSpec, int] = {}
+"""Longest header and table of remote samples that this process has read in part, in bytes."""
+
 _REMEDY = (
     f"fetch or convert it again, or if it was changed on purpose, remove {MANIFEST} and regenerate it with "
     "python -m preprocess.verify --write"
@@ -147,9 +150,8 @@ class SampleDataset:
         """Read the contents of sample `index`, as `Format.parse` takes them.
 
         Args:
-            verify: compare them with the manifest's lengths and checksums, if there is a manifest. To be
-                set where they are converted: damage in a format without checksums would become valid. What
-                is transferred is always compared.
+            verify: compare them with the manifest's lengths and checksums, if there is one, as is always done
+                with transferred ones. For conversions: damage in npy files would become valid.
             direct: bypass the page cache, where the file system supports it.
 
         Raises:
@@ -263,7 +265,10 @@ class SampleDataset:
                 packed = open_packed(path, content, self.spec, labeled=self.labeled)
             else:
                 read = functools.partial(self._read_member, index, direct=direct)
-                packed = open_slab(path, read, self.member_extents[index]["bytes"], self.spec, slab)
+                length = self.member_extents[index]["bytes"]
+                usual = _LONGEST_START.get(self.spec, 0) if self.storage.is_remote else 0
+                packed = open_slab(path, read, length, self.spec, slab, first_bytes=usual)
+                _LONGEST_START[self.spec] = max(usual, packed.header.chunks_start)
             if fully_validate:
                 packed.decode()
             else:
@@ -286,9 +291,8 @@ class SampleDataset:
         """Read `length` bytes from `start` of the packed sample `index`, by default all of it."""
         offset, size, _ = self.member_extents[index].item()
         shard, member = self.names[index].split("/", 1)
-        length = size if length is None else length
-        at = offset + start
-        return read_member(self.root / shard, member, at, length, storage=self.storage, direct=direct)
+        part = offset + start, size if length is None else length
+        return read_member(self.root / shard, member, *part, storage=self.storage, direct=direct)
 
     def subset(self, index: Indices, partition: Partition | None = None) -> SampleDataset:
         """Return the samples `index` alone; `partition` is set if they are one."""

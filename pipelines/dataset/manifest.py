@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipelines.errors import DataError, MissingError
+from pipelines.formats.signatures import SIGNATURE_BYTES, recognize
 from pipelines.io import TarMember, WrittenFile
 from pipelines.sample import SampleSpec
 from pipelines.storage.base import FileState
@@ -174,13 +175,20 @@ class Manifest:
     @staticmethod
     def load(folder: Location) -> Manifest | None:
         """Return the manifest of `folder`, or None if it has none; DataError if it is damaged."""
-        path, storage = folder / MANIFEST, storage_of(folder)
-        if not storage.is_present(path):
+        path = folder / MANIFEST
+        try:
+            return storage_of(path).retry_damaged(lambda storage: Manifest._parse(path, storage.read(path)))
+        except MissingError:
             return None
+
+    @staticmethod
+    def _parse(path: Location, content: bytes) -> Manifest:
+        """Return the manifest that `content` of the file `path` is; DataError if it is damaged."""
+        if (kind := recognize(content[:SIGNATURE_BYTES])) not in (None, "text", "a JSON document"):
+            raise DataError(path, f"holds {kind} instead of a manifest", "check the address; regenerate it")
         entries: list[Entry] = []
         try:
             # An editor may have added a byte-order mark, or empty lines.
-            content = storage.read(path)
             header, *lines = filter(str.strip, content.decode("utf-8-sig").splitlines())
             fields = json.loads(header)
             if fields["manifest"] != _VERSION:

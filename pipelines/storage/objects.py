@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.errors import AccessError, DataError, MissingError, UnreadableError
+from pipelines.errors import AccessError, DataError, MissingError, StorageError, UnreadableError
 from pipelines.io import WrittenFile
 from pipelines.storage.base import FileState, Result, Storage
 from pipelines.storage.location import Location, Url
@@ -61,8 +61,13 @@ class ObjectStorage(Storage):
         if key not in client.states:
             import obstore
 
-            meta = client.requests.run(_url(path), lambda: obstore.head_async(client.store, key))
-            client.states[key] = _state(meta)
+            try:
+                meta = client.requests.run(_url(path), lambda: obstore.head_async(client.store, key))
+            except StorageError:
+                # The answer to a HEAD request has no body, which would give the reason.
+                self._get(path, (0, 1))
+            else:
+                client.states[key] = _state(meta)
         return client.states[key]
 
     def list(self, folder: Location) -> list[str]:

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipelines.errors import MissingError, StorageError, UserError
@@ -28,8 +28,9 @@ FIRST_DEADLINE_SECONDS = 15.0
 _FIRST_PAUSE, _LONGEST_PAUSE, _THROTTLED_PAUSE = 0.1, 5.0, 0.5
 """Seconds before a request is repeated: doubled each time, up to the longest, times a random number."""
 
-_RACE_SECONDS, _RACE_FACTOR = 1.0, 4.0
-"""A request is raced when it takes longer than this, and than this multiple of the usual duration."""
+_RACE_SECONDS, _RACE_FACTOR, _MOST_RACING = 1.0, 4.0, 3
+"""A request that takes longer than this, and than this multiple of the usual duration, is raced by another
+one, and after as long again by a last one."""
 
 _WEIGHT = 0.1
 """Weight of the latest request in the moving average of durations."""
@@ -57,10 +58,6 @@ class TransferCounts:
     raced: int = 0
     cache_hits: int = 0
     cache_bytes: int = 0
-
-    def to_json(self) -> dict[str, int]:
-        """Return the counts by name."""
-        return asdict(self)
 
 
 COUNTS = TransferCounts()
@@ -115,28 +112,27 @@ class Requests:
                 await asyncio.sleep(pause)
 
     async def _race(self, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
-        """Return the first answer of a request, and of a second one if the first stalls."""
+        """Return the first answer of a request, and of further ones beside it while it stalls."""
         start, usual = time.monotonic(), self.seconds or 0.0
+        patience = max(_RACE_SECONDS, _RACE_FACTOR * usual)
         running = {self._send(request)}
         try:
-            done, running = await asyncio.wait(running, timeout=max(_RACE_SECONDS, _RACE_FACTOR * usual))
-            if not done:
-                COUNTS.raced += 1
-                running.add(self._send(request))
             while True:
-                if not done:
-                    done, running = await asyncio.wait(
-                        running, timeout=REQUEST_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                    )
-                if not done:
+                done, running = await asyncio.wait(
+                    running, timeout=patience, return_when=asyncio.FIRST_COMPLETED
+                )
+                taken = time.monotonic() - start
+                for task in done:
+                    # A failure waits for the other requests, if there are any.
+                    if task.exception() is None or not running:
+                        answer = task.result()
+                        self.seconds = taken if self.seconds is None else usual + _WEIGHT * (taken - usual)
+                        return answer
+                if taken > REQUEST_SECONDS:
                     raise TimeoutError
-                first = done.pop()
-                # A failure waits for the other request, if there is one.
-                if first.exception() is None or not running:
-                    answer = first.result()
-                    taken = time.monotonic() - start
-                    self.seconds = taken if self.seconds is None else usual + _WEIGHT * (taken - usual)
-                    return answer
+                if not done and len(running) < _MOST_RACING:
+                    COUNTS.raced += 1
+                    running.add(self._send(request))
         finally:
             for task in running:
                 task.cancel()

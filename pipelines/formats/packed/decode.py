@@ -171,7 +171,13 @@ def open_packed(
 
 
 def open_slab(
-    path: Location, read: Callable[[int, int], bytes], length: int, spec: SampleSpec, slab: Slab
+    path: Location,
+    read: Callable[[int, int], bytes],
+    length: int,
+    spec: SampleSpec,
+    slab: Slab,
+    *,
+    first_bytes: int = FIELDS_BYTES,
 ) -> PackedSample:
     """Read the header, the table and the chunks of a packed sample that hold voxels of `slab`.
 
@@ -180,18 +186,19 @@ def open_slab(
         read: returns the bytes of the sample at an offset, of a length.
         length: length of the sample in bytes.
         spec: expected shape.
+        first_bytes: bytes to read at first; if the chunks start within them, the table takes no second read.
 
     Raises:
         DataError: anything but a chunk is damaged.
         ConfigError: the sample is of a version of which no part can be read alone.
     """
-    start = read(0, min(FIELDS_BYTES, length))
+    start = read(0, min(max(first_bytes, FIELDS_BYTES), length))
     if _check_version(path, memoryview(start)) == version2.VERSION:
         fault = f"{path} is a packed sample of version {version2.VERSION}, of which no part can be read alone"
         advice = "run python -m preprocess.convert -i SRC -o DST --to packed"
         raise ConfigError("parallel.spatial", slab.count, f"{fault}: {advice}")
     end = min(read_fields(path, memoryview(start)).chunks_start, length)
-    start += read(len(start), end - len(start))
+    start = start[:end] if len(start) >= end else start + read(len(start), end - len(start))
     packed = _open(path, memoryview(start), length, spec)
     chunks, planes, plane = packed.chunks, *slab.planes(spec.size)
 
