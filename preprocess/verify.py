@@ -24,7 +24,7 @@ from pipelines.dataset.manifest import MANIFEST, Entry, Manifest
 from pipelines.dataset.open import list_folder, open_folder, split_dirs
 from pipelines.distributed.cli import OneLineParser, location, report_errors
 from pipelines.distributed.world import World, available_cores, available_memory
-from pipelines.errors import ConfigError, DataError, MissingError
+from pipelines.errors import ConfigError, DataError
 from pipelines.filesystem import is_hidden
 from pipelines.formats.registry import FORMATS
 from pipelines.storage.location import Location
@@ -125,7 +125,8 @@ def _check_lists(report: Report, entries: Sequence[str]) -> None:
         if [file.name for file in listed] != expected:
             faults.append(f"{path}: does not list the samples in their order")
         for file in listed:
-            with contextlib.suppress(MissingError):
+            # What cannot be read is a fault of another check.
+            with contextlib.suppress(DataError):
                 if file.bytes not in (None, report.dataset.storage.state(folder / file.name).bytes):
                     fault = f"lists {file.name} with {file.bytes} bytes, which is not its length"
                     faults.append(f"{path}: {fault}")

@@ -39,9 +39,6 @@ _PROBES = 8
 
 _Read = TypeVar("_Read")
 
-_LONGEST_START: dict[SampleSpec, int] = {}
-"""Longest header and table of remote samples that this process has read in part, in bytes."""
-
 _REMEDY = (
     f"fetch or convert it again, or if it was changed on purpose, remove {MANIFEST} and regenerate it with "
     "python -m preprocess.verify --write"
@@ -265,10 +262,8 @@ class SampleDataset:
                 packed = open_packed(path, content, self.spec, labeled=self.labeled)
             else:
                 read = functools.partial(self._read_member, index, direct=direct)
-                length = self.member_extents[index]["bytes"]
-                usual = _LONGEST_START.get(self.spec, 0) if self.storage.is_remote else 0
-                packed = open_slab(path, read, length, self.spec, slab, first_bytes=usual)
-                _LONGEST_START[self.spec] = max(usual, packed.header.chunks_start)
+                length, remote = self.member_extents[index]["bytes"], self.storage.is_remote
+                packed = open_slab(path, read, length, self.spec, slab, few_reads=remote)
             if fully_validate:
                 packed.decode()
             else:

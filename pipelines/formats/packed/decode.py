@@ -36,6 +36,9 @@ from pipelines.sample import UNKNOWN_TARGET, SampleSpec, check_target
 from pipelines.slab import Slab, cyclic_runs, shape_to_read
 from pipelines.storage.location import Location
 
+_LONGEST_START: dict[SampleSpec, int] = {}
+"""Most bytes before the chunks of the samples that this process has read in part."""
+
 _DECODE_VOXELS = 1 << 18
 """Voxels decoded at a time: few enough for a cache, and enough to keep Python's overhead small."""
 
@@ -177,7 +180,7 @@ def open_slab(
     spec: SampleSpec,
     slab: Slab,
     *,
-    first_bytes: int = FIELDS_BYTES,
+    few_reads: bool = False,
 ) -> PackedSample:
     """Read the header, the table and the chunks of a packed sample that hold voxels of `slab`.
 
@@ -186,13 +189,15 @@ def open_slab(
         read: returns the bytes of the sample at an offset, of a length.
         length: length of the sample in bytes.
         spec: expected shape.
-        first_bytes: bytes to read at first; if the chunks start within them, the table takes no second read.
+        few_reads: read as much at first as header and table of such samples have had, because a read takes
+            longer than some bytes more.
 
     Raises:
         DataError: anything but a chunk is damaged.
         ConfigError: the sample is of a version of which no part can be read alone.
     """
-    start = read(0, min(max(first_bytes, FIELDS_BYTES), length))
+    usual = _LONGEST_START.get(spec, FIELDS_BYTES) if few_reads else FIELDS_BYTES
+    start = read(0, min(usual, length))
     if _check_version(path, memoryview(start)) == version2.VERSION:
         fault = f"{path} is a packed sample of version {version2.VERSION}, of which no part can be read alone"
         advice = "run python -m preprocess.convert -i SRC -o DST --to packed"
@@ -200,6 +205,7 @@ def open_slab(
     end = min(read_fields(path, memoryview(start)).chunks_start, length)
     start = start[:end] if len(start) >= end else start + read(len(start), end - len(start))
     packed = _open(path, memoryview(start), length, spec)
+    _LONGEST_START[spec] = max(_LONGEST_START.get(spec, 0), packed.header.chunks_start)
     chunks, planes, plane = packed.chunks, *slab.planes(spec.size)
 
     def number_of_chunk(voxel: int) -> int:
