@@ -1,31 +1,48 @@
-"""Download the small published set: 32 training and 32 validation samples, 179 MB.
+"""Download samples: the small published set, or any part of a data set in an object store or on a web server.
 
     python -m preprocess.download --small -o data/small
+    python -m preprocess.download --from s3://BUCKET/DIR --split train --samples 0:1000 -o data/some
 
-Resumes an interrupted download, unpacks the archive, and verifies every sample (see `preprocess.verify`).
-For the full set of 1.7 TB see docs/data-set.md.
+The small set is 32 training and 32 validation samples, 179 MB: the archive is unpacked, and every sample is
+verified (see `preprocess.verify`). For the full set of 1.7 TB see docs/data-set.md.
+
+With --from, files are copied as they are, compared with the checksums of the manifest, and become a data set
+with a manifest of its own. Of a shard whose samples are not all wanted, the others are left out. The ranks of
+mpirun or srun share the work.
+
+A run that was stopped resumes when the same command is started again; a larger part keeps what is there.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import shutil
 import sys
 import tarfile
 import zlib
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from pipelines.console import print_line
-from pipelines.dataset.manifest import MANIFEST
-from pipelines.dataset.open import list_folder
-from pipelines.distributed.cli import OneLineParser, report_errors
+from pipelines.dataset.manifest import MANIFEST, Manifest
+from pipelines.dataset.open import list_folder, open_folder, split_dirs
+from pipelines.distributed.cli import OneLineParser, launched, location, report_errors
+from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World, available_cores
-from pipelines.errors import AccessError, ConfigError, DataError, writing
+from pipelines.errors import AccessError, ConfigError, DataError, UserError, writing
 from pipelines.filesystem import is_hidden, is_present
 from pipelines.formats.signatures import recognize_file
 from pipelines.formats.tfrecord import TFRECORD_SUFFIX
-from pipelines.sample import SPLITS
+from pipelines.sample import ALL_SPLITS, SPLITS
+from pipelines.storage.location import Location
+from preprocess.conversion.copy_task import CALLS, PIECE_BYTES, CopyTask
+from preprocess.conversion.engine import ConversionPlan, run
 from preprocess.conversion.progress import STOPPED, lock_target
+from preprocess.conversion.task_result import WorkItem
 from preprocess.fetch import fetch
 from preprocess.verify import verify
 
@@ -101,6 +118,93 @@ def _unpack(archive: Path, folder: Path) -> None:
         raise DataError(archive, "holds no samples", f"expected {expected}")
 
 
+def plan_download(
+    source: Location, target: Path, samples: slice | None = None, shards: slice | None = None
+) -> ConversionPlan:
+    """Plan to copy samples of the folder `source` to `target`.
+
+    Args:
+        source: Folder of samples.
+        target: Folder that they are copied to.
+        samples: Which of the samples, in their order; None for all.
+        shards: Which of the shards; None for all.
+
+    Raises:
+        ConfigError: There are none of these, or `shards` is given and `source` has no shards.
+    """
+    dataset, manifest = open_folder(source), Manifest.load(source)
+    if shards is not None and not dataset.sharded:
+        fault = f"{source} holds {dataset.format_name} samples, which are in files of their own"
+        raise ConfigError("--shards", _text(shards), f"{fault}: use --samples")
+    entries: dict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(dataset.names):
+        entries[name.partition("/")[0].removesuffix(dataset.format.suffix)].append(index)
+    wanted = set(range(len(dataset))[samples or slice(None)])
+    records = {entry.name: entry for entry in manifest.entries} if manifest else {}
+    items = []
+    for name in list(entries)[shards or slice(None)]:
+        if indices := [index for index in entries[name] if index in wanted]:
+            whole = len(indices) == len(entries[name])
+            part = dataset.subset(np.array(indices))
+            items.append(WorkItem((part, records.get(name) if whole else None), [name]))
+    if not items:
+        key, value = ("--samples", samples) if samples is not None else ("--shards", shards)
+        held = f"{len(dataset)} samples" + (f" in {len(entries)} shards" if dataset.sharded else "")
+        raise ConfigError(key, _text(value), f"{source} holds {held}")
+    parts = [item.source[0] for item in items]
+    sample_ids = [part.sample_id(index) for part in parts for index in range(len(part))]
+    task, shard_size = CopyTask(target), len(parts[0]) if dataset.sharded else None
+    memory = 10**8 + CALLS * max(PIECE_BYTES, 2 * dataset.spec.bytes)
+    return ConversionPlan(
+        target, dataset.format_name, dataset.spec, task, memory, items, sample_ids, shard_size
+    )
+
+
+def _text(part: slice | None) -> str:
+    """Return `part` as a command line has it."""
+    return "" if part is None else f"{part.start or ''}:{'' if part.stop is None else part.stop}"
+
+
+def _part(text: str) -> slice:
+    """Parse what `--samples` and `--shards` take: `START:STOP`, either may be missing, or a number."""
+    found = re.fullmatch(r"(\d*):(\d*)|(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text}: expected START:STOP, or the number of the first ones")
+    start, stop, count = (int(group) if group else None for group in found.groups())
+    return slice(start, count if stop is None else stop)
+
+
+def download_part(
+    source: Location,
+    root: Path,
+    splits: Sequence[str],
+    samples: slice | None,
+    shards: slice | None,
+    workers: int | None,
+) -> int:
+    """Copy samples of the data set `source` to `root`; return the exit status.
+
+    Args:
+        source: Folder of samples, or of the splits.
+        root: Folder that becomes the same.
+        splits: Which splits; none for all.
+        samples, shards: See `plan_download`.
+        workers: Processes of each rank; None for two a core.
+    """
+
+    def make_plans() -> list[ConversionPlan]:
+        found = split_dirs(source)
+        if missing := [split for split in splits if split not in found]:
+            raise ConfigError("--split", missing[0], f"{source} has no such folder")
+        return [
+            plan_download(source / split, root / split, samples, shards)
+            for split in found
+            if split in (splits or found)
+        ]
+
+    return run(make_plans, workers, "file", root, done="copied")
+
+
 def download(url: str, root: Path, sha256: str | None) -> int:
     """Download the data set at `url` to `root` and verify it; return the exit status."""
     if all((root / split / MANIFEST).exists() for split in SPLITS):
@@ -135,23 +239,48 @@ def _download(url: str, root: Path, sha256: str | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 if the data set is there and has no faults."""
-    parser = OneLineParser("preprocess.download", "Download the small published set and check it.")
-    parser.add_argument("--small", action="store_true", help="32 + 32 samples, 179 MB; required")
-    text = "folder of the data set"
-    parser.add_argument("-o", "--output-dir", type=Path, default=Path("data/small"), help=text)
-    parser.add_argument("--url", default=URL, help="address of the archive, a tar of train/ and validation/")
-    parser.add_argument("--sha256", help="SHA-256 of the archive; its own CRCs are checked in any case")
+    text = "Download the small published set, or a part of a data set in an object store or on a web server."
+    parser = OneLineParser("preprocess.download", text)
+    source = parser.add_mutually_exclusive_group(required=True)
+    text = "the small published set, 32 + 32 samples, 179 MB"
+    source.add_argument("--small", action="store_true", help=text)
+    text = "folder or URL of samples, or of the splits"
+    source.add_argument("--from", dest="source", type=location, metavar="URL", help=text)
+    text = "folder of the data set (default with --small: data/small)"
+    parser.add_argument("-o", "--output-dir", type=Path, help=text)
+    small = parser.add_argument_group("of --small")
+    small.add_argument("--url", default=URL, help="address of the archive, a tar of train/ and validation/")
+    small.add_argument("--sha256", help="SHA-256 of the archive; its own CRCs are checked in any case")
+    rest = parser.add_argument_group("of --from")
+    rest.add_argument("--split", nargs="+", default=(), choices=ALL_SPLITS, help="these splits alone")
+    which = rest.add_mutually_exclusive_group()
+    text = "of each split, START:STOP or the number of the first ones"
+    which.add_argument("--samples", type=_part, metavar="PART", help=f"samples {text}")
+    which.add_argument("--shards", type=_part, metavar="PART", help=f"shards {text}")
+    rest.add_argument("--workers", type=int, help="processes of each rank (default: two a core)")
     arguments = parser.read(argv)
+    with report_errors(launched()):
+        of_other = ("split", "samples", "shards", "workers") if arguments.small else ("url", "sha256")
+        for name in of_other:
+            if getattr(arguments, name) != parser.get_default(name):
+                raise UserError(f"--{name} is not an option of --{'small' if arguments.small else 'from'}")
+        if arguments.source is not None and arguments.output_dir is None:
+            raise UserError("--from needs the folder of the data set: -o DIR")
+    if arguments.source is not None:
+        return download_part(
+            arguments.source,
+            arguments.output_dir,
+            arguments.split,
+            arguments.samples,
+            arguments.shards,
+            arguments.workers,
+        )
     with report_errors(World(), STOPPED):
-        if not arguments.small:
-            raise ConfigError(
-                "--small", False, "only the small set can be downloaded; for all 1.7 TB see docs/data-set.md"
-            )
         if not arguments.url.startswith(("http://", "https://")):
             raise ConfigError("--url", arguments.url, "expected an http or https address")
-        return download(arguments.url, arguments.output_dir, arguments.sha256)
+        return download(arguments.url, arguments.output_dir or Path("data/small"), arguments.sha256)
     return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_now(main(), World.detect())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipelines.dataset.dataset import SampleDataset
@@ -14,6 +14,7 @@ from pipelines.formats.packed.tar_shard import SHARD_SUFFIX, write_shard
 from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile
 from pipelines.storage.location import Location
+from pipelines.storage.parallel import map_ahead
 from preprocess.conversion.task_result import DamagedSourceError, TaskResult, WorkItem, convert_if_stale
 
 
@@ -34,9 +35,13 @@ class ConvertTask:
         (name,) = item.entries
         files = dict.fromkeys(path for index in range(len(dataset)) for path in dataset.files(index))
 
+        def packed(index: int) -> Iterable[bytes]:
+            # Not named: the counts are freed when they are encoded, and not when the next ones are there.
+            return encode(dataset.read(index, verify=True), self.codec)
+
         def convert() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
             if self.format_name == PackedFormat.name:
-                yield name, write_shard(self.target / (name + SHARD_SUFFIX), _members(dataset, self.codec))
+                yield name, write_members(self.target / (name + SHARD_SUFFIX), dataset, packed)
             else:
                 sample = dataset.read(0, verify=True)
                 yield name, FORMATS[self.format_name].write(self.target, name, sample)
@@ -46,20 +51,37 @@ class ConvertTask:
         )
 
 
-def _members(dataset: SampleDataset, codec: str) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Yield the members of a shard of all samples of `dataset`, packed with the preset `codec`.
+def write_members(
+    path: Location, dataset: SampleDataset, packed: Callable[[int], Iterable[bytes]], calls: int = 1
+) -> tuple[WrittenFile, ...]:
+    """Write all samples of `dataset` as the shard at `path`.
+
+    Args:
+        path: The shard.
+        dataset: The samples.
+        packed: Returns the pieces of a sample's content, given its index.
+        calls: Calls of `packed` at a time, in threads.
 
     Raises:
-        DamagedSourceError: After the last sample, if some are damaged or cannot be read.
+        DamagedSourceError: After the last sample, if some are damaged or cannot be read: there is no shard.
     """
-    errors: list[DataError] = []
-    for index in range(len(dataset)):
+
+    def attempt(index: int) -> Iterable[bytes] | DataError:
         try:
-            # Not named: the counts are freed when they are encoded, and not when the next ones are there.
-            encoded = encode(dataset.read(index, verify=True), codec)
+            return packed(index)
         except DataError as error:
-            errors.append(error)
-        else:
-            yield dataset.sample_id(index) + MEMBER_SUFFIX, encoded
-    if errors:
-        raise DamagedSourceError(errors, len(dataset))
+            return error
+
+    def members() -> Iterator[tuple[str, Iterable[bytes]]]:
+        errors: list[DataError] = []
+        indices = range(len(dataset))
+        contents = map_ahead(attempt, indices, calls) if calls > 1 else map(attempt, indices)
+        for index, content in enumerate(contents):
+            if isinstance(content, DataError):
+                errors.append(content)
+            else:
+                yield dataset.sample_id(index) + MEMBER_SUFFIX, content
+        if errors:
+            raise DamagedSourceError(errors, len(dataset))
+
+    return write_shard(path, members())

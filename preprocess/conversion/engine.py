@@ -159,9 +159,22 @@ def run_conversion(
 
 
 def run(
-    make_plans: Callable[[], list[ConversionPlan]], workers: int | None, unit: str, target: Location
+    make_plans: Callable[[], list[ConversionPlan]],
+    workers: int | None,
+    unit: str,
+    target: Location,
+    *,
+    done: str = "converted",
 ) -> int:
-    """Run the conversions that `make_plans` returns on rank 0; return the exit status, 0 without faults."""
+    """Run the conversions that `make_plans` returns on rank 0; return the exit status, 0 without faults.
+
+    Args:
+        make_plans: Called on rank 0 alone.
+        workers: Processes of each rank; None for two a core.
+        unit: Name of a source in the progress display.
+        target: What the last line names.
+        done: What has been done to the samples, for that line.
+    """
     world = launched()
     with report_errors(world, STOPPED) as session:
         if workers is not None and workers < 1:
@@ -188,7 +201,7 @@ def run(
                 shown=True,
             )
         if world.is_root:
-            numbers = f"{total.written} samples converted, {total.up_to_date} up to date"
+            numbers = f"{total.written} samples {done}, {total.up_to_date} up to date"
             print_line(f"{target}: {numbers}, {time.perf_counter() - start:.1f} s")
             for fault in total.faults:
                 print_line(f"error: {fault}", sys.stderr)
