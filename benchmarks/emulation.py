@@ -11,6 +11,7 @@ it is unofficial: it was not made by DLIO's program, and not submitted.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import multiprocessing
 import time
@@ -61,6 +62,14 @@ class Utilisation:
     def mean(self) -> float:
         """Mean utilisation."""
         return sum(self.each) / len(self.each)
+
+
+def parse_seconds(text: str) -> float:
+    """Return the compute time of a step in seconds: a number, or that of an accelerator by its name."""
+    seconds = SECONDS.get(text) or float(text)
+    if not 0.0 < seconds < 3600.0:
+        raise argparse.ArgumentTypeError(f"{text} seconds: must be above 0 and below an hour")
+    return seconds
 
 
 def emulate(

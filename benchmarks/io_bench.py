@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,12 +40,15 @@ from benchmarks.candidates import (
     plain_loader,
     project_loader,
 )
-from benchmarks.emulation import SECONDS, Utilisation, emulate, show_utilisation
+from benchmarks.emulation import Utilisation, emulate, parse_seconds, show_utilisation
 from benchmarks.picture import draw
 from benchmarks.samples import KINDS, make_splits
 from pipelines.dataset.dataset import SampleDataset
+from pipelines.dataset.open import open_folder
+from pipelines.distributed.cli import location
 from pipelines.formats.registry import FORMATS
 from pipelines.loading.config import LoaderConfig
+from pipelines.storage.location import Url
 from pipelines.tables import format_table
 
 FLOOR, NPY_PLAIN, GZIP_PLAIN = "DALI numpy reader", "DataLoader of npy", "DataLoader of gzip"
@@ -169,8 +173,8 @@ def _devices() -> list[str]:
 def show(setting: Setting, results: dict[str, Result]) -> None:
     """Print medians, 10th and 90th percentiles over the rounds, and the targets."""
     print(setting)
-    table = [["", "samples/s", "CPU ms/sample", "MB read", "p50/p95/p99 ms"]]
-    table[0] += ["CPU/floor", "CPU/limit", "speed/plain", "plain CPU/own"]
+    header = ["", "samples/s", "CPU ms/sample", "MB read", "p50/p95/p99 ms", "CPU/floor", "CPU/limit"]
+    table = [[*header, "speed/plain", "plain CPU/own"]]
     for name, result in results.items():
         figures = result.figures
         latency = "/".join(f"{value:.1f}" for value in figures.latency_ms)
@@ -194,10 +198,10 @@ def show(setting: Setting, results: dict[str, Result]) -> None:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = harness.make_parser(__doc__)
-    parser.add_argument("--data-dir", type=Path, help="folder of the samples (default: temporary)")
-    parser.add_argument(
-        "--formats", type=_formats, default=list(FORMATS), help="of the loader, comma-separated"
-    )
+    text = "folder of the samples (default: temporary); with --emulate also the URL of samples that are there"
+    parser.add_argument("--data-dir", type=location, help=text)
+    known = partial(harness.among, known=KINDS)
+    parser.add_argument("--formats", type=known, default=list(FORMATS), help="of the loader, comma-separated")
     parser.add_argument("--samples", type=harness.positive, default=8, help="number of samples")
     parser.add_argument("--steps", type=harness.positive, default=16, help="timed batches of a turn")
     parser.add_argument("--size", type=int, default=128, choices=(32, 64, 128, 256), help="edge in voxels")
@@ -205,40 +209,26 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=harness.numbers, default=[2], help="of the reader, and of the decoder"
     )
-    parser.add_argument(
-        "--storage", type=_storage, default=["cache"], help="cache, direct (O_DIRECT), or both"
-    )
+    known = partial(harness.among, known=STORAGE)
+    parser.add_argument("--storage", type=known, default=["cache"], help="cache, direct (O_DIRECT), or both")
     parser.add_argument(
         "--rounds",
         type=harness.positive,
         default=7,
         help="turns of each candidate; with --emulate, one turn with four times as many batches in total",
     )
-    parser.add_argument("--emulate", type=_seconds, help="h100, a100, or compute time of a step in seconds")
-    parser.add_argument(
-        "--accelerators", type=harness.positive, default=1, help="number of emulated accelerators"
-    )
+    text = "h100, a100, or compute time of a step in seconds"
+    parser.add_argument("--emulate", type=parse_seconds, help=text)
+    text = "number of emulated accelerators"
+    parser.add_argument("--accelerators", type=harness.positive, default=1, help=text)
     options = parser.parse_args(argv)
+    if isinstance(options.data_dir, Url) and not options.emulate:
+        parser.error(f"--data-dir {options.data_dir}: the other programs read files; add --emulate")
     if options.samples < max(options.batch_size):
         parser.error(
             f"--samples {options.samples}: must be at least the batch size {max(options.batch_size)}"
         )
     return options
-
-
-def _seconds(text: str) -> float:
-    seconds = SECONDS.get(text) or float(text)
-    if not 0.0 < seconds < 3600.0:
-        raise argparse.ArgumentTypeError(f"{text} seconds: must be above 0 and below an hour")
-    return seconds
-
-
-def _formats(text: str) -> list[str]:
-    return harness.among(text, KINDS)
-
-
-def _storage(text: str) -> list[str]:
-    return harness.among(text, STORAGE)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -250,7 +240,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         root = options.data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if options.emulate:
-            splits = make_splits(root, options.formats, options.samples, options.size)
+            if isinstance(root, Path):
+                splits = make_splits(root, options.formats, options.samples, options.size)
+            else:
+                splits = {str(root): open_folder(root)}
             return _emulate(splits, settings, options)
         # The plain programs, the floor and the limits need these formats in any case.
         splits = make_splits(

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.errors import AccessError, DataError, MissingError, StorageError, UnreadableError
 from pipelines.io import WrittenFile
+from pipelines.storage.answers import explain
 from pipelines.storage.base import FileState, Result, Storage
 from pipelines.storage.location import Location, Url
 from pipelines.storage.requests import COUNTS, Requests
@@ -152,8 +153,14 @@ class ObjectStorage(Storage):
         if extent is not None and key in client.states and extent[0] >= client.states[key].bytes:
             return b""
 
-        async def request() -> tuple[FileState, bytes]:
-            result = await obstore.get_async(client.store, key, options={"range": extent} if extent else {})
+        async def request() -> tuple[FileState | None, bytes]:
+            options: Any = {"range": extent} if extent else {}
+            try:
+                result = await obstore.get_async(client.store, key, options=options)
+            except Exception as error:
+                if explain(error).kind == "empty range":
+                    return None, b""
+                raise
             content = bytes(await result.buffer_async())
             COUNTS.bytes += len(content)
             start, stop = result.range
@@ -162,7 +169,7 @@ class ObjectStorage(Storage):
             return _state(result.meta), content
 
         state, content = client.requests.run(_url(path), request)
-        if client.states.setdefault(key, state) != state:
+        if state is not None and client.states.setdefault(key, state) != state:
             fault = f"has changed since it was first read: its ETag was {client.states[key].version}"
             raise DataError(path, f"{fault} and is {state.version}", "restore it, or start again")
         return content
