@@ -19,7 +19,7 @@ RUN := $(VENV)/bin/python
 # A process a core, each with whole test modules, so that what a module's tests share is made once.
 PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help setup train test test-rest test-all peers kernels gpu-check lint lint-python lint-generated lint-c lint-scripts docs image clean
+.PHONY: help setup train test test-rest test-all peers peers-remote kernels gpu-check lint lint-python lint-generated lint-c lint-scripts docs image clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ test-all: test test-rest ## Run all tests.
 
 peers: $(PEERS)/.done ## Compare the loader with those of other projects, which are installed in .venv-peers.
 	$(PEERS)/bin/python -W ignore benchmarks/peers_bench.py $(ARGS)
+
+peers-remote: $(PEERS)/.done ## The same from an object store on this machine, whose answers are delayed.
+	$(PEERS)/bin/python -W ignore benchmarks/remote_bench.py $(ARGS)
 
 $(PEERS)/.done: benchmarks/peers.txt $(VENV)/.done
 	$(PYTHON) -m venv $(PEERS)

@@ -139,7 +139,7 @@ def compare(
     figures: dict[str, list[Figures]] = {peer.name: [] for peer in peers}
     for number in range(rounds):
         for peer in peers:
-            if measured := attempt(partial(bench.measure, setting=setting), peer, errors):
+            if measured := attempt(partial(bench.measure, peer, setting), peer.name, errors):
                 figures[peer.name].append(measured)
         print(f"{setting.title}: round {number + 1} of {rounds}", file=sys.stderr)
     complete = [peer for peer in peers if peer.name not in errors]
@@ -163,14 +163,14 @@ def compare(
     return rows
 
 
-def attempt(work: Callable[[Peer], T], peer: Peer, errors: dict[str, str]) -> T | None:
-    """Return `work(peer)`; if the row is in `errors`, or fails and is then added to them, None."""
-    if peer.name not in errors:
+def attempt(work: Callable[[], T], name: str, errors: dict[str, str]) -> T | None:
+    """Return `work()`; if row `name` is in `errors`, or fails and is then added to them, None."""
+    if name not in errors:
         try:
-            return work(peer)
+            return work()
         except RowError as error:
-            errors[peer.name] = str(error)
-            print(f"{peer.name}: {error}", file=sys.stderr)
+            errors[name] = str(error)
+            print(f"{name}: {error}", file=sys.stderr)
     return None
 
 
@@ -186,13 +186,14 @@ def show(title: str, rows: dict[str, Row]) -> None:
     print(format_table(table))
 
 
-def _missing(peer: Peer) -> list[str]:
+def missing(peer: Peer) -> list[str]:
     """Return the top modules of a row that are not installed."""
     tops = {module.partition(".")[0] for module in peer.modules}
     return sorted(top for top in tops if importlib.util.find_spec(top) is None)
 
 
-def _versions(peers: Sequence[Peer]) -> dict[str, str]:
+def versions(peers: Sequence[Peer]) -> dict[str, str]:
+    """Return the versions of the packages that rows need."""
     tops = {module.partition(".")[0] for peer in peers for module in peer.modules}
     packages = metadata.packages_distributions()
     return {name: metadata.version(name) for top in sorted(tops) for name in packages.get(top, [])[:1]}
@@ -222,10 +223,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Row]]:
     """Run the command line; return the rows by setting."""
     options, started = _options(argv), time.localtime()
-    peers = [PEERS[name] for name in options.rows if not _missing(PEERS[name])]
+    peers = [PEERS[name] for name in options.rows if not missing(PEERS[name])]
     for name in options.rows:
-        if missing := _missing(PEERS[name]):
-            print(f"{name}: left out, {' and '.join(missing)} not installed (see benchmarks/peers.txt)")
+        if absent := missing(PEERS[name]):
+            print(f"{name}: left out, {' and '.join(absent)} not installed (see benchmarks/peers.txt)")
     results: dict[str, dict[str, Row]] = {}
     errors: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -237,14 +238,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Row]]:
             settings.append(Setting(f"disk of {options.disk} MB/s", "disk", enter, options.disk))
         bench = Bench(root, options)
         for peer in peers:
-            attempt(bench.prepare, peer, errors)
+            attempt(partial(bench.prepare, peer), peer.name, errors)
         for setting in settings:
             rows = results[setting.title] = compare(bench, peers, setting, options.rounds, errors)
             show(setting.title, rows)
         for name, error in errors.items():
             print(f"{name}: failed: {error}")
     if options.output:
-        record = {**results, "failed": errors, "packages": _versions(peers)}
+        record = {**results, "failed": errors, "packages": versions(peers)}
         path = harness.save("peers_bench", vars(options), record, options.output, started)
         print("written to", path)
         draw(results, path.with_suffix(".png"))

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -97,13 +97,34 @@ def run_task(task: Task, enter: Callable[[], None] | None = None) -> str:
     Raises:
         RowError: It failed, or did not end in time.
     """
+    return run_module("benchmarks.peers.process", task.action, json.dumps(asdict(task)), enter=enter)
+
+
+def run_module(
+    module: str,
+    action: str,
+    task: str,
+    *,
+    environment: Mapping[str, str] | None = None,
+    enter: Callable[[], None] | None = None,
+) -> str:
+    """Run `python -m MODULE TASK RESULT`; return what it wrote to the file RESULT, if anything.
+
+    Args:
+        action: Name of the task in errors.
+        environment: Additional environment variables.
+        enter: Is called by the process first.
+
+    Raises:
+        RowError: It failed, or did not end in time.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.peers.process", json.dumps(asdict(task)), str(result)],
+                [sys.executable, "-m", module, task, str(result)],
                 cwd=Path(__file__).resolve().parents[2],
-                env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ},
+                env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -113,10 +134,10 @@ def run_task(task: Task, enter: Callable[[], None] | None = None) -> str:
                 preexec_fn=enter,
             )
         except subprocess.TimeoutExpired:
-            raise RowError(f"{task.action}: not finished after {_LIMIT_S:g} s") from None
+            raise RowError(f"{action}: not finished after {_LIMIT_S:g} s") from None
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise RowError(f"{task.action}: {lines[-1]}")
+            raise RowError(f"{action}: {lines[-1]}")
         return result.read_text() if result.exists() else ""
 
 

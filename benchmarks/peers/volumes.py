@@ -24,7 +24,7 @@ _BLOCK = 1 << 16
 """Voxels of a block, which stays in a core's cache between the cast and the logarithm."""
 
 _DEPTH = AHEAD + 2
-"""Volumes of a worker: those ahead, one that is filled, and one that is in use."""
+"""Batches of a worker: those ahead, one that is filled, and one that is in use."""
 
 
 def log_counts(counts: Counts, out: npt.NDArray[np.float32]) -> None:
@@ -44,12 +44,14 @@ class Volumes:
         size: Edge in voxels.
         planar: Counts are stored as (C, D, H, W), otherwise as (D, H, W, C).
         processes: Workers are processes, otherwise threads.
+        batch: Samples of a batch.
     """
 
-    def __init__(self, size: int, *, planar: bool, processes: bool) -> None:
+    def __init__(self, size: int, *, planar: bool, processes: bool, batch: int = 1) -> None:
         self._planar = planar
         shape = (CHANNELS, size, size, size) if planar else (size, size, size, CHANNELS)
-        self._memory = torch.zeros(WORKERS * _DEPTH, *shape)
+        self._depth = _DEPTH * batch
+        self._memory = torch.zeros(WORKERS * self._depth, *shape)
         if processes:
             self._memory.share_memory_()
         self._turns = itertools.count()
@@ -61,7 +63,7 @@ class Volumes:
         """Write the logarithms of `counts` to a free volume; return its number."""
         if worker := get_worker_info():
             # A process has its own volumes, in turns: a DataLoader takes its batches in order.
-            number = worker.id * _DEPTH + next(self._turns) % _DEPTH
+            number = worker.id * self._depth + next(self._turns) % self._depth
         else:
             # A thread may be late by any number of batches.
             number = self._free.get()
@@ -123,12 +125,12 @@ def filled_batches(job: Job, read: Callable[[int], tuple[Counts, Any]], *, plana
 
 
 def each_once(samples: Sequence[Sample], encode: Callable[[Sample], T]) -> Iterator[tuple[str, Sample, T]]:
-    """Yield for each sample its name, itself and `encode(sample)`, computed once for a repeated one."""
+    """Yield for each sample its name, itself and `encode(sample)`, computed once for repeated counts."""
     encoded: dict[int, T] = {}
     for index, sample in enumerate(samples):
-        if id(sample) not in encoded:
-            encoded[id(sample)] = encode(sample)
-        yield f"{index:04d}", sample, encoded[id(sample)]
+        if id(sample.counts) not in encoded:
+            encoded[id(sample.counts)] = encode(sample)
+        yield f"{index:04d}", sample, encoded[id(sample.counts)]
 
 
 def planar(sample: Sample) -> Counts:

@@ -95,6 +95,18 @@ def test_cpu_time_of_grandchildren_counts() -> None:
             os.killpg(child.pid, 9)
 
 
+def test_cpu_time_of_a_childs_ended_children_counts() -> None:
+    spin = "import time\nwhile time.process_time() < 0.4: pass"
+    shell = ["sh", "-c", f"{sys.executable} -c '{spin}'; echo; sleep 60"]
+    before, own = harness.cpu_seconds(), time.process_time()
+    with subprocess.Popen(shell, start_new_session=True, stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout and child.stdout.readline()
+            assert harness.cpu_seconds() - before >= 0.3 + time.process_time() - own
+        finally:
+            os.killpg(child.pid, 9)
+
+
 @pytest.mark.slow
 def test_reads_from_a_limited_disk(tmp_path: Path) -> None:
     file = tmp_path / "bytes"
