@@ -88,7 +88,7 @@ class CachedSet:
     """The entries of one data set; see `open_cached_set`."""
 
     def __init__(self, folder: Path, size: int, dataset: str) -> None:
-        self._folder, self._size = folder, size
+        self._folder, self._size, self._in_use = folder, size, -1
         self._path = folder / digest_of(dataset).hex()
         self._path.mkdir(exist_ok=True)
         # Its lock waits for a process that is removing entries of it.
@@ -96,6 +96,10 @@ class CachedSet:
         lock(self._in_use, fcntl.LOCK_SH)
         os.pwrite(self._in_use, f"{dataset}\n".encode("utf-8", "surrogateescape"), 0)
         self._touched, self._resumes = -_TOUCH_SECONDS, 0.0
+
+    def __del__(self) -> None:
+        if self._in_use >= 0:
+            os.close(self._in_use)
 
     @property
     def keeps(self) -> bool:
@@ -115,9 +119,9 @@ class CachedSet:
                 os.utime(self._in_use)
             file = OpenFile(Path(self.path(digest)))
             magic, length, crc, key = _HEADER.unpack(file.read(0, _HEADER.size).ljust(_HEADER.size))
-            if (magic, key) == (_MAGIC, digest):
+            if (magic, key, length) == (_MAGIC, digest, file.size - _HEADER.size):
                 content = file.read(_HEADER.size, length)
-                if len(content) == length and crc32c.crc32c(content) == crc:
+                if crc32c.crc32c(content) == crc:
                     return content
         except FileNotFoundError:
             return None

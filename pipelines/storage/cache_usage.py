@@ -22,8 +22,8 @@ USAGE, DATASET, NEW = "usage", "dataset", ".new"
 _BLOCK = 4096
 """Bytes that file systems allocate at a time, usually."""
 
-_SLACK = 0.05
-"""Part of the cache that is freed at once, as finding what to remove takes time."""
+_SLACK, _MAX_SLACK = 0.05, 1 << 30
+"""Part of the cache that is freed at once, as finding what to remove takes time; and bytes of it at most."""
 
 _COUNT_SECONDS = 600.0
 """Seconds between two counts of all entries of a full cache, at least."""
@@ -78,7 +78,7 @@ class Usage:
             self._count()
         if self.bytes + needed <= size:
             return True
-        goal = min(size - needed, int(size * (1 - _SLACK)))
+        goal = min(size - needed, size - min(int(_SLACK * size), _MAX_SLACK))
         used = {path: path.stat().st_mtime for path in self._folder.glob(f"*/{DATASET}")}
         for path in sorted(used, key=used.__getitem__):
             with open(path, "rb") as file, contextlib.suppress(BlockingIOError):

@@ -8,13 +8,15 @@ import pytest
 from helpers import config_file, program, write_tiny
 from run_artifacts import metrics, same_weights
 
-from cosmoflow_dali.config import DataConfig
+from cosmoflow_dali.config import DataConfig, read_yaml, resolve
 from cosmoflow_dali.training.fill_cache import _read
+from cosmoflow_dali.training.run_data import open_data
 from pipelines.dataset.cached import cached
 from pipelines.dataset.open import open_folder
+from pipelines.distributed.world import World
 from pipelines.errors import ConfigError
 from pipelines.loading.reader import Reader
-from pipelines.storage.cache import CacheConfig
+from pipelines.storage.cache import CacheConfig, CachedStorage
 from preprocess.staging.config import StageConfig
 
 TRAIN = "cosmoflow_dali.train"
@@ -25,7 +27,17 @@ def remove_shards(data: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_both_splits_are_read_through_the_cache(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data", train=2, validation=1)
+    cache = {"dir": str(tmp_path / "cache"), "size": "10 MB"}
+    config = resolve(read_yaml(config_file(tmp_path / "c.yaml", data)), {"data.cache": cache})
+    for split in open_data(config, World())[:2]:
+        assert isinstance(split.storage, CachedStorage)
+        assert split.storage.config == CacheConfig(cache["dir"], cache["size"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_trains_from_the_cache_alone(ranks: int, tmp_path: Path) -> None:
     data = write_tiny(tmp_path / "data", train=8, validation=3, format_name="packed")
     assert program("preprocess.verify", data, "--write").code == 0

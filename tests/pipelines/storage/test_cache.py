@@ -153,6 +153,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a byte": damage_byte,
     "cut off": lambda path: os.truncate(path, path.stat().st_size - 1),
     "in the header": lambda path: os.truncate(path, 20),
+    "its length": lambda path: path.write_bytes(path.read_bytes()[:8] + b"\xff" * 8 + path.read_bytes()[16:]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
     "empty": lambda path: os.truncate(path, 0),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "of another sample": lambda path: shutil.copy(max(path.parents[1].glob("??/*")), path),
