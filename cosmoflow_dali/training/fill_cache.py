@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from threading import Event
+from collections.abc import Iterable
 
 from cosmoflow_dali.training.logs import RunLogs
 from cosmoflow_dali.training.run_dir import Run
@@ -15,9 +13,7 @@ from pipelines.distributed.session import Session
 from pipelines.loading.reader import Reader
 from pipelines.slab import Slab
 from pipelines.storage.cache import CachedStorage
-
-_THREADS = 32
-"""Samples that a rank fetches at a time."""
+from pipelines.storage.parallel import map_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +46,7 @@ def fill_cache(run: Run, session: Session, logs: RunLogs, *, periodic: bool) -> 
     def fill() -> None:
         for split in (run.train, run.validation):
             own = range(same.index(world.rank), len(split), len(same))
-            _read(Reader(split, loader.on_bad_sample, apply_log=loader.apply_log, slab=slab), iter(own))
+            _read(Reader(split, loader.on_bad_sample, apply_log=loader.apply_log, slab=slab), own)
 
     session.run_on_all_ranks(fill)
     seconds = time.perf_counter() - start
@@ -60,23 +56,10 @@ def fill_cache(run: Run, session: Session, logs: RunLogs, *, periodic: bool) -> 
     return dataclasses.replace(run, seconds=run.seconds | {"staging": seconds})
 
 
-def _read(reader: Reader, indices: Iterator[int]) -> None:
+def _read(reader: Reader, indices: Iterable[int]) -> None:
     """Read the samples `indices`, until the cache is full."""
-    storage, stop = reader.split.storage, Event()
+    storage = reader.split.storage
     assert isinstance(storage, CachedStorage)
-
-    def read() -> None:
-        try:
-            for index in indices:
-                if stop.is_set():
-                    break
-                reader.payload(index)
-                if not storage.keeps:
-                    break
-        finally:
-            # Also the others.
-            stop.set()
-
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for reading in [threads.submit(read) for _ in range(_THREADS)]:
-            reading.result()
+    for _ in map_ahead(reader.payload, indices):
+        if not storage.keeps:
+            break

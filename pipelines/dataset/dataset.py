@@ -262,8 +262,8 @@ class SampleDataset:
                 packed = open_packed(path, content, self.spec, labeled=self.labeled)
             else:
                 read = functools.partial(self._read_member, index, direct=direct)
-                length, remote = self.member_extents[index]["bytes"], self.storage.is_remote
-                packed = open_slab(path, read, length, self.spec, slab, few_reads=remote)
+                length, few_reads = self.member_extents[index]["bytes"], self.storage.few_reads
+                packed = open_slab(path, read, length, self.spec, slab, few_reads=few_reads)
             if fully_validate:
                 packed.decode()
             else:

@@ -34,6 +34,11 @@ class Storage(ABC):
         return False
 
     @property
+    def few_reads(self) -> bool:
+        """Whether a read costs more than some bytes that may not be needed."""
+        return self.is_remote
+
+    @property
     def lists_folders(self) -> bool:
         """Whether it knows folders: `list`, and `is_present` of a folder."""
         return True
@@ -109,6 +114,11 @@ class Layer(Storage):
     def is_remote(self) -> bool:
         """See `Storage`."""
         return self.inner.is_remote
+
+    @property
+    def few_reads(self) -> bool:
+        """See `Storage`."""
+        return self.inner.few_reads
 
     @property
     def lists_folders(self) -> bool:

@@ -83,6 +83,11 @@ class CachedStorage(Layer):
         """See `Storage`; also of local files, which are to be read here, and not mapped."""
         return True
 
+    @property
+    def few_reads(self) -> bool:
+        """See `Storage`; what was guessed to be needed would not be found again with another guess."""
+        return False
+
     def read(self, path: Location, *, direct: bool = False) -> bytes:
         """See `Storage`."""
         return self._get([(path, "all")], lambda _: [self.inner.read(path, direct=direct)])[0]

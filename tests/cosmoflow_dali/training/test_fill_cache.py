@@ -57,7 +57,7 @@ def test_fills_what_fits(tmp_path: Path) -> None:
     data, cache = write_tiny(tmp_path / "data", train=8, validation=1), tmp_path / "cache"
     # Counts of 16^3 and a label take 9 blocks of 4 KiB and one, so that 5 samples fit.
     split = cached(open_folder(data / "train"), CacheConfig(str(cache), "205 KiB"))
-    _read(Reader(split), iter(range(8)))
+    _read(Reader(split), range(8))
     assert 40 <= sum(path.stat().st_blocks // 8 for path in cache.glob("*/??/*")) <= 51
 
 
