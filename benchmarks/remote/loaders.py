@@ -30,6 +30,9 @@ from pipelines.plan import RankSlice
 from pipelines.sample import Sample, SampleSpec
 from pipelines.storage.location import parse_location
 
+CLIENTS = ("boto3", "obstore.store")
+"""Modules by which the loaders speak to S3, imported before anything is timed like those of the rows."""
+
 _PREDOWNLOAD = 64
 """Samples that a worker of MosaicML Streaming asks for ahead; with the default, 8, it waits for shards."""
 

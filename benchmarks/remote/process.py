@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.object_store import HOST, client_environment
 from benchmarks.peers.process import run_module
-from benchmarks.remote.loaders import REMOTES, Batches, RemoteJob
+from benchmarks.remote.loaders import CLIENTS, REMOTES, Batches, RemoteJob
 from benchmarks.remote.proxy import read_counts
 from cosmoflow_dali.compute.torch_setup import tune_malloc
 from pipelines.dataset.open import open_folder
@@ -207,7 +207,7 @@ def main() -> None:
     """Run the command line."""
     task, result = Task(**json.loads(sys.argv[1])), Path(sys.argv[2])
     tune_malloc()
-    for module in REMOTES[task.row].peer.modules:
+    for module in (*REMOTES[task.row].peer.modules, *CLIENTS):
         importlib.import_module(module)
     actions = {"write": write, "check": check, "stop": stop, "resume": resume, "measure": measure}
     result.write_text(json.dumps(actions[task.action](task), default=asdict))
