@@ -19,6 +19,7 @@ from benchmarks.peers import tars
 from benchmarks.peers.contract import AHEAD, WORKERS, Item, Peer
 from benchmarks.peers.registry import PEERS
 from benchmarks.peers.volumes import Counts, Volumes, read_blosc2, read_raw
+from pipelines.dataset.cached import cached
 from pipelines.dataset.manifest import Entry, Manifest
 from pipelines.dataset.open import open_folder
 from pipelines.formats.packed.encode import DEFAULT_PRESET, encode
@@ -28,6 +29,7 @@ from pipelines.loading.config import LoaderConfig
 from pipelines.loading.loader import Loader
 from pipelines.plan import RankSlice
 from pipelines.sample import Sample, SampleSpec
+from pipelines.storage.cache import CacheConfig
 from pipelines.storage.location import parse_location
 
 CLIENTS = ("boto3", "obstore.store")
@@ -110,8 +112,9 @@ def _write_packed(folder: Path, samples: Sequence[Sample]) -> None:
     Manifest("packed", SampleSpec(samples[0].counts.shape[0]), tuple(entries)).save(folder)
 
 
-def _open_packed(job: RemoteJob) -> Batches:
-    split = open_folder(parse_location(job.url, "url"))
+def _open_packed(job: RemoteJob, *, keep: bool) -> Batches:
+    cache = CacheConfig(str(job.cache), "100 GB") if keep else None
+    split = cached(open_folder(parse_location(job.url, "url")), cache)
     options: dict[str, Any] = {"seed": 0, "shuffle": True, "ragged": "drop", "device": torch.device("cpu")}
     options["rank_slice"] = RankSlice(job.rank, job.ranks)
     loader = Loader(split, LoaderConfig(job.batch, WORKERS), **options)
@@ -126,13 +129,13 @@ def _open_packed(job: RemoteJob) -> Batches:
     return Batches(epoch, lambda: tuple(position))
 
 
-def _open_webdataset(decode: Callable[[bytes], Counts], job: RemoteJob, *, cached: bool) -> Batches:
+def _open_webdataset(decode: Callable[[bytes], Counts], job: RemoteJob, *, keep: bool) -> Batches:
     import webdataset
 
     fill = _Filler(job, decode)
     # The documented way to read S3 and web servers, by a process of curl for each shard.
     urls = [f"pipe:curl -s -f -L {job.http}/{shard}.tar" for shard in range(tars.SHARDS)]
-    cache = {"cache_dir": str(job.cache)} if cached else {}
+    cache = {"cache_dir": str(job.cache)} if keep else {}
     shards = webdataset.WebDataset(urls, shardshuffle=tars.SHARDS, empty_check=False, **cache)
     samples = shards.shuffle(AHEAD * WORKERS).map(lambda sample: fill(sample["counts"], sample["target"]))
     return Batches(partial(fill.batches, _loader(samples, job, webdataset.WebLoader)))
@@ -231,10 +234,11 @@ def _columns(items: Sequence[tuple[int, Any]]) -> tuple[list[int], list[Any]]:
 
 
 _ROWS: tuple[tuple[str, Open], ...] = (
-    ("packed", _open_packed),
-    ("WebDataset, raw", partial(_open_webdataset, read_raw, cached=False)),
-    ("WebDataset, Blosc2 zstd", partial(_open_webdataset, read_blosc2, cached=False)),
-    ("WebDataset, Blosc2 zstd, cached", partial(_open_webdataset, read_blosc2, cached=True)),
+    ("packed", partial(_open_packed, keep=False)),
+    ("packed, cached", partial(_open_packed, keep=True)),
+    ("WebDataset, raw", partial(_open_webdataset, read_raw, keep=False)),
+    ("WebDataset, Blosc2 zstd", partial(_open_webdataset, read_blosc2, keep=False)),
+    ("WebDataset, Blosc2 zstd, cached", partial(_open_webdataset, read_blosc2, keep=True)),
     ("MosaicML, raw", partial(_open_mosaicml, read_raw)),
     ("MosaicML, Blosc2 zstd", partial(_open_mosaicml, read_blosc2)),
     ("LitData, raw", _open_litdata),
