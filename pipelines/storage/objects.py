@@ -15,7 +15,7 @@ from pipelines.storage.base import FileState, Result, Storage
 from pipelines.storage.location import Location, Url
 from pipelines.storage.requests import COUNTS, Requests
 from pipelines.storage.stores import make_store
-from pipelines.storage.uploads import delete, upload, upload_stream
+from pipelines.storage.uploads import PART_BYTES, delete, upload, upload_stream
 
 _TRANSFERS = 3
 """Number of transfers of what arrives damaged, before it counts as damaged in the store."""
@@ -119,7 +119,8 @@ class ObjectStorage(Storage):
     ) -> WrittenFile:
         """See `Storage`."""
         written = upload_stream(self._writer(path), _url(path), pieces)
-        if (length := self.state(path).bytes) != written.bytes:
+        # Of parts.
+        if written.bytes >= PART_BYTES and (length := self.state(path).bytes) != written.bytes:
             fault = f"cannot be written: the store has {length} bytes of {written.bytes}"
             raise AccessError(path, fault, "try again")
         return written

@@ -17,11 +17,11 @@ _UPLOAD_SECONDS = 120
 """The same for a request that uploads: 64 MB at most, over a slow line."""
 
 _UPLOAD_RETRIES = {
-    "max_retries": 10,
+    "max_retries": 25,
     "retry_timeout": timedelta(seconds=3 * _UPLOAD_SECONDS),
-    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2},
+    "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 3},
 }
-"""Half a minute without a server that can be reached."""
+"""A minute without a server that can be reached: pauses are random, up to the last one times the base."""
 
 
 def make_store(scheme: str, host: str, *, writes: bool = False) -> Any:
