@@ -15,7 +15,13 @@ from pipelines.formats.registry import FORMATS
 from pipelines.io import WrittenFile
 from pipelines.storage.location import Location
 from pipelines.storage.parallel import map_ahead
-from preprocess.conversion.task_result import DamagedSourceError, TaskResult, WorkItem, convert_if_stale
+from preprocess.conversion.task_result import (
+    Announce,
+    DamagedSourceError,
+    TaskResult,
+    WorkItem,
+    convert_if_stale,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +45,9 @@ class ConvertTask:
             # Not named: the counts are freed when they are encoded, and not when the next ones are there.
             return encode(dataset.read(index, verify=True), self.codec)
 
-        def convert() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
+        def convert(announce: Announce) -> Iterator[tuple[str, Sequence[WrittenFile]]]:
             if self.format_name == PackedFormat.name:
-                yield name, write_members(self.target / (name + SHARD_SUFFIX), dataset, packed)
+                yield name, write_members(self.target / (name + SHARD_SUFFIX), dataset, packed, announce)
             else:
                 sample = dataset.read(0, verify=True)
                 yield name, FORMATS[self.format_name].write(self.target, name, sample)
@@ -52,7 +58,11 @@ class ConvertTask:
 
 
 def write_members(
-    path: Location, dataset: SampleDataset, packed: Callable[[int], Iterable[bytes]], calls: int = 1
+    path: Location,
+    dataset: SampleDataset,
+    packed: Callable[[int], Iterable[bytes]],
+    announce: Announce,
+    calls: int = 1,
 ) -> tuple[WrittenFile, ...]:
     """Write all samples of `dataset` as the shard at `path`.
 
@@ -60,6 +70,7 @@ def write_members(
         path: The shard.
         dataset: The samples.
         packed: Returns the pieces of a sample's content, given its index.
+        announce: Called before the shard appears.
         calls: Calls of `packed` at a time, in threads.
 
     Raises:
@@ -84,4 +95,4 @@ def write_members(
         if errors:
             raise DamagedSourceError(errors, len(dataset))
 
-    return write_shard(path, members())
+    return write_shard(path, members(), before=announce)

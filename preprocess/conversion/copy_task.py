@@ -18,7 +18,7 @@ from pipelines.storage.location import Location
 from pipelines.storage.parallel import map_ahead
 from pipelines.storage.select import storage_of
 from preprocess.conversion.convert_task import write_members
-from preprocess.conversion.task_result import TaskResult, WorkItem, convert_if_stale
+from preprocess.conversion.task_result import Announce, TaskResult, WorkItem, convert_if_stale
 
 PIECE_BYTES, CALLS = 8 << 20, 8
 """Length of a request for a part of a file, and requests at a time of one process."""
@@ -45,12 +45,12 @@ class CopyTask:
         def packed(index: int) -> list[bytes]:
             return list(dataset.read_contents(index).values())
 
-        def copy() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
+        def copy(announce: Announce) -> Iterator[tuple[str, Sequence[WrittenFile]]]:
             if record is not None:
                 yield name, [self._copy_file(path, file) for path, file in record.files_in(dataset.root)]
             elif dataset.sharded:
                 path = self.target / (name + SHARD_SUFFIX)
-                yield name, write_members(path, dataset, packed, CALLS)
+                yield name, write_members(path, dataset, packed, announce, CALLS)
             else:
                 contents = _contents(dataset)
                 storage = storage_of(self.target)

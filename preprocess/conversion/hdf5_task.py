@@ -30,7 +30,7 @@ from pipelines.formats.signatures import recognize_file
 from pipelines.io import WrittenFile
 from pipelines.sample import COUNT_LIMIT, Sample, check_target
 from pipelines.storage.location import Location
-from preprocess.conversion.task_result import TaskResult, WorkItem, convert_if_stale
+from preprocess.conversion.task_result import Announce, TaskResult, WorkItem, convert_if_stale
 
 COUNTS, TARGET = "full", "unitPar"
 
@@ -170,12 +170,12 @@ class CropTask:
         sample_ids: Sequence[str]
         path, sample_ids = item.source
 
-        def convert() -> Iterator[tuple[str, Sequence[WrittenFile]]]:
+        def convert(announce: Announce) -> Iterator[tuple[str, Sequence[WrittenFile]]]:
             samples = zip(sample_ids, crops(path, self.shape, self.size), strict=True)
             if self.format_name == PackedFormat.name:
                 (name,) = item.entries
                 members = ((sample_id + MEMBER_SUFFIX, encode(sample)) for sample_id, sample in samples)
-                yield name, write_shard(self.target / (name + SHARD_SUFFIX), members)
+                yield name, write_shard(self.target / (name + SHARD_SUFFIX), members, before=announce)
             else:
                 for sample_id, sample in samples:
                     yield sample_id, FORMATS[self.format_name].write(self.target, sample_id, sample)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from pipelines.dataset.manifest import Entry, SourceFingerprint
 from pipelines.errors import AccessError, DataError, UnreadableError, UserError
@@ -52,6 +52,10 @@ class TaskResult:
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
+Announce: TypeAlias = Callable[[Sequence[WrittenFile]], None]
+"""Records the files of an entry, which are complete, before the last of them appears under its name."""
+
+
 class DamagedSourceError(UserError):
     """Samples of a source cannot be converted; raised and caught in the task that converts it.
 
@@ -76,7 +80,7 @@ def convert_if_stale(
     item: WorkItem,
     target: Location,
     fingerprint: Callable[[], SourceFingerprint],
-    convert: Callable[[], Iterable[tuple[str, Sequence[WrittenFile]]]],
+    convert: Callable[[Announce], Iterable[tuple[str, Sequence[WrittenFile]]]],
 ) -> TaskResult:
     """Convert one source unless its entries in `target` are complete and made from its present state.
 
@@ -84,7 +88,8 @@ def convert_if_stale(
         item: The source and what is recorded of its entries.
         target: Folder of the entries.
         fingerprint: Returns the present fingerprint of the source.
-        convert: Writes the entries one after the other; yields the name and the files of each.
+        convert: Writes the entries one after the other; yields the name and the files of each. It may call
+            its argument with the files of the only entry before the last of them appears.
 
     Raises:
         AccessError: `target` cannot be written, or the folder of the source cannot be read.
@@ -102,10 +107,20 @@ def convert_if_stale(
         return TaskResult(up_to_date=True)
     if item.journal and item.recorded:
         write_records(item.journal, [Entry(name, ()) for name in item.entries])
+
+    def announce(files: Sequence[WrittenFile]) -> None:
+        # A run that is killed between the last file and its record would upload it again. Another file may
+        # be there if there is an earlier record.
+        if item.journal and not item.recorded:
+            (name,) = item.entries
+            announced.append(Entry.from_written(name, files, source))
+            write_records(item.journal, announced)
+
+    announced: list[Entry] = []
     written: list[Entry] = []
     damage: DamagedSourceError | None = None
     try:
-        for name, files in convert():
+        for name, files in convert(announce):
             written.append(Entry.from_written(name, files, source))
     except DamagedSourceError as error:
         damage = error
@@ -113,8 +128,8 @@ def convert_if_stale(
         if isinstance(error, AccessError) and not isinstance(error, UnreadableError):
             raise
         damage = DamagedSourceError([error])
-    if item.journal:
-        write_records(item.journal, item.records(written))
+    if item.journal and (records := item.records(written)) != announced:
+        write_records(item.journal, records)
     if damage is None:
         return TaskResult(written)
     # One failure does not end the run, but a folder that has gone does.

@@ -9,7 +9,9 @@ parallel file system, instead of two million, and a sample is one read from it.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import crc32c
 
 from pipelines.errors import DataError, reading
 from pipelines.filesystem import is_hidden
@@ -30,18 +32,24 @@ _REMEDY = "convert the samples again"
 
 
 def write_shard(
-    path: Location, members: Iterable[tuple[str, Iterable[bytes]]], *, sparse: bool = False
+    path: Location,
+    members: Iterable[tuple[str, Iterable[bytes]]],
+    *,
+    sparse: bool = False,
+    before: Callable[[Sequence[WrittenFile]], object] | None = None,
 ) -> tuple[WrittenFile, WrittenFile]:
-    """Write the shard at `path` and then its index, each atomically.
+    """Write the index of the shard at `path`, and the shard, which appear in this order, each atomically.
 
     Args:
         members: name and pieces of each member, consumed one by one. An exception from them leaves no shard.
         sparse: see `write_stream`.
+        before: called with what is returned when all is written, before the shard appears.
 
     Raises:
         DataError: a name does not fit into a tar header.
     """
     written: list[TarMember] = []
+    storage, files = storage_of(path), []
 
     def blocks() -> Iterator[bytes]:
         offset = 0
@@ -55,13 +63,24 @@ def write_shard(
             offset += _BLOCK + length + -length % _BLOCK
         yield bytes(2 * _BLOCK)
 
-    storage = storage_of(path)
-    shard = storage.write_stream(path, blocks(), sparse=sparse)
-    # As DALI's wds2idx writes it. As in WebDataset, the extension is everything after the first dot.
-    rows = (f"{name.rpartition('/')[2].partition('.')[2]} {at} {size} {name}\n" for name, at, size in written)
-    index_path = path.with_name(path.name.removesuffix(SHARD_SUFFIX) + INDEX_SUFFIX)
-    index = storage.write(index_path, f"v1.2 {len(written)}\n{''.join(rows)}".encode())
-    return index, shard._replace(members=tuple(written))
+    def content() -> Iterator[bytes]:
+        length = checksum = 0
+        for block in blocks():
+            length, checksum = length + len(block), crc32c.crc32c(block, checksum)
+            yield block
+        # As DALI's wds2idx writes it. As in WebDataset, the extension is everything after the first dot.
+        rows = (
+            f"{name.rpartition('/')[2].partition('.')[2]} {at} {size} {name}\n" for name, at, size in written
+        )
+        index = path.with_name(path.name.removesuffix(SHARD_SUFFIX) + INDEX_SUFFIX)
+        files.append(storage.write(index, f"v1.2 {len(written)}\n{''.join(rows)}".encode()))
+        files.append(WrittenFile(path, length, checksum, tuple(written)))
+        if before:
+            before(files)
+
+    storage.write_stream(path, content(), sparse=sparse)
+    index, shard = files
+    return index, shard
 
 
 def read_members(path: Location) -> tuple[TarMember, ...]:
