@@ -60,7 +60,9 @@ class AccessError(DataError):
     def reading(path: str | os.PathLike[str], error: OSError) -> UnreadableError:
         """Return the error for `error`, raised while reading `path`."""
         link = remedy_for_link(path, error)
-        kind = MissingError if isinstance(error, FileNotFoundError) and not link else UnreadableError
+        # A path that leads through a file does not exist either.
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError)) and not link
+        kind = MissingError if missing else UnreadableError
         remedy = link or _remedy(error)
         return kind(path, f"cannot be read ({error.strerror or error})", remedy)
 
