@@ -153,6 +153,18 @@ def _error(url: Url, refusal: Refusal) -> UserError:
     return StorageError(url, f"cannot be read: {refusal.fault}", refusal.remedy)
 
 
+def wait_for(request: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    """Return the answer of `request`, sent once in the thread of all requests.
+
+    Unlike with obstore's functions that are not asynchronous, the caller may be one of obstore's threads.
+    """
+
+    async def send() -> _Answer:
+        return await request()
+
+    return asyncio.run_coroutine_threadsafe(send(), _event_loop()).result()
+
+
 @functools.cache
 def _event_loop() -> Any:
     """Return the event loop of all requests of this process, running in a thread."""

@@ -12,6 +12,7 @@ from pipelines.errors import AccessError
 from pipelines.io import WrittenFile
 from pipelines.storage.answers import explain
 from pipelines.storage.location import Url
+from pipelines.storage.requests import wait_for
 
 PART_BYTES = 8 << 20
 """Length of a part of a stream: 10,000 of them, as many as S3 takes, are 80 GB."""
@@ -44,7 +45,7 @@ def upload(store: Any, url: Url, chunks: Iterable[bytes | memoryview]) -> Writte
         return upload_stream(store, url, [content])
     for transfer in range(_TRANSFERS):
         try:
-            obstore.put(store, url.key, content, use_multipart=False)
+            wait_for(lambda: obstore.put_async(store, url.key, content, use_multipart=False))
             break
         except Exception as error:
             if transfer == _TRANSFERS - 1 or not any(code in str(error) for code in _DAMAGED):
@@ -101,7 +102,7 @@ def delete(store: Any, url: Url) -> None:
     import obstore
 
     try:
-        obstore.delete(store, url.key)
+        wait_for(lambda: obstore.delete_async(store, url.key))
     except FileNotFoundError:
         return
     except Exception as error:

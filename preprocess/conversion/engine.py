@@ -110,13 +110,16 @@ def run_conversion(
             records = check_folder(*plan.target_arguments)
             settings = {"samples_per_shard": plan.samples_per_shard, "samples": list(plan.samples)}
             finished = {name: entry for name, entry in records.items() if entry.files}
-            items = [
-                item._replace(recorded=[finished[name] for name in item.entries if name in finished])
-                for item in plan.items
-            ]
+            items = plan.items
             if not isinstance(plan.target, Path):
+                # The folder has been listed, so that this takes a request for each missing file alone.
+                finished = {name: one for name, one in finished.items() if one.is_complete_in(plan.target)}
                 paths = (journal_path(plan.target, plan.format_name, number) for number in count(1))
                 items = [item._replace(journal=path) for item, path in zip(items, paths, strict=False)]
+            items = [
+                item._replace(recorded=[finished[name] for name in item.entries if name in finished])
+                for item in items
+            ]
             journal = reopen(plan.target, plan.format_name, plan.spec, records.values(), **settings)
             return [replace(plan, items=items[rank :: world.size], samples=()) for rank in range(world.size)]
 

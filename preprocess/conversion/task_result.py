@@ -97,7 +97,7 @@ def convert_if_stale(
     source: SourceFingerprint | None = None
     with contextlib.suppress(UnreadableError):  # `convert` raises it with the file and the reason.
         source = fingerprint()
-    # Of a store, the folder has been listed already.
+    # In a store, `recorded` are those that are complete: its folder has been listed.
     complete = [
         entry
         for entry in item.recorded

@@ -54,6 +54,20 @@ def test_an_exception_from_the_pieces_leaves_no_object(after: int) -> None:
         read(store)
 
 
+@pytest.mark.parametrize("length", [100, 3 * PART_BYTES])
+def test_pieces_may_upload_something_else(length: int) -> None:
+    store, other = store_module.MemoryStore(), Url("s3", "bucket", "folder/other")
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(length // 100):
+            yield bytes(100)
+        upload(store, other, [b"abc"])
+        delete(store, other)
+
+    upload_stream(store, URL, pieces())
+    assert read(store) == bytes(length // 100 * 100)
+
+
 def test_what_is_deleted_twice_is_gone() -> None:
     store = store_module.MemoryStore()
     upload(store, URL, [b"abc"])

@@ -143,6 +143,24 @@ def test_a_conversion_that_began_elsewhere_is_noticed(bucket: Bucket) -> None:
 
 
 @inline
+def test_missing_objects_are_made_again(
+    tiny: Path, bucket: Bucket, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    rest = ["--to", "packed", "--samples-per-shard", 4]
+    arguments = ["-i", tiny / "train", "-o", f"{bucket.url}/out", *rest]
+    # The record of the third shard is there before the shard; then one of each kind is lost.
+    fault_proxy.configure(Rule("expired token", r"PUT .*2\.tar"))
+    assert program(CONVERT, *arguments).code == 1
+    for name in ("shard_000000.tar", "shard_000001.idx"):
+        boto3.client("s3").delete_object(Bucket=bucket.name, Key=f"out/{name}")
+    fault_proxy.reset()
+    done = program(CONVERT, *arguments)
+    assert done.code == 0 and "26 samples converted, 0 up to date" in done.out
+    assert program(CONVERT, "-i", tiny / "train", "-o", tmp_path / "local", *rest).code == 0
+    assert stored_content(bucket, "out") == local_content(tmp_path / "local")
+
+
+@inline
 def test_foreign_objects_are_refused(tiny: Path, bucket: Bucket) -> None:
     bucket.write("out/train/universe_0001_000_data.npy", b"of someone else")
     done = program(CONVERT, "-i", tiny, "-o", f"{bucket.url}/out", "--to", "npy")
