@@ -31,6 +31,8 @@ from pipelines.storage.requests import COUNTS
 
 SHARD = Path("/data/shard.tar")
 BLOCK = 4096
+# Later versions of Python warn of forks beside threads; what is forked here uses none of them.
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 _fork = multiprocessing.get_context("fork")
 
 
