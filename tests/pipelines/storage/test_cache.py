@@ -23,7 +23,7 @@ from pipelines.io import WrittenFile
 from pipelines.storage import cache, cache_usage
 from pipelines.storage.base import FileState, Storage
 from pipelines.storage.cache import CacheConfig, CachedStorage
-from pipelines.storage.cache_folder import digest_of
+from pipelines.storage.cache_folder import CachedSet, Claim, digest_of
 from pipelines.storage.cache_usage import open_usage
 from pipelines.storage.local import LocalStorage
 from pipelines.storage.location import Location
@@ -332,6 +332,33 @@ def test_a_restart_of_the_system_has_it_counted_again(inner: Memory, tmp_path: P
     for content in (f"{'0' * len(boot)} 0 0.0", "", "\0" * 40, f"{boot} 12"):
         usage.write_text(content)
         check_count(tmp_path)
+
+
+def test_a_change_that_is_broken_off_has_it_counted_again(inner: Memory, tmp_path: Path) -> None:
+    read = storage(inner, tmp_path)
+    for at in range(3):
+        read.read_range(SHARD, at, 5000)
+    with pytest.raises(InterruptedError), open_usage(tmp_path / "cache") as usage:
+        usage.remove(str(files(tmp_path)[0]))
+        raise InterruptedError
+    check_count(tmp_path)
+    assert len(files(tmp_path)) == 2
+
+
+def test_what_is_kept_just_before_a_claim_is_taken(
+    inner: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, claim = storage(inner, tmp_path), CachedSet.claim
+
+    def late_claim(entries: CachedSet, digest: bytes) -> Claim | None:
+        monkeypatch.undo()
+        read.read_range(SHARD, 0, 100)
+        return claim(entries, digest)
+
+    monkeypatch.setattr(CachedSet, "claim", late_claim)
+    assert read.read_range(SHARD, 0, 100) == inner.content[:100]
+    assert len(inner.requests) == 1
+    check_count(tmp_path)
 
 
 @dataclass(frozen=True)
