@@ -6,15 +6,18 @@ threads find them in memory and only decode.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 from pipelines.dataset.dataset import SampleDataset
+from pipelines.errors import DataError
 from pipelines.formats.payload import Payload
 from pipelines.loading.reader import Reader
 from pipelines.plan import Indices
@@ -97,7 +100,9 @@ class Fetcher:
         samples: list[Fetched] = []
         for run in self._runs(indices):
             futures: list[Fetched] = [Future() for _ in run]
-            self._threads.submit(self._fetch, run, futures)
+            fetch = self._threads.submit(self._fetch, run, futures)
+            # Those of a fetch that `close` cancels: a reader thread may wait for them.
+            fetch.add_done_callback(partial(_cancel, futures))
             samples += futures
         position = 0
         for upcoming in steps:
@@ -125,7 +130,11 @@ class Fetcher:
         """Read the samples `run`, which follow each other in a shard if there are several."""
         start = time.monotonic()
         try:
-            split = _prefetched(self._reader.split, run) if len(run) > 1 else self._reader.split
+            split = self._reader.split
+            if len(run) > 1:
+                # Otherwise the reader decides about each sample.
+                with contextlib.suppress(DataError):
+                    split = _prefetched(split, run)
             for index, future in zip(run, futures, strict=True):
                 if future.set_running_or_notify_cancel():
                     future.set_result(self._reader.payload(index, split=split))
@@ -149,6 +158,12 @@ class Fetcher:
         else:
             self._ahead = min(2 * self._ahead, self._most)
         self._taken = now
+
+
+def _cancel(futures: Sequence[Fetched], _: Future[Any]) -> None:
+    """Cancel those of `futures` that have no result."""
+    for future in futures:
+        future.cancel()
 
 
 def _sample_bytes(reader: Reader) -> int:
