@@ -22,6 +22,7 @@ from pipelines.formats.payload import Payload
 from pipelines.loading.reader import Reader
 from pipelines.plan import Indices
 from pipelines.storage.excerpt import Excerpt
+from pipelines.storage.requests import COUNTS
 
 Fetched: TypeAlias = Future[tuple[int, Payload]]
 """The index that is read, and the payload; see `Reader.payload`."""
@@ -68,7 +69,7 @@ class Fetcher:
         self._threads = ThreadPoolExecutor(self._most, "fetch", initializer)
         self._steps: deque[FetchedStep] = deque()
         self._latency = self._interval = 0.0
-        self._taken = math.nan
+        self._taken, self._throttled = math.nan, COUNTS.throttled
 
     def take(self, planned: Iterator[Indices]) -> FetchedStep:
         """Return the next step of `planned`, and start to fetch further ones."""
@@ -147,8 +148,10 @@ class Fetcher:
 
     def _adapt(self, step: FetchedStep) -> None:
         """Choose how many samples to fetch ahead: those that are used up while one is being fetched."""
-        now, samples = time.monotonic(), len(step.samples)
-        if all(sample.done() for sample in step.samples):
+        now, samples, throttled = time.monotonic(), len(step.samples), COUNTS.throttled
+        if throttled > self._throttled:
+            self._ahead = max(2 * samples, self._ahead // 2)
+        elif all(sample.done() for sample in step.samples):
             interval = (now - self._taken) / samples
             if interval > 0:  # False for NaN.
                 self._interval += (_WEIGHT if self._interval else 1.0) * (interval - self._interval)
@@ -157,7 +160,7 @@ class Fetcher:
                 self._ahead = max(2 * samples, min(needed, self._most))
         else:
             self._ahead = min(2 * self._ahead, self._most)
-        self._taken = now
+        self._taken, self._throttled = now, throttled
 
 
 def _cancel(futures: Sequence[Fetched], _: Future[Any]) -> None:
