@@ -91,7 +91,7 @@ def parse_location(text: str, key: str) -> Location:
             key, text, f"expected a path, or a URL that begins with {':// or '.join(SCHEMES)}://"
         )
     host, _, path = rest.partition("/")
-    shown = f"{scheme}://{host.rpartition('@')[2]}/{path.partition('?')[0]}"
+    shown = f"{scheme}://{host.rpartition('@')[2]}/{re.split('[?#]', path)[0]}"
     if "@" in host:
         fault = "a URL must not hold a password: keep it where the store's own tools look for it"
         raise ConfigError(key, shown, f"{fault}; see docs/clouds.md")
