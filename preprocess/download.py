@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     small.add_argument("--url", default=URL, help="address of the archive, a tar of train/ and validation/")
     small.add_argument("--sha256", help="SHA-256 of the archive; its own CRCs are checked in any case")
     rest = parser.add_argument_group("of --from")
-    rest.add_argument("--split", nargs="+", default=(), choices=ALL_SPLITS, help="these splits alone")
+    rest.add_argument("--split", nargs="+", choices=ALL_SPLITS, help="these splits alone")
     which = rest.add_mutually_exclusive_group()
     text = "of each split, START:STOP or the number of the first ones"
     which.add_argument("--samples", type=_part, metavar="PART", help=f"samples {text}")
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return download_part(
             arguments.source,
             arguments.output_dir,
-            arguments.split,
+            arguments.split or (),
             arguments.samples,
             arguments.shards,
             arguments.workers,

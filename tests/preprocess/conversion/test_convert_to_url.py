@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from helpers import command, inline_workers, kill, program, start, started_by, t
 from object_store import Bucket
 
 from pipelines.dataset.manifest import MANIFEST
+from pipelines.distributed.locks import locked
 from pipelines.errors import DataError
 from pipelines.formats.npy import write_npy
 from pipelines.sample import Sample, SampleSpec, SplitName
 from pipelines.storage.location import Url
+from preprocess.conversion.progress import lock_target
 from preprocess.conversion.target import check_not_replaced, reopen
 from preprocess.simulator.universe import SimulateConfig
 
@@ -158,6 +161,20 @@ def test_missing_objects_are_made_again(
     assert done.code == 0 and "26 samples converted, 0 up to date" in done.out
     assert program(CONVERT, "-i", tiny / "train", "-o", tmp_path / "local", *rest).code == 0
     assert stored_content(bucket, "out") == local_content(tmp_path / "local")
+
+
+def test_one_run_at_a_time_on_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def wait(_: str) -> None:
+        raise TimeoutError
+
+    with lock_target(Url("s3", "bucket", "out")), lock_target(Url("s3", "bucket", "other")):
+        places = list(tmp_path.glob("*/*"))
+        assert len(places) == 2
+        for place in places:
+            with pytest.raises(TimeoutError), locked(place, wait):
+                pass
 
 
 @inline
