@@ -18,7 +18,7 @@ from pipelines.dataset.file_lists import DATA_LIST, LABEL_LIST
 from pipelines.dataset.manifest import MANIFEST
 from pipelines.errors import ConfigError, DataError
 from pipelines.formats.base import Format
-from pipelines.formats.npy import Npy, map_sample, read_slab
+from pipelines.formats.npy import Npy, cut_slab, map_sample, read_slab
 from pipelines.formats.packed.decode import open_packed, open_slab
 from pipelines.formats.packed.format import MEMBER_SUFFIX, PackedFormat
 from pipelines.formats.packed.tar_shard import read_member
@@ -250,9 +250,9 @@ class SampleDataset:
     def _payload(self, index: int, slab: Slab | None, *, fully_validate: bool, direct: bool) -> Payload:
         """Read sample `index` once; see `payload`."""
         path = self.path(index)
-        if slab is not None and not self.sharded:
+        # Nothing compares a part of a file, or a mapped one, with its checksum.
+        if slab is not None and not self.sharded and not self.storage.is_remote:
             return read_slab(path, self.spec, slab, storage=self.storage, direct=direct)
-        # Nothing compares a mapped file with its checksum.
         mappable = isinstance(path, Path) and not self.storage.is_remote
         if self.format_name == Npy.name and self.labeled and mappable and not (fully_validate or direct):
             return map_sample(Path(path), self.spec)
@@ -271,7 +271,7 @@ class SampleDataset:
             return packed
         contents = self._contents(index, direct=direct)
         sample = self.format.parse(path, contents, self.spec, labeled=self.labeled)
-        return CountsPayload(sample.counts, sample.target)
+        return CountsPayload(cut_slab(sample.counts, slab) if slab else sample.counts, sample.target)
 
     def _retry_damaged(self, read: Callable[[SampleDataset], _Read]) -> _Read:
         """Return `read` of these samples, which is repeated as `Storage.retry_damaged` says."""

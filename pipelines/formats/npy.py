@@ -123,6 +123,16 @@ def read_slab(
     return CountsPayload(counts, _read_target(path, storage))
 
 
+def cut_slab(counts: npt.NDArray[np.int16], slab: Slab) -> npt.NDArray[np.int16]:
+    """Return the planes of `slab` of `counts`, as `read_slab` reads them."""
+    size = len(counts)
+    planes, first = slab.planes(size)
+    found = np.zeros(slab.shape(SampleSpec(size, counts.shape[-1])), np.int16)
+    count = len(found[planes])
+    found[planes] = counts.take(range(first, first + count), axis=0, mode="wrap")
+    return found
+
+
 def write_npy(path: Location, array: npt.NDArray[Any]) -> WrittenFile:
     """Write `array` as numpy.save does, atomically."""
     array, header = np.ascontiguousarray(array), io.BytesIO()

@@ -86,9 +86,9 @@ def explain(error: BaseException) -> Refusal:
         return Refusal("permanent", *_CODES["PermanentRedirect"])
     if number:
         return Refusal("permanent", answered, "check the address and the server")
-    if type(error).__name__ == "NotSupportedError":
-        fault = "the server answers a request for a part of the file with all of it"
-        return Refusal("permanent", fault, "use a server that supports range requests")
+    if type(error).__name__ == "NotSupportedError" or "NotPartial" in text:
+        fault = "the server answers a request for a part of the file with all of it, or with a page"
+        return Refusal("permanent", fault, "check the address; the server must support range requests")
     if "ontent-Length" in text or "HeaderError" in text or "Header {" in text:
         return Refusal("permanent", "the server's answer has no length", "give the address of a file")
     reasons = (reason for pattern, reason in _CONNECTIONS if pattern.search(text))

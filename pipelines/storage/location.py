@@ -13,6 +13,7 @@ from pipelines.errors import ConfigError
 SCHEMES = ("s3", "gs", "az", "https", "http")
 """Schemes of URLs that are read by requests; `file` stands for a path."""
 
+_QUERY = re.compile("[?#]")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
@@ -86,16 +87,17 @@ def parse_location(text: str, key: str) -> Location:
         if not rest.startswith("/"):
             raise ConfigError(key, text, "expected file:///PATH, or the path alone")
         return Path(urllib.parse.unquote(rest))
+    host, slash, path = rest.partition("/")
+    # Without what may be secret.
+    shown = f"{scheme}://{_QUERY.split(host.rpartition('@')[2])[0]}{slash}{_QUERY.split(path)[0]}"
     if scheme not in SCHEMES:
         raise ConfigError(
-            key, text, f"expected a path, or a URL that begins with {':// or '.join(SCHEMES)}://"
+            key, shown, f"expected a path, or a URL that begins with {':// or '.join(SCHEMES)}://"
         )
-    host, _, path = rest.partition("/")
-    shown = f"{scheme}://{host.rpartition('@')[2]}/{re.split('[?#]', path)[0]}"
     if "@" in host:
         fault = "a URL must not hold a password: keep it where the store's own tools look for it"
         raise ConfigError(key, shown, f"{fault}; see docs/clouds.md")
-    if "?" in rest or "#" in rest:
+    if _QUERY.search(rest):
         # A signature in a query would be written to config.yaml and to reports.
         fault = "a URL must have no query, and a signed one opens a single object: give the folder's address"
         raise ConfigError(key, shown, f"{fault}; see docs/clouds.md")

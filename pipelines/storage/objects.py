@@ -64,7 +64,9 @@ class ObjectStorage(Storage):
 
             try:
                 meta = client.requests.run(_url(path), lambda: obstore.head_async(client.store, key))
-            except StorageError:
+            except StorageError as error:
+                if error.__cause__ and explain(error.__cause__).kind == "temporary":
+                    raise
                 # The answer to a HEAD request has no body, which would give the reason.
                 self._get(path, (0, 1))
             else:
@@ -73,9 +75,9 @@ class ObjectStorage(Storage):
 
     def list(self, folder: Location) -> list[str]:
         """See `Storage`."""
+        client, prefix = self._client, _key(folder)
         import obstore
 
-        client, prefix = self._client, _key(folder)
         if not self.lists_folders:
             remedy = "write a manifest for them, with python -m preprocess.verify --write, and upload it"
             raise UnreadableError(folder, "cannot be listed, as it lies on a web server", remedy)
@@ -148,9 +150,9 @@ class ObjectStorage(Storage):
         Raises:
             DataError: The object has changed since this process has first read it.
         """
+        client, key = self._client, _key(path)
         import obstore
 
-        client, key = self._client, _key(path)
         if extent is not None and key in client.states and extent[0] >= client.states[key].bytes:
             return b""
 
@@ -165,9 +167,14 @@ class ObjectStorage(Storage):
             content = bytes(await result.buffer_async())
             COUNTS.bytes += len(content)
             start, stop = result.range
-            if len(content) != stop - start:
+            state, encoding = _state(result.meta), result.attributes.get("Content-Encoding")
+            wrong = len(content) != stop - start
+            if encoding and (wrong or client.states.get(key, state) != state):
+                fault = f"cannot be read: the server sends it compressed ({encoding})"
+                raise StorageError(path, fault, "switch that off there, or upload it without an encoding")
+            if wrong:
                 raise ConnectionResetError("the connection broke off")
-            return _state(result.meta), content
+            return state, content
 
         state, content = client.requests.run(_url(path), request)
         if state is not None and client.states.setdefault(key, state) != state:

@@ -94,6 +94,8 @@ class Requests:
                 answer = await self._race(request)
                 self._reached = True
                 return answer
+            except UserError:
+                raise
             except Exception as error:
                 refusal = explain(error)
                 if refusal.kind != "temporary":

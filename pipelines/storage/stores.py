@@ -79,7 +79,7 @@ def _aws_settings() -> dict[str, Any]:
         settings["credential_provider"] = Boto3CredentialProvider(session)
     if session.region_name:
         settings["region"] = session.region_name
-    with contextlib.suppress(BotoCoreError, ValueError):
+    with contextlib.suppress(BotoCoreError):
         endpoint = session.client("s3", region_name=session.region_name or "us-east-1").meta.endpoint_url
         if not endpoint.endswith(".amazonaws.com"):
             settings["endpoint"] = endpoint
