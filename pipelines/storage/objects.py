@@ -81,8 +81,11 @@ class ObjectStorage(Storage):
         if not self.lists_folders:
             remedy = "write a manifest for them, with python -m preprocess.verify --write, and upload it"
             raise UnreadableError(folder, "cannot be listed, as it lies on a web server", remedy)
+        # A thousand names are a request: half a million take a minute, and one that fails is repeated alone.
         found = client.requests.run(
-            _url(folder), lambda: obstore.list_with_delimiter_async(client.store, prefix or None)
+            _url(folder),
+            lambda: obstore.list_with_delimiter_async(client.patient, prefix or None),
+            races=False,
         )
         client.states |= {str(meta["path"]): _state(meta) for meta in found["objects"]}
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
@@ -138,7 +141,7 @@ class ObjectStorage(Storage):
             raise AccessError(path, "cannot be written, as it lies on a web server", remedy)
         client = self._client
         client.states.pop(_key(path), None)
-        return client.writer
+        return client.patient
 
     @property
     def _client(self) -> _Client:
@@ -197,8 +200,8 @@ class _Client:
         self.states: dict[str, FileState] = {}
 
     @functools.cached_property
-    def writer(self) -> Any:
-        """Client for uploads, which repeats requests itself: only it still has the part of a stream."""
+    def patient(self) -> Any:
+        """Client that repeats requests itself: for uploads, whose parts it has, and for lists."""
         return make_store(self._scheme, self._host, writes=True)
 
 

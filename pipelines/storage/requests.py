@@ -28,9 +28,13 @@ FIRST_DEADLINE_SECONDS = 15.0
 _FIRST_PAUSE, _LONGEST_PAUSE, _THROTTLED_PAUSE = 0.1, 5.0, 0.5
 """Seconds before a request is repeated: doubled each time, up to the longest, times a random number."""
 
-_RACE_SECONDS, _RACE_FACTOR, _MOST_RACING = 1.0, 4.0, 3
+_RACE_SECONDS, _RACE_FACTOR, _MOST_RACERS = 1.0, 4.0, 2
 """A request that takes longer than this, and than this multiple of the usual duration, is raced by another
 one, and after as long again by a last one."""
+
+_FEWEST_RACERS, _RACERS_PART = 4, 4
+"""So many racers are sent at a time, or one for so many requests in flight: where most take long, the line or
+the server is slow, and further requests would make it slower."""
 
 _WEIGHT = 0.1
 """Weight of the latest request in the moving average of durations."""
@@ -73,25 +77,27 @@ class Requests:
     def __init__(self) -> None:
         self.seconds: float | None = None
         self._reached = False
+        self._in_flight = self._racers = 0
 
-    def run(self, url: Url, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    def run(self, url: Url, request: Callable[[], Awaitable[_Answer]], *, races: bool = True) -> _Answer:
         """Return the answer of `request`, repeated until the deadline.
 
         Args:
             url: What it is about, for errors.
             request: Sends it; may be called several times, also while another one waits.
+            races: Send another one while it stalls. False for many requests one after the other.
 
         Raises:
             MissingError: There is no such object.
             StorageError: The server refuses, or does not answer before the deadline.
         """
-        return asyncio.run_coroutine_threadsafe(self._repeat(url, request), _event_loop()).result()
+        return asyncio.run_coroutine_threadsafe(self._repeat(url, request, races), _event_loop()).result()
 
-    async def _repeat(self, url: Url, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    async def _repeat(self, url: Url, request: Callable[[], Awaitable[_Answer]], races: bool) -> _Answer:
         start, attempts = time.monotonic(), 0
         while True:
             try:
-                answer = await self._race(request)
+                answer = await (self._race(request) if races else self._send(request))
                 self._reached = True
                 return answer
             except UserError:
@@ -115,27 +121,34 @@ class Requests:
 
     async def _race(self, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
         """Return the first answer of a request, and of further ones beside it while it stalls."""
-        start, usual = time.monotonic(), self.seconds or 0.0
-        patience = max(_RACE_SECONDS, _RACE_FACTOR * usual)
+        start, racers = time.monotonic(), 0
+        patience = max(_RACE_SECONDS, _RACE_FACTOR * (self.seconds or 0.0))
         running = {self._send(request)}
+        self._in_flight += 1
         try:
             while True:
                 done, running = await asyncio.wait(
                     running, timeout=patience, return_when=asyncio.FIRST_COMPLETED
                 )
                 taken = time.monotonic() - start
-                for task in done:
+                # Of those that end together, an answer comes first.
+                for task in sorted(done, key=lambda task: task.exception() is not None):
                     # A failure waits for the other requests, if there are any.
                     if task.exception() is None or not running:
                         answer = task.result()
-                        self.seconds = taken if self.seconds is None else usual + _WEIGHT * (taken - usual)
+                        self.seconds = (
+                            taken if self.seconds is None else self.seconds + _WEIGHT * (taken - self.seconds)
+                        )
                         return answer
                 if taken > REQUEST_SECONDS:
                     raise TimeoutError
-                if not done and len(running) < _MOST_RACING:
+                most = max(_FEWEST_RACERS, self._in_flight // _RACERS_PART)
+                if not done and racers < _MOST_RACERS and self._racers < most:
                     COUNTS.raced += 1
+                    self._racers, racers = self._racers + 1, racers + 1
                     running.add(self._send(request))
         finally:
+            self._in_flight, self._racers = self._in_flight - 1, self._racers - racers
             for task in running:
                 task.cancel()
 

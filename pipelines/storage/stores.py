@@ -8,8 +8,11 @@ from typing import Any
 
 from pipelines.errors import ConfigError
 
-REQUEST_SECONDS = 30
-"""Duration after which a request without a complete answer is given up and repeated."""
+REQUEST_SECONDS = 300
+"""Duration after which a request without a complete answer is given up and repeated, over a slow line."""
+
+_SILENT_SECONDS = 15
+"""Duration after which a request is given up whose answer does not begin, or does not go on."""
 
 _CONNECT_SECONDS = 5
 
@@ -32,7 +35,7 @@ def make_store(scheme: str, host: str, *, writes: bool = False) -> Any:
 
     Args:
         scheme, host: As of `Url`.
-        writes: For uploads: it repeats requests, and S3 checks the SHA-256 of what arrives.
+        writes: For uploads, and for lists: it repeats requests, and S3 checks the SHA-256 of what arrives.
 
     Raises:
         ConfigError: obstore is not installed, or the settings in the environment are not complete.
@@ -42,9 +45,10 @@ def make_store(scheme: str, host: str, *, writes: bool = False) -> Any:
     except ImportError as error:
         fault = "URLs are read with obstore, which is not installed: pip install 'cosmoflow-dali[cloud]'"
         raise ConfigError("data.dir", f"{scheme}://{host}", fault) from error
-    client = {
+    client: dict[str, Any] = {
         "timeout": f"{_UPLOAD_SECONDS if writes else REQUEST_SECONDS}s",
         "connect_timeout": f"{_CONNECT_SECONDS}s",
+        **({} if writes else {"read_timeout": f"{_SILENT_SECONDS}s"}),
         # With a plain endpoint, which the user has named, or a web server.
         "allow_http": True,
     }

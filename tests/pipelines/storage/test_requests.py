@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -105,3 +106,18 @@ def test_requests_that_all_stall_end_at_the_deadline(monkeypatch: pytest.MonkeyP
     with pytest.raises(StorageError):
         Requests().run(URL, answers(*[20.0] * 100))
     assert time.monotonic() - start < 2
+
+
+def test_where_all_requests_are_slow_few_are_raced() -> None:
+    before, server = COUNTS.raced, Requests()
+    with ThreadPoolExecutor(20) as threads:
+        each = [threads.submit(server.run, URL, answers(*[0.5] * 3)) for _ in range(20)]
+        assert {one.result() for one in each} == {"late"}
+    assert 0 < COUNTS.raced - before <= 5
+
+
+def test_many_requests_one_after_the_other_are_not_raced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "REQUEST_SECONDS", 0.2)
+    before = COUNTS.requests
+    assert Requests().run(URL, answers(0.4), races=False) == "late"
+    assert COUNTS.requests - before == 1
