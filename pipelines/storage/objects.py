@@ -109,7 +109,7 @@ class ObjectStorage(Storage):
         for _ in range(_TRANSFERS - 1):
             try:
                 return read(self)
-            except UnreadableError:
+            except AccessError:
                 raise
             except DataError:
                 COUNTS.retries += 1

@@ -19,12 +19,15 @@ _CONNECT_SECONDS = 5
 _UPLOAD_SECONDS = 120
 """The same for a request that uploads: 64 MB at most, over a slow line."""
 
+UPLOAD_RETRIES = 25
+"""Repetitions of a request that uploads: a minute without a server that can be reached."""
+
 _UPLOAD_RETRIES = {
-    "max_retries": 25,
+    "max_retries": UPLOAD_RETRIES,
     "retry_timeout": timedelta(seconds=3 * _UPLOAD_SECONDS),
     "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 3},
 }
-"""A minute without a server that can be reached: pauses are random, up to the last one times the base."""
+"""Pauses are random, up to the last one times the base."""
 
 
 def make_store(scheme: str, host: str, *, writes: bool = False) -> Any:

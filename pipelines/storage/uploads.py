@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -13,6 +16,7 @@ from pipelines.io import WrittenFile
 from pipelines.storage.answers import explain
 from pipelines.storage.location import Url
 from pipelines.storage.requests import wait_for
+from pipelines.storage.stores import UPLOAD_RETRIES
 
 PART_BYTES = 8 << 20
 """Length of a part of a stream: 10,000 of them, as many as S3 takes, are 80 GB."""
@@ -23,10 +27,18 @@ _PARTS_AT_A_TIME = 2
 _SINGLE_BYTES = 64 << 20
 """Length up to which content that is in memory is sent in one request."""
 
-_DAMAGED = ("BadDigest", "XAmzContentSHA256Mismatch")
-"""Codes of S3 for content that was damaged on its way."""
+_INTERRUPTED = ("BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload")
+"""Codes of S3 for content that was damaged on its way, and for an upload whose last answer was lost."""
 
-_TRANSFERS = 3
+_EXHAUSTED = re.compile(rf"(?<!max_)retries: {UPLOAD_RETRIES}\b")
+"""Part of the text of an error after obstore has repeated the request for a minute."""
+
+_ATTEMPTS = 5
+"""Attempts with what obstore does not repeat: damaged content, answers that break off, removals."""
+
+
+class InterruptedUploadError(AccessError):
+    """An upload in parts that broke off; it may succeed if all pieces are made again."""
 
 
 def upload(store: Any, url: Url, chunks: Iterable[bytes | memoryview]) -> WrittenFile:
@@ -43,13 +55,7 @@ def upload(store: Any, url: Url, chunks: Iterable[bytes | memoryview]) -> Writte
     content = b"".join(chunks)
     if len(content) > _SINGLE_BYTES:
         return upload_stream(store, url, [content])
-    for transfer in range(_TRANSFERS):
-        try:
-            wait_for(lambda: obstore.put_async(store, url.key, content, use_multipart=False))
-            break
-        except Exception as error:
-            if transfer == _TRANSFERS - 1 or not any(code in str(error) for code in _DAMAGED):
-                raise _refused(url, error) from error
+    _repeat(url, "written", lambda: obstore.put_async(store, url.key, content, use_multipart=False))
     return WrittenFile(url, len(content), crc32c.crc32c(content))
 
 
@@ -57,6 +63,10 @@ def upload_stream(store: Any, url: Url, pieces: Iterable[bytes | memoryview]) ->
     """Upload `pieces`, consumed one by one, to `url`, in parts; see `upload`.
 
     An exception from them is raised as it is: the upload is aborted, and its parts are removed.
+
+    Raises:
+        InterruptedUploadError: Another attempt may succeed.
+        AccessError: The store refuses.
     """
     import obstore
 
@@ -93,7 +103,8 @@ def upload_stream(store: Any, url: Url, pieces: Iterable[bytes | memoryview]) ->
     except Exception as error:
         if failures:
             raise failures[0] from None
-        raise _refused(url, error) from error
+        kind = InterruptedUploadError if _is_temporary(error) else AccessError
+        raise _refused(url, error, "written", kind) from error
     return WrittenFile(url, length, checksum)
 
 
@@ -101,14 +112,28 @@ def delete(store: Any, url: Url) -> None:
     """Delete the object at `url`, if there is one; see `upload`."""
     import obstore
 
-    try:
-        wait_for(lambda: obstore.delete_async(store, url.key))
-    except FileNotFoundError:
-        return
-    except Exception as error:
-        raise _refused(url, error, "removed") from error
+    _repeat(url, "removed", lambda: obstore.delete_async(store, url.key))
 
 
-def _refused(url: Url, error: BaseException, done: str = "written") -> AccessError:
+def _repeat(url: Url, done: str, request: Callable[[], Awaitable[object]]) -> None:
+    """Send `request`, again if it may succeed then; `done` is what it does, for errors."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            wait_for(request)
+            return
+        except Exception as error:
+            if done == "removed" and explain(error).kind == "missing":
+                return
+            if attempt == _ATTEMPTS or not _is_temporary(error):
+                raise _refused(url, error, done) from error
+        time.sleep(attempt * random.uniform(0.05, 0.15))
+
+
+def _is_temporary(error: Exception) -> bool:
+    interrupted = explain(error).kind == "temporary" or any(code in str(error) for code in _INTERRUPTED)
+    return interrupted and not _EXHAUSTED.search(str(error))
+
+
+def _refused(url: Url, error: Exception, done: str, kind: type[AccessError] = AccessError) -> AccessError:
     refusal = explain(error)
-    return AccessError(url, f"cannot be {done}: {refusal.fault}", refusal.remedy)
+    return kind(url, f"cannot be {done}: {refusal.fault}", refusal.remedy)

@@ -11,8 +11,12 @@ from pipelines.dataset.manifest import Entry, SourceFingerprint
 from pipelines.errors import AccessError, DataError, UnreadableError, UserError
 from pipelines.io import WrittenFile
 from pipelines.storage.location import Location
+from pipelines.storage.uploads import InterruptedUploadError
 from preprocess.conversion.journal import write_records
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
+
+_ATTEMPTS = 3
+"""Attempts with an upload that breaks off."""
 
 
 class WorkItem(NamedTuple):
@@ -113,15 +117,22 @@ def convert_if_stale(
         # be there if there is an earlier record.
         if item.journal and not item.recorded:
             (name,) = item.entries
-            announced.append(Entry.from_written(name, files, source))
+            announced[:] = [Entry.from_written(name, files, source)]
             write_records(item.journal, announced)
 
     announced: list[Entry] = []
     written: list[Entry] = []
     damage: DamagedSourceError | None = None
     try:
-        for name, files in convert(announce):
-            written.append(Entry.from_written(name, files, source))
+        for attempt in range(1, _ATTEMPTS + 1):
+            written.clear()
+            try:
+                for name, files in convert(announce):
+                    written.append(Entry.from_written(name, files, source))
+                break
+            except InterruptedUploadError:
+                if attempt == _ATTEMPTS:
+                    raise
     except DamagedSourceError as error:
         damage = error
     except DataError as error:

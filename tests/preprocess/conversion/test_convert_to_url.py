@@ -11,20 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import crc32c
 import numpy as np
 import pytest
 from fault_proxy import FaultProxy, Request, Rule
 from helpers import command, inline_workers, kill, program, start, started_by, tiny_sample, write_tiny
 from object_store import Bucket
 
-from pipelines.dataset.manifest import MANIFEST
+from pipelines.dataset.manifest import MANIFEST, SourceFingerprint
 from pipelines.distributed.locks import locked
-from pipelines.errors import DataError
+from pipelines.errors import AccessError, DataError
 from pipelines.formats.npy import write_npy
+from pipelines.io import WrittenFile
 from pipelines.sample import Sample, SampleSpec, SplitName
 from pipelines.storage.location import Url
+from pipelines.storage.objects import ObjectStorage
+from pipelines.storage.uploads import InterruptedUploadError
 from preprocess.conversion.progress import lock_target
 from preprocess.conversion.target import check_not_replaced, reopen
+from preprocess.conversion.task_result import Announce, WorkItem, convert_if_stale
 from preprocess.simulator.universe import SimulateConfig
 
 CONVERT, VERIFY, SIMULATE = "preprocess.convert", "preprocess.verify", "preprocess.simulate"
@@ -128,11 +133,47 @@ def test_a_refusal_is_one_line(
 def test_uploads_are_repeated(bucket: Bucket, fault_proxy: FaultProxy, tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "data", train=3, validation=1) / "train"
     fault_proxy.configure(
-        Rule("slow down", "PUT .*_data.npy", times=1), Rule("reset", "PUT .*_label.npy", skip=1, times=1)
+        Rule("slow down", "PUT .*_data.npy", times=1),
+        Rule("reset", "PUT .*_label.npy", skip=1, times=1),
+        Rule("truncate", "POST .*delete", times=1),
+        Rule("reset", "POST .*delete", times=1),
     )
     assert program(CONVERT, "-i", source, "-o", f"{bucket.url}/out", "--to", "npy").code == 0
     assert program(CONVERT, "-i", source, "-o", tmp_path / "local", "--to", "npy").code == 0
     assert stored_content(bucket, "out") == local_content(tmp_path / "local")
+
+
+def test_an_upload_in_parts(bucket: Bucket, fault_proxy: FaultProxy) -> None:
+    url, storage = Url("s3", bucket.name, "out"), ObjectStorage("s3", bucket.name)
+    pieces = [bytes([number]) * (1 << 20) for number in range(11)]
+    fault_proxy.configure(Rule("reset", "PUT .*partNumber=2", times=1))
+    written = storage.write_stream(url, iter(pieces))
+    content = storage.read(url)
+    assert content == b"".join(pieces) and written == (url, len(content), crc32c.crc32c(content), ())
+    for rule, kind in (
+        (Rule("truncate", "POST .*uploads", times=1), InterruptedUploadError),
+        (Rule("expired token", "PUT .*partNumber=2", times=1), AccessError),
+    ):
+        fault_proxy.configure(rule)
+        with pytest.raises(AccessError) as error:
+            storage.write_stream(url / "other", iter(pieces))
+        assert type(error.value) is kind and error.value.path == f"{url}/other"
+        assert not storage.is_present(url / "other")
+    uploads = boto3.client("s3").list_multipart_uploads(Bucket=bucket.name).get("Uploads", [])
+    assert len(uploads) == 1, "only that whose identity did not arrive"
+
+
+def test_an_upload_that_breaks_off_is_made_again(tmp_path: Path) -> None:
+    attempts = []
+
+    def convert(_: Announce) -> Iterator[tuple[str, list[WrittenFile]]]:
+        attempts.append(len(attempts))
+        if len(attempts) < 3:
+            raise InterruptedUploadError("s3://bucket/out", "cannot be written", "try again")
+        yield "a", [WrittenFile(tmp_path / "a.tar", 7, 0)]
+
+    result = convert_if_stale(WorkItem(None, ["a"]), tmp_path, lambda: SourceFingerprint(1, "0"), convert)
+    assert [entry.name for entry in result.written] == ["a"] and len(attempts) == 3
 
 
 def test_a_conversion_that_began_elsewhere_is_noticed(bucket: Bucket) -> None:
