@@ -164,7 +164,7 @@ def test_an_upload_in_parts(bucket: Bucket, fault_proxy: FaultProxy) -> None:
 
 
 def test_an_upload_that_breaks_off_is_made_again(tmp_path: Path) -> None:
-    attempts = []
+    attempts: list[int] = []
 
     def convert(_: Announce) -> Iterator[tuple[str, list[WrittenFile]]]:
         attempts.append(len(attempts))

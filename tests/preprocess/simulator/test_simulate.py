@@ -268,7 +268,7 @@ def test_folder_with_other_content_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError) as error:
         make_dataset(SMALL, tmp_path / "file", workers=1, shown=False)
-    assert error.value.path == str(tmp_path / "file" / "simulation.json")
+    assert error.value.path == str(tmp_path / "file" / "train")
 
 
 def test_record_holds_the_settings(made: Path) -> None:
