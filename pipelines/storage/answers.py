@@ -91,6 +91,13 @@ def explain(error: BaseException) -> Refusal:
         return Refusal("permanent", fault, "check the address; the server must support range requests")
     if "ontent-Length" in text or "HeaderError" in text or "Header {" in text:
         return Refusal("permanent", "the server's answer has no length", "give the address of a file")
+    if type(error).__name__ == "UnauthenticatedError":
+        # boto3 could not get them, as after the end of a single sign-on.
+        return Refusal(
+            "temporary",
+            "the credentials cannot be renewed",
+            "sign in or renew them; --resume continues a run",
+        )
     reasons = (reason for pattern, reason in _CONNECTIONS if pattern.search(text))
     if isinstance(error, TimeoutError):
         return Refusal("temporary", "no answer in time", "check the server and the network")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from datetime import timedelta
 from typing import Any
 
@@ -86,8 +85,15 @@ def _aws_settings() -> dict[str, Any]:
         settings["credential_provider"] = Boto3CredentialProvider(session)
     if session.region_name:
         settings["region"] = session.region_name
-    with contextlib.suppress(BotoCoreError):
+    try:
         endpoint = session.client("s3", region_name=session.region_name or "us-east-1").meta.endpoint_url
-        if not endpoint.endswith(".amazonaws.com"):
-            settings["endpoint"] = endpoint
+    except BotoCoreError:
+        return settings
+    except ValueError:
+        # Its text has the endpoint, which may have a password.
+        raise ValueError("AWS_ENDPOINT_URL is not valid; expected https://HOST or http://HOST:PORT") from None
+    if "@" in endpoint:
+        raise ValueError("AWS_ENDPOINT_URL must not hold a password")
+    if not endpoint.endswith(".amazonaws.com"):
+        settings["endpoint"] = endpoint
     return settings

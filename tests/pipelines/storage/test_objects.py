@@ -94,7 +94,9 @@ def test_an_answer_that_stays_wrong(
     [
         ({"AWS_ACCESS_KEY_ID": "WRONGKEY"}, "access key is unknown"),
         ({"AWS_SECRET_ACCESS_KEY": "sesame"}, "secret key"),
-        ({"AWS_ENDPOINT_URL": f"{HOST}:80"}, "ndpoint"),
+        ({"AWS_ENDPOINT_URL": f"{HOST}:80"}, "AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "user:sesame@host"}, "AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": f"http://user:sesame@{HOST}:80"}, "password"),
         ({"AWS_PROFILE": "nobody"}, "nobody"),
     ],
 )

@@ -90,6 +90,13 @@ def test_a_server_that_is_down_is_given_up_at_the_deadline() -> None:
     assert 0.4 < time.monotonic() - start < 1
 
 
+def test_credentials_that_cannot_be_renewed_are_told_apart() -> None:
+    exceptions = pytest.importorskip("obstore.exceptions")
+    with pytest.raises(StorageError) as raised:
+        Requests().run(URL, answers(*[exceptions.UnauthenticatedError("External provider: sesame")] * 100))
+    assert "credentials" in raised.value.fault and "sesame" not in str(raised.value)
+
+
 def test_a_stalled_request_is_raced() -> None:
     start, before = time.monotonic(), COUNTS.raced
     assert Requests().run(URL, answers(20.0, "content")) == "content"
