@@ -19,7 +19,7 @@ from pipelines.errors import UserError
 
 HOST = "127.0.0.1"
 BUCKET = "bench"
-_KEY, _SECRET = "key", "secret"
+_KEY, _SECRET = "bench-access-key", "bench-secret-key"
 _IDENTITIES = {
     "identities": [
         {

@@ -12,7 +12,7 @@ from typing import Any
 
 from cosmoflow_dali.config import DEFAULT, TrainConfig, read_yaml, resolve
 from cosmoflow_dali.training import run_dir as runs
-from pipelines.distributed.cli import OneLineParser
+from pipelines.distributed.cli import OneLineParser, local_path
 from pipelines.errors import ConfigError
 from pipelines.settings import flag_options, settings
 from pipelines.strict_yaml import parse_yaml
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     known = {setting.key: setting for setting in settings(TrainConfig)}
     for flag, key in FLAGS.items():
         add(flag, dest=key, default=argparse.SUPPRESS, **flag_options(known[key]))
-    add("--run-dir", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME-TIME)")
+    add("--run-dir", type=local_path, metavar="DIR", help="folder of the run (default: runs/NAME-TIME)")
     text = "any setting in docs/settings.md, such as loader.threads=4; may be repeated"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     text = "divide the ranks evenly among N instances of the training, in folders 1 to N of --run-dir, with "

@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -26,7 +25,7 @@ from cosmoflow_dali.reporting.read_features import read_features
 from pipelines.console import print_line
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import has_split, open_folder
-from pipelines.distributed.cli import OneLineParser, location, report_errors
+from pipelines.distributed.cli import OneLineParser, local_path, location, report_errors
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.errors import DataError
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             metavar="DATA",
             help="folder or URL of train/ and test/ or validation/",
         )
-        parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all scores")
+        parser.add_argument("--output", type=local_path, metavar="FILE", help="JSON file for all scores")
         parser.add_argument(
             "--seed", type=int, default=0, help="seed of the fit and of the draws, at least 0"
         )

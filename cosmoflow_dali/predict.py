@@ -48,7 +48,7 @@ from cosmoflow_dali.training.pretrained import LoadedModel, load_model
 from pipelines.console import check_output
 from pipelines.dataset.dataset import SampleDataset
 from pipelines.dataset.open import SAMPLE_SUFFIXES, open_path
-from pipelines.distributed.cli import OneLineParser, location, report_errors
+from pipelines.distributed.cli import OneLineParser, local_path, location, report_errors
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import DataError
 from pipelines.filesystem import find_files, refuse_input
@@ -104,12 +104,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; UserError for options that contradict each other."""
     parser = OneLineParser("cosmoflow_dali.predict", __doc__)
     parser.add_argument("--weights", type=Path, required=True, help="a checkpoint or a reference .npz")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file (default: standard output)")
+    parser.add_argument(
+        "--output", type=local_path, metavar="FILE", help="CSV file (default: standard output)"
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="draw so often from each posterior")
     text = "file for all draws, .npz or HDF5 (.h5)"
-    parser.add_argument("--draws", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--draws", type=local_path, metavar="FILE", help=text)
     text = "new folder for a chain of each sample, as GetDist reads them"
-    parser.add_argument("--chains", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--chains", type=local_path, metavar="DIR", help=text)
     parser.add_argument("--seed", type=int, help="seed of the draws (default: 0)")
     text = "samples, shards or folders of them, in any format; paths, patterns or URLs"
     parser.add_argument("paths", nargs="+", type=location, metavar="PATH", help=text)

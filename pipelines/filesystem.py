@@ -173,9 +173,11 @@ def node_folder(text: str, key: str) -> Path:
     """Return the folder `text` of the setting `key`, with the values of environment variables on this node.
 
     Raises:
-        ConfigError: A variable is not set here.
+        ConfigError: A variable is not set here, or it is a URL.
     """
     folder = os.path.expandvars(text)
+    if "://" in folder:
+        raise ConfigError(key, text, "expected a folder on each node's own disk, not a URL")
     if "$" in folder:
         unset = _VARIABLE.search(folder)
         fault = (

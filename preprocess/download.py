@@ -30,7 +30,7 @@ import numpy as np
 from pipelines.console import print_line
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.dataset.open import list_folder, open_folder, split_dirs
-from pipelines.distributed.cli import OneLineParser, launched, location, report_errors
+from pipelines.distributed.cli import OneLineParser, launched, local_path, location, report_errors
 from pipelines.distributed.session import exit_now
 from pipelines.distributed.world import World, available_cores
 from pipelines.errors import AccessError, ConfigError, DataError, UserError, writing
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = "folder or URL of samples, or of the splits"
     source.add_argument("--from", dest="source", type=location, metavar="URL", help=text)
     text = "folder of the data set (default with --small: data/small)"
-    parser.add_argument("-o", "--output-dir", type=Path, help=text)
+    parser.add_argument("-o", "--output-dir", type=local_path, help=text)
     small = parser.add_argument_group("of --small")
     small.add_argument("--url", default=URL, help="address of the archive, a tar of train/ and validation/")
     small.add_argument("--sha256", help="SHA-256 of the archive; its own CRCs are checked in any case")

@@ -158,7 +158,7 @@ class SampleDataset:
         def read(dataset: SampleDataset) -> dict[str, bytes]:
             contents = dataset._contents(index, verify=verify, direct=direct)
             if self.sharded and self.storage.is_remote:
-                packed = open_packed(self.path(index), contents[MEMBER_SUFFIX], self.spec)
+                packed = open_packed(self.path(index), contents[MEMBER_SUFFIX], labeled=self.labeled)
                 packed.verify_checksum()
             return contents
 
@@ -252,7 +252,7 @@ class SampleDataset:
         path = self.path(index)
         # Nothing compares a part of a file, or a mapped one, with its checksum.
         if slab is not None and not self.sharded and not self.storage.is_remote:
-            return read_slab(Path(path), self.spec, slab, direct=direct)
+            return read_slab(path, self.spec, slab, storage=self.storage, direct=direct)
         mappable = isinstance(path, Path) and not self.storage.is_remote
         if self.format_name == Npy.name and self.labeled and mappable and not (fully_validate or direct):
             return map_sample(Path(path), self.spec)

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pipelines.console import OutputError, check_output, interruptible
@@ -37,6 +38,14 @@ def location(text: str) -> Location:
         return parse_location(text, "argument")
     except ConfigError as error:
         raise argparse.ArgumentTypeError(error.remedy) from error
+
+
+def local_path(text: str) -> Path:
+    """Return the path of a file or folder that must be on a file system; see `location`."""
+    found = location(text)
+    if not isinstance(found, Path):
+        raise argparse.ArgumentTypeError(f"{found}: must be on a file system, and this is a URL")
+    return found
 
 
 def target_location(text: str) -> Location:
