@@ -162,7 +162,8 @@ def _open_mosaicml(decode: Callable[[bytes], Counts], job: RemoteJob) -> Batches
     )
     # Its client has fetched the index. Forked workers with its open connection take answers of each other.
     for stream in dataset.streams:
-        stream._downloader.clean_up()
+        if client := stream._downloader._s3_client:
+            client.close()
     return fill.resumable(_loader(dataset, job, StreamingDataLoader))
 
 
