@@ -10,18 +10,19 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from pipelines.dataset.dataset import SampleDataset
-from pipelines.errors import DataError
+from pipelines.errors import DataError, UnreadableError
 from pipelines.formats.payload import Payload
 from pipelines.loading.reader import Reader
 from pipelines.plan import Indices
-from pipelines.storage.excerpt import Excerpt
+from pipelines.storage.base import Layer, Result, Storage
+from pipelines.storage.location import Location
 from pipelines.storage.requests import COUNTS
 
 Fetched: TypeAlias = Future[tuple[int, Payload]]
@@ -169,6 +170,33 @@ def _cancel(futures: Sequence[Fetched], _: Future[Any]) -> None:
         future.cancel()
 
 
+@dataclass(frozen=True)
+class _Excerpt(Layer):
+    """Parts of the file at `path`, and `inner` for everything else.
+
+    Attributes:
+        contents: The parts by (offset, length).
+    """
+
+    path: Location
+    contents: Mapping[tuple[int, int], bytes]
+
+    def read_range(self, path: Location, offset: int, length: int, *, direct: bool = False) -> bytes:
+        """See `Storage`."""
+        content = self.contents.get((offset, length)) if path == self.path else None
+        return self.inner.read_range(path, offset, length, direct=direct) if content is None else content
+
+    def retry_damaged(self, read: Callable[[Storage], Result]) -> Result:
+        """See `Storage`."""
+        try:
+            return read(self)
+        except UnreadableError:
+            raise
+        except DataError:
+            COUNTS.retries += 1
+            return self.inner.retry_damaged(read)
+
+
 def _sample_bytes(reader: Reader) -> int:
     """Return the mean length of what is read of a sample in bytes, at most."""
     split, slab = reader.split, reader.slab
@@ -180,4 +208,4 @@ def _prefetched(split: SampleDataset, run: Sequence[int]) -> SampleDataset:
     """Return `split` with the samples `run` in memory, which follow each other in one shard."""
     path, extents = split.files(run[0])[0], [split.member_extents[index].item()[:2] for index in run]
     contents = split.storage.read_ranges(path, extents)
-    return replace(split, storage=Excerpt(split.storage, path, dict(zip(extents, contents, strict=True))))
+    return replace(split, storage=_Excerpt(split.storage, path, dict(zip(extents, contents, strict=True))))
