@@ -252,7 +252,7 @@ class SampleDataset:
         path = self.path(index)
         # Nothing compares a part of a file, or a mapped one, with its checksum.
         if slab is not None and not self.sharded and not self.storage.is_remote:
-            return read_slab(path, self.spec, slab, storage=self.storage, direct=direct)
+            return read_slab(Path(path), self.spec, slab, direct=direct)
         mappable = isinstance(path, Path) and not self.storage.is_remote
         if self.format_name == Npy.name and self.labeled and mappable and not (fully_validate or direct):
             return map_sample(Path(path), self.spec)

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, reading
 from pipelines.formats.base import Format
 from pipelines.formats.payload import CountsPayload
 from pipelines.formats.signatures import SIGNATURE_BYTES, recognize
-from pipelines.io import WrittenFile, map_file
+from pipelines.io import OpenFile, WrittenFile, map_file, read_direct, read_file, retry_stale
 from pipelines.sample import (
     UNKNOWN_TARGET,
     Sample,
@@ -33,8 +33,6 @@ from pipelines.sample import (
     check_target,
 )
 from pipelines.slab import Slab, cyclic_runs
-from pipelines.storage.base import Storage
-from pipelines.storage.local import LOCAL
 from pipelines.storage.location import Location
 from pipelines.storage.select import storage_of
 
@@ -86,41 +84,48 @@ def map_sample(path: Path, spec: SampleSpec) -> CountsPayload:
     counts = parse_npy(path, mapped)
     if counts.shape != spec.shape or counts.dtype != np.int16:
         check_counts(path, counts, spec)
-    target = _read_target(path, LOCAL)
-    return CountsPayload(counts, target, mapped if isinstance(mapped, mmap.mmap) else None)
+    return CountsPayload(counts, _read_target(path), mapped if isinstance(mapped, mmap.mmap) else None)
 
 
-def read_slab(
-    path: Location, spec: SampleSpec, slab: Slab, *, storage: Storage = LOCAL, direct: bool = False
-) -> CountsPayload:
+def read_slab(path: Path, spec: SampleSpec, slab: Slab, *, direct: bool = False) -> CountsPayload:
     """Read the planes of `slab` of the counts in `path`, and the target beside them.
 
     Args:
-        storage: holds the file.
-        direct: bypass the page cache, where there is one and the file system supports it.
+        direct: bypass the page cache, where the file system supports it.
 
     Raises:
         DataError: a header, the target or a count of these planes is damaged, or the shape is not that of
             `spec`.
     """
-    read_part = functools.partial(storage.read_range, path, direct=direct)
-    start = read_part(0, _USUAL_START)
-    if (missing := _start_length(start) - len(start)) > 0:
-        start += read_part(len(start), missing)
-    shape, dtype, length = _parse_start(path, start, storage.state(path).bytes)
-    # Of what the header says alone.
-    check_counts(path, np.broadcast_to(dtype.type(0), shape), spec)
-    counts = np.zeros(slab.shape(spec), np.int16)
-    planes, first = slab.planes(spec.size)
-    at, plane_bytes = planes.start, counts[0].nbytes
-    for run in cyclic_runs(first, len(counts[planes]), spec.size):
-        content = read_part(length + run.start * plane_bytes, len(run) * plane_bytes)
-        if len(content) < len(run) * plane_bytes:
-            raise DataError(path, "was cut off while it was read", _REMEDY)
-        counts[at : at + len(run)] = np.frombuffer(content, dtype).reshape(-1, *spec.shape[1:])
-        at += len(run)
+
+    def read() -> npt.NDArray[np.int16]:
+        file = OpenFile(path)
+
+        def read_part(offset: int, length: int) -> bytes:
+            content = read_direct(path, offset, length) if direct else None
+            return file.read(offset, length) if content is None else content
+
+        start = read_part(0, _USUAL_START)
+        if (missing := _start_length(start) - len(start)) > 0:
+            start += read_part(len(start), missing)
+        shape, dtype, length = _parse_start(path, start, file.size)
+        # Of what the header says alone.
+        check_counts(path, np.broadcast_to(dtype.type(0), shape), spec)
+        counts = np.zeros(slab.shape(spec), np.int16)
+        planes, first = slab.planes(spec.size)
+        at, plane_bytes = planes.start, counts[0].nbytes
+        for run in cyclic_runs(first, len(counts[planes]), spec.size):
+            content = read_part(length + run.start * plane_bytes, len(run) * plane_bytes)
+            if len(content) < len(run) * plane_bytes:
+                raise DataError(path, "was cut off while it was read", _REMEDY)
+            counts[at : at + len(run)] = np.frombuffer(content, dtype).reshape(-1, *spec.shape[1:])
+            at += len(run)
+        return counts
+
+    with reading(path):
+        counts = retry_stale(read)
     check_not_negative(path, counts)
-    return CountsPayload(counts, _read_target(path, storage))
+    return CountsPayload(counts, _read_target(path))
 
 
 def cut_slab(counts: npt.NDArray[np.int16], slab: Slab) -> npt.NDArray[np.int16]:
@@ -185,10 +190,10 @@ def _parse_start(path: Location, start: bytes, size: int) -> tuple[tuple[int, ..
     return shape, dtype, length
 
 
-def _read_target(path: Location, storage: Storage) -> npt.NDArray[np.float32]:
+def _read_target(path: Path) -> npt.NDArray[np.float32]:
     """Return the target that belongs to the counts in `path`."""
-    label = _label_path(path)
-    return check_target(label, parse_npy(label, storage.read(label)))
+    label = Path(_label_path(path))
+    return check_target(label, parse_npy(label, read_file(label)))
 
 
 def _label_path(path: Location) -> Location:

@@ -213,6 +213,13 @@ def test_slabs_of_an_npy_are_read_behind_a_header_of_any_length(tmp_path: Path) 
         read_slab(path, SampleSpec(16), slab)
 
 
+def test_no_file_of_a_sample_stays_open(tmp_path: Path) -> None:
+    # There may be half a million.
+    path = _bad_npy(tmp_path)
+    read_slab(path, SampleSpec(16), Slab(0, 2, True))
+    assert path.resolve() not in [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+
+
 def test_files_of_other_than_one_record_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tfrecord"
     record = _record(_example(tiny_sample(5), packed=True, y_first=False, extra=False))
