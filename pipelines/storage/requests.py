@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import random
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pipelines.errors import MissingError, StorageError, UserError
 from pipelines.storage.answers import Refusal, explain
@@ -91,7 +92,8 @@ class Requests:
             MissingError: There is no such object.
             StorageError: The server refuses, or does not answer before the deadline.
         """
-        return asyncio.run_coroutine_threadsafe(self._repeat(url, request, races), _event_loop()).result()
+        loop = _event_loop()
+        return asyncio.run_coroutine_threadsafe(self._repeat(url, request, races), loop).result()
 
     async def _repeat(self, url: Url, request: Callable[[], Awaitable[_Answer]], races: bool) -> _Answer:
         start, attempts = time.monotonic(), 0
@@ -177,12 +179,22 @@ def wait_for(request: Callable[[], Awaitable[_Answer]]) -> _Answer:
     async def send() -> _Answer:
         return await request()
 
-    return asyncio.run_coroutine_threadsafe(send(), _event_loop()).result()
+    loop = _event_loop()
+    return asyncio.run_coroutine_threadsafe(send(), loop).result()
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of all requests of this process."""
+    process, loop = _started_loop()
+    if process != os.getpid():
+        # It would wait for ever: neither this loop's thread nor those of obstore are copied.
+        raise RuntimeError("a process that has sent requests was forked: spawn it instead")
+    return loop
 
 
 @functools.cache
-def _event_loop() -> Any:
-    """Return the event loop of all requests of this process, running in a thread."""
+def _started_loop() -> tuple[int, asyncio.AbstractEventLoop]:
+    """Start an event loop in a thread; return the number of the process and the loop."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="requests", daemon=True).start()
-    return loop
+    return os.getpid(), loop

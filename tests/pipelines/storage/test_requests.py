@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -128,3 +130,17 @@ def test_many_requests_one_after_the_other_are_not_raced(monkeypatch: pytest.Mon
     before = COUNTS.requests
     assert Requests().run(URL, answers(0.4), races=False) == "late"
     assert COUNTS.requests - before == 1
+
+
+def test_a_forked_process_does_not_wait_for_its_parents_threads() -> None:
+    Requests().run(URL, answers("content"))
+    if not (child := os.fork()):
+        signal.alarm(5)
+        status = 1
+        try:
+            with pytest.raises(RuntimeError):
+                Requests().run(URL, answers("content"))
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
