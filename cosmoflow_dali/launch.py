@@ -26,7 +26,7 @@ from pipelines.filesystem import read_text
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _FORWARDED = (
     "PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONSAFEPATH", "OMP_NUM_THREADS", "RENDEZVOUS_TIMEOUT",
-    "HEARTBEAT_", "STALL_TIMEOUT", "NCCL_",
+    "HEARTBEAT_", "STALL_TIMEOUT", "NCCL_", "AWS_", "GOOGLE_", "AZURE_",
 )  # fmt: skip
 """Variables, or their prefixes, that mpirun passes to ranks on other hosts."""
 

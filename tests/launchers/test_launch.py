@@ -114,6 +114,7 @@ def test_first_hosts_get_a_rank_per_gpu(tmp_path: Path, monkeypatch: pytest.Monk
         ("DGXNGPU", "4"),
         ("NCCL_DEBUG", "WARN"),
         ("RENDEZVOUS_TIMEOUT", "9"),
+        ("AWS_SECRET_ACCESS_KEY", "sesame"),
         ("OTHER", "x"),
     ):
         monkeypatch.setenv(name, value)
@@ -123,6 +124,8 @@ def test_first_hosts_get_a_rank_per_gpu(tmp_path: Path, monkeypatch: pytest.Monk
     assert line[:8] == ["-n", "8", "--host", "a:4,b:4", "--map-by", "ppr:4:node", "--bind-to", "none"]
     forwarded = {name for flag, name in pairwise(line) if flag == "-x"}
     assert {"NCCL_DEBUG", "RENDEZVOUS_TIMEOUT", "PATH"} <= forwarded and "OTHER" not in forwarded
+    # Where data lie in an object store. The line, which is printed, has no values.
+    assert "AWS_SECRET_ACCESS_KEY" in forwarded and not any("sesame" in part for part in line)
     assert line[-5:] == [sys.executable, "-m", "cosmoflow_dali.train", "--epochs", "3"]
 
 

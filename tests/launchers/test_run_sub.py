@@ -384,6 +384,14 @@ def test_container_mounts(checkout: Path) -> None:
     assert f"|{folder}/own.yaml|" in commands[0]
 
 
+def test_a_url_is_not_mounted_in_a_container(checkout: Path) -> None:
+    done, commands = sh(checkout, RUN, CONT="image.sqsh", DATADIR="s3://bucket/set", **QUIET)
+    assert done.returncode == 0, done.stderr
+    mounts = [f"{checkout}:{checkout}", f"{checkout}/results/77:{checkout}/results/77"]
+    assert f"--container-mounts={','.join(mounts)} " in commands[0]
+    assert "|s3://bucket/set|" in commands[0]
+
+
 def test_run_outside_slurm_is_one_rank(checkout: Path) -> None:
     done, _ = sh(checkout, "DATADIR=/data ./run_and_time.sh --epochs 2", RUN="lone")
     assert done.returncode == 0 and "RESULT,COSMOFLOW_HPC,," in done.stdout
