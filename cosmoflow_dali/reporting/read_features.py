@@ -20,6 +20,7 @@ from pipelines.errors import DataError
 from pipelines.loading.reader import Reader
 from pipelines.loading.transforms import transform
 from pipelines.sample import Sample, is_in_range
+from pipelines.storage.parallel import map_ahead
 from preprocess.conversion.progress import track
 
 Array = npt.NDArray[np.float64]
@@ -87,7 +88,10 @@ def read_features(
 def _read_batch(reader: Reader, network: Network | None, batch: list[int]) -> list[Features]:
     """Return the features of the valid samples of `batch`, if there are any."""
     split = reader.split
-    found = {index: sample for index in batch if (sample := reader.sample(index)) is not None}
+    # Remote storage answers many requests in the time of one.
+    read = map_ahead if split.storage.is_remote else map
+    samples = zip(batch, read(reader.sample, batch), strict=True)
+    found = {index: sample for index, sample in samples if sample is not None}
     for index, sample in found.items():
         if not is_in_range(sample.target):
             fault = f"the target {sample.target.tolist()} is outside of the prior, -1 to 1"

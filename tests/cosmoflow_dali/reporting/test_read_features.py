@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from pipelines.dataset.open import open_folder
 from pipelines.distributed.session import Session
 from pipelines.distributed.world import World
 from pipelines.loading.reader import Reader
+from pipelines.sample import Sample
+from pipelines.storage.local import LocalStorage
 
 
 class Recorder(Network):
@@ -60,3 +64,26 @@ def test_ranks_of_a_node_share_its_cores(tmp_path: Path, monkeypatch: pytest.Mon
     for others, expected in ((0, 64), (7, 8)):
         read_features(Reader(split), None, Session(World(other_local_ranks=others)))
         assert threads.pop() == expected
+
+
+class Distant(LocalStorage):
+    """Local files that count as remote."""
+
+    @property
+    def is_remote(self) -> bool:
+        return True
+
+
+def test_remote_samples_are_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = open_folder(write_tiny(tmp_path / "data", train=16, validation=1) / "train")
+    local = read_features(Reader(split), None, Session(World()))
+    read, together = Reader.sample, threading.Barrier(16, timeout=10)
+
+    def sample(reader: Reader, index: int) -> Sample | None:
+        together.wait()
+        return read(reader, index)
+
+    monkeypatch.setattr(Reader, "sample", sample)
+    remote = read_features(Reader(replace(split, storage=Distant())), None, Session(World()))
+    assert local is not None and remote is not None and remote.ids == local.ids
+    np.testing.assert_array_equal(remote.summaries, local.summaries)
