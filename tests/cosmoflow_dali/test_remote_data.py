@@ -209,7 +209,10 @@ def test_a_server_that_stops_ends_all_ranks_and_a_resume_is_exact(
         started = time.monotonic()
         codes, output = ranks.end(30)
     assert codes == {1} and time.monotonic() - started < 20
-    assert output.count("error: ") == 1 and f"{url}/" in output and "Traceback" not in output
+    # One line; of each rank, if none hears of the other's before its own.
+    errors = [line for line in output.splitlines() if "error: " in line]
+    assert 1 <= len(errors) <= 2 and all(f"{url}/" in line for line in errors)
+    assert "Traceback" not in output
     newest = Checkpoint.newest(run / "checkpoints")
     assert newest is not None and newest.position.epoch < 6
     fault_proxy.reset()
@@ -226,6 +229,7 @@ def test_kills_and_resumes_on_other_ranks_and_places_give_the_bits_of_local_file
     log = {"every": 1, "checkpoint_every": 1}
     loader = {"batch_size": 4, "requests_ahead": 2}
     config = config_file(tmp_path / "c.yaml", Path("unused"), epochs=8, log=log, loader=loader)
+    cache = ("--set", f"data.cache={{dir: {tmp_path / 'cache'}, size: 1 GB}}")
     fault_proxy.configure(latency=0.05)
 
     def killed(ranks: int, *arguments: object) -> None:
@@ -236,14 +240,14 @@ def test_kills_and_resumes_on_other_ranks_and_places_give_the_bits_of_local_file
 
     def resumed(name: str, data: object, ranks: int, batch: int) -> Path:
         copy = shutil.copytree(run, tmp_path / name)
-        line = ["--run-dir", copy, "--data-dir", data, "--batch-size", batch]
+        line = ["--run-dir", copy, "--data-dir", data, "--batch-size", batch, *(cache if data == url else ())]
         done = program(TRAIN, *line, "--resume", ranks=ranks)
         assert done.code == 0, done.err
         return copy
 
     killed(1, "--config", config)
     first = resumed("local on 4", local, 4, 1)
-    killed(4, "--resume", "--batch-size", 1)
+    killed(4, "--resume", "--batch-size", 1, *cache)
     done = [record for record in metrics(run) if "loss" in record]
     assert done == [record for record in metrics(first) if "loss" in record][: len(done)]
     assert same(resumed("url on 2", url, 2, 2), resumed("local on 2", local, 2, 2))
