@@ -6,6 +6,7 @@ All of a process run on one event loop, in a thread of its own; callers wait for
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import os
 import random
@@ -39,6 +40,9 @@ the server is slow, and further requests would make it slower."""
 
 _WEIGHT = 0.1
 """Weight of the latest request in the moving average of durations."""
+
+_STOP_SECONDS = 5.0
+"""Duration for which the end of the process waits for requests that it has cancelled."""
 
 _Answer = TypeVar("_Answer")
 
@@ -196,5 +200,23 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 def _started_loop() -> tuple[int, asyncio.AbstractEventLoop]:
     """Start an event loop in a thread; return the number of the process and the loop."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="requests", daemon=True).start()
+    thread = threading.Thread(target=loop.run_forever, name="requests", daemon=True)
+    thread.start()
+    atexit.register(_stop, os.getpid(), loop, thread)
     return os.getpid(), loop
+
+
+def _stop(process: int, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Cancel what is in flight: an answer for an interpreter that shuts down would abort the process."""
+    if process != os.getpid():
+        return
+
+    async def cancel() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(cancel(), loop)
+    thread.join(timeout=_STOP_SECONDS)

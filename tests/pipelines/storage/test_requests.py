@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -144,3 +146,27 @@ def test_a_forked_process_does_not_wait_for_its_parents_threads() -> None:
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_the_end_of_the_process_cancels_what_is_in_flight() -> None:
+    # Otherwise an answer that comes while the interpreter shuts down aborts it, in a third of the cases.
+    program = """
+import asyncio, threading, time
+from pipelines.storage.location import Url
+from pipelines.storage.requests import Requests
+
+sent = threading.Event()
+
+async def request():
+    try:
+        sent.set()
+        await asyncio.sleep(60)
+    finally:
+        print("cancelled", flush=True)
+
+run = lambda: Requests().run(Url("s3", "bucket", "key"), request)
+threading.Thread(target=run, daemon=True).start()
+sent.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "cancelled\n")
