@@ -36,6 +36,13 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times of a network of this machine."""
+    for name, seconds in (("_RACE_SECONDS", 0.2), ("_FIRST_PAUSE", 0.02), ("_THROTTLED_PAUSE", 0.04)):
+        monkeypatch.setattr(requests, name, seconds)
+
+
 @pytest.fixture
 def url(bucket: Bucket, fault_proxy: FaultProxy, sets: Path) -> str:
     """The address of these folders behind the proxy."""
@@ -201,9 +208,8 @@ def test_without_obstore_one_line_says_what_to_install(url: str, monkeypatch: py
 
 
 def test_a_server_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "FIRST_DEADLINE_SECONDS", 0.5)
-    monkeypatch.setattr(requests, "REQUEST_SECONDS", 0.5)
-    monkeypatch.setattr(requests, "_RACE_SECONDS", 0.2)
+    monkeypatch.setattr(requests, "FIRST_DEADLINE_SECONDS", 0.2)
+    monkeypatch.setattr(requests, "REQUEST_SECONDS", 0.3)
     with socket.create_server((HOST, 0)) as silent, socket.create_server((HOST, 0)) as closed:
         ports = [one.getsockname()[1] for one in (silent, closed)]
         closed.close()
@@ -219,7 +225,7 @@ def test_a_server_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_server_that_stops_is_waited_for_and_then_named(
     url: str, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "DEADLINE_SECONDS", 1.0)
+    monkeypatch.setattr(requests, "DEADLINE_SECONDS", 0.4)
     split = open_folder(parse_location(f"{url}/packed/train", ""))
     split.payload(0)
     fault_proxy.refuse()
