@@ -19,6 +19,7 @@ from pipelines.distributed.world import World
 from pipelines.errors import DataError, UnreadableError, writing
 from pipelines.filesystem import refuse_input
 from pipelines.slab import Slab
+from pipelines.storage.parallel import map_ahead
 from preprocess.conversion.journal import load_records
 from preprocess.conversion.read_failures import ConsecutiveReadFailures
 from preprocess.conversion.target import files_by_entry, remove_files, reopen
@@ -133,14 +134,17 @@ def compute_fingerprints(split: SampleDataset, session: Session) -> npt.NDArray[
     state_of = functools.lru_cache(maxsize=1)(split.storage.state)
     failures = ConsecutiveReadFailures()
 
+    def fingerprint(index: int) -> tuple[SourceFingerprint, dict[str, str]]:
+        try:
+            return SourceFingerprint.from_files([split.names[index]], split.files(index), state_of), {}
+        except UnreadableError as error:
+            return _UNKNOWN, {error.path: error.fault}
+
     def compute_own() -> npt.NDArray[Any]:
-        own = []
-        for index in range(world.rank, len(split), world.size):
-            found, unreadable = _UNKNOWN, {}
-            try:
-                found = SourceFingerprint.from_files([split.names[index]], split.files(index), state_of)
-            except UnreadableError as error:
-                unreadable = {error.path: error.fault}
+        own, indices = [], range(world.rank, len(split), world.size)
+        # A store takes long to answer. Of a shard, which has many samples, one request is enough.
+        at_a_time = split.storage.is_remote and not split.sharded
+        for found, unreadable in map_ahead(fingerprint, indices) if at_a_time else map(fingerprint, indices):
             failures.record(unreadable)
             own.append(found)
         return np.array(own, FINGERPRINT)
