@@ -116,6 +116,17 @@ def test_damage_on_the_way_is_repaired(
     check_equal(packed / "train", tmp_path / "train", slice(*map(int, samples.split(":"))))
 
 
+def test_verify_tells_damage_on_the_way_from_damage_in_the_store(
+    packed: Path, bucket: Bucket, fault_proxy: FaultProxy
+) -> None:
+    url = bucket.put(packed)
+    fault_proxy.configure(Rule("corrupt", r"GET .*1\.tar", times=1))
+    assert program(VERIFY, url).code == 0
+    fault_proxy.configure(Rule("corrupt", r"GET .*1\.tar"))
+    done = program(VERIFY, url)
+    assert done.code == 1 and "shard_000001.tar" in done.err
+
+
 def test_damage_in_the_store_is_named_and_the_rest_fetched(
     packed: Path, bucket: Bucket, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
