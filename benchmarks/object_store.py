@@ -69,7 +69,7 @@ class ObjectStore:
 
     @property
     def running(self) -> bool:
-        """Whether it has been started and not stopped."""
+        """True from its start to its end."""
         return self._process is not None
 
     @property

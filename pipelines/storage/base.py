@@ -30,17 +30,17 @@ class Storage(ABC):
 
     @property
     def is_remote(self) -> bool:
-        """Whether files are transferred, which takes time and may damage them."""
+        """True if files are transferred, which takes time and may damage them."""
         return False
 
     @property
     def few_reads(self) -> bool:
-        """Whether a read costs more than some bytes that may not be needed."""
+        """True if a read costs more than some bytes that may not be needed."""
         return self.is_remote
 
     @property
     def lists_folders(self) -> bool:
-        """Whether it knows folders: `list`, and `is_present` of a folder."""
+        """True if it knows folders: `list`, and `is_present` of a folder."""
         return True
 
     @abstractmethod

@@ -74,7 +74,7 @@ class CachedStorage(Layer):
 
     @property
     def keeps(self) -> bool:
-        """Whether what is read now is kept: False if the cache is full or cannot be used."""
+        """True if what is read now is kept: not if the cache is full or cannot be used."""
         entries = _entries(self.config, self.dataset, os.getpid())
         return entries is not None and entries.keeps
 

@@ -103,7 +103,7 @@ class CachedSet:
 
     @property
     def keeps(self) -> bool:
-        """Whether new entries are written: not for a while after there was no room or an error."""
+        """True if new entries are written: not for a while after there was no room or an error."""
         return time.monotonic() >= self._resumes
 
     def path(self, digest: bytes) -> str:

@@ -45,6 +45,7 @@ def bare(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
 
 
+@pytest.mark.slow
 def test_bare_python_runs_steps_and_collects_tests() -> None:
     flags = ["--size", "16", "--batch-size", "2", "--device", "cpu"]
     bare_parts = [

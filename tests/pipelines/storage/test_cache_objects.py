@@ -85,7 +85,7 @@ def results(process: Any) -> list[tuple[int, int]]:
 
 
 def fetched(proxy: FaultProxy) -> Counter[tuple[str, str]]:
-    """How often each part of a shard was asked for."""
+    """Number of requests for each part of a shard."""
     return Counter((each.path, each.range) for each in proxy.requests() if each.path.endswith(".tar"))
 
 

@@ -1,4 +1,4 @@
-"""What cannot be read of an object store is one line that names it, in time, without secrets."""
+"""Bad input from an object store: one line that names it, in time, without secrets."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def stored_content(bucket: Bucket, prefix: str) -> dict[str, bytes]:
 
 
 def uploads(requests: list[Request], pattern: str = "") -> Counter[str]:
-    """How often each object was uploaded whole, of those whose name has `pattern`."""
+    """Number of whole uploads of each object whose name has `pattern`."""
     done = (one for one in requests if one.status == 200)
     names = (
         one.path
