@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from pipelines.errors import ConfigError, DataError
-from pipelines.io import WrittenFile
 from pipelines.storage import cache, cache_usage
 from pipelines.storage.base import FileState, Storage
 from pipelines.storage.cache import CacheConfig, CachedStorage
@@ -37,8 +36,8 @@ _fork = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
-class Memory(Storage):
-    """One object in memory, and the requests for it."""
+class Memory(LocalStorage):
+    """One object in memory in place of every file, and the requests for it."""
 
     content: bytearray
     requests: list[tuple[Any, ...]] = field(default_factory=list)
@@ -58,20 +57,6 @@ class Memory(Storage):
     def state(self, path: Location) -> FileState:
         self.requests.append((path, "state"))
         return FileState(len(self.content), "etag")
-
-    def list(self, folder: Location) -> list[str]:
-        return []
-
-    def is_present(self, path: Location) -> bool:
-        return True
-
-    def write_stream(
-        self, path: Location, pieces: Iterable[bytes | memoryview], *, sparse: bool = False
-    ) -> WrittenFile:
-        raise NotImplementedError
-
-    def remove(self, path: Location) -> None:
-        raise NotImplementedError
 
 
 @pytest.fixture(autouse=True)
